@@ -1,0 +1,38 @@
+"""Where samples come from: the one interface behind every data set, embedded, on disk or streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NotRequired, Protocol, TypedDict
+
+import torch
+
+from src.datamodules.decoding import BadSample, DataError, EncodedImage
+
+__all__ = ["BadSample", "DataError", "EncodedImage", "ImageSource", "Sample", "Split"]
+
+Split = Literal["train", "val", "test"]
+
+
+class Sample(TypedDict):
+    """One item of a source, before any view is made of it."""
+
+    image: EncodedImage | torch.Tensor  # a still undecoded picture, or uint8 [3, H, W] RGB
+    label: int  # class, -1 where there is none
+    fields: NotRequired[dict[str, torch.Tensor]]  # further ground truth, by name (boxes, masks, depth …)
+
+
+class ImageSource(Protocol):
+    """A finite, randomly accessible set of images of one split."""
+
+    classes: Sequence[str]  # names by label; empty where there are no labels
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """Raises BadSample where the sample cannot be read."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What a person calls the sample: its path, or key."""
+        ...
