@@ -1,0 +1,172 @@
+"""Rendered pictures on disk: built once, shared by every process, never half there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from filelock import FileLock
+
+from src import randomness
+from src.datamodules.scenes import patterns, render, scene, shapes, world
+from src.datamodules.scenes.world import ObjectsWorld
+
+log = logging.getLogger(__name__)
+
+_CODE = (patterns, render, scene, shapes, world, randomness)  # what a picture depends on
+_CHUNK = 256  # pictures a worker renders before it reports
+_SMALL = 512  # so few are rendered here: starting workers would take longer
+
+
+class Recipe(NamedTuple):
+    """What a cache holds: pictures 0 … count - 1 of one seed of one world."""
+
+    world: ObjectsWorld
+    seed: int  # the scenes' seed, the split already folded in
+    count: int
+    resolution: int
+
+    def description(self) -> dict[str, object]:
+        """The recipe and the generator's version as plain values; equal descriptions mean equal pictures."""
+        settings = asdict(self.world)
+        settings["kinds"] = [kind.name for kind in self.world.kinds]
+        settings["patterns"] = [pattern.name for pattern in self.world.patterns]
+        return {
+            "world": type(self.world).__name__,
+            "settings": settings,
+            "seed": self.seed,
+            "count": self.count,
+            "resolution": self.resolution,
+            "code": code_version(),
+        }
+
+
+class Cached(NamedTuple):
+    """The arrays of a cache, read-only and mapped: the pages are shared between processes."""
+
+    images: np.ndarray  # uint8 [N, 3, H, W]
+    labels: np.ndarray  # int64 [N]
+
+
+def code_version() -> str:
+    """A hash of the modules that decide what a picture looks like."""
+    digest = hashlib.sha256()
+    for module in _CODE:
+        assert module.__file__ is not None
+        digest.update(Path(module.__file__).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def folder_of(recipe: Recipe, cache_dir: str | Path) -> Path:
+    """Where the recipe's pictures are, or will be."""
+    key = hashlib.sha256(json.dumps(recipe.description(), sort_keys=True).encode()).hexdigest()[:16]
+    return Path(cache_dir) / f"scenes-{recipe.resolution}px-{recipe.count}-{key}"
+
+
+def open_or_build(recipe: Recipe, cache_dir: str | Path, *, processes: int | None = None) -> Cached:
+    """The recipe's pictures, rendered first if they are not there yet.
+
+    Of several callers one renders and the others wait. The folder takes its name only when it is complete, so a build
+    that dies leaves nothing that could be mistaken for a cache; its remains are swept away by the next build.
+    """
+    folder = folder_of(recipe, cache_dir)
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(folder.name + ".lock")):
+            if not folder.is_dir():
+                _build(recipe, folder, processes or _cores())
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    labels = np.load(folder / "labels.npy", mmap_mode="r")
+    return Cached(images, labels)
+
+
+def _build(recipe: Recipe, folder: Path, processes: int) -> None:
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    shape = (recipe.count, 3, recipe.resolution, recipe.resolution)
+    np.lib.format.open_memmap(unfinished / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+    np.lib.format.open_memmap(unfinished / "labels.npy", mode="w+", dtype=np.int64, shape=shape[:1])
+    log.info("rendering %d scenes at %d px into %s", recipe.count, recipe.resolution, folder)
+    done, tenth = 0, 0
+    for rendered in _render_all(recipe, unfinished, processes):
+        done += rendered
+        if done * 10 // recipe.count > tenth:
+            tenth = done * 10 // recipe.count
+            log.info("rendered %d of %d scenes", done, recipe.count)
+    (unfinished / "recipe.json").write_text(json.dumps(recipe.description(), indent=2) + "\n")
+    unfinished.rename(folder)
+
+
+def _render_all(recipe: Recipe, folder: Path, processes: int) -> Iterator[int]:
+    """Fill the arrays in ``folder``; yields how many pictures came with each finished chunk."""
+    processes = min(processes, -(-recipe.count // _CHUNK))
+    if processes <= 1 or recipe.count <= _SMALL:
+        yield from _render_share(recipe, folder, 0, 1)
+        return
+    reader, writer = os.pipe()
+    children = [_start(recipe, folder, rank, processes, writer) for rank in range(processes)]
+    os.close(writer)
+    try:
+        with os.fdopen(reader) as reports:
+            yield from map(int, reports)
+        failed = [child.wait() for child in children if child.wait() != 0]
+        if failed:
+            raise RuntimeError(f"rendering the scenes failed: a worker ended with code {failed[0]}, see its messages")
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def _start(recipe: Recipe, folder: Path, rank: int, world_size: int, reports: int) -> subprocess.Popen[bytes]:
+    """A plain child and not multiprocessing's: that would import the caller's main module again, guarded or not.
+
+    It writes one line a chunk to ``reports``; should this process be killed, the write fails and the child ends too.
+    """
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    child = subprocess.Popen(
+        [sys.executable, "-m", __name__],
+        stdin=subprocess.PIPE,
+        stdout=reports,
+        env=os.environ | one_thread | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert child.stdin is not None
+    with child.stdin:
+        pickle.dump((recipe, folder, rank, world_size), child.stdin)
+    return child
+
+
+def _render_share(recipe: Recipe, folder: Path, rank: int, world_size: int) -> Iterator[int]:
+    """Render every ``world_size``-th chunk, from the ``rank``-th on, into the arrays of ``folder``."""
+    images = np.lib.format.open_memmap(folder / "images.npy", mode="r+")
+    labels = np.lib.format.open_memmap(folder / "labels.npy", mode="r+")
+    for start in range(rank * _CHUNK, recipe.count, world_size * _CHUNK):
+        stop = min(start + _CHUNK, recipe.count)
+        for index in range(start, stop):
+            scene = recipe.world.scene(recipe.seed, index)
+            images[index] = render.image(scene, recipe.resolution)
+            labels[index] = render.label(scene, recipe.world.kinds)
+        yield stop - start
+    images.flush()
+    labels.flush()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    for _rendered in _render_share(*pickle.load(sys.stdin.buffer)):
+        print(_rendered, flush=True)

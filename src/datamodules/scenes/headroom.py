@@ -1,0 +1,247 @@
+"""How hard the scenes are: raw pixels, a random encoder, a supervised tiny ViT, nuisances alone, chance.
+
+``python -m src.datamodules.scenes.headroom`` prints the table; ``--quick`` takes a few minutes less and says less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+from src.datamodules.scenes.scene import Scene
+from src.datamodules.scenes.source import ScenesSource
+from src.randomness import seeded
+
+log = logging.getLogger("src.datamodules.scenes.headroom")
+
+Row = tuple[str, float]
+
+
+class Pictures(NamedTuple):
+    """One split in memory."""
+
+    images: Tensor  # uint8 [N, 3, H, W]
+    labels: Tensor  # int64 [N]
+    scenes: list[Scene]
+
+
+def load(split: str, count: int, resolution: int, cache_dir: Path | None, seed: int = 0) -> Pictures:
+    """Render, or read, ``count`` pictures of a split, and keep what they show."""
+    source = ScenesSource(split, count=count, resolution=resolution, seed=seed, cache_dir=cache_dir)  # type: ignore[arg-type]
+    scenes = [source.scene(index) for index in range(count)]
+    if source.images is not None and source.labels is not None:
+        return Pictures(torch.from_numpy(np.array(source.images)), torch.from_numpy(np.array(source.labels)), scenes)
+    samples = [source[index] for index in range(count)]
+    images = torch.stack([torch.as_tensor(sample["image"]) for sample in samples])
+    return Pictures(images, torch.tensor([sample["label"] for sample in samples]), scenes)
+
+
+def knn(train: Tensor, labels: Tensor, test: Tensor, *, classes: int, k: int = 20, temperature: float = 0.07) -> Tensor:
+    """Predicted classes [M] of ``test`` [M, D]: the ``k`` nearest rows of ``train`` [N, D] by cosine vote, each with
+    weight exp(similarity / temperature)."""
+    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
+    found = []
+    for rows in test.split(512):
+        similarity, nearest = (rows @ train.T).topk(k, dim=1)
+        votes = torch.zeros(len(rows), classes)
+        votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
+        found.append(votes.argmax(1))
+    return torch.cat(found)
+
+
+def linear(train: Tensor, labels: Tensor, test: Tensor, *, classes: int, steps: int = 60) -> Tensor:
+    """Predicted classes [M] by multinomial logistic regression on standardised features (full batch, L-BFGS)."""
+    mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
+    train, test = (train - mean) / std, (test - mean) / std
+    layer = nn.Linear(train.shape[1], classes)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(layer(train), labels) + 1e-3 * layer.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        return layer(test).argmax(1)
+
+
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Percent."""
+    return 100.0 * (predicted == labels).float().mean().item()
+
+
+def nuisances(pictures: Pictures) -> dict[str, Tensor]:
+    """What must not tell the label: float32 [N, D] by name."""
+    scenes, images = pictures.scenes, pictures.images.float() / 255.0
+    mains = [scene.things[0] for scene in scenes]
+    return {
+        "mean colour of the picture": images.mean((2, 3)),
+        "backdrop's colours": _rows([(*s.background.rgb[0], *s.background.rgb[1]) for s in scenes]),
+        "main thing's colours": _rows([(*thing.rgb, *thing.texture.rgb) for thing in mains]),
+        "main thing's place and size": _rows([(*thing.position, thing.size, *thing.rotation) for thing in mains]),
+        "number of things": _rows([(len(scene.things),) for scene in scenes]),
+        "order in the data set": _rows([_order(index) for index in range(len(scenes))]),
+        "corner pixels": torch.cat([images[:, :, i, j] for i in (0, -1) for j in (0, -1)], dim=1),
+    }
+
+
+def _rows(values: list[tuple[float, ...]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _order(index: int) -> tuple[float, ...]:
+    """The index itself and where it falls in every period up to 16, so that no simple order can hide."""
+    turns = [2.0 * math.pi * index / period for period in range(2, 17)]
+    return (index / 1000.0, *map(math.sin, turns), *map(math.cos, turns))
+
+
+def tiny_vit(classes: int, *, dim: int = 160, depth: int = 5) -> nn.Module:
+    """A ViT for 64 px: patches of 8, mean pooling."""
+    return timm.models.VisionTransformer(
+        img_size=64,
+        patch_size=8,
+        embed_dim=dim,
+        depth=depth,
+        num_heads=dim // 32,
+        num_classes=classes,
+        class_token=False,
+        global_pool="avg",
+    )
+
+
+def pooled(model: nn.Module, images: Tensor) -> Tensor:
+    """Mean of the last tokens, before the head: float32 [N, D]."""
+    model.eval()
+    with torch.no_grad():
+        return torch.cat(
+            [model.forward_head(model.forward_features(_scaled(x)), pre_logits=True) for x in images.split(500)]
+        )  # type: ignore[operator]
+
+
+def supervised(
+    train: Pictures, *, classes: int, seconds: float, batch: int = 128, seed: int = 0
+) -> tuple[nn.Module, int]:
+    """A tiny ViT trained from scratch on random crops and flips for a span of time; the model and its steps.
+
+    The schedule follows the clock, so that a slower machine takes fewer steps and still ends with a small step size.
+    """
+    with seeded(seed):
+        model = tiny_vit(classes)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.05)
+        start, steps = time.perf_counter(), 0
+        for images, labels in _batches(train, batch):
+            progress = (time.perf_counter() - start) / seconds
+            if progress >= 1.0:
+                break
+            rate = 1e-3 * min(1.0, steps / 100.0) * 0.5 * (1.0 + math.cos(math.pi * progress))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            model.train()
+            with torch.autocast("cpu", torch.bfloat16, enabled=_fast_bfloat16()):
+                loss = F.cross_entropy(model(_scaled(images)), labels, label_smoothing=0.05)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            steps += 1
+            if steps % 100 == 0:
+                log.debug("step %d, %.0f %% of the time, loss %.3f", steps, 100.0 * progress, loss.item())
+    return model, steps
+
+
+def _batches(pictures: Pictures, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled and augmented for ever; a group of eight shares its crop, which is many times faster."""
+    crop = v2.RandomResizedCrop(pictures.images.shape[-1], scale=(0.4, 1.0), ratio=(0.75, 4 / 3), antialias=True)
+    while True:
+        for rows in torch.randperm(len(pictures.images)).split(batch):
+            if len(rows) == batch:
+                views = torch.cat([crop(group) for group in pictures.images[rows].split(8)])
+                mirrored = torch.rand(batch) < 0.5
+                views[mirrored] = views[mirrored].flip(-1)
+                yield views, pictures.labels[rows]
+
+
+def _scaled(images: Tensor) -> Tensor:
+    return (images.float() / 255.0 - 0.5) / 0.25
+
+
+def _fast_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def table(train: Pictures, test: Pictures, *, classes: int, seconds: float) -> Iterator[Row]:
+    """Rows (what, accuracy in percent), as they are measured."""
+    yield "chance", 100.0 / classes
+    flat, flat_test = train.images.flatten(1).float() / 255.0, test.images.flatten(1).float() / 255.0
+    mean = flat.mean(0)
+    yield "raw pixels, kNN", accuracy(knn(flat, train.labels, flat_test, classes=classes), test.labels)
+    yield (
+        "raw pixels less their mean, kNN",
+        accuracy(knn(flat - mean, train.labels, flat_test - mean, classes=classes), test.labels),
+    )
+    with seeded(0):
+        random = tiny_vit(classes)
+    features, features_test = pooled(random, train.images), pooled(random, test.images)
+    yield "random tiny ViT, kNN", accuracy(knn(features, train.labels, features_test, classes=classes), test.labels)
+    yield (
+        "random tiny ViT, linear",
+        accuracy(linear(features, train.labels, features_test, classes=classes), test.labels),
+    )
+    found, found_test = nuisances(train), nuisances(test)
+    for name, values in found.items():
+        yield (
+            f"{name} alone, linear",
+            accuracy(linear(values, train.labels, found_test[name], classes=classes), test.labels),
+        )
+    if seconds > 0:
+        model, steps = supervised(train, classes=classes, seconds=seconds)
+        with torch.no_grad():
+            model.eval()
+            predicted = torch.cat([model(_scaled(x)).argmax(1) for x in test.images.split(500)])
+        yield f"supervised tiny ViT, {steps} steps of 128 in {seconds / 60:.1f} min", accuracy(predicted, test.labels)
+        confused = torch.zeros(classes, classes, dtype=torch.int64)
+        confused.index_put_((test.labels, predicted), torch.ones_like(predicted), accumulate=True)
+        log.debug("confusion, rows true:\n%s", confused)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How hard the scenes are.")
+    parser.add_argument("--train", type=int, default=20_000, help="pictures to learn from (default 20000)")
+    parser.add_argument("--test", type=int, default=2_000, help="pictures to judge on (default 2000)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="training of the supervised ViT (0: skip it)")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
+    parser.add_argument("--cache-dir", type=Path, default=None, help="where rendered pictures are kept")
+    parser.add_argument("--quick", action="store_true", help="4000 pictures, no supervised ViT: about a minute")
+    parser.add_argument("--verbose", action="store_true", help="also progress and the confusion matrix")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.train, arguments.test, arguments.minutes = 4_000, 1_000, 0.0
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("src").setLevel(logging.DEBUG if arguments.verbose else logging.WARNING)
+    torch.set_num_threads(arguments.threads)
+    train = load("train", arguments.train, 64, arguments.cache_dir)
+    test = load("val", arguments.test, 64, arguments.cache_dir)
+    print(f"main label at 64 px: {arguments.train} pictures to learn from, {arguments.test} of val to judge on\n")
+    classes = int(train.labels.max()) + 1
+    for name, value in table(train, test, classes=classes, seconds=60.0 * arguments.minutes):
+        print(f"{value:6.1f} %  {name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

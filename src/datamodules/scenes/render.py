@@ -1,0 +1,355 @@
+"""Views of a scene: the picture and its exact ground truth, each a pure function, at any resolution.
+
+Everything is drawn from signed distances on the pixel grid, far to near. A pixel of a picture is covered by the share
+that the distance at its centre says; in masks and depth a pixel belongs to what is seen through its centre.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from src.datamodules.scenes.scene import Background, Camera, Light, Mark, Rgb, Scene, Texture, Thing
+from src.datamodules.scenes.shapes import KINDS, Kind
+
+VISIBLE_AREA = 0.002  # share of the picture that must be seen of a kind for it to count as present
+_TAG_GRID = 64  # the grid on which that share is counted, whatever the picture's resolution
+_GRAIN_GRID = 64  # cells a side of the film grain: fixed, so that it stays with the scene and not with the pixel
+_SHADOW_BLUR = 0.35  # width of a shadow's edge, in radii of the thing
+
+
+class Patch(NamedTuple):
+    """The part of the pixel grid that a thing can touch, in the thing's own coordinates."""
+
+    rows: slice
+    columns: slice
+    x: np.ndarray  # float32 [h, w], in radii
+    y: np.ndarray
+    z: np.ndarray  # depth of the thing's plane, metres
+    pixel: float  # width of a pixel at the thing's centre, in radii
+
+
+def image(scene: Scene, resolution: int) -> np.ndarray:
+    """The picture: uint8 [3, H, W], RGB."""
+    canvas = _backdrop(scene.background, scene.camera, resolution)
+    for thing in reversed(_near_to_far(scene)):
+        _paint(canvas, thing, scene, resolution)
+    canvas *= _exposure(scene, resolution)
+    canvas *= np.asarray(scene.light.tint, np.float32)[:, None, None] * np.float32(255.0)
+    canvas += np.float32(0.5)
+    return np.clip(canvas, 0.0, 255.0, out=canvas).astype(np.uint8)
+
+
+def instance_masks(scene: Scene, resolution: int) -> np.ndarray:
+    """What is seen of each thing: bool [T, H, W], disjoint, in the order of ``scene.things``."""
+    masks = np.zeros((len(scene.things), resolution, resolution), bool)
+    taken = np.zeros((resolution, resolution), bool)
+    position = {id(thing): index for index, thing in enumerate(scene.things)}
+    for thing in _near_to_far(scene):
+        patch = project(thing, scene.camera, resolution)
+        if patch is None:
+            continue
+        window = (patch.rows, patch.columns)
+        seen = (thing.kind.distance(patch.x, patch.y) < 0) & ~taken[window]
+        masks[position[id(thing)]][window] = seen
+        taken[window] |= seen
+    return masks
+
+
+def amodal_masks(scene: Scene, resolution: int) -> np.ndarray:
+    """Each thing as if nothing stood before it: bool [T, H, W]."""
+    masks = np.zeros((len(scene.things), resolution, resolution), bool)
+    for mask, thing in zip(masks, scene.things, strict=True):
+        patch = project(thing, scene.camera, resolution)
+        if patch is not None:
+            mask[patch.rows, patch.columns] = thing.kind.distance(patch.x, patch.y) < 0
+    return masks
+
+
+def boxes(scene: Scene, resolution: int) -> np.ndarray:
+    """Tight boxes around the visible part of each thing: float32 [T, 4], x0 y0 x1 y1 in pixels.
+
+    The far edges are exclusive: a mask of one pixel has a box of one pixel. A thing of which nothing is seen has an
+    empty box, all zeros.
+    """
+    return boxes_of(instance_masks(scene, resolution))
+
+
+def boxes_of(masks: np.ndarray) -> np.ndarray:
+    """Tight boxes around masks [T, H, W]: float32 [T, 4]; zeros for an empty mask."""
+    found = np.zeros((len(masks), 4), np.float32)
+    for box, mask in zip(found, masks, strict=True):
+        columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+        if len(columns):
+            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return found
+
+
+def depth(scene: Scene, resolution: int) -> np.ndarray:
+    """Distance along the camera's axis of what each pixel's centre shows, in metres: float32 [H, W]."""
+    result = _backdrop_depth(scene.background, scene.camera, resolution)
+    for thing in reversed(_near_to_far(scene)):
+        patch = project(thing, scene.camera, resolution)
+        if patch is not None:
+            inside = thing.kind.distance(patch.x, patch.y) < 0
+            np.copyto(result[patch.rows, patch.columns], patch.z, where=inside)
+    return result
+
+
+def label(scene: Scene, kinds: tuple[Kind, ...] = KINDS) -> int:
+    """The kind of the main thing, as its position in ``kinds``."""
+    return kinds.index(scene.things[0].kind)
+
+
+def box_labels(scene: Scene, kinds: tuple[Kind, ...] = KINDS) -> np.ndarray:
+    """The kind of every thing: int64 [T]."""
+    return np.asarray([kinds.index(thing.kind) for thing in scene.things], np.int64)
+
+
+def labels(scene: Scene, kinds: tuple[Kind, ...] = KINDS) -> np.ndarray:
+    """Which kinds can be seen: bool [K]. A kind counts if ``VISIBLE_AREA`` of the picture shows things of it."""
+    area = np.zeros(len(kinds))
+    np.add.at(area, box_labels(scene, kinds), instance_masks(scene, _TAG_GRID).mean((1, 2)))
+    return area >= VISIBLE_AREA
+
+
+def project(thing: Thing, camera: Camera, resolution: int, *, shift: float = 0.0) -> Patch | None:
+    """Where on the pixel grid the thing lies; None if it is outside of the picture.
+
+    ``shift`` widens the patch, in radii. Each pixel's ray is cut with the thing's plane, so the perspective is exact.
+    """
+    right, down, normal = axes(thing.rotation)
+    offset = tuple(p - c for p, c in zip(thing.position, camera.position, strict=True))
+    along, focal = _dot(normal, offset), camera.focal
+    reach = thing.kind.reach + shift
+    bounds = _window(thing, camera, right, down, reach, resolution)
+    if bounds is None:
+        return None
+    rows, columns = bounds
+    step = 2.0 / resolution
+    u = (np.arange(columns.start, columns.stop, dtype=np.float32) + np.float32(0.5)) * step - np.float32(1.0)
+    v = ((np.arange(rows.start, rows.stop, dtype=np.float32) + np.float32(0.5)) * step - np.float32(1.0))[:, None]
+    # with ray (u/f, v/f, 1): depth = along / (normal · ray), and a local coordinate is a ratio of two such forms
+    inverse = 1.0 / (u * (normal[0] / focal) + (v * (normal[1] / focal) + normal[2]))
+    local = []
+    for axis in (right, down):
+        shift_along = _dot(axis, offset)
+        a, b, c = ((along * axis[i] - shift_along * normal[i]) / thing.size for i in range(3))
+        local.append((u * (a / focal) + (v * (b / focal) + c)) * inverse)
+    pixel = step * offset[2] / (focal * thing.size)
+    return Patch(rows, columns, local[0], local[1], inverse * along, pixel)
+
+
+def axes(rotation: tuple[float, float, float]) -> tuple[tuple[float, float, float], ...]:
+    """World directions of a thing's right, down and away axes: yaw after pitch after roll."""
+    (cr, cp, cy), (sr, sp, sy) = [math.cos(a) for a in rotation], [math.sin(a) for a in rotation]
+    right = (cy * cr + sy * sp * sr, cp * sr, -sy * cr + cy * sp * sr)
+    down = (-cy * sr + sy * sp * cr, cp * cr, sy * sr + cy * sp * cr)
+    away = (sy * cp, -sp, cy * cp)
+    return right, down, away
+
+
+def _dot(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def _near_to_far(scene: Scene) -> list[Thing]:
+    return sorted(scene.things, key=lambda thing: thing.position[2])
+
+
+def _window(
+    thing: Thing,
+    camera: Camera,
+    right: tuple[float, ...],
+    down: tuple[float, ...],
+    reach: float,
+    resolution: int,
+) -> tuple[slice, slice] | None:
+    """Rows and columns that hold the projected square of half side ``reach`` radii."""
+    u, v = [], []
+    for i in (-1.0, 1.0):
+        for j in (-1.0, 1.0):
+            x, y, z = (
+                thing.position[k] - camera.position[k] + thing.size * reach * (i * right[k] + j * down[k])
+                for k in range(3)
+            )
+            u.append(camera.focal * x / z)
+            v.append(camera.focal * y / z)
+    spans = []
+    for values in (v, u):
+        first = max(0, math.floor((min(values) + 1.0) * resolution / 2.0) - 1)
+        last = min(resolution, math.ceil((max(values) + 1.0) * resolution / 2.0) + 1)
+        if first >= last:
+            return None
+        spans.append(slice(first, last))
+    return spans[0], spans[1]
+
+
+def _paint(canvas: np.ndarray, thing: Thing, scene: Scene, resolution: int) -> None:
+    """Lay the thing's shadow and then the thing on ``canvas`` [3, H, W]."""
+    patch = project(thing, scene.camera, resolution)
+    if scene.light.shadow > 0.0:
+        _cast(canvas, thing, scene, resolution)
+    if patch is None:
+        return
+    distance = thing.kind.distance(patch.x, patch.y)
+    cover = np.clip(0.5 - distance * (1.0 / patch.pixel), 0.0, 1.0)
+    diffuse, highlight = _shading(distance, patch.pixel, thing, scene.light)
+    under = canvas[:, patch.rows, patch.columns]
+    for channel, (near, far) in enumerate(zip(thing.rgb, thing.texture.rgb, strict=True)):
+        if channel == 0:
+            share = _mix(thing.texture, patch.x, patch.y, patch.pixel)
+        surface = diffuse * near if share is None else (share * (far - near) + near) * diffuse
+        if highlight is not None:
+            surface += highlight
+        surface -= under[channel]
+        surface *= cover
+        under[channel] += surface
+
+
+def _cast(canvas: np.ndarray, thing: Thing, scene: Scene, resolution: int) -> None:
+    """Darken what lies behind, away from the lamp: the thing's own form, moved and blurred."""
+    light = scene.light
+    right, down, _ = axes(thing.rotation)
+    shift_x = 0.45 * _dot(light.direction, right)  # in radii; towards the lamp
+    shift_y = 0.45 * _dot(light.direction, down)
+    patch = project(thing, scene.camera, resolution, shift=max(abs(shift_x), abs(shift_y)) + _SHADOW_BLUR / 2)
+    if patch is None:
+        return
+    distance = thing.kind.distance(patch.x + shift_x, patch.y + shift_y)
+    shade = np.clip(0.5 - distance * (1.0 / max(_SHADOW_BLUR, patch.pixel)), 0.0, 1.0)
+    shade *= -light.shadow
+    shade += 1.0
+    canvas[:, patch.rows, patch.columns] *= shade
+
+
+def _shading(distance: np.ndarray, pixel: float, thing: Thing, light: Light) -> tuple[np.ndarray, np.ndarray | None]:
+    """Diffuse light [h, w] and highlight [h, w] or None: a flat top with a rim that falls off towards the outline."""
+    slope = np.clip(distance * (1.0 / thing.bevel) + 1.0, 0.0, 1.0)
+    slope *= thing.relief
+    half = slope * (0.5 / pixel)
+    nx, ny = np.zeros_like(distance), np.zeros_like(distance)
+    np.subtract(distance[:, 2:], distance[:, :-2], out=nx[:, 1:-1])
+    np.subtract(distance[2:], distance[:-2], out=ny[1:-1])
+    nx *= half
+    ny *= half
+    scale = 1.0 / np.sqrt(nx * nx + ny * ny + 1.0)
+    lx, ly, lz = light.direction
+    facing = (nx * lx + ny * ly - lz) * scale
+    diffuse = np.maximum(facing, 0.0) * (1.0 - light.ambient)
+    diffuse += light.ambient
+    if thing.gloss <= 0.0:
+        return diffuse, None
+    hx, hy, hz = lx, ly, lz - 1.0  # halfway between the lamp and the eye, which looks along +z
+    length = math.sqrt(hx * hx + hy * hy + hz * hz)
+    mirror = (nx * (hx / length) + ny * (hy / length) - hz / length) * scale
+    np.maximum(mirror, 0.0, out=mirror)
+    for _ in range(4):  # 16th power
+        mirror *= mirror
+    mirror *= thing.gloss
+    return diffuse, mirror
+
+
+def _mix(texture: Texture, x: np.ndarray, y: np.ndarray, pixel: float) -> np.ndarray | None:
+    """Share of the texture's second colour, or None where the pattern has one colour only."""
+    paint = texture.pattern.paint
+    if paint is None:
+        return None
+    c, s = math.cos(texture.angle) / texture.period, math.sin(texture.angle) / texture.period
+    return paint(x * c + y * s, y * c - x * s, pixel / texture.period, texture.phase)
+
+
+def _backdrop(background: Background, camera: Camera, resolution: int) -> np.ndarray:
+    """The painted plane behind everything, without light: float32 [3, H, W]."""
+    u, v = _backdrop_grid(background, camera, resolution)
+    step = 2.0 / resolution
+    ramp = (u * math.cos(background.angle) + v * math.sin(background.angle)) * 0.5 + 0.5
+    share = _mix(background.texture, *np.broadcast_arrays(u, v), step)
+    canvas = np.empty((3, resolution, resolution), np.float32)
+    first, second = background.rgb
+    for channel in range(3):
+        plane = ramp * (second[channel] - first[channel]) + first[channel]
+        if share is not None:
+            plane += share * background.texture.rgb[channel]
+        canvas[channel] = plane
+    for mark in background.marks:
+        _stroke(canvas, mark, u, v, step)
+    return np.clip(canvas, 0.0, 1.0, out=canvas)
+
+
+def _backdrop_grid(background: Background, camera: Camera, resolution: int) -> tuple[np.ndarray, np.ndarray]:
+    """Backdrop coordinates of the pixels, u [1, W] and v [H, 1]: they move with the camera as the plane's middle does."""
+    axis = _axis(resolution)
+    shift = camera.focal / (background.distance - camera.position[2])
+    return axis[None, :] + camera.position[0] * shift, axis[:, None] + camera.position[1] * shift
+
+
+def _backdrop_depth(background: Background, camera: Camera, resolution: int) -> np.ndarray:
+    axis = _axis(resolution)
+    sx, sy = background.slope
+    middle = background.distance - camera.position[2] + sx * camera.position[0] + sy * camera.position[1]
+    tilt = axis[None, :] * (sx / camera.focal) + axis[:, None] * (sy / camera.focal)
+    return np.float32(middle) / (np.float32(1.0) - tilt)
+
+
+def _stroke(canvas: np.ndarray, mark: Mark, u: np.ndarray, v: np.ndarray, step: float) -> None:
+    x0, y0 = mark.start
+    dx, dy = mark.end[0] - x0, mark.end[1] - y0
+    columns = _between(u[0], min(x0, x0 + dx) - mark.width - step, max(x0, x0 + dx) + mark.width + step)
+    rows = _between(v[:, 0], min(y0, y0 + dy) - mark.width - step, max(y0, y0 + dy) + mark.width + step)
+    x, y = u[:, columns] - x0, v[rows] - y0
+    along = np.clip((x * dx + y * dy) * (1.0 / (dx * dx + dy * dy)), 0.0, 1.0)
+    x, y = x - along * dx, y - along * dy
+    cover = np.clip(0.5 - (np.sqrt(x * x + y * y) - mark.width) * (1.0 / step), 0.0, 1.0)
+    cover *= mark.opacity
+    window = canvas[:, rows, columns]
+    for channel in range(3):
+        window[channel] += (mark.rgb[channel] - window[channel]) * cover
+
+
+def _between(values: np.ndarray, low: float, high: float) -> slice:
+    first, last = np.searchsorted(values, (low, high))
+    return slice(int(first), int(last))
+
+
+def _exposure(scene: Scene, resolution: int) -> np.ndarray:
+    """Brightness over the picture, with its grain: float32 [H, W]."""
+    axis = _axis(resolution)
+    fx, fy = scene.light.falloff
+    exposure = (axis * fx + 1.0)[None, :] + (axis * fy)[:, None]
+    if scene.grain > 0.0:
+        exposure += _grain(scene.grain_seed, scene.grain, resolution)
+    return exposure
+
+
+def _grain(seed: int, deviation: float, resolution: int) -> np.ndarray:
+    cells = np.random.default_rng(seed).standard_normal((_GRAIN_GRID, _GRAIN_GRID), np.float32)
+    cells *= deviation
+    if resolution == _GRAIN_GRID:
+        return cells
+    weights = _interpolation(resolution)
+    return weights @ cells @ weights.T
+
+
+@lru_cache(maxsize=16)
+def _axis(resolution: int) -> np.ndarray:
+    """Centres of the pixels on [-1, 1]: float32 [R]."""
+    return ((np.arange(resolution) + 0.5) * (2.0 / resolution) - 1.0).astype(np.float32)
+
+
+@lru_cache(maxsize=16)
+def _interpolation(resolution: int) -> np.ndarray:
+    """Linear interpolation from the grain's cells to the pixels: float32 [R, cells]."""
+    position = np.clip((np.arange(resolution) + 0.5) * _GRAIN_GRID / resolution - 0.5, 0, _GRAIN_GRID - 1)
+    return np.maximum(0.0, 1.0 - np.abs(position[:, None] - np.arange(_GRAIN_GRID))).astype(np.float32)
+
+
+def mean_rgb(thing: Thing) -> Rgb:
+    """The thing's colour with its texture mixed in evenly, before light."""
+    if thing.texture.pattern.paint is None:
+        return thing.rgb
+    red, green, blue = (0.5 * (a + b) for a, b in zip(thing.rgb, thing.texture.rgb, strict=True))
+    return red, green, blue

@@ -1,0 +1,98 @@
+"""A scene is data: what is where, seen from where, under which light. Pictures and labels are views of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from src.datamodules.scenes.patterns import Pattern
+from src.datamodules.scenes.shapes import Kind
+
+Rgb = tuple[float, float, float]  # each in [0, 1]
+
+# World axes: x right, y down, z away from the camera; lengths in metres, angles in radians.
+# Picture axes: u right, v down, [-1, 1] across the picture.
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A pinhole at ``position`` looking along +z: a point (x, y, z) is seen at u = focal * (x - px) / (z - pz)."""
+
+    position: tuple[float, float, float]
+    focal: float  # in half picture widths
+
+
+@dataclass(frozen=True)
+class Light:
+    """A distant lamp and what comes from everywhere else."""
+
+    direction: tuple[float, float, float]  # unit vector from the things towards the lamp (z < 0: camera's side)
+    ambient: float  # share of light without direction, in [0, 1]
+    tint: Rgb  # multiplies every colour
+    falloff: tuple[float, float]  # relative change of brightness from the picture's middle to its right, lower edge
+    shadow: float  # how much of the light a shadow takes, in [0, 1]
+
+
+@dataclass(frozen=True)
+class Texture:
+    """A pattern between a surface's own colour and ``rgb``."""
+
+    pattern: Pattern
+    rgb: Rgb
+    period: float  # in radii of the thing, or in half picture widths on the backdrop
+    angle: float
+    phase: tuple[float, float]  # in [0, 1)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A straight stroke on the backdrop, in picture units as seen by a camera at the origin."""
+
+    start: tuple[float, float]
+    end: tuple[float, float]
+    width: float
+    rgb: Rgb
+    opacity: float
+
+
+@dataclass(frozen=True)
+class Background:
+    """A plane z = distance + slope · (x, y), painted with a gradient, a texture and a few strokes."""
+
+    distance: float
+    slope: tuple[float, float]
+    rgb: tuple[Rgb, Rgb]  # ends of the gradient
+    angle: float  # of the gradient
+    texture: Texture
+    marks: tuple[Mark, ...]
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A flat, bevelled object."""
+
+    kind: Kind
+    colour: str  # the name; ``rgb`` is this thing's own shade of it
+    rgb: Rgb
+    texture: Texture
+    size: float  # radius of the disc of the same area, metres
+    position: tuple[float, float, float]  # of the centroid, metres
+    rotation: tuple[float, float, float]  # roll in its own plane, then pitch about x, then yaw about y
+    bevel: float  # width of the rounded rim, in radii
+    relief: float  # steepness of the rim
+    gloss: float  # strength of the highlight
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything needed to draw any view. ``things[0]`` is the main thing: the nearest and, in the picture, the largest.
+
+    Things do not pass through each other or the backdrop: ordered by the depth of their centres, a thing's farthest
+    point is nearer than the next thing's nearest point. The worlds keep this, and it makes occlusion exact.
+    """
+
+    camera: Camera
+    light: Light
+    background: Background
+    things: tuple[Thing, ...]
+    grain: float  # standard deviation of the film grain, in [0, 1] of full scale
+    grain_seed: int

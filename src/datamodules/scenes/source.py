@@ -1,0 +1,136 @@
+"""The embedded data set: rendered scenes behind the interface every source has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from src.datamodules.scenes import render
+from src.datamodules.scenes.cache import Recipe, open_or_build
+from src.datamodules.scenes.scene import Scene
+from src.datamodules.scenes.world import ObjectsWorld
+from src.datamodules.sources.source import Sample, Split
+from src.randomness import fold
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+FIELDS = ("labels", "boxes", "box_labels", "instance_masks", "depth")
+
+
+class ScenesSource:
+    """``count`` scenes of one split, with the ground truth that is asked for.
+
+    The split is folded into the seed, so no two splits share a scene, whatever their sizes; a larger ``count`` adds
+    scenes to the same ones. Fields, T being the scene's number of things (the main thing is always the first):
+
+    - ``labels`` bool [K]: kinds of which at least 0.2 % of the picture is seen
+    - ``boxes`` float32 [T, 4]: x0 y0 x1 y1 in pixels around the visible part, zeros where nothing is seen
+    - ``box_labels`` int64 [T]: kind of each thing
+    - ``instance_masks`` bool [T, H, W]: visible part, disjoint
+    - ``depth`` float32 [H, W]: metres along the camera's axis
+
+    With ``cache_dir`` the pictures and labels are rendered once into memory-mapped arrays, then also found whole in
+    ``images`` (uint8 [N, 3, H, W]) and ``labels`` (int64 [N]); the other fields are rendered when asked for.
+    """
+
+    images: np.ndarray | None
+    labels: np.ndarray | None
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        count: int,
+        resolution: int = 256,
+        seed: int = 0,
+        fields: Sequence[str] = (),
+        cache_dir: str | Path | None = None,
+        world: ObjectsWorld | None = None,
+    ) -> None:
+        """
+        Raises:
+            ValueError: an unknown split or field, or a count, resolution or seed that is out of range.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+        unknown = [field for field in fields if field not in FIELDS]
+        if unknown:
+            raise ValueError(f"scenes have no field {', '.join(map(repr, unknown))}; there are {', '.join(FIELDS)}")
+        if count < 1 or resolution < 8 or seed < 0:
+            raise ValueError(
+                f"scenes need count >= 1, resolution >= 8 and seed >= 0; got {count}, {resolution} and {seed}"
+            )
+        self.split, self.count, self.resolution, self.seed = split, count, resolution, seed
+        self.fields = tuple(fields)
+        self.world = world or ObjectsWorld()
+        self.classes: tuple[str, ...] = tuple(kind.name for kind in self.world.kinds)
+        self._scene_seed = fold(seed, SPLITS.index(split))
+        self.cache_dir = cache_dir
+        self._open()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        """
+        Raises:
+            IndexError: ``index`` is not in [0, len).
+        """
+        self._check(index)
+        scene = self.scene(index) if self.images is None or self.fields else None
+        if self.images is not None and self.labels is not None:
+            image, label = np.array(self.images[index]), int(self.labels[index])
+        else:
+            assert scene is not None
+            image, label = render.image(scene, self.resolution), render.label(scene, self.world.kinds)
+        sample: Sample = {"image": torch.from_numpy(image), "label": label}
+        if scene is not None and self.fields:
+            sample["fields"] = self._fields(scene)
+        return sample
+
+    def name(self, index: int) -> str:
+        """Such as "scenes/train/123"."""
+        self._check(index)
+        return f"scenes/{self.split}/{index}"
+
+    def scene(self, index: int) -> Scene:
+        """What sample ``index`` shows, as data."""
+        self._check(index)
+        return self.world.scene(self._scene_seed, index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the mapped arrays: a pickled one would be a copy of all pictures."""
+        return self.__dict__ | {"images": None, "labels": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def _open(self) -> None:
+        self.images = self.labels = None
+        if self.cache_dir is not None:
+            recipe = Recipe(self.world, self._scene_seed, self.count, self.resolution)
+            self.images, self.labels = open_or_build(recipe, self.cache_dir)
+
+    def _fields(self, scene: Scene) -> dict[str, torch.Tensor]:
+        kinds, found = self.world.kinds, {}
+        masks = None
+        if "boxes" in self.fields or "instance_masks" in self.fields:
+            masks = render.instance_masks(scene, self.resolution)
+        for field in self.fields:
+            if field == "labels":
+                found[field] = torch.from_numpy(render.labels(scene, kinds))
+            elif field == "box_labels":
+                found[field] = torch.from_numpy(render.box_labels(scene, kinds))
+            elif field == "depth":
+                found[field] = torch.from_numpy(render.depth(scene, self.resolution))
+            elif masks is not None:
+                found[field] = torch.from_numpy(masks if field == "instance_masks" else render.boxes_of(masks))
+        return found
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < self.count:
+            raise IndexError(f"scene {index} of {self.count}")

@@ -1,0 +1,236 @@
+"""Which scenes there are: a world draws scene number ``index`` of a seed."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from src.datamodules.scenes.patterns import PATTERNS, PLAIN, Pattern
+from src.datamodules.scenes.render import axes
+from src.datamodules.scenes.scene import Background, Camera, Light, Mark, Rgb, Scene, Texture, Thing
+from src.datamodules.scenes.shapes import KINDS, Kind
+from src.randomness import fold
+
+Range = tuple[float, float]
+
+# hue, saturation and value ranges; a thing takes its own shade from them
+COLOURS: dict[str, tuple[Range, Range, Range]] = {
+    "red": ((-0.025, 0.02), (0.7, 1.0), (0.6, 1.0)),
+    "orange": ((0.05, 0.095), (0.75, 1.0), (0.8, 1.0)),
+    "yellow": ((0.13, 0.17), (0.65, 1.0), (0.8, 1.0)),
+    "green": ((0.28, 0.39), (0.55, 1.0), (0.4, 0.85)),
+    "cyan": ((0.47, 0.53), (0.5, 1.0), (0.65, 1.0)),
+    "blue": ((0.58, 0.66), (0.6, 1.0), (0.5, 1.0)),
+    "purple": ((0.73, 0.8), (0.5, 0.95), (0.4, 0.9)),
+    "white": ((0.0, 1.0), (0.0, 0.08), (0.85, 1.0)),
+}
+
+
+@dataclass(frozen=True)
+class ObjectsWorld:
+    """One large thing before smaller ones of other kinds, on a painted backdrop. The label is the large thing's kind.
+
+    Lengths are in half picture widths unless stated. The numbers below are the measured difficulty; changing a range
+    changes it.
+    """
+
+    kinds: tuple[Kind, ...] = KINDS
+    patterns: tuple[Pattern, ...] = PATTERNS
+    main_radius: Range = (0.36, 0.52)  # of the disc of equal area
+    main_place: float = 0.3  # the main thing's centre lies within ± this
+    other_radius: Range = (0.1, 0.2)
+    others: tuple[int, int] = (1, 3)  # how many, both ends included
+    roll: float = 0.3  # largest rotation of the main thing in its plane, radians
+    other_roll: float = 0.6
+    tilt: float = 0.35  # largest pitch and yaw, radians
+    contrast: float = 0.3  # least distance of a thing's colour from the backdrop's
+    marks: tuple[int, int] = (0, 4)  # strokes on the backdrop
+    grain: Range = (0.005, 0.03)
+
+    def scene(self, seed: int, index: int) -> Scene:
+        """Scene ``index`` of ``seed``; nothing else enters."""
+        rng = np.random.Generator(np.random.PCG64(fold(seed, index)))
+        camera = Camera(
+            position=(_within(rng, (-0.2, 0.2)), _within(rng, (-0.2, 0.2)), 0.0), focal=_within(rng, (1.7, 2.4))
+        )
+        backdrop = (_paper(rng), _paper(rng))
+        behind = tuple(0.5 * (a + b) for a, b in zip(*backdrop, strict=True))
+        things = self._things(rng, camera, behind)
+        farthest = max(thing.position[2] for thing in things)
+        return Scene(
+            camera=camera,
+            light=_light(rng),
+            background=self._background(rng, backdrop, farthest),
+            things=things,
+            grain=_within(rng, self.grain),
+            grain_seed=fold(seed, index, 1),
+        )
+
+    def _things(self, rng: np.random.Generator, camera: Camera, behind: tuple[float, ...]) -> tuple[Thing, ...]:
+        count = int(rng.integers(self.others[0], self.others[1] + 1))
+        chosen = [self.kinds[int(i)] for i in rng.permutation(len(self.kinds))]
+        z = _within(rng, (2.0, 3.0))
+        centre = (_within(rng, (-self.main_place, self.main_place)), _within(rng, (-self.main_place, self.main_place)))
+        radius = _within(rng, self.main_radius)
+        things = [self._thing(rng, chosen[0], camera, behind, centre, radius, z, self.roll)]
+        discs = [(centre, radius)]
+        for kind in chosen[1 : count + 1]:
+            z *= _within(rng, (1.35, 1.6))  # more than the tilted things' extent in depth
+            radius = _within(rng, self.other_radius)
+            centre = _free_place(rng, discs, radius)
+            discs.append((centre, radius))
+            things.append(self._thing(rng, kind, camera, behind, centre, radius, z, self.other_roll))
+        return tuple(things)
+
+    def _thing(
+        self,
+        rng: np.random.Generator,
+        kind: Kind,
+        camera: Camera,
+        behind: tuple[float, ...],
+        centre: tuple[float, float],
+        radius: float,
+        z: float,
+        roll: float,
+    ) -> Thing:
+        scale = z / camera.focal
+        colour, rgb = _colour(rng, behind, self.contrast)
+        pattern = self.patterns[int(rng.integers(len(self.patterns)))]
+        return Thing(
+            kind=kind,
+            colour=colour,
+            rgb=rgb,
+            texture=Texture(
+                pattern=pattern,
+                rgb=_second(rng, rgb),
+                period=_within(rng, (0.45, 1.1)),
+                angle=_within(rng, (0.0, math.pi)),
+                phase=(_within(rng, (0.0, 1.0)), _within(rng, (0.0, 1.0))),
+            ),
+            size=radius * scale,
+            position=(camera.position[0] + centre[0] * scale, camera.position[1] + centre[1] * scale, z),
+            rotation=(
+                _within(rng, (-roll, roll)),
+                _within(rng, (-self.tilt, self.tilt)),
+                _within(rng, (-self.tilt, self.tilt)),
+            ),
+            bevel=_within(rng, (0.12, 0.4)),
+            relief=_within(rng, (0.3, 1.2)),
+            gloss=max(0.0, _within(rng, (-0.2, 0.5))),
+        )
+
+    def _background(self, rng: np.random.Generator, rgb: tuple[Rgb, Rgb], farthest: float) -> Background:
+        pattern = self.patterns[int(rng.integers(len(self.patterns)))] if rng.random() < 0.7 else PLAIN
+        strength = _within(rng, (-0.16, 0.16))
+        low = min(min(colour) for colour in rgb)
+        strength = abs(strength) if low < 0.2 else strength
+        wash = tuple(strength * _within(rng, (0.6, 1.4)) for _ in range(3))
+        count = int(rng.integers(self.marks[0], self.marks[1] + 1))
+        return Background(
+            distance=farthest * _within(rng, (1.5, 2.5)),
+            slope=(_within(rng, (-0.2, 0.2)), _within(rng, (-0.2, 0.2))),
+            rgb=rgb,
+            angle=_within(rng, (0.0, 2.0 * math.pi)),
+            texture=Texture(
+                pattern=pattern,
+                rgb=(wash[0], wash[1], wash[2]),
+                period=_within(rng, (0.25, 0.8)),
+                angle=_within(rng, (0.0, math.pi)),
+                phase=(_within(rng, (0.0, 1.0)), _within(rng, (0.0, 1.0))),
+            ),
+            marks=tuple(_mark(rng) for _ in range(count)),
+        )
+
+
+def _within(rng: np.random.Generator, bounds: Range) -> float:
+    return bounds[0] + (bounds[1] - bounds[0]) * float(rng.random())
+
+
+def _hsv(rng: np.random.Generator, ranges: tuple[Range, Range, Range]) -> Rgb:
+    return colorsys.hsv_to_rgb(*(_within(rng, bounds) for bounds in ranges))
+
+
+def _paper(rng: np.random.Generator) -> Rgb:
+    """A muted colour of any brightness, for the backdrop."""
+    return _hsv(rng, ((0.0, 1.0), (0.0, 0.5), (0.15, 0.85)))
+
+
+def _colour(rng: np.random.Generator, behind: tuple[float, ...], contrast: float) -> tuple[str, Rgb]:
+    """A named colour in a shade that stands out from ``behind``; the best of twelve draws if none does."""
+    names, best, best_distance = list(COLOURS), ("", (0.0, 0.0, 0.0)), -1.0
+    for _ in range(12):
+        name = names[int(rng.integers(len(names)))]
+        rgb = _hsv(rng, COLOURS[name])
+        distance = _difference(rgb, behind)
+        if distance > best_distance:
+            best, best_distance = (name, rgb), distance
+        if distance >= contrast:
+            break
+    return best
+
+
+def _difference(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    return math.sqrt(sum((p - q) ** 2 for p, q in zip(a, b, strict=True)) / 3.0)
+
+
+def _second(rng: np.random.Generator, rgb: Rgb) -> Rgb:
+    """The texture's other colour: a darker, lighter or turned shade of the first."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
+    if rng.random() < 0.6:
+        value *= _within(rng, (0.45, 0.75))
+    else:
+        saturation *= _within(rng, (0.2, 0.6))
+    return colorsys.hsv_to_rgb(hue + _within(rng, (-0.06, 0.06)), saturation, value)
+
+
+def _light(rng: np.random.Generator) -> Light:
+    azimuth, elevation = _within(rng, (0.0, 2.0 * math.pi)), _within(rng, (0.6, 1.2))
+    level = _within(rng, (0.85, 1.1))
+    return Light(
+        direction=(
+            math.cos(azimuth) * math.cos(elevation),
+            math.sin(azimuth) * math.cos(elevation),
+            -math.sin(elevation),
+        ),
+        ambient=_within(rng, (0.3, 0.6)),
+        tint=(level * _within(rng, (0.92, 1.08)), level, level * _within(rng, (0.92, 1.08))),
+        falloff=(_within(rng, (-0.15, 0.15)), _within(rng, (-0.15, 0.15))),
+        shadow=_within(rng, (0.15, 0.45)),
+    )
+
+
+def _mark(rng: np.random.Generator) -> Mark:
+    x, y = _within(rng, (-1.0, 1.0)), _within(rng, (-1.0, 1.0))
+    angle, length = _within(rng, (0.0, 2.0 * math.pi)), _within(rng, (0.2, 0.9))
+    return Mark(
+        start=(x, y),
+        end=(x + length * math.cos(angle), y + length * math.sin(angle)),
+        width=_within(rng, (0.02, 0.07)),
+        rgb=_hsv(rng, ((0.0, 1.0), (0.1, 0.8), (0.2, 0.9))),
+        opacity=_within(rng, (0.2, 0.6)),
+    )
+
+
+def _free_place(
+    rng: np.random.Generator, discs: list[tuple[tuple[float, float], float]], radius: float
+) -> tuple[float, float]:
+    """A place that what is already there hides at most in part: the best of eight draws."""
+    best, best_room = (0.0, 0.0), -math.inf
+    for _ in range(8):
+        place = (_within(rng, (-0.9, 0.9)), _within(rng, (-0.9, 0.9)))
+        room = min((math.dist(place, centre) - taken) / radius for centre, taken in discs)
+        if room > best_room:
+            best, best_room = place, room
+        if room >= 0.3:
+            break
+    return best
+
+
+def depth_span(thing: Thing) -> tuple[float, float]:
+    """Nearest and farthest depth that any point of the thing can have, metres."""
+    right, down, _ = axes(thing.rotation)
+    extent = thing.size * thing.kind.reach * math.hypot(right[2], down[2])
+    return thing.position[2] - extent, thing.position[2] + extent
