@@ -1,0 +1,60 @@
+# Every command of Pretext. `make help` explains; each target sets up .venv first if it is missing or stale.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+export PYTHONUNBUFFERED := 1
+PY := .venv/bin/python
+
+# words of the command line -> overrides; ARGS="key=value ..." are passed on as they are
+COMMON := $(if $(SEED),seed=$(SEED)) $(if $(DEVICES),trainer.devices=$(DEVICES))
+TRAIN  := $(if $(EXP),experiment=$(EXP)) $(if $(SCALE),scale=$(SCALE)) $(if $(DATA),data=$(DATA)) \
+          $(if $(DATA_DIR),paths.data='"$(DATA_DIR)"') $(if $(CKPT),checkpoint='"$(CKPT)"') \
+          $(if $(NAME),run.name='"$(NAME)"') $(COMMON)
+
+.PHONY: help setup train resume evaluate export list new bench tensorboard test lint format clean
+
+help: ## this text
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "  make train EXP=mae_vitb [SCALE=paper|smoke|tiny] [DATA=emoji] [DATA_DIR=...] [CKPT=...]"
+	@echo "             [NAME=...] [SEED=0] [DEVICES=2] [ARGS=\"data.batch_size=64 trainer.max_epochs=5\"]"
+
+setup: ## make .venv (the other targets do it themselves)
+	@tools/setup.sh
+
+train: setup ## train an experiment: EXP=mae_vitb (without EXP: the list)
+	@$(PY) -m src.train $(TRAIN) $(ARGS)
+
+resume: setup ## continue a run, to the same bits: RUN=runs/<experiment>/<name>
+	@$(PY) -m src.resume run='$(RUN)' $(if $(DEVICES),trainer.devices=$(DEVICES)) $(ARGS)
+
+evaluate: setup ## judge a run's encoder: RUN=... EVAL=knn,linear,finetune [DATA=emoji]
+	@$(PY) -m src.evaluate run='$(RUN)' $(if $(EVAL),eval=$(EVAL)) $(if $(DATA),data=$(DATA)) \
+	  $(if $(DATA_DIR),paths.data='"$(DATA_DIR)"') $(ARGS)
+
+export: setup ## write a run's encoder for others: RUN=... FORMAT=timm|hf
+	@$(PY) -m src.export run='$(RUN)' $(if $(FORMAT),format=$(FORMAT)) $(ARGS)
+
+list: setup ## every experiment: name, family, data, paper
+	@$(PY) -m src.listing
+
+new: setup ## start a method of your own from one that is here: METHOD=mine FROM=mae
+	@$(PY) -m src.new method='$(METHOD)' from='$(FROM)'
+
+bench: setup ## measure speed and write docs/benchmarks.md
+	@$(PY) -m src.bench $(ARGS)
+
+tensorboard: setup ## dashboards of all runs, on this machine only
+	@$(PY) -m tensorboard.main --logdir runs --host 127.0.0.1 --port $(or $(PORT),6006)
+
+test: setup ## every test, offline, on CPU
+	@HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= $(PY) -m pytest $(ARGS)
+
+lint: setup ## style, imports, types
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+
+format: setup ## put style and imports right
+	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+
+clean: ## remove caches and .venv, never runs
+	rm -rf .venv cache .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

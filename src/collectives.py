@@ -1,0 +1,76 @@
+"""What crosses processes. Every function is the identity in a single process.
+
+The contract for losses over gathered features: if each process computes the mean loss of its own rows against all
+gathered rows, then after DDP has averaged the gradients every parameter has the gradient a single process would have
+computed on the concatenated batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def gather(local: Tensor) -> tuple[Tensor, int]:
+    """Rows of all processes in rank order, with exact gradients, and where this process's own rows begin.
+
+    Every process must hold as many rows as the others (training batches do).
+    """
+    if not is_distributed():
+        return local, 0
+    return _Gather.apply(local), rank() * len(local)
+
+
+def gather_rows(local: Tensor) -> Tensor:
+    """Rows of all processes in rank order, without gradient; the number of rows may differ between processes."""
+    if not is_distributed():
+        return local
+    count = torch.tensor([len(local)], device=local.device)
+    counts = [torch.zeros_like(count) for _ in range(world_size())]
+    dist.all_gather(counts, count)
+    most = int(max(counts))
+    padded = local.new_zeros((most, *local.shape[1:]))
+    padded[: len(local)] = local.detach()
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)])
+
+
+def reduce_sum(value: Tensor) -> Tensor:
+    """The sum over processes, without gradient; ``value`` itself is left alone."""
+    total = value.detach().clone()
+    if is_distributed():
+        dist.all_reduce(total)
+    return total
+
+
+class _Gather(torch.autograd.Function):
+    """All processes differentiate through all rows, so a row's gradient is the sum of what each process found."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        ctx.rows = len(local)
+        parts = [torch.empty_like(local) for _ in range(world_size())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total[rank() * ctx.rows : (rank() + 1) * ctx.rows]

@@ -1,0 +1,182 @@
+"""From words on a command line to a composed, checked configuration; mistakes are answered with the nearest names."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import instantiate as hydra_instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+PROJECT = Path(__file__).resolve().parent.parent
+CONFIGS = PROJECT / "configs"
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can put right; the message says what and how."""
+
+
+def register_resolvers() -> None:
+    """``${linear_lr:base,batch,reference}``: the learning rate in proportion to the batch, base * batch / reference;
+    ``${sqrt_lr:…}``: in proportion to its square root."""
+    OmegaConf.register_new_resolver("linear_lr", lambda base, batch, ref: base * batch / ref, replace=True)
+    OmegaConf.register_new_resolver("sqrt_lr", lambda base, batch, ref: base * (batch / ref) ** 0.5, replace=True)
+
+
+def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration ``configs/<config_name>.yaml`` with ``overrides`` (Hydra's grammar).
+
+    Raises:
+        UserError: an override does not parse, or names an experiment, option or key that does not exist.
+    """
+    register_resolvers()
+    parsed = _parse(overrides)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        groups = [override for override in parsed if _is_group(override)]
+        for override in groups:
+            _check_option(override)
+        try:
+            base = hydra_compose(config_name, [override.input_line or "" for override in groups])
+            for override in parsed:
+                if override not in groups:
+                    _check_value(override, base)
+            return hydra_compose(config_name, list(overrides))
+        except (HydraException, OmegaConfBaseException) as problem:
+            raise UserError(_first_lines(problem)) from problem
+
+
+def apply(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """A stored configuration with ``key=value`` changes.
+
+    Raises:
+        UserError: a key that the configuration does not have.
+    """
+    for override in _parse(overrides):
+        if _is_group(override):
+            raise UserError(f"'{override.key_or_group}' cannot change in a run that exists; start a new one")
+        _check_value(override, config)
+        OmegaConf.update(config, override.key_or_group, override.value(), force_add=override.is_add())
+    return config
+
+
+def instantiate(config: Any, **kwargs: Any) -> Any:
+    """Build what a configuration describes; a constructor's complaint about a value becomes a UserError."""
+    try:
+        return hydra_instantiate(config, **kwargs)
+    except InstantiationException as problem:
+        cause = problem.__cause__
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, ValueError | TypeError | FileNotFoundError | ImportError | OSError):
+            key = getattr(problem, "full_key", None) or _named_key(problem)
+            raise UserError(f"{f'in {key}: ' if key else ''}{cause}") from problem
+        raise
+
+
+def names(group: str) -> list[str]:
+    """The options of a configuration group, sorted."""
+    return sorted(
+        path.stem for path in (CONFIGS / group).glob("*.yaml")
+    )
+
+
+def nearest(word: str, options: Sequence[str]) -> str:
+    """``; did you mean …?`` with up to three names close to ``word``, or what there is."""
+    close = difflib.get_close_matches(word, options, n=3, cutoff=0.5)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; there are {', '.join(options)}" if len(options) <= 40 else ""
+
+
+def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
+    """Run a command's ``main`` on the command line; a UserError ends with its message and exit code 2."""
+    try:
+        code = main(sys.argv[1:])
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    raise SystemExit(code or 0)
+
+
+def default_scale() -> str:
+    return "paper" if torch.cuda.is_available() else "smoke"
+
+
+def default_precision() -> str:
+    """bf16-mixed where the hardware multiplies bfloat16 matrices faster than float32: GPUs that support it, and CPUs with
+    AMX. AVX512-BF16 alone does not count: its dot products were measured slower than float32's (docs/benchmarks.md)."""
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+    return "bf16-mixed" if torch.cpu._is_amx_tile_supported() else "32-true"
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    parsed = []
+    for line in overrides:
+        try:
+            parsed.append(parser.parse_override(line))
+        except HydraException as problem:
+            raise UserError(f"cannot read the override '{line}' (key=value is expected): {_first_lines(problem)}") from None
+    return parsed
+
+
+def _is_group(override: Override) -> bool:
+    return (CONFIGS / override.key_or_group.split("@")[0]).is_dir()
+
+
+def _check_option(override: Override) -> None:
+    group, option = override.key_or_group.split("@")[0], override.value()
+    options = names(group)
+    for name in option if isinstance(option, list) else [option]:
+        if name is not None and str(name) not in options:
+            raise UserError(f"there is no {group} '{name}'{nearest(str(name), options)}")
+
+
+def _check_value(override: Override, config: DictConfig) -> None:
+    if override.is_add() or override.is_delete():
+        return
+    key = override.key_or_group
+    keys = list(_keys(config))
+    if key not in keys:
+        raise UserError(f"there is no key '{key}'{nearest(key, keys) or '; see config.yaml of any run'}")
+    old, new = OmegaConf.to_container(config, resolve=False), override.value()
+    for part in key.split("."):
+        old = old[int(part)] if isinstance(old, list) else old[part]  # type: ignore[index,call-overload]
+    if isinstance(old, int | float) and not isinstance(old, bool) and isinstance(new, str) and "${" not in new:
+        raise UserError(f"{key} is a number ({old}); '{new}' is not")
+
+
+def _keys(config: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
+    items = range(len(config)) if isinstance(config, ListConfig) else config.keys()
+    for name in items:
+        path = f"{prefix}{name}"
+        yield path
+        node = config._get_node(name)
+        if isinstance(node, DictConfig | ListConfig) and not (node._is_none() or node._is_missing() or node._is_interpolation()):
+            yield from _keys(node, f"{path}.")
+
+
+def _named_key(problem: InstantiationException) -> str | None:
+    for line in str(problem).splitlines():
+        if line.startswith("full_key: "):
+            return line.removeprefix("full_key: ")
+    return None
+
+
+def _first_lines(problem: BaseException) -> str:
+    return " ".join(line.strip() for line in str(problem).splitlines()[:2] if line.strip())

@@ -1,0 +1,61 @@
+"""What flows from a DataModule into a method: typed batches, and one check for all of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NamedTuple, TypedDict, get_type_hints
+
+import torch
+from torch import Tensor
+
+
+class Field(NamedTuple):
+    """Shape and type of one tensor of a batch. ``shape`` names its axes ("B 3 H W"); a digit is an exact size and a
+    name stands for one size in the whole batch."""
+
+    shape: str
+    dtype: torch.dtype
+
+
+class ImageBatch(TypedDict):
+    """One view an image."""
+
+    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalised with the DataModule's mean and std
+    label: Annotated[Tensor, Field("B", torch.int64)]  # class, -1 where the source has none
+    index: Annotated[Tensor, Field("B", torch.int64)]  # position in the source
+    replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
+
+
+class BatchError(ValueError):
+    """A batch is not what its type says; the message names the field."""
+
+
+def validate(batch: Any, kind: type) -> None:
+    """Check ``batch`` against the TypedDict ``kind``.
+
+    Raises:
+        BatchError: a field is missing, has another type or shape than stated, or is not finite.
+    """
+    if not isinstance(batch, dict):
+        raise BatchError(f"a batch must be a dict as {kind.__name__} says, not {type(batch).__name__}")
+    sizes: dict[str, int] = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        if name not in batch:
+            raise BatchError(f"{kind.__name__} needs the field '{name}'; the batch has {', '.join(sorted(batch))}")
+        for field in getattr(hint, "__metadata__", ()):
+            _check(name, batch[name], field, sizes)
+
+
+def _check(name: str, value: Any, field: Field, sizes: dict[str, int]) -> None:
+    if not isinstance(value, Tensor):
+        raise BatchError(f"batch['{name}'] must be a tensor, not {type(value).__name__}")
+    if value.dtype != field.dtype:
+        raise BatchError(f"batch['{name}'] must be {field.dtype}, not {value.dtype}")
+    axes = field.shape.split()
+    if value.ndim != len(axes):
+        raise BatchError(f"batch['{name}'] must have the axes [{', '.join(axes)}], got {list(value.shape)}")
+    for axis, size in zip(axes, value.shape, strict=True):
+        expected = int(axis) if axis.isdigit() else sizes.setdefault(axis, size)
+        if size != expected:
+            raise BatchError(f"batch['{name}'] has {axis} = {size} where {expected} is expected: {list(value.shape)}")
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        raise BatchError(f"batch['{name}'] holds NaN or infinite values")

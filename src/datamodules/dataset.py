@@ -1,0 +1,217 @@
+"""From a source and a view to batches: deterministic draws, replacement of bad samples, exact resume."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from src.datamodules.sources.source import BadSample, ImageSource, Sample
+from src.datamodules.views.view import View, stack
+from src.randomness import fold, uniform
+
+log = logging.getLogger(__name__)
+
+_REPLACEMENTS = 16
+
+
+class Draw(NamedTuple):
+    """One sample at one time: all its randomness follows from this and the run's seed."""
+
+    epoch: int
+    index: int
+
+
+class ViewedDataset(Dataset[dict[str, Tensor]]):
+    """Lists of draws to batches.
+
+    A sample that cannot be read is logged with its name, noted in ``bad_log``, and replaced by another one of the same
+    source, always the same one; the batch says so in ``replaced``.
+
+    Args:
+        source: where samples come from.
+        view: what they become.
+        seed: the run's.
+        subset: positions of the source that count, in order; None for all.
+        bad_log: file that collects what was replaced, one tab-separated line each (several processes may append).
+    """
+
+    def __init__(
+        self, source: ImageSource, view: View, *, seed: int, subset: np.ndarray | None = None, bad_log: Path | None = None
+    ) -> None:
+        self.source = source
+        self.view = view
+        self.seed = seed
+        self.subset = subset
+        self.bad_log = bad_log
+        self._reported: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.source) if self.subset is None else len(self.subset)
+
+    def __getitem__(self, draws: list[Draw]) -> dict[str, Tensor]:
+        positions = [draw.index if self.subset is None else int(self.subset[draw.index]) for draw in draws]
+        numbers = uniform(self.seed, [draw.epoch for draw in draws], positions, self.view.draws)
+        images = getattr(self.source, "images", None)
+        if images is not None:
+            labels = np.asarray(self.source.labels)[positions]  # type: ignore[attr-defined]
+            fields = self.view.decoded(torch.from_numpy(np.asarray(images[positions])), numbers)
+            replaced = torch.zeros(len(draws), dtype=torch.bool)
+        else:
+            rows, labels, replaced = self._rows(positions, numbers)
+            fields = stack(rows) if isinstance(rows, list) else rows
+        return {
+            **fields,
+            "label": torch.as_tensor(labels, dtype=torch.int64),
+            "index": torch.tensor(positions, dtype=torch.int64),
+            "replaced": replaced,
+        }
+
+    def _rows(self, positions: list[int], numbers: np.ndarray) -> tuple[Any, list[int], Tensor]:
+        samples: list[Sample] = []
+        rows: list[dict[str, Tensor]] = []
+        replaced = []
+        for position, row in zip(positions, numbers, strict=True):
+            sample, view, standby = self._usable(position, row)
+            samples.append(sample)
+            replaced.append(standby)
+            if view is not None:
+                rows.append(view)
+        labels = [sample["label"] for sample in samples]
+        flags = torch.tensor(replaced, dtype=torch.bool)
+        if rows:
+            return rows, labels, flags
+        pictures = [sample["image"] for sample in samples]
+        if len({picture.shape for picture in pictures}) == 1:  # type: ignore[union-attr]
+            return self.view.decoded(torch.stack(pictures), numbers), labels, flags  # type: ignore[arg-type]
+        single = [self.view.decoded(p[None], n[None]) for p, n in zip(pictures, numbers, strict=True)]  # type: ignore[index]
+        return [{name: value[0] for name, value in fields.items()} for fields in single], labels, flags
+
+    def _usable(self, position: int, numbers: np.ndarray) -> tuple[Sample, dict[str, Tensor] | None, bool]:
+        """The sample at ``position`` or its stand-in, and its view where the picture had to be decoded for it."""
+        candidate = position
+        for attempt in range(_REPLACEMENTS):
+            try:
+                sample = self.source[candidate]
+                image = sample["image"]
+                view = None if isinstance(image, Tensor) else self.view.encoded(image, numbers)
+                return sample, view, attempt > 0
+            except BadSample as problem:
+                self._report(candidate, problem)
+                candidate = fold(self.seed, position, attempt) % len(self.source)
+        raise BadSample(f"{_REPLACEMENTS} samples in a row could not be read, the last {self.source.name(candidate)}")
+
+    def _report(self, index: int, problem: BadSample) -> None:
+        if index in self._reported:
+            return
+        self._reported.add(index)
+        name = self.source.name(index)
+        log.warning("replaced %s: %s", name, problem)
+        if self.bad_log is not None:
+            with self.bad_log.open("a") as file:
+                file.write(f"{name}\t{problem}\n")
+
+
+class TrainSampler(Sampler[list[Draw]]):
+    """Deals one permutation an epoch, the same for any number of processes and micro-batches.
+
+    Optimizer step s of an epoch uses the s-th ``batch_size`` draws of the permutation; they are cut into
+    ``micro_batches`` x ``world_size`` equal parts, of which this process takes one after the other its own. What does not
+    fill a whole batch waits for another epoch's permutation.
+
+    Raises:
+        ValueError: the batch cannot be cut that way, or there is not one whole batch.
+    """
+
+    def __init__(
+        self, length: int, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, micro_batches: int = 1
+    ) -> None:
+        parts = world_size * micro_batches
+        if batch_size < 1 or batch_size % parts:
+            raise ValueError(
+                f"data.batch_size={batch_size} is the batch of one optimizer step and must be a multiple of "
+                f"{world_size} processes x {micro_batches} micro-batches = {parts}"
+            )
+        if length < batch_size:
+            raise ValueError(f"data.batch_size={batch_size} is more than the {length} training samples there are")
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.micro_batches = micro_batches
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // self.batch_size * self.micro_batches
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        order = np.random.default_rng(fold(self.seed, self.epoch)).permutation(self.length)
+        share = self.batch_size // (self.world_size * self.micro_batches)
+        for micro_batch in range(self.start, len(self)):
+            begin = (micro_batch * self.world_size + self.rank) * share
+            yield [Draw(self.epoch, int(index)) for index in order[begin : begin + share]]
+
+
+class EvalSampler(Sampler[list[Draw]]):
+    """Every sample once, in order, dealt out over processes; the last batches may be short."""
+
+    def __init__(self, length: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.indices = range(rank, length, world_size)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for begin in range(0, len(self.indices), self.batch_size):
+            yield [Draw(0, index) for index in self.indices[begin : begin + self.batch_size]]
+
+
+class ResumableLoader(DataLoader[dict[str, Tensor]]):
+    """A DataLoader that knows how far it is, so that a run taken up in the middle of an epoch goes on with the next
+    batch. Lightning saves and restores the state."""
+
+    def __init__(self, dataset: ViewedDataset, sampler: TrainSampler, *, num_workers: int = 0, pin_memory: bool = False) -> None:
+        super().__init__(
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+            prefetch_factor=4 if num_workers > 0 else None,
+        )
+        self._epoch = 0
+        self._served = 0
+        self._resume: dict[str, int] | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
+        sampler: TrainSampler = self.sampler  # type: ignore[assignment]
+        # the state of a finished epoch names that epoch, and the one to come then starts at its beginning
+        resumes = self._resume is not None and self._resume["epoch"] == sampler.epoch
+        sampler.start = self._resume["batch"] if resumes and self._resume else 0
+        self._resume = None
+        self._epoch, self._served = sampler.epoch, sampler.start
+        return self._count(super().__iter__())
+
+    def _count(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        for batch in batches:
+            self._served += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "batch": self._served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._resume = dict(state)

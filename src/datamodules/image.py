@@ -1,0 +1,159 @@
+"""Images from any source, as the batches methods train on and the sets evaluations need."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from src.datamodules.dataset import EvalSampler, ResumableLoader, TrainSampler, ViewedDataset
+from src.datamodules.sources.source import ImageSource, Split
+from src.datamodules.views.view import View
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ImageDataModule(L.LightningDataModule):
+    """One source, a view to train on and a view to evaluate with.
+
+    ``batch_size`` is the batch of one optimizer step over all processes and micro-batches: the recipe stays the same on
+    any hardware.
+
+    Args:
+        source: makes the source of a split, e.g. ``partial(ImageFolderSource, root=…)``.
+        train_view: what a training sample becomes; its batch type must be the method's.
+        eval_view: what a sample becomes for evaluation, an `ImageBatch`.
+        batch_size: images per optimizer step.
+        eval_batch_size: images per forward pass of an evaluation, in each process.
+        seed: of order and augmentation.
+        train_samples, eval_samples: use only so many (a fixed random choice); None for all.
+        num_workers: loader processes; None for as many as the cores leave.
+        mean, std: normalisation, per channel, of values in [0, 1].
+        max_bad_share: the run stops once more than this share of the samples seen had to be replaced.
+        bad_log: file that lists what was replaced.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Callable[[Split], ImageSource],
+        train_view: View,
+        eval_view: View,
+        batch_size: int,
+        eval_batch_size: int = 256,
+        seed: int = 0,
+        train_samples: int | None = None,
+        eval_samples: int | None = None,
+        num_workers: int | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        max_bad_share: float = 0.01,
+        bad_log: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.make_source = source
+        self.train_view = train_view
+        self.eval_view = eval_view
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.seed = seed
+        self.train_samples = train_samples
+        self.eval_samples = eval_samples
+        self.num_workers = default_workers() if num_workers is None else num_workers
+        self.mean = torch.tensor(tuple(mean)).view(3, 1, 1)
+        self.std = torch.tensor(tuple(std)).view(3, 1, 1)
+        self.max_bad_share = max_bad_share
+        self.bad_log = Path(bad_log) if bad_log is not None else None
+
+    @property
+    def batch_type(self) -> type:
+        """The TypedDict that ``train_dataloader`` yields once it is on the device."""
+        return self.train_view.batch_type
+
+    @cached_property
+    def train_source(self) -> ImageSource:
+        return self.make_source("train")
+
+    @cached_property
+    def val_source(self) -> ImageSource:
+        return self.make_source("val")
+
+    @property
+    def classes(self) -> Sequence[str]:
+        return self.train_source.classes
+
+    def prepare_data(self) -> None:
+        """Builds caches and downloads, in one process, before the others look."""
+        self.train_source, self.val_source  # noqa: B018
+
+    def train_dataloader(self) -> ResumableLoader:
+        rank, world_size, micro_batches = self._launch()
+        dataset = self._dataset(self.train_source, self.train_view, self.train_samples)
+        sampler = TrainSampler(
+            len(dataset),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+            micro_batches=micro_batches,
+        )
+        return ResumableLoader(dataset, sampler, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
+
+    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+        """The validation split in the evaluation view, this process's share."""
+        return self._eval_loader(self.val_source, self.eval_samples)
+
+    def bank_dataloader(self, samples: int | None = None) -> DataLoader[dict[str, Tensor]]:
+        """Training images in the evaluation view (what kNN looks up and probes learn from), this process's share.
+
+        Args:
+            samples: at most so many, a fixed random choice of those trained on.
+        """
+        limits = [limit for limit in (samples, self.train_samples) if limit is not None]
+        return self._eval_loader(self.train_source, min(limits) if limits else None)
+
+    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        """uint8 pictures become normalised float32, on the device."""
+        return {name: self._normalise(value) if value.dtype == torch.uint8 else value for name, value in batch.items()}
+
+    def denormalise(self, image: Tensor) -> Tensor:
+        """[..., 3, H, W] back to values in [0, 1], for pictures."""
+        return (image * self.std.to(image) + self.mean.to(image)).clamp(0, 1)
+
+    def _normalise(self, image: Tensor) -> Tensor:
+        return (image.to(torch.float32) / 255 - self.mean.to(image.device)) / self.std.to(image.device)
+
+    def _dataset(self, source: ImageSource, view: View, limit: int | None) -> ViewedDataset:
+        subset = None
+        if limit is not None and limit < len(source):
+            # chosen without the run's seed: every seed of a comparison trains on the same images
+            subset = np.sort(np.random.default_rng(len(source)).permutation(len(source))[:limit])
+        return ViewedDataset(source, view, seed=self.seed, subset=subset, bad_log=self.bad_log)
+
+    def _eval_loader(self, source: ImageSource, limit: int | None) -> DataLoader[dict[str, Tensor]]:
+        rank, world_size, _ = self._launch()
+        dataset = self._dataset(source, self.eval_view, limit)
+        sampler = EvalSampler(len(dataset), batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
+        return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+
+    def _launch(self) -> tuple[int, int, int]:
+        trainer: Any = self.trainer
+        if trainer is None:
+            return 0, 1, 1
+        return trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches
+
+
+def default_workers() -> int:
+    """Loader processes for one training process: what the cores leave, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = max(1, torch.cuda.device_count())
+    return max(0, min(8, cores // processes - 1))

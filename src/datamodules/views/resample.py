@@ -1,0 +1,57 @@
+"""Crop, resize and flip whole batches at once, each picture by a box of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def resample_boxes(images: Tensor, boxes: np.ndarray, size: int, flip: np.ndarray | None = None) -> Tensor:
+    """Cut a box from every picture and bring it to size x size with antialiased bicubic interpolation.
+
+    Both axes are resampled by one small matrix a picture, so that a batch costs two matrix products; values agree with
+    ``PIL.Image.resize(box=…, resample=BICUBIC)`` to rounding.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        boxes: float [B, 4] as (top, left, height, width) in pixels.
+        size: side of the result.
+        flip: bool [B], mirrored left to right where true.
+
+    Returns:
+        uint8 [B, 3, size, size].
+    """
+    height, width = images.shape[-2:]
+    rows = torch.from_numpy(_weights(boxes[:, 0], boxes[:, 2], height, size)).to(images.device)
+    columns = _weights(boxes[:, 1], boxes[:, 3], width, size)
+    if flip is not None:
+        columns = np.where(flip[:, None, None], columns[:, ::-1], columns)
+    columns_t = torch.from_numpy(np.ascontiguousarray(columns.transpose(0, 2, 1))).to(images.device)
+    batch, channels = images.shape[:2]
+    pixels = images.to(torch.float32)
+    narrow = torch.bmm(pixels.reshape(batch, channels * height, width), columns_t)
+    narrow = narrow.reshape(batch, channels, height, size).transpose(1, 2).reshape(batch, height, channels * size)
+    result = torch.bmm(rows, narrow).reshape(batch, size, channels, size).transpose(1, 2)
+    return result.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _weights(start: np.ndarray, length: np.ndarray, source: int, size: int) -> np.ndarray:
+    """Interpolation matrices [B, size, source]: row o holds the weights of the source pixels for output pixel o."""
+    scale = (length / size)[:, None, None]
+    support = 2.0 * np.maximum(scale, 1.0)
+    centre = start[:, None, None] + (np.arange(size)[None, :, None] + 0.5) * scale
+    # PIL looks at whole pixels between these bounds only, which matters at the support's rim
+    first = np.maximum(np.floor(centre - support + 0.5), 0)
+    last = np.minimum(np.floor(centre + support + 0.5), source)
+    pixel = np.arange(source)[None, None, :]
+    weight = _bicubic((pixel + 0.5 - centre) / np.maximum(scale, 1.0)) * ((pixel >= first) & (pixel < last))
+    return (weight / weight.sum(axis=-1, keepdims=True)).astype(np.float32)
+
+
+def _bicubic(x: np.ndarray) -> np.ndarray:
+    """Keys' kernel with a = -0.5, as PIL has it."""
+    x = np.abs(x)
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))

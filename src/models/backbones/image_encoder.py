@@ -1,0 +1,83 @@
+"""The one feature interface: every encoder that is evaluated, exported or fine-tuned answers through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an encoder says of a batch of images."""
+
+    embedding: Tensor  # [B, D], one vector an image
+    patches: Tensor  # [B, N, D], one vector a position, raster order
+    grid: tuple[int, int]  # rows and columns of the positions, N = rows * columns
+
+
+Pool = Callable[[Tensor, Tensor], Tensor]
+
+
+def cls_token(prefix: Tensor, patches: Tensor) -> Tensor:
+    """The class token: [B, P, D], [B, N, D] -> [B, D].
+
+    Raises:
+        ValueError: the backbone has no class token.
+    """
+    if prefix.shape[1] == 0:
+        raise ValueError("this backbone has no class token to pool by: use mean_patch")
+    return prefix[:, 0]
+
+
+def mean_patch(prefix: Tensor, patches: Tensor) -> Tensor:
+    """The mean of all positions: [B, P, D], [B, N, D] -> [B, D]. On a ConvNet this is global average pooling."""
+    return patches.mean(dim=1)
+
+
+class ImageEncoder(nn.Module):
+    """A timm backbone seen through `Features`.
+
+    Args:
+        backbone: any timm model with ``forward_features``: tokens [B, P + N, D], or a map [B, D, H, W].
+        pool: makes the embedding of the prefix tokens and the patches.
+    """
+
+    def __init__(self, backbone: nn.Module, pool: Pool = mean_patch) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pool = pool
+
+    @property
+    def dim(self) -> int:
+        """D, the width of embedding and patches."""
+        return int(self.backbone.num_features)  # type: ignore[arg-type]
+
+    def forward(self, image: Tensor) -> Features:
+        """image: [B, 3, H, W], normalised."""
+        output = self.backbone.forward_features(image)  # type: ignore[operator]
+        if output.ndim == 4:
+            rows, columns = output.shape[-2:]
+            patches = output.flatten(2).transpose(1, 2)
+            prefix = patches[:, :0]
+        else:
+            prefix_tokens = int(self.backbone.num_prefix_tokens)  # type: ignore[arg-type]
+            prefix, patches = output[:, :prefix_tokens], output[:, prefix_tokens:]
+            rows, columns = self.backbone.patch_embed.dynamic_feat_size(image.shape[-2:])  # type: ignore[union-attr,operator]
+        return Features(embedding=self.pool(prefix, patches), patches=patches, grid=(rows, columns))
+
+
+@contextmanager
+def inference(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every submodule is in the mode it was in."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for child, training in modes.items():
+            child.training = training

@@ -1,0 +1,47 @@
+"""Pixels as targets."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def patchify(image: Tensor, patch_size: int) -> Tensor:
+    """[B, C, H, W] -> [B, N, P * P * C], patches in raster order, each laid out (row, column, channel).
+
+    Raises:
+        ValueError: H or W is not a multiple of the patch size.
+    """
+    if image.shape[-2] % patch_size or image.shape[-1] % patch_size:
+        raise ValueError(f"an image of {tuple(image.shape[-2:])} cannot be cut into patches of {patch_size}")
+    return rearrange(image, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`: [B, N, P * P * C] -> [B, C, H, W], N = rows * columns of ``grid``."""
+    return rearrange(
+        patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=patch_size, q=patch_size
+    )
+
+
+def normalise_patches(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+    """Each patch to zero mean and unit variance over all its values, in float32: (normalised, mean, std).
+
+    The variance is the unbiased one, as in MAE's code.
+    """
+    patches = patches.float()
+    mean = patches.mean(dim=-1, keepdim=True)
+    std = (patches.var(dim=-1, keepdim=True) + eps).sqrt()
+    return (patches - mean) / std, mean, std
+
+
+def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error over the hidden patches of the whole batch.
+
+    Args:
+        prediction, target: [B, N, D].
+        mask: [B, N], 1 where hidden.
+    """
+    error = (prediction.float() - target.float()).pow(2).mean(dim=-1)
+    return (error * mask).sum() / mask.sum()

@@ -1,0 +1,155 @@
+"""Masked autoencoder: hide most of an image, encode the rest, regress the hidden pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from src.datamodules.batch import ImageBatch
+from src.models.backbones.image_encoder import ImageEncoder, mean_patch
+from src.models.backbones.positions import sincos_2d
+from src.models.losses.reconstruction import masked_mse, normalise_patches, patchify, unpatchify
+from src.models.masked.masking import Masking, random_masking, take
+from src.models.pretrain_module import PretrainModule, StepOutput
+from src.optim import OptimizerRecipe
+
+
+class MAE(PretrainModule):
+    """Masked Autoencoders Are Scalable Vision Learners (He et al., 2021). Deviations: none.
+
+    Args:
+        backbone: a timm ViT with a class token and without a head. Its position table is replaced by the fixed
+            sine-cosine one and its weights are initialised anew.
+        optimizer: AdamW with betas (0.9, 0.95) in the paper.
+        mask_ratio: share of the patches that is hidden.
+        decoder_dim, decoder_depth, decoder_heads: of the light decoder.
+        norm_pix: regress each patch after bringing it to zero mean and unit variance.
+    """
+
+    def __init__(
+        self,
+        backbone: VisionTransformer,
+        optimizer: OptimizerRecipe,
+        *,
+        mask_ratio: float = 0.75,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        norm_pix: bool = True,
+    ) -> None:
+        super().__init__(optimizer)
+        self.mask_ratio = mask_ratio
+        self.norm_pix = norm_pix
+        self.backbone = backbone
+        self.patch_size = backbone.patch_embed.patch_size[0]
+        self.grid: tuple[int, int] = backbone.patch_embed.grid_size
+        backbone.pos_embed = _fixed_positions(backbone.embed_dim, self.grid)
+        self.decoder = MAEDecoder(
+            encoder_dim=backbone.embed_dim,
+            dim=decoder_dim,
+            depth=decoder_depth,
+            heads=decoder_heads,
+            grid=self.grid,
+            out_dim=self.patch_size**2 * 3,
+        )
+        initialise(self)
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> StepOutput:
+        image = batch["image"]
+        masking = random_masking(len(image), self.grid[0] * self.grid[1], self.mask_ratio, image.device)
+        visible = self.encode(image, masking)
+        prediction = self.decoder(visible, masking.restore)
+        loss = masked_mse(prediction, self.target(image), masking.mask)
+        # the visible patches' mean is what kNN and probes will read of the whole image later
+        return {"loss": loss, "embedding": visible[:, 1:].detach().float().mean(dim=1)}
+
+    def encode(self, image: Tensor, masking: Masking) -> Tensor:
+        """The class token and the visible patches through the ViT: [B, 1 + V, D]."""
+        vit = self.backbone
+        positions = vit.pos_embed
+        x = vit.patch_embed(image) + positions[:, 1:]
+        x = take(x, masking.keep)
+        cls = (vit.cls_token + positions[:, :1]).expand(len(x), -1, -1)
+        return vit.norm(vit.blocks(torch.cat([cls, x], dim=1)))
+
+    def target(self, image: Tensor) -> Tensor:
+        """What the decoder regresses: [B, N, P * P * 3]."""
+        patches = patchify(image, self.patch_size)
+        return normalise_patches(patches)[0] if self.norm_pix else patches
+
+    def encoders(self) -> dict[str, ImageEncoder]:
+        return {"encoder": ImageEncoder(self.backbone, pool=mean_patch)}
+
+    def pictures(self, batch: ImageBatch) -> Mapping[str, Tensor]:
+        """The original, what the encoder saw, and the reconstruction: predicted hidden patches among the true visible."""
+        image = batch["image"]
+        masking = random_masking(len(image), self.grid[0] * self.grid[1], self.mask_ratio, image.device)
+        prediction = self.decoder(self.encode(image, masking), masking.restore).float()
+        patches = patchify(image, self.patch_size)
+        if self.norm_pix:
+            _, mean, std = normalise_patches(patches)
+            prediction = prediction * std + mean
+        hidden = masking.mask.unsqueeze(-1)
+        masked = unpatchify(patches * (1 - hidden), self.patch_size, self.grid)
+        filled = unpatchify(patches * (1 - hidden) + prediction * hidden, self.patch_size, self.grid)
+        return {"reconstruction": torch.stack([image, masked, filled], dim=1)}
+
+
+class MAEDecoder(nn.Module):
+    """Places the visible tokens among mask tokens and predicts every patch.
+
+    Args:
+        encoder_dim: width of the visible tokens.
+        dim, depth, heads: of the decoder's transformer.
+        grid: rows and columns of patches.
+        out_dim: values of a patch.
+    """
+
+    def __init__(
+        self, *, encoder_dim: int, dim: int, depth: int, heads: int, grid: tuple[int, int], out_dim: int
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = _fixed_positions(dim, grid)
+        norm = _layer_norm
+        self.blocks = nn.Sequential(*[Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)])
+        self.norm = norm(dim)
+        self.pred = nn.Linear(dim, out_dim)
+
+    def forward(self, visible: Tensor, restore: Tensor) -> Tensor:
+        """visible: [B, 1 + V, encoder_dim], restore: int64 [B, N] -> [B, N, out_dim], raster order."""
+        x = self.embed(visible)
+        hidden = self.mask_token.expand(len(x), restore.shape[1] + 1 - x.shape[1], -1)
+        patches = take(torch.cat([x[:, 1:], hidden.to(x.dtype)], dim=1), restore)
+        x = torch.cat([x[:, :1], patches], dim=1) + self.pos_embed
+        return self.pred(self.norm(self.blocks(x)))[:, 1:]
+
+
+def initialise(model: nn.Module) -> None:
+    """Xavier-uniform for linear layers and for the patch projection seen as one, zero biases, N(0, 0.02) for tokens."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif name.endswith("patch_embed.proj"):
+            nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("cls_token", "mask_token")):
+            nn.init.normal_(parameter, std=0.02)
+
+
+def _fixed_positions(dim: int, grid: tuple[int, int]) -> nn.Parameter:
+    # a parameter without gradient, not a buffer: timm's checkpoints hold the table under this name
+    return nn.Parameter(sincos_2d(dim, grid, prefix_tokens=1).unsqueeze(0), requires_grad=False)
+
+
+def _layer_norm(dim: int) -> nn.LayerNorm:
+    return nn.LayerNorm(dim, eps=1e-6)

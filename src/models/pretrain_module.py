@@ -1,0 +1,55 @@
+"""The small base every method stands on: it wires the optimizer, logs what a step reports, and states the contract."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from src.models.backbones.image_encoder import ImageEncoder
+from src.optim import OptimizerRecipe
+
+
+class StepOutput(TypedDict):
+    """What ``training_step`` returns; callbacks read this and ``encoders()``, nothing else of a method."""
+
+    loss: Tensor  # scalar, what is differentiated
+    logs: NotRequired[dict[str, Tensor | float]]  # further scalars by name, written as ``loss/<name>``
+    embedding: NotRequired[Tensor]  # [B, D], detached, one row for each label of the batch
+    patches: NotRequired[Tensor]  # [B, N, D], detached
+
+
+class PretrainModule(L.LightningModule, ABC):
+    """A pretraining method.
+
+    A subclass annotates the batch type its ``training_step`` takes (checked against the DataModule before training
+    starts) and names its encoders, student before teacher. Labels may be in the batch; no method here reads them in its
+    loss.
+    """
+
+    def __init__(self, optimizer: OptimizerRecipe) -> None:
+        super().__init__()
+        self.optimizer_recipe = optimizer
+
+    @abstractmethod
+    def training_step(self, batch: Any, batch_idx: int) -> StepOutput: ...
+
+    @abstractmethod
+    def encoders(self) -> dict[str, ImageEncoder]:
+        """The encoders to evaluate, export and look at, the first being the one a user would take away."""
+
+    def pictures(self, batch: Any) -> Mapping[str, Tensor]:
+        """Pictures that show the method at work on ``batch``: name -> [n, columns, 3, H, W], a row of columns an image,
+        in the batch's normalisation. Called without gradients, in evaluation mode. None by default."""
+        return {}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer_recipe.build(self)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.log("loss/total", outputs["loss"], prog_bar=True)
+        self.log_dict({f"loss/{name}": value for name, value in outputs.get("logs", {}).items()})

@@ -1,0 +1,100 @@
+"""Optimizers as recipes: which parameters get which learning rate and weight decay, said in one place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+Algorithm = Callable[..., torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What parameters whose name matches ``pattern`` (``re.search``) get instead of the recipe's defaults.
+
+    Args:
+        lr_multiplier: factor on the learning rate, at every step.
+        weight_decay: replaces the recipe's; None leaves it.
+        frozen: no gradient and no update.
+    """
+
+    pattern: str
+    lr_multiplier: float = 1.0
+    weight_decay: float | None = None
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """An algorithm, its learning rate and weight decay, and the rules for single parameters.
+
+    Biases, norms and everything else with one axis are not decayed. Of the ``rules`` the first that matches a
+    parameter's name counts; it may give such a parameter a weight decay after all. Groups carry ``lr_multiplier`` and
+    ``decayed``, which is how a schedule for the learning rate or the weight decay reaches each of them.
+
+    Args:
+        algorithm: builds the optimizer from parameter groups, e.g. ``partial(AdamW, betas=(0.9, 0.95))``.
+        lr: peak learning rate.
+        weight_decay: of everything with more than one axis.
+        rules: ordered.
+    """
+
+    algorithm: Algorithm
+    lr: float
+    weight_decay: float = 0.0
+    rules: Sequence[Rule] = field(default=())
+
+    def build(self, module: nn.Module, extra_rules: Iterable[Rule] = ()) -> torch.optim.Optimizer:
+        """The optimizer over ``module``'s parameters that take a gradient; rules freeze in place.
+
+        Raises:
+            ValueError: a rule matches no parameter (a typo would otherwise go unnoticed), or nothing is left to train.
+        """
+        rules = [*self.rules, *extra_rules]
+        matched = [False] * len(rules)
+        groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+        for name, parameter in module.named_parameters():
+            rule = Rule(pattern="")
+            for position, candidate in enumerate(rules):
+                if re.search(candidate.pattern, name):
+                    rule, matched[position] = candidate, True
+                    break
+            if rule.frozen:
+                parameter.requires_grad_(False)
+            if not parameter.requires_grad:
+                continue
+            decayed = parameter.ndim > 1 and not name.endswith(".bias")
+            decay = rule.weight_decay if rule.weight_decay is not None else self.weight_decay * decayed
+            follows_schedule = decayed and rule.weight_decay is None
+            group = groups.setdefault(
+                (rule.lr_multiplier, decay, follows_schedule),
+                {
+                    "params": [],
+                    "names": [],
+                    "lr": self.lr * rule.lr_multiplier,
+                    "weight_decay": decay,
+                    "lr_multiplier": rule.lr_multiplier,
+                    "decayed": follows_schedule,
+                },
+            )
+            group["params"].append(parameter)
+            group["names"].append(name)
+        for rule, hit in zip(rules, matched, strict=True):
+            if not hit and not any(re.search(rule.pattern, name) for name, _ in module.named_parameters()):
+                raise ValueError(f"no parameter's name matches the optimizer rule '{rule.pattern}'")
+        if not groups:
+            raise ValueError("no parameter is left to train: every one is frozen")
+        # lr and weight_decay stand in every group; the keyword only satisfies algorithms that demand one
+        return self.algorithm([{**group} for group in groups.values()], lr=self.lr)
+
+
+def layer_decay_rules(layers: Sequence[str], decay: float) -> list[Rule]:
+    """Layer-wise learning-rate decay: ``layers`` are name patterns from the input to the head, the last gets factor 1
+    and each one below it ``decay`` times the one above."""
+    depth = len(layers) - 1
+    return [Rule(pattern, lr_multiplier=decay ** (depth - level)) for level, pattern in enumerate(layers)]

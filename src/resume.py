@@ -1,0 +1,42 @@
+"""`make resume`: take a run up where its last checkpoint left it, or extend it by naming a new horizon."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from src import configuration, runs
+from src.callbacks.checkpoints import load_checkpoint
+from src.configuration import UserError
+from src.train import fit
+
+
+def main(argv: Sequence[str]) -> int:
+    paths = [word.removeprefix("run=") for word in argv if word.startswith("run=")]
+    if len(paths) != 1 or not paths[0]:
+        raise UserError("say which run: make resume RUN=runs/<experiment>/<name>")
+    run = runs.find(paths[0])
+    config = configuration.apply(run.config(), [word for word in argv if not word.startswith("run=")])
+    if not run.last.exists():
+        raise UserError(f"{run.title} has no checkpoint to continue from: start it again under another NAME=")
+    _refuse_finished(run, config)
+    runs.adopt(run)
+    runs.store(run, config)
+    return fit(config, run, resume=run.last)
+
+
+def _refuse_finished(run: runs.Run, config: configuration.DictConfig) -> None:
+    try:
+        progress = load_checkpoint(run.last)
+    except ValueError as problem:
+        raise UserError(str(problem)) from problem
+    epochs = progress["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    by_steps = 0 <= config.trainer.max_steps <= progress["global_step"]
+    if by_steps or (config.trainer.max_epochs is not None and 0 <= config.trainer.max_epochs <= epochs):
+        raise UserError(
+            f"{run.title} is finished ({epochs} epochs, {progress['global_step']} steps); to extend it name the new "
+            f'horizon: make resume RUN={run.title} ARGS="trainer.max_epochs={2 * max(1, epochs)}"'
+        )
+
+
+if __name__ == "__main__":
+    configuration.run_main(main)

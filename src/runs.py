@@ -1,0 +1,139 @@
+"""A run is a folder: `runs/<experiment>/<name>/`, its identity decided once, before anything is launched."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from src.configuration import PROJECT, UserError, nearest, register_resolvers
+
+# the launching process decides, the processes it starts read
+_ENVIRONMENT = "PRETEXT_RUN_DIR"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What lies in a run's folder."""
+
+    dir: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.dir / "config.yaml"
+
+    @property
+    def last(self) -> Path:
+        return self.dir / "checkpoints" / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        return self.dir / "checkpoints" / "best.ckpt"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.dir / "metrics.json"
+
+    @property
+    def title(self) -> str:
+        """``runs/<experiment>/<name>``, as the make targets take it."""
+        return os.path.relpath(self.dir)
+
+    def config(self) -> DictConfig:
+        """The composed configuration the run was started with; its folder may have moved since."""
+        register_resolvers()
+        config = OmegaConf.load(self.config_file)
+        assert isinstance(config, DictConfig)
+        OmegaConf.set_struct(config, True)
+        config.run.dir = str(self.dir)
+        return config
+
+    def metrics(self) -> dict[str, Any]:
+        return json.loads(self.metrics_file.read_text()) if self.metrics_file.exists() else {}
+
+    def checkpoint(self) -> Path:
+        """The best checkpoint there is, else the last.
+
+        Raises:
+            UserError: the run has none.
+        """
+        for path in (self.best, self.last):
+            if path.exists():
+                return path
+        raise UserError(f"{self.title} has no checkpoint yet")
+
+
+def create(config: DictConfig) -> Run:
+    """Give a new run its name and folder and store its configuration there.
+
+    Processes that a launcher starts later find the folder in their environment and share it.
+
+    Raises:
+        UserError: a run of that name exists.
+    """
+    inherited = os.environ.get(_ENVIRONMENT)
+    if inherited:
+        run = Run(Path(inherited))
+        config.run.dir = inherited
+        config.run.name = run.dir.name
+        return run
+    parent = PROJECT / config.paths.runs / config.run.experiment
+    if config.run.name is None:
+        directory = _unused(parent, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    else:
+        directory = parent / str(config.run.name)
+        if (directory / "config.yaml").exists():
+            raise UserError(
+                f"the run {os.path.relpath(directory)} exists: continue it with "
+                f"`make resume RUN={os.path.relpath(directory)}` or choose another NAME="
+            )
+    directory.mkdir(parents=True, exist_ok=True)
+    config.run.name = directory.name
+    config.run.dir = str(directory)
+    run = Run(directory)
+    store(run, config)
+    os.environ[_ENVIRONMENT] = str(directory)
+    return run
+
+
+def store(run: Run, config: DictConfig) -> None:
+    """Write the configuration as the run's, whole or not at all."""
+    temporary = run.config_file.with_suffix(".tmp")
+    temporary.write_text(OmegaConf.to_yaml(config))
+    temporary.replace(run.config_file)
+
+
+def find(path: str) -> Run:
+    """The run whose folder is ``path``.
+
+    Raises:
+        UserError: there is none; the message names close ones.
+    """
+    directory = Path(path)
+    if (directory / "config.yaml").is_file():
+        return Run(directory.resolve())
+    known = [os.path.relpath(found.parent) for found in sorted((PROJECT / "runs").glob("*/*/config.yaml"))]
+    hint = nearest(path.rstrip("/"), known) if known else "; there are no runs yet: `make train EXP=mae_vitb` makes one"
+    raise UserError(f"'{path}' is not a run's folder (no config.yaml in it){hint}")
+
+
+def adopt(run: Run) -> None:
+    """This process and those it starts work on an existing run."""
+    os.environ[_ENVIRONMENT] = str(run.dir)
+
+
+def _unused(parent: Path, name: str) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    for suffix in ["", *(f"_{count}" for count in range(2, 1000))]:
+        directory = parent / f"{name}{suffix}"
+        try:
+            directory.mkdir()
+            return directory
+        except FileExistsError:
+            continue
+    raise UserError(f"no free name for a run in {parent}")

@@ -1,0 +1,165 @@
+"""`make train`: compose, decide the run's identity, instantiate, fit, say what came of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from src import configuration, runs
+from src.callbacks.batch_check import batch_type_of
+from src.callbacks.checkpoints import AtomicCheckpointIO, CheckpointError, Preempted
+from src.callbacks.data_health import TooManyBadSamples
+from src.callbacks.nan_guard import NonFiniteLoss
+from src.configuration import UserError
+from src.datamodules.batch import BatchError
+from src.datamodules.sources.source import BadSample
+from src.listing import print_experiments
+
+# stop a run with their message alone: the trace would say nothing more
+STOPPING = (NonFiniteLoss, TooManyBadSamples, CheckpointError, BatchError, BadSample)
+PREEMPTED = 143
+
+
+def main(argv: Sequence[str]) -> int:
+    if not any(argument.startswith("experiment=") for argument in argv):
+        print_experiments()
+        return 0
+    config = compose(argv)
+    run = runs.create(config)
+    return fit(config, run)
+
+
+def compose(argv: Sequence[str]) -> DictConfig:
+    """The configuration of a new run, with everything that depends on this machine settled."""
+    config = configuration.compose("train", argv)
+    chosen = any(argument.startswith("scale=") for argument in argv)
+    if not chosen and config.run.scale == "smoke" and configuration.default_scale() != "smoke":
+        config = configuration.compose("train", [*argv, f"scale={configuration.default_scale()}"])
+    config.run.experiment = next(word.removeprefix("experiment=") for word in argv if word.startswith("experiment="))
+    if config.trainer.precision == "auto":
+        config.trainer.precision = configuration.default_precision()
+    return config
+
+
+def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int:
+    """Train as ``config`` says, in ``run``'s folder, from the start or from the checkpoint ``resume``.
+
+    Returns:
+        The exit code: 0, 1 where training had to stop, 143 after SIGTERM.
+
+    Raises:
+        UserError: the parts do not fit together.
+    """
+    quieten()
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(config.seed)
+    datamodule = configuration.instantiate(config.data)
+    module = configuration.instantiate(config.model)
+    check_batches(module, datamodule)
+    checkpoint_io = AtomicCheckpointIO()
+    try:
+        trainer: L.Trainer = configuration.instantiate(
+            config.trainer,
+            callbacks=[configuration.instantiate(each) for each in config.callbacks.values() if each],
+            logger=[configuration.instantiate(each) for each in config.logger.values() if each],
+            plugins=[checkpoint_io],
+        )
+    except (ValueError, L.pytorch.utilities.exceptions.MisconfigurationException) as problem:
+        raise UserError(f"in trainer: {problem}") from problem
+    announce(config, run, module, resume=resume)
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+    except STOPPING as problem:
+        report_error(f"stopped: {problem}")
+        return 1
+    except Preempted as notice:
+        report_error(f"{notice}\ncontinue with: make resume RUN={run.title}")
+        return PREEMPTED
+    summarise(run, trainer)
+    if checkpoint_io.failed:
+        report_error(f"the last checkpoint could not be written: {checkpoint_io.failed}")
+        return 1
+    return 0
+
+
+def check_batches(module: L.LightningModule, datamodule: Any) -> None:
+    """Refuse a method and data that do not fit, before anything is launched."""
+    needed, made = batch_type_of(module), datamodule.batch_type
+    if needed is not made:
+        raise UserError(
+            f"{type(module).__name__} trains on {needed.__name__}, but the data makes {made.__name__}: "
+            f"data.train_view must be a view that makes {needed.__name__}"
+        )
+
+
+@rank_zero_only
+def announce(config: DictConfig, run: runs.Run, module: L.LightningModule, *, resume: Path | None) -> None:
+    """Say what is about to run, and how to change it."""
+    raw = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(raw, dict)
+    lines = Table.grid(padding=(0, 2))
+    lines.add_row("run", run.title + (f"  (continued from {resume.name})" if resume else ""))
+    lines.add_row("paper", config.about.paper)
+    lines.add_row("scale", f"{config.run.scale}  (SCALE=paper, smoke or tiny changes it)")
+    lines.add_row("parameters", f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M")
+    rate = raw.get("optimizer", {}).get("lr")
+    if rate is not None:
+        value = f"{config.optimizer.lr:.3g}"
+        lines.add_row("learning rate", value if not isinstance(rate, str) else f"{value} = {rate}")
+    lines.add_row("batch", f"{config.data.batch_size} images an optimizer step, over all processes")
+    lines.add_row("precision", str(config.trainer.precision))
+    Console().print(Panel(lines, title=f"Pretext: {config.run.experiment}", expand=False, border_style="cyan"))
+
+
+@rank_zero_only
+def summarise(run: runs.Run, trainer: L.Trainer) -> None:
+    """The closing panel: where the run is, how it did, what to do next."""
+    lines = Table.grid(padding=(0, 2))
+    lines.add_row("run", run.title)
+    lines.add_row("steps", f"{trainer.global_step} ({trainer.current_epoch} epochs)")
+    for name, value in sorted(run.metrics().get("train", {}).items()):
+        if isinstance(value, float) and name.startswith(("loss/", "eval/", "speed/images")):
+            lines.add_row(name, f"{value:.4g}")
+    for path in (run.last, run.best):
+        if path.exists():
+            lines.add_row(path.stem, os.path.relpath(path))
+    lines.add_row("", "")
+    lines.add_row("look", "make tensorboard")
+    lines.add_row("judge", f"make evaluate RUN={run.title} EVAL=knn,linear")
+    lines.add_row("go on", f'make resume RUN={run.title} ARGS="trainer.max_epochs={2 * (trainer.max_epochs or 1)}"')
+    lines.add_row("take away", f"make export RUN={run.title} FORMAT=timm")
+    Console().print(Panel(lines, title="done", expand=False, border_style="green"))
+
+
+@rank_zero_only
+def report_error(message: str) -> None:
+    print(f"error: {message}" if not message.startswith("error") else message, file=sys.stderr)
+
+
+def quieten() -> None:
+    """Keep what Lightning says of itself out of the way of what the run says."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*You defined a `validation_step` but have no.*")
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+
+
+if __name__ == "__main__":
+    configuration.run_main(main)

@@ -1,0 +1,36 @@
+#!/bin/sh
+# Make .venv what pyproject.toml and constraints.txt say, or leave it alone if it already is.
+# The stamp holds the inputs' checksum and is written last: an install that was killed leaves none, and is done again.
+set -eu
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+stamp=.venv/.complete
+want=$(cat pyproject.toml constraints.txt tools/setup.sh | cksum)
+
+ready() { [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && [ -x .venv/bin/python ]; }
+ready && exit 0
+
+# two commands started at once: the second waits, then finds the work done
+if command -v flock >/dev/null 2>&1; then
+  exec 9>.venv.lock
+  flock 9
+  ready && { rm -f .venv.lock; exit 0; }
+fi
+
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  echo "Pretext needs Python 3.11 or newer; '$python' is $("$python" --version 2>&1 || echo missing). Say which: make setup PYTHON=python3.12" >&2
+  exit 2
+fi
+if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+  echo "this Python has no venv module: on Debian or Ubuntu, apt install python3-venv" >&2
+  exit 2
+fi
+
+echo "setting up .venv (once; some minutes, most of it PyTorch)"
+if [ -f "$stamp" ]; then rm -f "$stamp"; else rm -rf .venv && "$python" -m venv .venv; fi
+# the pins were tested with the newest pip; an older one would do as well
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,emoji]'
+.venv/bin/python -c 'import torch, torchvision, lightning, timm; torchvision.ops.nms'
+printf '%s' "$want" > "$stamp"
+rm -f .venv.lock
