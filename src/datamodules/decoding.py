@@ -29,8 +29,10 @@ _TRANSPOSE = {  # what brings a picture stored with this EXIF orientation uprigh
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_JPEG = ("JPEG", "MPO")
 _SIDEWAYS = (5, 6, 7, 8)
 _REDUCTIONS = (8, 4, 2)  # the scales 1/n at which a JPEG can be decoded, next to 1
+_END = b"\xff\xd9"  # a JPEG's end-of-image marker
 
 
 class BadSample(Exception):
@@ -52,7 +54,7 @@ class EncodedImage:
 
     def __init__(self, data: bytes | str | Path) -> None:
         self._data = data
-        self._opened: tuple[Image.Image, int] | None = None
+        self._opened: tuple[Image.Image, int, bytes] | None = None
 
     def __reduce__(self) -> tuple[type[EncodedImage], tuple[bytes | str | Path]]:
         return EncodedImage, (self._data,)
@@ -67,13 +69,13 @@ class EncodedImage:
         Raises:
             BadSample: there is no readable header.
         """
-        image, orientation = self._open()
+        image, orientation, _ = self._open()
         width, height = image.size
         return (width, height) if orientation in _SIDEWAYS else (height, width)
 
     def decode(
         self,
-        box: tuple[int, int, int, int] | None = None,
+        box: tuple[float, float, float, float] | None = None,
         size: tuple[int, int] | None = None,
         interpolation: Image.Resampling = Image.Resampling.BICUBIC,
     ) -> Image.Image:
@@ -83,36 +85,39 @@ class EncodedImage:
         composited on white; an animation gives its first frame. Colour profiles are not applied.
 
         Where the part is at least n = 2, 4 or 8 times as large as ``size`` in both directions, a JPEG is decoded at
-        1/n of its size, which takes a fraction of the time. REDUCED_SENTENCE
+        1/n of its size, which takes a fraction of the time. Measured against a full decode, mean and largest difference
+        of 255 levels: smooth pictures 0.5 and 3, noise with the spectrum of photographs 2.4 and 16, three detailed
+        photographs 0.7 to 4.0 and 51 (at hard edges, with a part exactly n times as large).
 
         Crop and resize are one step: the pixels just outside ``box`` take part in the interpolation at its border.
 
         Args:
-            box: (top, left, height, width) in pixels of the upright picture; the whole picture if None.
-            size: (height, width) wanted; that of the part if None.
+            box: (top, left, height, width) in pixels of the upright picture, fractions allowed; all of it if None.
+            size: (height, width) wanted; that of the part, rounded, if None.
 
         Raises:
             BadSample: the picture is missing, unreadable, truncated, broken or too large.
             ValueError: ``box`` does not lie within the picture.
         """
-        image, orientation = self._open()
+        image, orientation, data = self._open()
         self._opened = None  # decoding uses up Pillow's object
-        stored = _to_stored(box, orientation, image.size)
-        resize_to = None if size is None else (size if orientation in _SIDEWAYS else size[::-1])  # stored (width, height)
+        left, top, right, bottom = stored = _to_stored(box, orientation, image.size)
+        if size is None:
+            resize_to = max(1, round(right - left)), max(1, round(bottom - top))
+        else:
+            resize_to = (size[0], size[1]) if orientation in _SIDEWAYS else (size[1], size[0])
         try:
             region = _draft(image, stored, resize_to)
             image.load()
-            rgb = _to_rgb(image)
-            if resize_to is not None:
-                rgb = rgb.resize(resize_to, interpolation, box=region)
-            elif box is not None:
-                rgb = rgb.crop(stored)
+            if image.format in _JPEG and _looks_cut(image, data) and _is_cut(data):
+                raise BadSample("the picture is truncated: its last rows are missing")
+            rgb = _to_rgb(image).resize(resize_to, interpolation, box=region)
             return rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb
         except Exception as error:
             raise self._bad(error) from error
 
-    def _open(self) -> tuple[Image.Image, int]:
-        """Pillow's lazily read picture, and its EXIF orientation."""
+    def _open(self) -> tuple[Image.Image, int, bytes]:
+        """Pillow's lazily read picture, its EXIF orientation, and its file's bytes."""
         if self._opened is None:
             try:
                 data = self._data if isinstance(self._data, bytes) else Path(self._data).read_bytes()
@@ -122,7 +127,7 @@ class EncodedImage:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise BadSample(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS} (MAX_PIXELS)")
-                self._opened = image, _orientation(image)
+                self._opened = image, _orientation(image), data
             except Exception as error:
                 raise self._bad(error) from error
         return self._opened
@@ -163,18 +168,18 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_stored(
-    box: tuple[int, int, int, int] | None, orientation: int, stored_size: tuple[int, int]
-) -> tuple[int, int, int, int]:
+    box: tuple[float, float, float, float] | None, orientation: int, stored_size: tuple[int, int]
+) -> tuple[float, float, float, float]:
     """An upright (top, left, height, width) as (left, top, right, bottom) of the stored picture."""
-    stored_width, stored_height = stored_size
     sideways = orientation in _SIDEWAYS
-    width, height = (stored_height, stored_width) if sideways else (stored_width, stored_height)
+    height, width = stored_size if sideways else stored_size[::-1]
     if box is None:
-        return 0, 0, stored_width, stored_height
-    top, left, box_height, box_width = box
-    bottom, right = top + box_height, left + box_width
-    if not (0 <= top < bottom <= height and 0 <= left < right <= width):
+        return 0.0, 0.0, float(stored_size[0]), float(stored_size[1])
+    top, left, bottom, right = float(box[0]), float(box[1]), float(box[0] + box[2]), float(box[1] + box[3])
+    slack = 1e-6  # what sums and products of fractions may be off
+    if not (-slack <= top < bottom <= height + slack and -slack <= left < right <= width + slack):
         raise ValueError(f"the box (top, left, height, width) = {box} is not within a picture of {height}x{width}")
+    top, left, bottom, right = max(top, 0.0), max(left, 0.0), min(bottom, float(height)), min(right, float(width))
     if orientation in (2, 3, 6, 7):  # the stored picture's first column or row is on the right of the upright one
         left, right = width - right, width - left
     if orientation in (3, 4, 7, 8):  # … and its first row or column at the bottom
@@ -183,16 +188,38 @@ def _to_stored(
 
 
 def _draft(
-    image: Image.Image, stored: tuple[int, int, int, int], resize_to: tuple[int, int] | None
+    image: Image.Image, stored: tuple[float, float, float, float], resize_to: tuple[int, int]
 ) -> tuple[float, float, float, float]:
     """Let a JPEG be decoded at the smallest scale that still has a pixel for each wanted one; ``stored`` at it."""
     left, top, right, bottom = stored
-    if resize_to is not None and image.format in ("JPEG", "MPO"):
+    if image.format in _JPEG:
         for n in _REDUCTIONS:
             if right - left >= n * resize_to[0] and bottom - top >= n * resize_to[1]:
                 image.draft(None, (image.size[0] // n, image.size[1] // n))
                 return left / n, top / n, right / n, bottom / n
     return stored
+
+
+def _looks_cut(image: Image.Image, data: bytes) -> bool:
+    """Whether a decoded JPEG may lack its end: no end marker, or a last pixel of the grey libjpeg fills gaps with.
+
+    Pillow reports files that just stop. It does not see a scan that is cut but closed by an end marker (filled up with
+    grey), nor one followed by zeros (taken for pixels), as interrupted downloads and full disks leave them.
+    """
+    corner = image.getpixel((image.width - 1, image.height - 1))
+    values = corner if isinstance(corner, tuple) else (corner,)
+    return all(value in (127, 128) for value in values) or not data.rstrip(b"\0").endswith(_END)
+
+
+def _is_cut(data: bytes) -> bool:
+    """Whether the pixels depend on what follows the scan: other bytes in the place of its end must not change them."""
+    scan = data.rstrip(b"\0").removesuffix(_END)
+    pixels = []
+    for variant in (data, scan + b"\x55" * 4096 + _END):
+        image = Image.open(io.BytesIO(variant), formats=FORMATS)
+        image.draft(None, (max(1, image.width // 8), max(1, image.height // 8)))
+        pixels.append(image.tobytes())
+    return pixels[0] != pixels[1]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

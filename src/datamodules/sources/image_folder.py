@@ -1,0 +1,197 @@
+"""Images in folders, one folder a class: the layout of ImageNet and of most private collections."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from src.datamodules.decoding import DataError, EncodedImage
+from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.splits import PackedNames, hashed_split
+
+log = logging.getLogger(__name__)
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
+_SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid"),
+    "test": ("test", "testing"),
+}
+_EXPECTED = (
+    "expected <root>/train/<class>/*.jpg with <root>/val/<class>/*.jpg beside it, or <root>/<class>/*.jpg, or "
+    "pictures directly in <root>"
+)
+
+
+class ImageFolderSource:
+    """Pictures below a folder.
+
+    Three layouts are understood:
+
+    - ``root/train/<class>/**/*.jpg``, with ``root/val`` (or ``validation``, ``valid``) and ``root/test`` beside it where
+      there are such splits; the classes are the folders in ``train``;
+    - ``root/<class>/**/*.jpg``;
+    - pictures directly in ``root`` or ``root/train``: no classes, label -1.
+
+    A split that has no folder is taken out of ``train`` (of ``root`` in the last two layouts): the given share of the
+    files, 10 % for "val", none for "test", chosen by a hash of the path, so that new files move no old one.
+
+    Files count by their extension in any case; names starting with a dot do not.
+
+    Args:
+        split: "train", "val" or "test".
+        root: the folder.
+        val_share, test_share: of the files, where that split has no folder.
+        extensions: of the files that count, lower case.
+
+    Raises:
+        DataError: a folder is missing, unreadable or without pictures, or ``split`` has a class that ``train`` has not.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        root: str | Path,
+        val_share: float = 0.1,
+        test_share: float = 0.0,
+        extensions: Sequence[str] = EXTENSIONS,
+    ) -> None:
+        self.root = Path(root).expanduser()
+        self._extensions = frozenset(extensions)
+        _require_folder(self.root)
+        folders = {name: _first_folder(self.root, names) for name, names in _SPLIT_FOLDERS.items()}
+        if folders["train"] is None and any(folders.values()):
+            found = ", ".join(folder.name for folder in folders.values() if folder)
+            raise DataError(f"{self.root} has the folders {found} but no folder 'train': {_EXPECTED}")
+        base = folders["train"] or self.root
+        own = folders[split]
+        train = self._scan(base)
+        self.classes: Sequence[str] = train.classes
+        if own is not None and split != "train":
+            files = self._with_labels_of(train.classes, self._scan(own), base)
+        else:
+            shares = {
+                "val_share": 0.0 if folders["val"] else val_share,
+                "test_share": 0.0 if folders["test"] else test_share,
+            }
+            files = [(path, label) for path, label in train.files if hashed_split(path, **shares) == split]
+        self._folder = own or base
+        if not files:
+            raise DataError(
+                f"no pictures for the split '{split}' below {self._folder}{_hint_below(self.root)}; {_EXPECTED}"
+            )
+        self._paths = PackedNames(path for path, _ in files)
+        self.labels = np.array([label for _, label in files], np.int64)
+        if split == "train":
+            self._warn_of_empty_classes()
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        return {"image": EncodedImage(self.name(index)), "label": int(self.labels[index])}
+
+    def name(self, index: int) -> str:
+        return os.path.join(self._folder, self._paths[index])
+
+    def _scan(self, folder: Path) -> _Listing:
+        """Classes in ``folder`` and (path below it, label) of its pictures, sorted."""
+        entries = _entries(folder)
+        classes = [entry.name for entry in entries if entry.is_dir()]
+        flat = [entry.name for entry in entries if not entry.is_dir() and self._counts(entry.name)]
+        if not classes:
+            return _Listing([], [(name, -1) for name in flat])
+        if flat:
+            log.warning("%s has folders of classes: the %d pictures directly in it are left out", folder, len(flat))
+        files = [
+            (os.path.relpath(path, folder).replace(os.sep, "/"), label)
+            for label, name in enumerate(classes)
+            for path in self._walk(folder / name, ())
+        ]
+        return _Listing(classes, files)
+
+    def _walk(self, folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+        status = folder.stat()
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            return  # a link to a folder that holds it
+        for entry in _entries(folder):
+            if entry.is_dir():
+                yield from self._walk(folder / entry.name, (*above, here))
+            elif self._counts(entry.name):
+                yield entry.path
+
+    def _counts(self, name: str) -> bool:
+        return os.path.splitext(name)[1].lower() in self._extensions
+
+    def _with_labels_of(self, classes: Sequence[str], listing: _Listing, train: Path) -> list[tuple[str, int]]:
+        unknown = sorted(set(listing.classes) - set(classes))
+        if unknown:
+            names = ", ".join(unknown[:5]) + (" …" if len(unknown) > 5 else "")
+            raise DataError(f"{len(unknown)} classes of {self.root} are not in {train}, so they have no label: {names}")
+        if classes and not listing.classes and listing.files:
+            raise DataError(
+                f"{train} has {len(classes)} folders of classes, but a held-out split of {self.root} has its "
+                f"{len(listing.files)} pictures in none (a validation set as it is downloaded?): sort them into folders"
+            )
+        label_of = {name: label for label, name in enumerate(classes)}
+        return [(path, label if label < 0 else label_of[listing.classes[label]]) for path, label in listing.files]
+
+    def _warn_of_empty_classes(self) -> None:
+        filled = set(self.labels.tolist())
+        empty = [name for label, name in enumerate(self.classes) if label not in filled]
+        if empty:
+            log.warning("classes without a training picture in %s: %s", self._folder, ", ".join(empty))
+
+
+class _Listing(NamedTuple):
+    classes: list[str]
+    files: list[tuple[str, int]]
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"cannot list the folder {folder}: {error.strerror}") from error
+
+
+def _first_folder(root: Path, names: Sequence[str]) -> Path | None:
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def _require_folder(root: Path) -> None:
+    if root.is_dir():
+        return
+    if root.exists():
+        raise DataError(f"{root} is a file, not a folder: {_EXPECTED}")
+    parent = root.parent
+    while not parent.is_dir():
+        parent = parent.parent
+    folders = [entry.name for entry in _entries(parent) if entry.is_dir()]
+    wanted = root.relative_to(parent).parts[0]
+    by_lower = {name.lower(): name for name in folders}
+    near = difflib.get_close_matches(wanted.lower(), by_lower, n=3, cutoff=0.6)
+    if near:
+        hint = f"did you mean {' or '.join(str(parent / by_lower[name]) for name in near)}?"
+    else:
+        hint = (
+            f"{parent} has {', '.join(folders[:5]) + (' …' if len(folders) > 5 else '') if folders else 'no folders'}"
+        )
+    raise DataError(f"the folder {root} does not exist ({hint}): {_EXPECTED}")
+
+
+def _hint_below(root: Path) -> str:
+    """Names the folder one level deeper that looks like the one meant."""
+    for entry in _entries(root):
+        if entry.is_dir() and _first_folder(Path(entry.path), _SPLIT_FOLDERS["train"]):
+            return f" (did you mean {entry.path}?)"
+    return ""
