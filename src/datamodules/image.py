@@ -108,9 +108,14 @@ class ImageDataModule(L.LightningDataModule):
         )
         return ResumableLoader(dataset, sampler, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
 
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """The validation split in the evaluation view, this process's share."""
-        return self._eval_loader(self.val_source, self.eval_samples)
+    def val_dataloader(self, samples: int | None = None) -> DataLoader[dict[str, Tensor]]:
+        """The validation split in the evaluation view, this process's share.
+
+        Args:
+            samples: at most so many, a fixed random choice.
+        """
+        limits = [limit for limit in (samples, self.eval_samples) if limit is not None]
+        return self._eval_loader(self.val_source, min(limits, default=None))
 
     def bank_dataloader(self, samples: int | None = None) -> DataLoader[dict[str, Tensor]]:
         """Training images in the evaluation view (what kNN looks up and probes learn from), this process's share.
@@ -119,7 +124,7 @@ class ImageDataModule(L.LightningDataModule):
             samples: at most so many, a fixed random choice of those trained on.
         """
         limits = [limit for limit in (samples, self.train_samples) if limit is not None]
-        return self._eval_loader(self.train_source, min(limits) if limits else None)
+        return self._eval_loader(self.train_source, min(limits, default=None))
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         """uint8 pictures become normalised float32, on the device."""

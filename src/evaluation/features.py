@@ -1,0 +1,162 @@
+"""Features of a bank and of queries, read once and shared by every evaluator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from src.collectives import gather_rows
+from src.datamodules.image import ImageDataModule
+from src.models.backbones.image_encoder import Features, inference
+
+Pool = Callable[[Features], Tensor]
+
+_AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+_FULL = ("32", "32-true", "64", "64-true", "16-true", "bf16-true")
+
+
+class NoLabels(ValueError):
+    """There is no labelled sample to evaluate with."""
+
+
+class BadFeatures(ValueError):
+    """An encoder's features are not finite."""
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Labelled features of one data set, in the data set's order."""
+
+    features: Tensor  # [n, D], float32 or float16, on the CPU
+    labels: Tensor  # [n], int64, none of them negative
+
+
+@dataclass(frozen=True)
+class FeatureSets:
+    """What an evaluator may learn from (``bank``) and what it is judged on (``query``)."""
+
+    bank: FeatureSet
+    query: FeatureSet
+
+    @property
+    def classes(self) -> int:
+        """One more than the largest label of either set."""
+        return int(max(self.bank.labels.max(), self.query.labels.max())) + 1
+
+
+def embedding(features: Features) -> Tensor:
+    """The encoder's own embedding: [B, D]."""
+    return features.embedding
+
+
+def mean_of_patches(features: Features) -> Tensor:
+    """The mean over positions, whatever the encoder pools by: [B, D]."""
+    return features.patches.mean(dim=1)
+
+
+def embedding_and_patches(features: Features) -> Tensor:
+    """The embedding next to the mean over positions: [B, 2 D]."""
+    return torch.cat([features.embedding, features.patches.mean(dim=1)], dim=1)
+
+
+@dataclass
+class _Rows:
+    """What this process has read so far."""
+
+    features: list[Tensor]
+    labels: list[Tensor]
+    indices: list[Tensor]
+
+    def add(self, features: Tensor, batch: Mapping[str, Tensor]) -> None:
+        self.features.append(features)
+        self.labels.append(batch["label"].cpu())
+        self.indices.append(batch["index"].cpu())
+
+
+def extract(
+    encoders: Mapping[str, nn.Module],
+    loader: Iterable[dict[str, Tensor]],
+    datamodule: ImageDataModule,
+    device: torch.device,
+    *,
+    pool: Pool = embedding,
+    precision: str = "32-true",
+    storage: torch.dtype = torch.float32,
+) -> dict[str, FeatureSet]:
+    """Features of every labelled image of ``loader`` by each of ``encoders``, in one pass over the data.
+
+    Each process reads the share its loader gives it and all of them return all rows, in the data set's order, so the
+    result does not depend on the number of processes. Stand-ins for unreadable samples and samples without a label are
+    left out. Encoders run in evaluation mode, without gradients, and are left in the modes they were in.
+
+    Args:
+        encoders: by name, image [B, 3, H, W] -> `Features`, already on ``device``.
+        pool: what is taken of the `Features`: [B, D].
+        precision: of the forward pass, as Lightning's Trainer calls it.
+        storage: type the features are kept in; float16 halves the memory of a large bank.
+
+    Raises:
+        NoLabels: no sample has a label.
+        BadFeatures: NaN or infinite features, naming the encoder and the sample.
+    """
+    rows = {name: _Rows([], [], []) for name in encoders}
+    with inference(nn.ModuleList(encoders.values())), autocast(precision, device):
+        for loaded in loader:
+            batch = _labelled(loaded)
+            if len(batch["label"]) == 0:
+                continue
+            batch = datamodule.transfer_batch_to_device(batch, device, 0)
+            batch = datamodule.on_after_batch_transfer(batch, 0)
+            for name, encoder in encoders.items():
+                features = pool(encoder(batch["image"].to(_weight_dtype(encoder))))
+                rows[name].add(features.to("cpu", torch.float32).to(storage), batch)
+    return {name: _gathered(name, mine, device, storage) for name, mine in rows.items()}
+
+
+def _labelled(loaded: dict[str, Tensor]) -> dict[str, Tensor]:
+    keep = (loaded["label"] >= 0) & ~loaded["replaced"]
+    fields = {name: loaded[name] for name in ("image", "label", "index")}
+    return fields if keep.all() else {name: value[keep] for name, value in fields.items()}
+
+
+def _weight_dtype(encoder: nn.Module) -> torch.dtype:
+    """The type the encoder's weights have, which differs from float32 where a whole run is kept in another."""
+    return next((p.dtype for p in encoder.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _gathered(name: str, mine: _Rows, device: torch.device, storage: torch.dtype) -> FeatureSet:
+    # a process with fewer samples than the others may hold none, and then does not know the width
+    width = torch.tensor([mine.features[0].shape[1] if mine.features else 0], device=device)
+    empty = torch.zeros(0, int(gather_rows(width).max()), dtype=storage)
+    features = gather_rows(torch.cat([empty, *mine.features]).to(device)).cpu()
+    no_rows = torch.zeros(0, dtype=torch.int64)
+    labels = gather_rows(torch.cat([no_rows, *mine.labels]).to(device)).cpu()
+    indices = gather_rows(torch.cat([no_rows, *mine.indices]).to(device)).cpu()
+    if len(labels) == 0:
+        raise NoLabels("no sample of the evaluation data has a label")
+    # after the gathering, so that all processes stop alike
+    bad = ~torch.isfinite(features).all(dim=1)
+    if bad.any():
+        raise BadFeatures(
+            f"the encoder '{name}' gives NaN or infinite features for {int(bad.sum())} of {len(bad)} samples, "
+            f"the first at index {int(indices[bad].min())} (kept as {storage})"
+        )
+    order = torch.argsort(indices, stable=True)
+    return FeatureSet(features=features[order], labels=labels[order])
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """The forward pass's context under a Trainer's ``precision``.
+
+    Raises:
+        ValueError: not a precision that is known here.
+    """
+    if precision in _AUTOCAST:
+        return torch.autocast(device.type, dtype=_AUTOCAST[precision])
+    if str(precision) in _FULL:
+        return nullcontext()
+    raise ValueError(f"precision '{precision}' is not one of {', '.join([*_AUTOCAST, *_FULL])}")

@@ -1,0 +1,111 @@
+"""The one way encoders are evaluated: during training, afterwards, and for claims."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from src.collectives import gather_rows
+from src.datamodules.image import ImageDataModule
+from src.evaluation.features import FeatureSets, Pool, embedding, extract
+from src.randomness import seeded
+
+BANK_SAMPLES = 25_000
+QUERY_SAMPLES = 10_000
+
+
+class Evaluator(Protocol):
+    """Judges features; what it reports is named after the protocol, e.g. ``knn_top1``."""
+
+    def __call__(self, sets: FeatureSets, device: torch.device) -> dict[str, float]: ...
+
+
+def run_evaluators(
+    encoders: Mapping[str, nn.Module],
+    datamodule: ImageDataModule,
+    evaluators: Sequence[Evaluator],
+    device: torch.device,
+    *,
+    bank_samples: int | None = BANK_SAMPLES,
+    query_samples: int | None = QUERY_SAMPLES,
+    pool: Pool = embedding,
+    precision: str = "32-true",
+) -> dict[str, float]:
+    """Every evaluator's numbers for every encoder, from one reading of the data.
+
+    The first encoder's have plain names (``knn_top1``), the others' end in theirs (``knn_top1_teacher``). Leaves the
+    encoders, their modes and all generators of random numbers on the CPU as they were. All processes return the same.
+
+    Args:
+        encoders: by name, image -> `Features`, on ``device``.
+        bank_samples, query_samples: images at most, a fixed random choice; None for all.
+        pool, precision: see `extract`.
+
+    Raises:
+        NoLabels, BadFeatures: see `extract`.
+    """
+    sets = feature_sets(
+        encoders,
+        datamodule,
+        device,
+        bank_samples=bank_samples,
+        query_samples=query_samples,
+        pool=pool,
+        precision=precision,
+    )
+    return score(sets, evaluators, device)
+
+
+def feature_sets(
+    encoders: Mapping[str, nn.Module],
+    datamodule: ImageDataModule,
+    device: torch.device,
+    *,
+    bank_samples: int | None = BANK_SAMPLES,
+    query_samples: int | None = QUERY_SAMPLES,
+    pool: Pool = embedding,
+    precision: str = "32-true",
+) -> dict[str, FeatureSets]:
+    """The bank's and the queries' features by each encoder; arguments as for `run_evaluators`."""
+    # a loader that starts draws a number, which training must not notice
+    with seeded(0):
+        query, bank = (
+            extract(encoders, loader, datamodule, device, pool=pool, precision=precision)
+            for loader in (datamodule.val_dataloader(query_samples), datamodule.bank_dataloader(bank_samples))
+        )
+    return {name: FeatureSets(bank=bank[name], query=query[name]) for name in encoders}
+
+
+def score(sets: Mapping[str, FeatureSets], evaluators: Sequence[Evaluator], device: torch.device) -> dict[str, float]:
+    """The evaluators' numbers, named as `run_evaluators` says."""
+    scores: dict[str, float] = {}
+    with seeded(0), exact_products():
+        for position, (name, mine) in enumerate(sets.items()):
+            for evaluator in evaluators:
+                for metric, value in evaluator(mine, device).items():
+                    scores[metric if position == 0 else f"{metric}_{name}"] = value
+    return _of_first_process(scores, device)
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Products of float32 matrices in full precision, whatever training allows itself."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _of_first_process(scores: dict[str, float], device: torch.device) -> dict[str, float]:
+    """The first process's numbers on all: what is decided by them is then decided alike."""
+    if not scores:
+        return scores
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    values = gather_rows(torch.tensor([list(scores.values())], dtype=dtype, device=device))[0]
+    return dict(zip(scores, values.tolist(), strict=True))
