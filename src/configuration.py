@@ -73,12 +73,12 @@ def apply(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 def instantiate(config: Any, **kwargs: Any) -> Any:
     """Build what a configuration describes; a constructor's complaint about a value becomes a UserError."""
     try:
-        return hydra_instantiate(config, **kwargs)
+        return hydra_instantiate(config, _convert_="all", **kwargs)
     except InstantiationException as problem:
         cause = problem.__cause__
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
-        if isinstance(cause, ValueError | TypeError | FileNotFoundError | ImportError | OSError):
+        if isinstance(cause, ValueError | FileNotFoundError | ImportError | OSError):
             key = getattr(problem, "full_key", None) or _named_key(problem)
             raise UserError(f"{f'in {key}: ' if key else ''}{cause}") from problem
         raise

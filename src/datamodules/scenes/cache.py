@@ -169,4 +169,4 @@ def _cores() -> int:
 
 if __name__ == "__main__":
     for _rendered in _render_share(*pickle.load(sys.stdin.buffer)):
-        print(_rendered, flush=True)
+        os.write(sys.stdout.fileno(), b"%d\n" % _rendered)  # one write: the children share the pipe

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,7 +21,7 @@ FIELDS = ("labels", "boxes", "box_labels", "instance_masks", "depth")
 
 
 class ScenesSource:
-    """``count`` scenes of one split, with the ground truth that is asked for.
+    """``count`` scenes of one split (one number, or one a split), with the ground truth that is asked for.
 
     The split is folded into the seed, so no two splits share a scene, whatever their sizes; a larger ``count`` adds
     scenes to the same ones. Fields, T being the scene's number of things (the main thing is always the first):
@@ -43,7 +43,7 @@ class ScenesSource:
         self,
         split: Split,
         *,
-        count: int,
+        count: int | Mapping[Split, int],
         resolution: int = 256,
         seed: int = 0,
         fields: Sequence[str] = (),
@@ -56,6 +56,7 @@ class ScenesSource:
         """
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+        count = count if isinstance(count, int) else count[split]
         unknown = [field for field in fields if field not in FIELDS]
         if unknown:
             raise ValueError(f"scenes have no field {', '.join(map(repr, unknown))}; there are {', '.join(FIELDS)}")

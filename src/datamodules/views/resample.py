@@ -31,6 +31,7 @@ def resample_boxes(images: Tensor, boxes: np.ndarray, size: int, flip: np.ndarra
     batch, channels = images.shape[:2]
     pixels = images.to(torch.float32)
     narrow = torch.bmm(pixels.reshape(batch, channels * height, width), columns_t)
+    narrow = narrow.round_().clamp_(0, 255)  # PIL keeps 8 bits between its two passes
     narrow = narrow.reshape(batch, channels, height, size).transpose(1, 2).reshape(batch, height, channels * size)
     result = torch.bmm(rows, narrow).reshape(batch, size, channels, size).transpose(1, 2)
     return result.round_().clamp_(0, 255).to(torch.uint8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -115,9 +116,8 @@ class MAEDecoder(nn.Module):
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = _fixed_positions(dim, grid)
-        norm = _layer_norm
-        self.blocks = nn.Sequential(*[Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)])
-        self.norm = norm(dim)
+        self.blocks = nn.Sequential(*[Block(dim, heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)])
+        self.norm = LayerNorm(dim)
         self.pred = nn.Linear(dim, out_dim)
 
     def forward(self, visible: Tensor, restore: Tensor) -> Tensor:
@@ -150,6 +150,3 @@ def _fixed_positions(dim: int, grid: tuple[int, int]) -> nn.Parameter:
     # a parameter without gradient, not a buffer: timm's checkpoints hold the table under this name
     return nn.Parameter(sincos_2d(dim, grid, prefix_tokens=1).unsqueeze(0), requires_grad=False)
 
-
-def _layer_norm(dim: int) -> nn.LayerNorm:
-    return nn.LayerNorm(dim, eps=1e-6)

@@ -1,0 +1,218 @@
+import numpy as np
+import pytest
+import torch
+
+from src.datamodules.batch import BatchError, ImageBatch, validate
+from src.datamodules.dataset import Draw, EvalSampler, ResumableLoader, TrainSampler, ViewedDataset
+from src.datamodules.image import ImageDataModule
+from src.datamodules.sources.source import BadSample
+from src.datamodules.views.image import CentreCrop, RandomResizedCrop
+
+
+class Arrays:
+    """Pictures in memory, whole."""
+
+    classes = ("a", "b")
+
+    def __init__(self, split: str = "train", count: int = 24) -> None:
+        generator = np.random.default_rng(0 if split == "train" else 1)
+        self.images = generator.integers(0, 256, (count, 3, 16, 16), dtype=np.uint8)
+        self.labels = np.arange(count) % 2
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int):
+        return {"image": torch.from_numpy(self.images[index]), "label": int(self.labels[index])}
+
+    def name(self, index: int) -> str:
+        return f"arrays/{index}"
+
+
+class OneByOne(Arrays):
+    """The same pictures without the array shortcut; some of them bad, two of another size."""
+
+    def __init__(self, split: str = "train", count: int = 24, bad: tuple[int, ...] = (), wide: tuple[int, ...] = ()) -> None:
+        super().__init__(split, count)
+        self.pictures, self.bad, self.wide = self.images, bad, wide
+        del self.images
+
+    def __getitem__(self, index: int):
+        if index in self.bad:
+            raise BadSample("cut off")
+        image = torch.from_numpy(self.pictures[index])
+        return {"image": image.repeat(1, 1, 2) if index in self.wide else image, "label": int(self.labels[index])}
+
+
+VIEW = RandomResizedCrop(size=8)
+
+
+def draws(epoch: int, indices) -> list[Draw]:
+    return [Draw(epoch, index) for index in indices]
+
+
+def order_of(sampler: TrainSampler) -> list[list[int]]:
+    return [[draw.index for draw in batch] for batch in sampler]
+
+
+def test_a_sample_is_the_same_whatever_comes_with_it_and_another_in_every_epoch():
+    dataset = ViewedDataset(Arrays(), VIEW, seed=5)
+    first = dataset[draws(2, [7, 3, 11])]["image"]
+    assert torch.equal(first[1], dataset[draws(2, [3])]["image"][0])
+    assert not torch.equal(first[1], dataset[draws(3, [3])]["image"][0])
+    assert not torch.equal(first[1], ViewedDataset(Arrays(), VIEW, seed=6)[draws(2, [3])]["image"][0])
+
+
+def test_arrays_single_pictures_and_pictures_of_several_sizes_give_the_same_batch():
+    wanted = draws(1, [4, 9, 2])
+    arrays = ViewedDataset(Arrays(), VIEW, seed=0)[wanted]
+    single = ViewedDataset(OneByOne(), VIEW, seed=0)[wanted]
+    assert all(torch.equal(arrays[name], single[name]) for name in arrays)
+    mixed = ViewedDataset(OneByOne(wide=(9,)), VIEW, seed=0)[wanted]
+    assert torch.equal(mixed["image"][[0, 2]], arrays["image"][[0, 2]])
+    assert mixed["image"].shape == (3, 3, 8, 8)
+
+
+def test_a_bad_sample_is_replaced_by_the_same_other_one_named_and_marked(tmp_path, caplog):
+    log = tmp_path / "bad.tsv"
+    dataset = ViewedDataset(OneByOne(bad=(3,)), VIEW, seed=0, bad_log=log)
+    batch = dataset[draws(0, [2, 3, 4])]
+    again = ViewedDataset(OneByOne(bad=(3,)), VIEW, seed=0)[draws(0, [3])]
+    assert batch["replaced"].tolist() == [False, True, False]
+    assert torch.equal(batch["image"][1], again["image"][0])
+    assert "replaced arrays/3: cut off" in caplog.text
+    dataset[draws(1, [3])]
+    assert log.read_text() == "arrays/3\tcut off\n"  # once a process, however often it is met
+
+
+def test_when_nothing_can_be_read_the_run_stops_naming_the_last_file():
+    dataset = ViewedDataset(OneByOne(bad=tuple(range(24))), VIEW, seed=0)
+    with pytest.raises(BadSample, match="16 samples in a row.*arrays/"):
+        dataset[draws(0, [0])]
+
+
+def test_processes_and_micro_batches_share_out_the_same_global_batches():
+    whole = order_of(TrainSampler(26, batch_size=8, seed=3))
+    assert len(whole) == 3
+    assert len({index for batch in whole for index in batch}) == 24
+    two_by_two = [
+        order_of(TrainSampler(26, batch_size=8, seed=3, rank=rank, world_size=2, micro_batches=2)) for rank in range(2)
+    ]
+    for step in range(3):
+        parts = [two_by_two[rank][2 * step + micro] for micro in range(2) for rank in range(2)]
+        assert [index for part in parts for index in part] == whole[step]
+
+
+def test_another_epoch_has_another_order():
+    sampler = TrainSampler(24, batch_size=8, seed=3)
+    first = order_of(sampler)
+    sampler.set_epoch(1)
+    assert order_of(sampler) != first
+    sampler.set_epoch(0)
+    assert order_of(sampler) == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 6, "world_size": 4}, r"data.batch_size=6 .* multiple of 4 processes x 1 micro-batches = 4"),
+        ({"batch_size": 32}, r"data.batch_size=32 is more than the 24 training samples"),
+    ],
+)
+def test_batches_that_cannot_be_cut_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TrainSampler(24, seed=0, **arguments)
+
+
+def test_evaluation_sees_every_sample_once_over_all_processes():
+    shares = [list(EvalSampler(11, batch_size=2, rank=rank, world_size=3)) for rank in range(3)]
+    seen = sorted(draw.index for share in shares for batch in share for draw in batch)
+    assert seen == list(range(11))
+    assert [len(share) for share in shares] == [len(EvalSampler(11, batch_size=2, rank=r, world_size=3)) for r in range(3)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_taken_up_in_mid_epoch_goes_on_with_the_next_batch(workers):
+    def loader() -> ResumableLoader:
+        dataset = ViewedDataset(Arrays(), VIEW, seed=0)
+        made = ResumableLoader(dataset, TrainSampler(24, batch_size=4, seed=0), num_workers=workers)
+        made.sampler.set_epoch(1)
+        return made
+
+    whole = [batch["image"] for batch in loader()]
+    stopped = loader()
+    iterator = iter(stopped)
+    for _ in range(2):
+        next(iterator)
+    state = stopped.state_dict()
+    assert state == {"epoch": 1, "batch": 2}
+    resumed = loader()
+    resumed.load_state_dict(state)
+    rest = [batch["image"] for batch in resumed]
+    assert len(resumed) == 6  # the epoch's length stays what it is
+    assert len(rest) == 4
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole[2:], strict=True))
+    resumed.sampler.set_epoch(2)
+    assert len(list(resumed)) == 6  # only the epoch it was taken up in is short
+
+
+def test_the_state_of_a_finished_epoch_starts_the_next_one_from_its_beginning():
+    loader = ResumableLoader(ViewedDataset(Arrays(), VIEW, seed=0), TrainSampler(24, batch_size=4, seed=0))
+    loader.load_state_dict({"epoch": 0, "batch": 6})
+    loader.sampler.set_epoch(1)
+    assert len(list(loader)) == 6
+
+
+def datamodule(**changes) -> ImageDataModule:
+    settings = {"source": Arrays, "train_view": VIEW, "eval_view": CentreCrop(size=8, share=1.0), "batch_size": 4}
+    return ImageDataModule(**{**settings, "num_workers": 0, **changes})
+
+
+def test_batches_are_what_their_type_says_once_they_are_on_the_device():
+    module = datamodule()
+    raw = next(iter(module.train_dataloader()))
+    assert raw["image"].dtype == torch.uint8
+    batch = module.on_after_batch_transfer(raw, 0)
+    validate(batch, ImageBatch)
+    expected = (raw["image"].double() / 255 - module.mean.double()) / module.std.double()
+    assert torch.allclose(batch["image"].double(), expected, atol=1e-6)
+    assert torch.allclose(module.denormalise(batch["image"]) * 255, raw["image"].float(), atol=1e-3)
+
+
+def test_the_bank_holds_training_images_a_smaller_one_being_part_of_a_larger():
+    def indices(loader) -> list[int]:
+        return [int(index) for batch in loader for index in batch["index"]]
+
+    module = datamodule(train_samples=16, seed=3)
+    trained = {index for batch in module.train_dataloader() for index in batch["index"].tolist()}
+    assert set(indices(module.bank_dataloader())) == trained
+    small = indices(module.bank_dataloader(8))
+    assert len(small) == 8
+    assert set(small) < trained
+    assert small == indices(datamodule(train_samples=16, seed=4).bank_dataloader(8))  # the same for every seed
+    assert indices(module.val_dataloader()) == list(range(24))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": None}, "needs the field 'image'"),
+        ({"image": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, r"batch\['image'\] must be torch.float32"),
+        ({"image": torch.zeros(2, 1, 8, 8)}, r"batch\['image'\] has 3 = 1 where 3 is expected"),
+        ({"label": torch.zeros(3, dtype=torch.int64)}, r"batch\['label'\] has B = 3 where 2 is expected"),
+        ({"label": [0, 1]}, r"batch\['label'\] must be a tensor, not list"),
+        ({"image": torch.full((2, 3, 8, 8), torch.nan)}, r"batch\['image'\] holds NaN"),
+        ({"index": torch.zeros(2, 1, dtype=torch.int64)}, r"batch\['index'\] must have the axes \[B\], got \[2, 1\]"),
+    ],
+)
+def test_a_batch_that_is_not_what_its_type_says_is_refused_by_field(change, message):
+    batch = {
+        "image": torch.zeros(2, 3, 8, 8),
+        "label": torch.zeros(2, dtype=torch.int64),
+        "index": torch.zeros(2, dtype=torch.int64),
+        "replaced": torch.zeros(2, dtype=torch.bool),
+    }
+    validate(batch, ImageBatch)
+    batch = {name: value for name, value in {**batch, **change}.items() if value is not None}
+    with pytest.raises(BatchError, match=message):
+        validate(batch, ImageBatch)

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from src.datamodules.views.image import CentreCrop, RandomResizedCrop
+from src.datamodules.views.resample import resample_boxes
+from src.randomness import uniform
+
+
+def pictures(count: int, height: int, width: int) -> torch.Tensor:
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 256, (count, 3, height // 4, width // 4), dtype=np.uint8)
+    return torch.from_numpy(coarse.repeat(4, axis=2).repeat(4, axis=3))
+
+
+@pytest.mark.parametrize("size", [16, 33, 96])  # shrinking, odd, enlarging
+def test_resampling_a_batch_equals_pil_box_by_box(size):
+    images = pictures(3, 48, 64)
+    boxes = np.array([[0, 0, 48, 64], [5, 9, 31, 22], [17.5, 30.25, 20, 28.5]])
+    found = resample_boxes(images, boxes, size)
+    for image, (top, left, height, width), result in zip(images, boxes, found, strict=True):
+        pil = Image.fromarray(image.permute(1, 2, 0).numpy())
+        expected = pil.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+        difference = np.abs(result.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected).astype(int))
+        # PIL rounds its weights to fixed point, which may tip a rounding in either pass
+        assert difference.max() <= 2
+        assert difference.mean() < 0.06
+
+
+def test_flipping_mirrors_the_result():
+    images = pictures(2, 32, 32)
+    boxes = np.array([[2, 3, 20, 25], [2, 3, 20, 25]], float)
+    plain = resample_boxes(images, boxes, 16)
+    flipped = resample_boxes(images, boxes, 16, flip=np.array([True, False]))
+    assert torch.equal(flipped[0], plain[0].flip(-1))
+    assert torch.equal(flipped[1], plain[1])
+
+
+def test_boxes_have_torchvision_s_distribution():
+    view = RandomResizedCrop(size=8, scale=(0.2, 1.0))
+    boxes = view.boxes(60, 90, uniform(0, [0] * 20_000, range(20_000), view.draws))
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 0] + boxes[:, 2] <= 60).all()
+    assert (boxes[:, 1] + boxes[:, 3] <= 90).all()
+    torch.manual_seed(0)
+    blank = torch.zeros(3, 60, 90)
+    transform = v2.RandomResizedCrop(8, scale=(0.2, 1.0))
+    made = [transform.make_params([blank]) for _ in range(4000)]
+    reference = np.array([[each["top"], each["left"], each["height"], each["width"]] for each in made])
+    for column in range(4):
+        mine, theirs = boxes[:, column], reference[:, column]
+        tolerance = 4 * theirs.std() * (1 / len(mine) + 1 / len(theirs)) ** 0.5
+        assert abs(mine.mean() - theirs.mean()) < tolerance
+        assert mine.std() == pytest.approx(theirs.std(), rel=0.06)
+
+
+def test_a_picture_too_narrow_for_any_ratio_falls_back_to_its_centre():
+    view = RandomResizedCrop(size=8, scale=(0.9, 1.0))
+    assert view.boxes(10, 100, uniform(0, [0], [0], view.draws)).tolist() == [[0, 43, 10, 13]]
+
+
+def test_flips_happen_with_their_probability_and_follow_the_numbers():
+    view = RandomResizedCrop(size=8, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.25)
+    images = pictures(400, 8, 8)
+    numbers = uniform(0, [0] * 400, range(400), view.draws)
+    made = view.decoded(images, numbers)["image"]
+    mirrored = torch.tensor([torch.equal(a, b.flip(-1)) and not torch.equal(a, b) for a, b in zip(made, images, strict=True)])
+    assert torch.equal(mirrored, torch.from_numpy(numbers[:, -1] < 0.25))
+    assert abs(int(mirrored.sum()) - 100) < 35  # four standard deviations
+
+
+def test_a_picture_of_its_own_gets_what_it_gets_in_a_batch():
+    view = RandomResizedCrop(size=16)
+    images = pictures(4, 32, 32)
+    numbers = uniform(0, [3] * 4, range(4), view.draws)
+    together = view.decoded(images, numbers)["image"]
+    assert torch.equal(view.decoded(images[2:3], numbers[2:3])["image"][0], together[2])
+
+
+def test_centre_crop_is_the_resized_middle():
+    images = pictures(1, 64, 96)
+    found = CentreCrop(size=28, share=0.875).decoded(images, np.zeros((1, 0)))["image"][0]
+    pil = Image.fromarray(images[0].permute(1, 2, 0).numpy())
+    expected = np.asarray(pil.resize((28, 28), Image.Resampling.BICUBIC, box=(20, 4, 76, 60)))
+    assert np.abs(found.permute(1, 2, 0).numpy().astype(int) - expected.astype(int)).max() <= 1
+    untouched = CentreCrop(size=64, share=1.0).decoded(pictures(1, 64, 64), np.zeros((1, 0)))["image"]
+    assert torch.equal(untouched, pictures(1, 64, 64))
+
+
+def test_a_scale_that_is_no_share_is_refused():
+    with pytest.raises(ValueError, match="scale"):
+        RandomResizedCrop(size=8, scale=(0.5, 1.5))

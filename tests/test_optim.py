@@ -1,0 +1,67 @@
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from src.optim import OptimizerRecipe, Rule, layer_decay_rules
+
+
+def model() -> nn.Module:
+    module = nn.Module()
+    module.token = nn.Parameter(torch.zeros(1, 1, 4))
+    module.stem = nn.Linear(4, 4)
+    module.norm = nn.LayerNorm(4)
+    module.head = nn.Linear(4, 2)
+    module.table = nn.Parameter(torch.zeros(3, 4), requires_grad=False)
+    return module
+
+
+def settings(optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
+    return {name: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for name in g["names"]}
+
+
+def recipe(**changes) -> OptimizerRecipe:
+    return OptimizerRecipe(
+        **{"algorithm": partial(torch.optim.AdamW, betas=(0.9, 0.95)), "lr": 0.1, "weight_decay": 0.05, **changes}
+    )
+
+
+def test_biases_and_norms_are_not_decayed_but_tokens_are():
+    found = settings(recipe().build(model()))
+    assert found == {
+        "token": (0.1, 0.05),
+        "stem.weight": (0.1, 0.05),
+        "stem.bias": (0.1, 0.0),
+        "norm.weight": (0.1, 0.0),
+        "norm.bias": (0.1, 0.0),
+        "head.weight": (0.1, 0.05),
+        "head.bias": (0.1, 0.0),
+    }
+    assert recipe().build(model()).defaults["betas"] == (0.9, 0.95)
+
+
+def test_the_first_rule_that_matches_counts():
+    module = model()
+    rules = [Rule(r"^stem", frozen=True), Rule(r"bias$", weight_decay=0.3), Rule("head", lr_multiplier=2.0)]
+    found = settings(recipe(rules=rules).build(module))
+    assert "stem.weight" not in found and not module.stem.weight.requires_grad and not module.stem.bias.requires_grad
+    assert found["head.bias"] == (0.1, 0.3)  # the second rule, not the third
+    assert found["head.weight"] == (pytest.approx(0.2), 0.05)
+    assert found["norm.weight"] == (0.1, 0.0)
+
+
+def test_layer_decay_multiplies_from_the_head_downwards():
+    rules = layer_decay_rules([r"^(token|stem)", r"^norm", r"^head"], 0.5)
+    found = settings(recipe(rules=rules).build(model()))
+    assert found["stem.weight"] == (pytest.approx(0.025), 0.05)
+    assert found["token"] == (pytest.approx(0.025), 0.05)
+    assert found["norm.weight"] == (pytest.approx(0.05), 0.0)
+    assert found["head.weight"] == (pytest.approx(0.1), 0.05)
+
+
+def test_a_rule_that_matches_nothing_and_a_model_with_nothing_to_train_are_refused():
+    with pytest.raises(ValueError, match="'blocks.3'"):
+        recipe(rules=[Rule(r"blocks.3", frozen=True)]).build(model())
+    with pytest.raises(ValueError, match="frozen"):
+        recipe(rules=[Rule("", frozen=True)]).build(model())

@@ -1,0 +1,49 @@
+import math
+
+import pytest
+
+from src.schedules import Constant, Cosine, Horizon, Linear, WarmupCosine
+
+RUN = Horizon(total_steps=1000, steps_per_epoch=50.0, batch_size=256)
+
+
+@pytest.mark.parametrize(
+    ("duration", "steps"),
+    [(500, 500), ("500 steps", 500), ("1 step", 1), ("4 epochs", 200), ("0.5 epochs", 25), ("10%", 100)]
+    + [("2560 samples", 10), ("1.28M samples", 5000), ("25.6k samples", 100), (0, 0)],
+)
+def test_durations_in_every_unit(duration, steps):
+    assert RUN.steps(duration) == pytest.approx(steps, rel=1e-12)
+
+
+@pytest.mark.parametrize("wrong", ["forty epochs", "40 epoch s", "-3 epochs", -1, "40", "", "10 percent"])
+def test_what_is_not_a_duration_is_refused(wrong):
+    with pytest.raises(ValueError, match="duration"):
+        RUN.steps(wrong)
+
+
+def test_warmup_cosine_at_hand_worked_points():
+    schedule = WarmupCosine(peak=2.0, warmup="4 epochs", start=0.4, end=0.2)
+    assert schedule.value(0, RUN) == 0.4
+    assert schedule.value(100, RUN) == pytest.approx(1.2)  # half of the way up
+    assert schedule.value(200, RUN) == pytest.approx(2.0)
+    assert schedule.value(400, RUN) == pytest.approx(0.2 + 1.8 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert schedule.value(600, RUN) == pytest.approx(1.1)  # half of the way down
+    assert schedule.value(1000, RUN) == pytest.approx(0.2)
+    assert schedule.value(1200, RUN) == pytest.approx(0.2)
+
+
+def test_a_warmup_longer_than_the_run_ends_below_the_peak_without_dividing_by_zero():
+    schedule = WarmupCosine(peak=1.0, warmup="40 epochs")
+    assert schedule.value(500, RUN) == pytest.approx(0.5)
+    assert WarmupCosine(peak=1.0).value(0, RUN) == 1.0
+    assert WarmupCosine(peak=1.0).value(0, Horizon(total_steps=0, steps_per_epoch=1, batch_size=1)) == 0.0
+
+
+def test_lines_cosines_and_constants():
+    assert Linear(0.04, 0.07, "10 epochs").value(250, RUN) == pytest.approx(0.055)
+    assert Linear(0.04, 0.07, "10 epochs").value(900, RUN) == pytest.approx(0.07)
+    assert Cosine(0.996, 1.0).value(0, RUN) == pytest.approx(0.996)
+    assert Cosine(0.996, 1.0).value(500, RUN) == pytest.approx(0.998)
+    assert Cosine(0.996, 1.0).value(250, RUN) == pytest.approx(1 - 0.004 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert Constant(0.9).value(123, RUN) == 0.9
