@@ -133,7 +133,8 @@ def _torchvision(root: Path) -> Callable[[int], None]:
 
 
 def _use(image: Tensor) -> None:
-    assert image.shape == (3, _CROP, _CROP) and image.dtype == torch.float32
+    assert image.shape == (3, _CROP, _CROP)
+    assert image.dtype == torch.float32
 
 
 if __name__ == "__main__":

@@ -103,7 +103,8 @@ class TestCropAndResize:
         got = EncodedImage(encode(image)).decode((20, 30, 301, 250), (224, 224))
         cropped = image.crop((30, 20, 280, 321)).resize((224, 224), BICUBIC)
         inside = difference(got, cropped)[3:-3, 3:-3]
-        assert inside.max() <= 2 and inside.mean() < 0.05
+        assert inside.max() <= 2
+        assert inside.mean() < 0.05
 
     def test_fractional_box(self) -> None:
         image = textured(100, 120)
@@ -134,7 +135,8 @@ class TestCropAndResize:
         full = Image.open(io.BytesIO(data)).convert("RGB")
         expected = full.resize((224, 224), BICUBIC, box=(left, top, left + width, top + height))
         error = difference(got, expected)
-        assert error.mean() <= 0.5 and error.max() <= 3
+        assert error.mean() <= 0.5
+        assert error.max() <= 3
 
     def test_reduced_scale_on_texture(self) -> None:
         """Detail at the limit of the resolution: the difference the docstring states, and no shift."""
@@ -143,7 +145,8 @@ class TestCropAndResize:
         full = Image.open(io.BytesIO(data)).convert("RGB")
         expected = full.resize((224, 224), BICUBIC, box=(2, 2, 898, 898))
         error = difference(EncodedImage(data).decode((2, 2, 896, 896), (224, 224)), expected)
-        assert error.mean() <= 2.4 and error.max() <= 16
+        assert error.mean() <= 2.4
+        assert error.max() <= 16
         shifted = full.resize((224, 224), BICUBIC, box=(4, 4, 900, 900))
         assert difference(expected, shifted).mean() > error.mean()
 
@@ -174,7 +177,8 @@ class TestExif:
         if size is None:
             assert error.max() == 0
         else:  # at reduced scale
-            assert error.mean() <= 0.5 and error.max() <= 6
+            assert error.mean() <= 0.5
+            assert error.max() <= 6
 
     @pytest.mark.parametrize("orientation", [3, 6, 7])
     @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
@@ -213,12 +217,14 @@ class TestModes:
         got = decoded(encode(Image.fromarray(pixels)))
         colour, alpha = pixels[..., :3].astype(float), pixels[..., 3:] / 255.0
         assert np.abs(got - (colour * alpha + 255 * (1 - alpha))).max() <= 1
-        assert got[0, 1].tolist() == [255, 255, 255] and got[0, 0].tolist() == [10, 20, 30]
+        assert got[0, 1].tolist() == [255, 255, 255]
+        assert got[0, 0].tolist() == [10, 20, 30]
 
     def test_grey_with_alpha(self) -> None:
         pixels = np.array([[[40, 255], [40, 0], [200, 128]]], np.uint8)
         got = decoded(encode(Image.merge("LA", [Image.fromarray(pixels[..., band]) for band in (0, 1)])))
-        assert got[0, 0].tolist() == [40] * 3 and got[0, 1].tolist() == [255] * 3
+        assert got[0, 0].tolist() == [40] * 3
+        assert got[0, 1].tolist() == [255] * 3
         assert abs(int(got[0, 2, 0]) - (200 * 128 + 255 * 127) / 255) <= 1
 
     def test_palette(self) -> None:

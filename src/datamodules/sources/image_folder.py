@@ -34,8 +34,8 @@ class ImageFolderSource:
 
     Three layouts are understood:
 
-    - ``root/train/<class>/**/*.jpg``, with ``root/val`` (or ``validation``, ``valid``) and ``root/test`` beside it where
-      there are such splits; the classes are the folders in ``train``;
+    - ``root/train/<class>/**/*.jpg``, with ``root/val`` (or ``validation``, ``valid``) and ``root/test`` beside
+      it where there are such splits; the classes are the folders in ``train``;
     - ``root/<class>/**/*.jpg``;
     - pictures directly in ``root`` or ``root/train``: no classes, label -1.
 

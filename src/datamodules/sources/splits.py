@@ -19,7 +19,7 @@ def hashed_split(key: str, *, val_share: float, test_share: float = 0.0) -> Spli
     Raises:
         ValueError: the shares leave nothing for "train".
     """
-    if not (0 <= val_share and 0 <= test_share and val_share + test_share < 1):
+    if not (val_share >= 0 and test_share >= 0 and val_share + test_share < 1):
         raise ValueError(f"val_share={val_share} and test_share={test_share} must be >= 0 and leave a part for train")
     digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     position = int.from_bytes(digest, "big") / 2.0**64

@@ -1,0 +1,145 @@
+"""Data sets of the Hugging Face hub, and local files in the formats its library reads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from src.datamodules.decoding import BadSample, DataError, EncodedImage
+from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.splits import hashed_split
+
+log = logging.getLogger(__name__)
+
+_SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+
+
+class HuggingFaceSource:
+    """Pictures and labels of a table; the pictures stay encoded.
+
+    Args:
+        split: "train", "val" or "test"; the table's own split under one of its usual names ("validation", "dev", …).
+            Without one, "val" is ``val_share`` of the training rows by a hash of their position, "train" the rest.
+        path: a name on the hub, a folder of parquet files or pictures, the name of a format ("parquet", with
+            ``data_files``), or a folder written by ``save_to_disk``.
+        name: configuration of the data set.
+        data_dir, data_files, revision, cache_dir: as `datasets.load_dataset` has them.
+        image_key: column of the pictures.
+        label_key: column of the labels (class labels, integers or strings); None for none. Where a row or the whole
+            column has none, the label is -1.
+        val_share: as above.
+
+    Raises:
+        DataError: the data set, the split or a column does not exist.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        path: str | Path,
+        name: str | None = None,
+        data_dir: str | None = None,
+        data_files: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        image_key: str = "image",
+        label_key: str | None = "label",
+        val_share: float = 0.1,
+    ) -> None:
+        self._path = str(path)
+        self._image_key = image_key
+        splits = _load(
+            self._path,
+            name=name,
+            data_dir=data_dir,
+            data_files=_plain(data_files),
+            revision=revision,
+            cache_dir=str(cache_dir) if cache_dir is not None else None,
+        )
+        own = next((known for known in _SPLIT_NAMES[split] if known in splits), None)
+        train = next((known for known in _SPLIT_NAMES["train"] if known in splits), None)
+        if own is None and (split == "test" or train is None):
+            raise DataError(f"{path} has no split '{split}', only {', '.join(splits)}")
+        title = own or train or ""
+        table = splits[title]
+        if image_key not in table.column_names:
+            raise DataError(f"{path} has no column image_key='{image_key}', only {', '.join(table.column_names)}")
+        reference = splits[train] if train is not None else table
+        self.classes, labels = _labels(table, reference, label_key, self._path)
+        held_out = any(known in splits for known in _SPLIT_NAMES["val"])
+        rows = np.arange(len(table))
+        if not held_out and split != "test":
+            rows = np.array([row for row in rows if hashed_split(str(row), val_share=val_share) == split], np.int64)
+        self._rows = rows
+        self._split = title
+        self.labels = labels[rows]
+        self._images = table.select_columns([image_key]).cast_column(image_key, datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        cell = self._images[int(self._rows[index])][self._image_key]
+        if not cell or (not cell.get("bytes") and not cell.get("path")):
+            raise BadSample(f"{self.name(index)}: the row has no picture")
+        data = cell["bytes"] or Path(cell["path"])
+        return {"image": EncodedImage(data), "label": int(self.labels[index])}
+
+    def name(self, index: int) -> str:
+        return f"{self._path} {self._split}[{int(self._rows[index])}]"
+
+
+def _load(path: str, **options: Any) -> dict[str, Any]:
+    """Tables by split."""
+    folder = Path(path).expanduser()
+    try:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            found = datasets.load_from_disk(str(folder))
+        else:
+            found = datasets.load_dataset(str(folder) if folder.exists() else path, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"cannot load the data set '{path}': {error}") from error
+    return dict(found) if isinstance(found, dict) else {"train": found}
+
+
+def _labels(table: Any, reference: Any, key: str | None, path: str) -> tuple[list[str], np.ndarray]:
+    """Class names and int64 labels of all rows; strings are numbered in the order of ``reference``'s, sorted."""
+    if key is None or key not in table.column_names:
+        if key is not None:
+            log.info("%s has no column label_key='%s': no labels", path, key)
+        return [], np.full(len(table), -1, np.int64)
+    feature = table.features[key]
+    column = table.with_format(None)[key]
+    values = list(column)
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names), np.array([-1 if value is None else value for value in values], np.int64)
+    if str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
+        numbers = np.array([-1 if value is None else value for value in values], np.int64)
+        return [str(number) for number in range(int(numbers.max(initial=-1)) + 1)], numbers
+    if getattr(feature, "dtype", "") in ("string", "large_string"):
+        classes = sorted(value for value in set(reference.with_format(None)[key]) if value is not None)
+        number_of = {value: number for number, value in enumerate(classes)}
+        unknown = sorted({value for value in values if value is not None and value not in number_of})
+        if unknown:
+            raise DataError(f"classes of {path} that its training split has not, so they have no label: {unknown[:5]}")
+        return classes, np.array([-1 if value is None else number_of[value] for value in values], np.int64)
+    raise DataError(f"the column label_key='{key}' of {path} holds {feature}, not class labels, integers or strings")
+
+
+def _plain(files: Any) -> Any:
+    """Lists and dicts where a configuration library has its own kinds."""
+    if files is None or isinstance(files, str):
+        return files
+    if isinstance(files, Mapping):
+        return {str(key): _plain(value) for key, value in files.items()}
+    return [str(file) for file in files]

@@ -1,0 +1,261 @@
+"""WebDataset shards on local disks, read in any order: each tar's members are listed once, then read by offset."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from src.datamodules.decoding import BadSample, DataError, EncodedImage
+from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.splits import PackedNames, hashed_split
+
+log = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_INDEX_VERSION = 1
+
+
+class WebDatasetSource:
+    """Samples of tar shards: members that follow each other and share a key (``a/0001`` of ``a/0001.jpg``).
+
+    Random access gives what streaming cannot: exact resume, real shuffling, a length. It needs uncompressed shards on a
+    disk of this machine; an ``http://…`` address is refused.
+
+    Args:
+        split: "train", "val" or "test".
+        shards: paths by split, or the paths of all (then "val" is ``val_share`` of the samples by a hash of shard and
+            key, "train" the rest). ``{000..012}`` and ``{a,b}`` are expanded, as are ``*`` and ``?``.
+        label: extension of the member with the label: "cls" (a number, or the name of a class), or "json" (an object
+            with ``json_key``); None for no labels.
+        json_key: as above.
+        classes: names by label, needed where labels are names.
+        image_extensions: of the members that are pictures, lower case; the first member of a sample counts.
+        cache_dir: where the lists of members are kept (JSON, one file a shard), so that the next start need not read
+            the shards; valid as long as the shard's size and time stay the same. None: not kept.
+        val_share: as above.
+
+    Samples without a picture, members without a key and labels that are missing or unreadable (label -1) are counted
+    and logged. A shard that ends too early gives its whole samples; one that is no tar is left out.
+
+    Raises:
+        DataError: a shard does not exist, an address is not a local path, or no sample is readable.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        shards: str | Sequence[str] | Mapping[str, str | Sequence[str]],
+        label: str | None = "cls",
+        json_key: str = "label",
+        classes: Sequence[str] = (),
+        image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
+        cache_dir: str | Path | None = None,
+        val_share: float = 0.1,
+    ) -> None:
+        self.classes: Sequence[str] = list(classes)
+        patterns, shared = _patterns(shards, split)
+        reader = _Reader(label, json_key, list(self.classes), list(image_extensions))
+        self._shards = expand(patterns)
+        keys, places, problems = [], [], dict.fromkeys(_PROBLEMS, 0)
+        for number, shard in enumerate(self._shards):
+            index = reader.read(shard, Path(cache_dir) if cache_dir is not None else None)
+            for problem, count in index["problems"].items():
+                problems[problem] += count
+            for key, offset, length, value in index["samples"]:
+                name = f"{os.path.basename(shard)}/{key}"
+                if not shared or hashed_split(name, val_share=val_share) == split:
+                    keys.append(key)
+                    places.append((number, offset, length, value))
+        self.problems = {problem: count for problem, count in problems.items() if count}
+        for problem, count in self.problems.items():
+            log.warning("%s: %d in %d shards", problem, count, len(self._shards))
+        if not places:
+            raise DataError(
+                f"no sample for '{split}' in {len(self._shards)} shards ({self._shards[0]} …), {self.problems}; "
+                f"expected uncompressed tars with members like 0001.{image_extensions[0]}"
+                + (f" and 0001.{label}" if label else "")
+            )
+        self._keys = PackedNames(keys)
+        self._places = np.array(places, np.int64)
+        self.labels = np.ascontiguousarray(self._places[:, 3])
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Sample:
+        number, offset, length, label = (int(value) for value in self._places[index])
+        try:
+            with open(self._shards[number], "rb") as file:
+                file.seek(offset)
+                data = file.read(length)
+        except OSError as error:
+            raise BadSample(f"{self.name(index)}: {error.strerror}") from error
+        if len(data) != length:
+            raise BadSample(f"{self.name(index)}: the shard ends before the sample (changed since it was listed?)")
+        return {"image": EncodedImage(data), "label": label}
+
+    def name(self, index: int) -> str:
+        return f"{self._shards[int(self._places[index, 0])]}#{self._keys[index]}"
+
+
+_NO_TAR = "shards that are not an uncompressed tar (left out)"
+_CUT = "shards that end too early"
+_NO_IMAGE = "samples without a picture (left out)"
+_NO_KEY = "members without a key (left out)"
+_NO_LABEL = "samples without a readable label (label -1)"
+_PROBLEMS = (_NO_TAR, _CUT, _NO_IMAGE, _NO_KEY, _NO_LABEL)
+
+
+class _Reader(NamedTuple):
+    """Lists the samples of a shard: [key, offset, length, label] of each picture, and what was wrong."""
+
+    label: str | None
+    json_key: str
+    classes: list[str]
+    image_extensions: list[str]
+
+    def read(self, shard: str, cache_dir: Path | None) -> dict[str, Any]:
+        status = os.stat(shard)
+        identity = [_INDEX_VERSION, os.path.abspath(shard), status.st_size, status.st_mtime_ns, list(self)]
+        if cache_dir is None:
+            return self._list(shard, status.st_size)
+        digest = hashlib.blake2b(json.dumps([identity[1], identity[4]]).encode(), digest_size=8).hexdigest()
+        file = cache_dir / f"{Path(shard).stem}-{digest}.json"
+        try:
+            cached = json.loads(file.read_text())
+            if cached["identity"] == identity:
+                return cached
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # not there yet, or damaged: listed anew
+        index = {"identity": identity, **self._list(shard, status.st_size)}
+        try:
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
+            unfinished.write_text(json.dumps(index))
+            os.replace(unfinished, file)
+        except OSError as error:
+            log.warning("the list of %s cannot be kept in %s: %s", shard, cache_dir, error)
+        return index
+
+    def _list(self, shard: str, size: int) -> dict[str, Any]:
+        samples, problems = [], dict.fromkeys(_PROBLEMS, 0)
+        with open(shard, "rb") as file:
+            for key, members in itertools.groupby(_members(file, size, problems), key=lambda member: member[0]):
+                if not key:
+                    problems[_NO_KEY] += len(list(members))
+                    continue
+                parts = {extension: place for _, extension, *place in members}
+                image = next((place for extension, place in parts.items() if extension in self.image_extensions), None)
+                if image is None:
+                    problems[_NO_IMAGE] += 1
+                    continue
+                value = self._label(file, parts)
+                if value is None:
+                    problems[_NO_LABEL] += 1
+                samples.append([key, *image, -1 if value is None else value])
+        return {"samples": samples, "problems": problems}
+
+    def _label(self, file: Any, parts: Mapping[str, list[int]]) -> int | None:
+        """-1 where no labels are wanted, None where there should be one."""
+        if self.label is None:
+            return -1
+        if self.label not in parts:
+            return None
+        offset, length = parts[self.label]
+        file.seek(offset)
+        text = file.read(length)
+        try:
+            value = json.loads(text)[self.json_key] if self.label == "json" else text.decode().strip()
+            if value in self.classes:
+                return self.classes.index(value)
+            number = int(value)
+        except (ValueError, KeyError, TypeError):
+            return None
+        return number if number >= 0 and (not self.classes or number < len(self.classes)) else None
+
+
+def _members(file: Any, size: int, problems: dict[str, int]) -> Iterator[tuple[str, str, int, int]]:
+    """(key, extension, offset, length) of the whole members of a tar."""
+    complete = False
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # else a list of all of them grows unseen
+                if not member.isfile():
+                    continue
+                if member.offset_data + member.size > size:
+                    break
+                folder, base = os.path.split(member.name)
+                stem, _, extension = base.partition(".")
+                yield (os.path.join(folder, stem) if stem else "", extension.lower(), member.offset_data, member.size)
+            else:
+                file.seek(tar.offset)
+                complete = file.read(512) == bytes(512)  # the mark of an archive's end
+    except tarfile.ReadError as error:
+        if "unexpected end" not in str(error):
+            problems[_NO_TAR] += 1
+            return
+    if not complete:
+        problems[_CUT] += 1
+
+
+def expand(patterns: Iterable[str]) -> list[str]:
+    """Paths of shards: braces and wildcards expanded, in order.
+
+    Raises:
+        DataError: an address is not a local path, or a shard does not exist.
+    """
+    paths: list[str] = []
+    for pattern in patterns:
+        if re.match(r"[a-z][a-z0-9+.-]*:", pattern) and not pattern.startswith("file:"):
+            raise DataError(
+                f"{pattern} is not a path on this machine, but random access needs local shards: download them first"
+            )
+        for path in _braces(os.path.expanduser(pattern.removeprefix("file://").removeprefix("file:"))):
+            found = sorted(glob.glob(path)) if re.search(r"[*?]", path) else [path]
+            paths.extend(found)
+            if not found:
+                raise DataError(f"no shard matches {path}")
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise DataError(f"{len(missing)} of {len(paths)} shards do not exist, the first is {missing[0]}")
+    return paths
+
+
+def _braces(pattern: str) -> list[str]:
+    """``a{00..02}`` as a00, a01, a02; ``{x,y}`` as x, y; several in one pattern multiply."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if span:
+        low, high = int(span[1]), int(span[2])
+        options = [str(number).zfill(len(span[1])) for number in range(low, high + 1)]
+    else:
+        options = match[1].split(",")
+    return [path for option in options for path in _braces(pattern[: match.start()] + option + pattern[match.end() :])]
+
+
+def _patterns(shards: str | Sequence[str] | Mapping[str, str | Sequence[str]], split: Split) -> tuple[list[str], bool]:
+    """The paths for ``split``, and whether "train" and "val" share them."""
+    if not isinstance(shards, Mapping):
+        by_split: dict[str, str | Sequence[str]] = {"train": shards}
+    else:
+        by_split = {str(key): value for key, value in shards.items()}
+    shared = split in ("train", "val") and "val" not in by_split
+    chosen = by_split.get("train" if shared else split)
+    if not chosen:
+        raise DataError(f"shards has nothing for the split '{split}', only {', '.join(by_split)}")
+    return [chosen] if isinstance(chosen, str) else [str(path) for path in chosen], shared
