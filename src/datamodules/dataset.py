@@ -197,16 +197,14 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
         self._resume: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
+        # a generator: Lightning asks for the iterator before it has told the sampler which epoch a resumed run is in
         sampler: TrainSampler = self.sampler  # type: ignore[assignment]
         # the state of a finished epoch names that epoch, and the one to come then starts at its beginning
         resumes = self._resume is not None and self._resume["epoch"] == sampler.epoch
         sampler.start = self._resume["batch"] if resumes and self._resume else 0
         self._resume = None
         self._epoch, self._served = sampler.epoch, sampler.start
-        return self._count(super().__iter__())
-
-    def _count(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-        for batch in batches:
+        for batch in super().__iter__():
             self._served += 1
             yield batch
 

@@ -1,0 +1,81 @@
+"""How many samples could not be read, and when that is too many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from src.collectives import reduce_sum
+
+_ENOUGH = 100  # samples before a share means anything
+
+
+class TooManyBadSamples(RuntimeError):
+    """More samples had to be replaced than the data allows; the message says how many and where they are listed."""
+
+
+class DataHealth(L.Callback):
+    """Counts ``batch["replaced"]`` over the whole run and all processes, logs it as ``health/replaced_samples``, and
+    stops the run past the DataModule's ``max_bad_share``.
+
+    The count stays on the device and is read every ``every_n_steps`` optimizer steps and at the end of every epoch.
+
+    Raises:
+        TooManyBadSamples: while training, once at least 100 samples were seen.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        self.every_n_steps = every_n_steps
+        self._before = (0, 0)  # replaced and seen up to the checkpoint, in all processes
+        self._replaced: Tensor | None = None  # since then, in this one
+        self._seen = 0
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        replaced = batch.get("replaced") if isinstance(batch, dict) else None
+        if replaced is not None:
+            count = replaced.sum()
+            self._replaced = count if self._replaced is None else self._replaced + count
+            self._seen += len(replaced)
+        stepped, self._step = trainer.global_step != self._step, trainer.global_step
+        if stepped and trainer.global_step % self.every_n_steps == 0:
+            self._report(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._report(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        replaced, seen = self.totals()
+        return {"replaced": replaced, "seen": seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = (state_dict["replaced"], state_dict["seen"])
+        self._replaced, self._seen = None, 0
+
+    def totals(self) -> tuple[int, int]:
+        """Samples replaced and seen, in the whole run and all processes; every process must call this."""
+        device = self._replaced.device if self._replaced is not None else None
+        replaced = self._replaced if self._replaced is not None else torch.tensor(0)
+        both = reduce_sum(torch.stack((replaced.long(), torch.tensor(self._seen, device=device))))
+        return self._before[0] + int(both[0]), self._before[1] + int(both[1])
+
+    def _report(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        replaced, seen = self.totals()
+        pl_module.log("health/replaced_samples", float(replaced))
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        limit = getattr(datamodule, "max_bad_share", 1.0)
+        if seen >= _ENOUGH and replaced > limit * seen:
+            where = getattr(datamodule, "bad_log", None)
+            raise TooManyBadSamples(
+                f"{replaced} of {seen} samples ({replaced / seen:.1%}) could not be read and were replaced; "
+                f"data.max_bad_share allows {limit:.1%}. "
+                + (f"They are listed in {where}" if where else "The log names them")
+            )

@@ -1,0 +1,153 @@
+"""Where metrics go: TensorBoard in an order a newcomer can read, and one small file with the last values."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger as PlainTensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+# TensorBoard sorts groups by name
+_GROUPS = {
+    "loss": "1_loss",
+    "eval": "2_evaluation",
+    "schedule": "3_schedules",
+    "health": "4_health",
+    "speed": "5_speed",
+}
+
+
+class ResumedLogger:
+    """A logger that is told, before anything is logged, that the run goes on from ``step``."""
+
+    def resume(self, step: int) -> None:
+        raise TypeError(f"{type(self).__name__} does not say how it goes on from step {step}")
+
+
+class OrderedTensorBoardLogger(TensorBoardLogger, ResumedLogger):
+    """TensorBoard events directly in the run's folder, scalars grouped in the order loss, evaluation, schedules,
+    health, speed.
+
+    Args:
+        save_dir: the run's folder.
+    """
+
+    def __init__(self, save_dir: str | Path) -> None:
+        super().__init__(save_dir=save_dir, name="", version="", default_hp_metric=False)
+
+    @property
+    def log_dir(self) -> str:
+        return os.fspath(self.save_dir)
+
+    @rank_zero_only
+    def resume(self, step: int) -> None:
+        """Take what a killed run logged from ``step`` on off the curves: the steps are taken again."""
+        writer = self.experiment._get_file_writer()
+        writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics({tag(name): value for name, value in metrics.items() if name != "epoch"}, step)
+
+    @rank_zero_only
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, metrics: dict[str, Any] | None = None, step: int | None = None
+    ) -> None:
+        """Nothing: the recipe card says them."""
+
+    @rank_zero_only
+    def save(self) -> None:
+        PlainTensorBoardLogger.save(self)  # without the file of hyper-parameters
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        PlainTensorBoardLogger.finalize(self, status)
+
+
+def tag(name: str) -> str:
+    """What TensorBoard calls a metric: "eval/knn_top1" -> "2_evaluation/knn_top1"."""
+    group, slash, rest = name.partition("/")
+    return _GROUPS.get(group, group) + slash + rest
+
+
+class MetricsFile(Logger, ResumedLogger):
+    """The last value of every metric, by stage: ``{"train": {"step": 12, "loss/total": 0.91, ...}, "evaluate": ...}``.
+
+    Other stages' values stay as they are. A new run of a stage begins with none; a resumed one with those of the file,
+    which are the checkpoint's or will be logged again.
+
+    Args:
+        path: the file, replaced as a whole at every save.
+        stage: whose values these are.
+    """
+
+    def __init__(self, path: str | Path, stage: str = "train") -> None:
+        super().__init__()
+        self.path = Path(path)
+        self.stage = stage
+        self._values: dict[str, float | int | None] = {}
+        self._dirty = False
+
+    @property
+    def name(self) -> str:
+        return self.stage
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def resume(self, step: int) -> None:
+        self._values = self._read().get(self.stage, {})
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run's config is a file of its own."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """In training Lightning counts steps from 0; the file says how many were done."""
+        self._values |= {name: _number(value) for name, value in metrics.items() if name != "epoch"}
+        if step is not None:
+            self._values["step"] = step + 1 if self.stage == "train" else step
+        self._dirty = True
+
+    @rank_zero_only
+    def save(self) -> None:
+        if not self._dirty:
+            return
+        stages = {**self._read(), self.stage: dict(sorted(self._values.items()))}
+        write_atomically(self.path, json.dumps(stages, indent=2) + "\n")
+        self._dirty = False
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            stages = json.loads(self.path.read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return stages if isinstance(stages, dict) else {}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text``: a reader, or a kill, finds the old or the new, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _number(value: Any) -> float | int | None:
+    """As JSON can say it, exactly; not a number and infinite are null."""
+    value = value.item() if hasattr(value, "item") else value
+    return value if isinstance(value, int) or math.isfinite(value) else None
