@@ -70,6 +70,8 @@ class ImageFolderSource:
         if folders["train"] is None and any(folders.values()):
             found = ", ".join(folder.name for folder in folders.values() if folder)
             raise DataError(f"{self.root} has the folders {found} but no folder 'train': {_EXPECTED}")
+        if folders["train"] is None:
+            _refuse_level_above(self.root)
         base = folders["train"] or self.root
         own = folders[split]
         train = self._scan(base)
@@ -84,9 +86,7 @@ class ImageFolderSource:
             files = [(path, label) for path, label in train.files if hashed_split(path, **shares) == split]
         self._folder = own or base
         if not files:
-            raise DataError(
-                f"no pictures for the split '{split}' below {self._folder}{_hint_below(self.root)}; {_EXPECTED}"
-            )
+            raise DataError(f"no pictures for the split '{split}' below {self._folder}: {_EXPECTED}")
         self._paths = PackedNames(path for path, _ in files)
         self.labels = np.array([label for _, label in files], np.int64)
         if split == "train":
@@ -189,9 +189,8 @@ def _require_folder(root: Path) -> None:
     raise DataError(f"the folder {root} does not exist ({hint}): {_EXPECTED}")
 
 
-def _hint_below(root: Path) -> str:
-    """Names the folder one level deeper that looks like the one meant."""
+def _refuse_level_above(root: Path) -> None:
+    """Data sets in ``root`` would pass for classes."""
     for entry in _entries(root):
         if entry.is_dir() and _first_folder(Path(entry.path), _SPLIT_FOLDERS["train"]):
-            return f" (did you mean {entry.path}?)"
-    return ""
+            raise DataError(f"{root} has no folder 'train', but {entry.path} has: did you mean that one?")
