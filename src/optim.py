@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.optim.lars import Lars
 from torch import nn
 
 Algorithm = Callable[..., torch.optim.Optimizer]
@@ -91,6 +92,21 @@ class OptimizerRecipe:
             raise ValueError("no parameter is left to train: every one is frozen")
         # lr and weight_decay stand in every group; the keyword only satisfies algorithms that demand one
         return self.algorithm([{**group} for group in groups.values()], lr=self.lr)
+
+
+def lars(
+    groups: Sequence[dict[str, Any]], *, lr: float, momentum: float = 0.9, trust_coefficient: float = 0.001
+) -> Lars:
+    """LARS: SGD with momentum where the gradient of each tensor of more than one axis is scaled by trust_coefficient *
+    |weight| / |gradient|; for biases and norms it is SGD. An `OptimizerRecipe`'s algorithm: ``partial(lars, …)``."""
+    split = []
+    for group in groups:
+        for adapted in (True, False):
+            chosen = [position for position, p in enumerate(group["params"]) if (p.ndim > 1) == adapted]
+            if chosen:
+                parts = {key: [group[key][position] for position in chosen] for key in ("params", "names")}
+                split.append({**group, **parts, "always_adapt": adapted})
+    return Lars(split, lr=lr, momentum=momentum, trust_coeff=trust_coefficient)
 
 
 def layer_decay_rules(layers: Sequence[str], decay: float) -> list[Rule]:

@@ -84,7 +84,7 @@ def create(config: DictConfig) -> Run:
         return run
     parent = PROJECT / config.paths.runs / config.run.experiment
     if config.run.name is None:
-        directory = _unused(parent, time.strftime("%Y-%m-%d_%H-%M-%S"))
+        directory = unused(parent, time.strftime("%Y-%m-%d_%H-%M-%S"))
     else:
         directory = parent / str(config.run.name)
         if (directory / "config.yaml").exists():
@@ -122,12 +122,19 @@ def find(path: str) -> Run:
     raise UserError(f"'{path}' is not a run's folder (no config.yaml in it){hint}")
 
 
+def inherited() -> Run | None:
+    """In a process that a launcher started beside the first one, the run they share; else None."""
+    directory = os.environ.get(_ENVIRONMENT)
+    return Run(Path(directory)) if directory and int(os.environ.get("LOCAL_RANK", "0")) > 0 else None
+
+
 def adopt(run: Run) -> None:
     """This process and those it starts work on an existing run."""
     os.environ[_ENVIRONMENT] = str(run.dir)
 
 
-def _unused(parent: Path, name: str) -> Path:
+def unused(parent: Path, name: str) -> Path:
+    """A new folder in ``parent``, called ``name`` or, where that is taken, ``name_2`` and so on."""
     parent.mkdir(parents=True, exist_ok=True)
     for suffix in ["", *(f"_{count}" for count in range(2, 1000))]:
         directory = parent / f"{name}{suffix}"

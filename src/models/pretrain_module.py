@@ -50,6 +50,11 @@ class PretrainModule(L.LightningModule, ABC):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer_recipe.build(self)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes where each encoder's backbone lies among the weights, so that others can take it without the method."""
+        names = {id(module): name for name, module in self.named_modules()}
+        checkpoint["encoders"] = {name: f"{names[id(each.backbone)]}." for name, each in self.encoders().items()}
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.log("loss/total", outputs["loss"], prog_bar=True)
         self.log_dict({f"loss/{name}": value for name, value in outputs.get("logs", {}).items()})

@@ -1,0 +1,205 @@
+"""`make evaluate`: a finished run's encoders under the protocols of online evaluation, and fine-tuned."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from src import configuration, runs, train, trained
+from src.callbacks.checkpoints import load_checkpoint
+from src.configuration import CONFIGS, UserError, nearest
+from src.datamodules.image import ImageDataModule
+from src.evaluation.features import BadFeatures, NoLabels
+from src.evaluation.pixels import PixelEncoder
+from src.evaluation.run import feature_sets, score
+from src.loggers import write_atomically
+
+WORDS = ("run", "eval", "checkpoint", "data")
+FLOORS = ("random", "pixels")
+FINETUNE = "finetune"
+
+Scores = dict[str, dict[str, float]]  # encoder -> metric -> value
+
+
+def main(argv: Sequence[str]) -> int:
+    shared = runs.inherited()
+    if shared is not None:
+        # a process that the fine-tuning's launcher started: what comes before it is done
+        return train.fit(shared.config(), shared)
+    words, overrides = trained.words_of(argv, WORDS)
+    run = trained.run_of(words, "make evaluate")
+    config = settle(run, words.get("data"), overrides)
+    asked = protocols(words.get("eval") or "knn,linear", list(config.evaluate.evaluators))
+    checkpoint = trained.checkpoint_of(run, words.get("checkpoint"))
+    data = words.get("data") or data_name(config)
+    scores: Scores = {}
+    if set(asked) - {FINETUNE}:
+        scores = evaluate(config, checkpoint, asked)
+    if FINETUNE in asked:
+        first = next(iter(load_checkpoint(checkpoint).get("encoders", {})), "encoder")
+        scores.setdefault(first, {})["finetune_top1"] = finetune(run, config, checkpoint, data)
+    store(run, data, scores)
+    show(run, checkpoint, data, scores)
+    return 0
+
+
+def settle(run: runs.Run, data: str | None, overrides: Sequence[str]) -> DictConfig:
+    """The run's configuration with the evaluation's own part, other data where asked for, and the overrides."""
+    config = run.config()
+    with open_dict(config):
+        config.evaluate = OmegaConf.load(CONFIGS / "evaluate.yaml")
+        if data is not None:
+            other = configuration.compose(
+                "train", [f"experiment={config.run.experiment}", f"scale={config.run.scale}", f"data={data}"]
+            )
+            kept = {key: config.data._get_node(key) for key in ("train_view", "batch_size")}
+            config.data = other.data
+            for key, value in kept.items():
+                config.data[key] = value
+    return configuration.apply(config, overrides)
+
+
+def protocols(asked: str, evaluators: Sequence[str]) -> list[str]:
+    """What ``eval=`` asks for; floors alone are judged by every evaluator.
+
+    Raises:
+        UserError: a name that does not exist.
+    """
+    known = [*evaluators, FINETUNE, *FLOORS]
+    names = [name for name in re.split(r"[,\s]+", asked.strip("[] ")) if name]
+    for name in names:
+        if name not in known:
+            raise UserError(f"there is no evaluation '{name}'{nearest(name, known)}")
+    if names and set(names) <= set(FLOORS):
+        names += evaluators
+    return list(dict.fromkeys(names))
+
+
+def evaluate(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -> Scores:
+    """The evaluators that are asked for on every encoder of the run, and on the floors."""
+    device = device_of(config)
+    encoders: dict[str, nn.Module] = dict(trained.load(config, checkpoint).encoders())
+    if "random" in asked:
+        encoders["random"] = next(iter(trained.fresh(config).encoders().values()))
+    if "pixels" in asked:
+        encoders["pixels"] = PixelEncoder()
+    datamodule: ImageDataModule = configuration.instantiate(config.data)
+    evaluators = [configuration.instantiate(each) for name, each in config.evaluate.evaluators.items() if name in asked]
+    if not evaluators:
+        return {}
+    datamodule.prepare_data()
+    try:
+        sets = feature_sets(
+            {name: encoder.to(device) for name, encoder in encoders.items()},
+            datamodule,
+            device,
+            bank_samples=config.evaluate.bank_samples,
+            query_samples=config.evaluate.query_samples,
+            precision=precision_of(config, device),
+        )
+    except (NoLabels, BadFeatures) as problem:
+        raise UserError(str(problem)) from problem
+    return {name: score({name: mine}, evaluators, device) for name, mine in sets.items()}
+
+
+def finetune(run: runs.Run, config: DictConfig, checkpoint: Path, data: str) -> float:
+    """Top-1 after fine-tuning the run's first encoder, in a run of its own within the run's folder.
+
+    Raises:
+        UserError: the fine-tuning did not come to its end.
+    """
+    recipe = finetune_config(config, checkpoint)
+    sub = runs.Run(runs.unused(run.dir / "evaluate", f"{FINETUNE}_{data}"))
+    recipe.run.name, recipe.run.dir = sub.dir.name, str(sub.dir)
+    runs.store(sub, recipe)
+    runs.adopt(sub)
+    code = train.fit(recipe, sub)
+    metrics = sub.metrics().get("train", {})
+    if code or "eval/top1" not in metrics:
+        raise UserError(f"the fine-tuning did not end well; what it did is in {sub.title}")
+    return float(metrics["eval/top1"])
+
+
+def finetune_config(config: DictConfig, checkpoint: Path) -> DictConfig:
+    """The fine-tuning experiment's recipe on the run's own backbone, images, scale and hardware."""
+    experiment = config.evaluate.finetune
+    recipe = configuration.compose("train", [f"experiment={experiment}", f"scale={config.run.scale}"])
+    with open_dict(recipe):
+        pooled = {key: recipe.backbone[key] for key in ("global_pool", "drop_path_rate") if key in recipe.backbone}
+        recipe.backbone = OmegaConf.merge(config.backbone, pooled)
+        mine = {key: recipe.data._get_node(key) for key in ("train_view", "batch_size")}
+        recipe.data = config.data.copy()
+        for key, value in mine.items():
+            recipe.data[key] = value
+    recipe.image_size, recipe.seed, recipe.paths = config.image_size, config.seed, config.paths
+    recipe.checkpoint = str(checkpoint)
+    recipe.run.experiment = experiment
+    for key in ("accelerator", "devices", "num_nodes", "strategy", "precision"):
+        recipe.trainer[key] = config.trainer[key]
+    return configuration.apply(recipe, list(config.evaluate.finetune_overrides))
+
+
+def store(run: runs.Run, data: str, scores: Scores) -> None:
+    """Into ``evaluate/<data>.json`` and, beside what is there, the run's ``metrics.json``."""
+    file = run.dir / "evaluate" / f"{data}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(file.read_text()) if file.exists() else {}
+    for encoder, values in scores.items():
+        known[encoder] = known.get(encoder, {}) | values
+    write_atomically(file, json.dumps(known, indent=2) + "\n")
+    metrics = run.metrics()
+    metrics["evaluate"] = metrics.get("evaluate", {}) | {data: known}
+    write_atomically(run.metrics_file, json.dumps(metrics, indent=2) + "\n")
+
+
+def show(run: runs.Run, checkpoint: Path, data: str, scores: Scores) -> None:
+    """The table."""
+    columns = list(dict.fromkeys(metric for metrics in scores.values() for metric in metrics))
+    table = Table(title=f"{run.title} ({checkpoint.name}) on {data}", title_justify="left")
+    table.add_column("encoder")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for encoder, metrics in scores.items():
+        table.add_row(encoder, *(_shown(column, metrics.get(column)) for column in columns))
+    Console().print(table)
+
+
+def data_name(config: DictConfig) -> str:
+    """What the run's data is called: "scenes" of ``…ScenesSource``."""
+    target = str(config.data.source._target_).rsplit(".", 1)[-1].removesuffix("Source")
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", target).lower()
+
+
+def device_of(config: DictConfig) -> torch.device:
+    accelerator = config.trainer.accelerator
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda")
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def precision_of(config: DictConfig, device: torch.device) -> str:
+    """The precision the run was trained in, as online evaluation has it, where the device knows it."""
+    precision = str(config.trainer.precision)
+    if precision == "auto":
+        precision = configuration.default_precision()
+    return "32-true" if precision == "16-mixed" and device.type == "cpu" else precision
+
+
+def _shown(metric: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.2f} %" if re.search(r"top\d", metric) else f"{value:.4g}"
+
+
+if __name__ == "__main__":
+    configuration.run_main(main)

@@ -1,0 +1,403 @@
+"""`make export`: a run's encoder as plain timm or transformers loads it, checked before it is handed over."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.panel import Panel
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from src import configuration, runs, trained
+from src.configuration import UserError, nearest
+from src.models.backbones.image_encoder import ImageEncoder
+
+WORDS = ("run", "format", "to", "encoder", "checkpoint")
+TOLERANCE = 1e-5
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What goes out."""
+
+    run: runs.Run
+    config: DictConfig
+    backbone: nn.Module  # trained, in evaluation mode
+    encoder: str
+    checkpoint: Path
+    size: int  # side of the pictures it was evaluated on
+    crop_share: float  # of the picture's shorter side
+    mean: list[float]
+    std: list[float]
+    classes: list[str]  # of the backbone's classifier, empty where it has none
+
+    @property
+    def architecture(self) -> str:
+        return str(self.config.backbone.model_name)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What timm needs besides the name to build this backbone."""
+        training_only = ("_target_", "model_name", "pretrained", "checkpoint_path", "drop_path_rate")
+        values = OmegaConf.to_container(self.config.backbone, resolve=True)
+        assert isinstance(values, dict)
+        arguments = {str(key): value for key, value in values.items() if key not in training_only}
+        return arguments | {"num_classes": int(getattr(self.backbone, "num_classes", 0))}
+
+    def pictures(self) -> Tensor:
+        """Random input of the right size, always the same."""
+        return torch.randn(2, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
+
+
+def main(argv: Sequence[str]) -> int:
+    words, rest = trained.words_of(argv, WORDS)
+    if rest:
+        name = rest[0].partition("=")[0]
+        raise UserError(f"make export takes {', '.join(WORDS)}, not '{name}'{nearest(name, WORDS)}")
+    run = trained.run_of(words, "make export")
+    kind = words.get("format") or "timm"
+    if kind not in WRITERS:
+        raise UserError(f"there is no format '{kind}'{nearest(kind, list(WRITERS))}")
+    export = gather(run, words.get("encoder"), words.get("checkpoint"))
+    to = Path(words["to"]) if words.get("to") else run.dir / "export" / kind
+    write(export, to, WRITERS[kind])
+    lines = [f"encoder '{export.encoder}' of {run.title} ({export.checkpoint.name})", f"folder  {os.path.relpath(to)}"]
+    Console().print(Panel("\n".join(lines), title=f"exported for {kind}", expand=False, border_style="green"))
+    return 0
+
+
+def gather(run: runs.Run, encoder: str | None, checkpoint: str | None) -> Export:
+    """The encoder and all that must be said of it.
+
+    Raises:
+        UserError: no such encoder or checkpoint, or no timm backbone behind the run.
+    """
+    config = run.config()
+    backbone = config.get("backbone")
+    if backbone is None or backbone.get("_target_") != "timm.create_model":
+        raise UserError(f"{run.title} has no timm backbone (`backbone._target_: timm.create_model`) to export")
+    path = trained.checkpoint_of(run, checkpoint)
+    module = trained.load(config, path)
+    encoders: Mapping[str, ImageEncoder] = module.encoders()
+    name = encoder or next(iter(encoders))
+    if name not in encoders:
+        raise UserError(f"{run.title} has no encoder '{name}'{nearest(name, list(encoders))}")
+    datamodule = configuration.instantiate(config.data)
+    view = datamodule.eval_view
+    body = encoders[name].backbone.eval()
+    return Export(
+        run=run,
+        config=config,
+        backbone=body,
+        encoder=name,
+        checkpoint=path,
+        size=int(getattr(view, "size", config.image_size)),
+        crop_share=float(getattr(view, "share", 1.0)),
+        mean=datamodule.mean.flatten().tolist(),
+        std=datamodule.std.flatten().tolist(),
+        classes=list(getattr(module, "classes", [])) if getattr(body, "num_classes", 0) else [],
+    )
+
+
+def write(export: Export, to: Path, writer: Callable[[Export, Path], str]) -> None:
+    """Everything into ``to``, whole or not at all; an earlier export there is replaced.
+
+    Raises:
+        UserError: ``to`` holds something else, or what was written does not give the encoder's features.
+    """
+    if to.exists() and not (to.is_dir() and (not any(to.iterdir()) or (to / WEIGHTS).exists())):
+        raise UserError(f"{to} exists and is not an earlier export: choose another TO=")
+    partial = to.with_name(f".{to.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        how_to_load = writer(export, partial)
+        (partial / "README.md").write_text(card(export, how_to_load))
+        if to.exists():
+            shutil.rmtree(to)
+        partial.replace(to)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_timm(export: Export, folder: Path) -> str:
+    """``model.safetensors`` for ``checkpoint_path=``, and ``config.json`` for ``local-dir:``."""
+    arguments = export.arguments
+    plain = timm.create_model(export.architecture, **arguments).eval()
+    _fill(plain, export.backbone.state_dict(), f"timm's {export.architecture}")
+    plain.pretrained_cfg |= {  # type: ignore[operator]
+        "mean": tuple(export.mean),
+        "std": tuple(export.std),
+        "input_size": (3, export.size, export.size),
+        "crop_pct": export.crop_share,
+        "crop_mode": "center",
+        "interpolation": "bicubic",
+    }
+    labels = {"label_names": export.classes} if export.classes else {}
+    save_for_hf(plain, str(folder), model_config=labels, model_args=arguments, safe_serialization=True)
+    written = {
+        "checkpoint_path": timm.create_model(export.architecture, checkpoint_path=folder / WEIGHTS, **arguments),
+        "local-dir": timm.create_model(f"local-dir:{folder}", pretrained=True),
+    }
+    x = export.pictures()
+    with torch.no_grad():
+        for way, model in written.items():
+            model.eval()
+            for layer in ("forward_features", "forward"):
+                _require_equal(getattr(model, layer)(x), getattr(export.backbone, layer)(x), f"{way}, {layer}")
+    keywords = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    return (
+        "import timm\n\n"
+        'model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)\n'
+        "# the same, from the weights alone:\n"
+        f'model = timm.create_model("{export.architecture}", checkpoint_path="{WEIGHTS}", {keywords})\n'
+        "features = model.forward_features(images)  # normalised as config.json says\n"
+    )
+
+
+def write_hf(export: Export, folder: Path) -> str:
+    """A `ViTModel` folder for ``AutoModel.from_pretrained``, with its image processor.
+
+    Raises:
+        UserError: the backbone is not a ViT that `ViTModel` can express.
+    """
+    from transformers import AutoModel, ViTConfig
+    from transformers.models.bit import BitImageProcessor
+
+    vit = _expressible(export.backbone, export.architecture)
+    width = vit.embed_dim
+    block: Any = vit.blocks[0]
+    ViTConfig(
+        architectures=["ViTModel"],
+        hidden_size=width,
+        num_hidden_layers=len(vit.blocks),
+        num_attention_heads=block.attn.num_heads,
+        intermediate_size=block.mlp.fc1.out_features,
+        hidden_act="gelu",
+        layer_norm_eps=block.norm1.eps,
+        image_size=vit.patch_embed.img_size[0],
+        patch_size=vit.patch_embed.patch_size[0],
+        qkv_bias=block.attn.qkv.bias is not None,
+        pooler_output_size=width,
+        pooler_act="linear",
+    ).save_pretrained(folder)
+    save_file(hf_weights(vit), folder / WEIGHTS, metadata={"format": "pt"})
+    BitImageProcessor(
+        size={"shortest_edge": round(export.size / export.crop_share)},
+        crop_size={"height": export.size, "width": export.size},
+        resample=3,  # bicubic
+        image_mean=export.mean,
+        image_std=export.std,
+    ).save_pretrained(folder)
+    with _quiet("transformers"):
+        model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
+    wrong = {kind: sorted(loading[kind]) for kind in ("missing_keys", "unexpected_keys") if loading[kind]}
+    if wrong:
+        raise UserError(f"not exported: transformers would not load it whole: {wrong}")
+    x = export.pictures()
+    with torch.no_grad():
+        output = model.eval()(x)
+        tokens = vit.forward_features(x)
+    _require_equal(output.last_hidden_state, tokens, "last_hidden_state")
+    _require_equal(output.pooler_output, tokens[:, 0], "pooler_output")
+    return (
+        "from transformers import AutoImageProcessor, AutoModel\n\n"
+        'processor = AutoImageProcessor.from_pretrained("PATH_OF_THIS_FOLDER")\n'
+        'model = AutoModel.from_pretrained("PATH_OF_THIS_FOLDER")\n'
+        'output = model(**processor(image, return_tensors="pt"))\n'
+        "output.last_hidden_state[:, 1:]  # one vector a patch; their mean is what was evaluated\n"
+        "output.pooler_output  # the class token: the pooler is the identity\n"
+    )
+
+
+def hf_weights(vit: VisionTransformer) -> dict[str, Tensor]:
+    """A timm ViT's weights under the names `ViTModel` has in its files, with a pooler that hands on the class token."""
+    renamed = {
+        "cls_token": "embeddings.cls_token",
+        "pos_embed": "embeddings.position_embeddings",
+        "patch_embed.proj": "embeddings.patch_embeddings.projection",
+        "norm": "layernorm",
+    }
+    for index in range(len(vit.blocks)):
+        ours, theirs = f"blocks.{index}.", f"encoder.layer.{index}."
+        renamed |= {
+            f"{ours}norm1": f"{theirs}layernorm_before",
+            f"{ours}norm2": f"{theirs}layernorm_after",
+            f"{ours}attn.proj": f"{theirs}attention.output.dense",
+            f"{ours}mlp.fc1": f"{theirs}intermediate.dense",
+            f"{ours}mlp.fc2": f"{theirs}output.dense",
+        }
+    weights: dict[str, Tensor] = {}
+    for name, value in vit.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        if name in renamed:
+            weights[renamed[name]] = value
+        elif module in renamed:
+            weights[f"{renamed[module]}.{leaf}"] = value
+        elif module.endswith("attn.qkv"):
+            layer = f"encoder.layer.{module.split('.')[1]}"
+            for part, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                weights[f"{layer}.attention.attention.{part}.{leaf}"] = third
+        elif not name.startswith("head."):
+            raise UserError(f"not exported: ViTModel has no place for '{name}'")
+    weights["pooler.dense.weight"] = torch.eye(vit.embed_dim)
+    weights["pooler.dense.bias"] = torch.zeros(vit.embed_dim)
+    return {name: value.detach().clone().contiguous() for name, value in weights.items()}
+
+
+def card(export: Export, how_to_load: str) -> str:
+    """The model card."""
+    config = export.config
+    recipe = {
+        "experiment": f"`{config.run.experiment}` at scale `{config.run.scale}`",
+        "paper": config.about.paper,
+        "deviations": config.about.deviations,
+        "data": data_of(config),
+        "backbone": f"timm `{export.architecture}`, {sum(p.numel() for p in export.backbone.parameters()) / 1e6:.2f} M",
+        "input": f"{export.size} x {export.size} pixels, mean {_short(export.mean)}, std {_short(export.std)}",
+        "epochs": config.trainer.max_epochs,
+        "batch": config.data.batch_size,
+        "learning rate": f"{config.optimizer.lr:.4g}",
+        "weight decay": config.optimizer.weight_decay,
+        "seed": config.seed,
+        "weights": f"encoder `{export.encoder}` of `{export.checkpoint.name}`",
+    }
+    metrics = [f"| {stage} | {name} | {value:.4g} |" for stage, name, value in _measured(export.run.metrics())] or [
+        "| | none logged | |"
+    ]
+    lines = [
+        "---",
+        "license: mit",
+        f"library_name: {'timm' if 'import timm' in how_to_load else 'transformers'}",
+        "pipeline_tag: image-feature-extraction" if not export.classes else "pipeline_tag: image-classification",
+        "---",
+        f"# {config.run.experiment}: {config.run.name}",
+        "",
+        "An image encoder trained with Pretext. Its features were compared with those of the training code on random "
+        f"input when this folder was written: equal to {TOLERANCE:g}.",
+        "",
+        "## Load",
+        "```python",
+        how_to_load.rstrip(),
+        "```",
+        "",
+        "## Recipe",
+        *(f"- {key}: {value}" for key, value in recipe.items()),
+        "",
+        "The whole configuration:",
+        "```yaml",
+        OmegaConf.to_yaml(_public(config)).rstrip(),
+        "```",
+        "",
+        "## Metrics",
+        "| stage | metric | value |",
+        "|---|---|---|",
+        *metrics,
+        "",
+        "## Intended use",
+        "Image features for research: nearest neighbours, linear probes, fine-tuning. What it has learned reflects the "
+        "data above; it has not been examined for bias, safety or fitness for decisions about people.",
+        "",
+        "## Licence",
+        "The template's code is under the MIT licence, and so is this file's content unless its author says otherwise. "
+        "Rights in the training data may bear on the weights.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def data_of(config: DictConfig) -> str:
+    """The training data in a few words, without folders of the machine it lay on."""
+    source = str(config.data.source._target_).rsplit(".", 1)[-1].removesuffix("Source")
+    samples = config.data.train_samples
+    return source if samples is None else f"{source}, {samples} images"
+
+
+WRITERS: dict[str, Callable[[Export, Path], str]] = {"timm": write_timm, "hf": write_hf}
+
+
+def _expressible(backbone: nn.Module, name: str) -> VisionTransformer:
+    supported = (
+        "a timm VisionTransformer with class token, learned or fixed positions and a final norm before the pooling"
+    )
+    if not isinstance(backbone, VisionTransformer):
+        raise UserError(f"format=hf writes {supported}; {name} is a {type(backbone).__name__}: use format=timm")
+    if not isinstance(backbone.fc_norm, nn.Identity) or isinstance(backbone.norm, nn.Identity):
+        raise UserError(f"format=hf writes {supported}; this one's norm comes after the pooling: use format=timm")
+    if backbone.cls_token is None or backbone.num_prefix_tokens != 1 or backbone.no_embed_class:
+        raise UserError(f"format=hf writes {supported}; this one has other prefix tokens: use format=timm")
+    return backbone
+
+
+def _fill(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as problem:
+        reason = " ".join(str(problem).split())[:400]
+        raise UserError(
+            f"not exported: the method has changed the architecture, {what} does not fit: {reason}"
+        ) from problem
+
+
+def _require_equal(exported: Tensor, own: Tensor, where: str) -> None:
+    difference = (exported - own).abs().max().item()
+    if not difference <= TOLERANCE:
+        raise UserError(f"not exported: features differ by {difference:.3g} ({where}), more than {TOLERANCE:g}")
+
+
+def _measured(metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """Evaluation's numbers and the last losses, flat."""
+    rows: list[tuple[str, str, float]] = []
+
+    def walk(stage: str, path: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                walk(stage, f"{path} {key}".strip(), item)
+        elif isinstance(value, int | float) and (stage != "train" or path.startswith(("eval/", "loss/"))):
+            rows.append((stage, path, float(value)))
+
+    for stage, values in metrics.items():
+        walk(stage, "", values)
+    return rows
+
+
+def _public(config: DictConfig) -> DictConfig:
+    """The recipe without the folders of the machine it ran on."""
+    kept = {key: config._get_node(key) for key in ("model", "backbone", "optimizer", "schedules", "image_size", "seed")}
+    return OmegaConf.create({key: value for key, value in kept.items() if value is not None})
+
+
+def _short(values: Sequence[float]) -> str:
+    return json.dumps([round(value, 4) for value in values])
+
+
+class _quiet:
+    """Keeps a library's logger to errors for a while."""
+
+    def __init__(self, name: str) -> None:
+        self.logger = logging.getLogger(name)
+
+    def __enter__(self) -> None:
+        self.level = self.logger.level
+        self.logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *problem: object) -> None:
+        self.logger.setLevel(self.level)
+
+
+if __name__ == "__main__":
+    configuration.run_main(main)

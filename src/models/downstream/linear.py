@@ -1,0 +1,69 @@
+"""The linear protocol: a classifier on a frozen backbone, trained with augmentation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from src.datamodules.batch import ImageBatch
+from src.models.backbones.image_encoder import ImageEncoder, Pool, cls_token
+from src.models.downstream.classifier import Classifier
+from src.models.pretrain_module import StepOutput
+from src.optim import OptimizerRecipe
+
+
+class LinearProtocol(Classifier):
+    """The linear probing of Masked Autoencoders Are Scalable Vision Learners (He et al., 2021). Deviations: none.
+
+    The backbone has no gradient and stays in evaluation mode. Its embedding goes through a batch norm without scale and
+    shift, then through the one layer that learns.
+
+    Args:
+        backbone: a timm model, pretrained; frozen in place.
+        optimizer: LARS in the paper.
+        pool: what of the tokens is classified.
+        head_std: of the normal distribution the classifier starts from.
+        num_classes: None for as many as the data has.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        optimizer: OptimizerRecipe,
+        *,
+        pool: Pool = cls_token,
+        head_std: float = 0.01,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__(optimizer, num_classes)
+        self.backbone = backbone.requires_grad_(False).eval()
+        self.pool = pool
+        self.head_std = head_std
+        self.norm = nn.BatchNorm1d(int(backbone.num_features), affine=False, eps=1e-6)  # type: ignore[arg-type]
+
+    def make_head(self, num_classes: int) -> None:
+        self.head = nn.Linear(self.norm.num_features, num_classes)
+        nn.init.normal_(self.head.weight, std=self.head_std)
+        nn.init.zeros_(self.head.bias)
+
+    def train(self, mode: bool = True) -> LinearProtocol:
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> StepOutput:
+        label = self.labels_of(batch)
+        embedding = self.embed(batch["image"])
+        return {"loss": F.cross_entropy(self.head(self.norm(embedding)), label), "embedding": embedding}
+
+    def embed(self, image: Tensor) -> Tensor:
+        """The frozen backbone's embedding: float32 [B, D]."""
+        with torch.no_grad():
+            return self.encoders()["encoder"](image).embedding.float()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(self.norm(self.embed(image)))
+
+    def encoders(self) -> dict[str, ImageEncoder]:
+        return {"encoder": ImageEncoder(self.backbone, pool=self.pool)}
