@@ -48,8 +48,12 @@ class RepresentationHealth(L.Callback):
         self.min_feature_std = min_feature_std
         self.min_effective_rank = min_effective_rank
         self._recent: Tensor | None = None
+        self._done = 0
         self._measured_at = 0
         self._collapsed = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._done = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -57,8 +61,11 @@ class RepresentationHealth(L.Callback):
         if "embedding" not in outputs:
             return
         step, local = trainer.global_step, outputs["embedding"].detach().float()
+        # the step these rows belong to: a micro-batch that is not its step's last has not moved the count
+        own_step = step if step > self._done else step + 1
+        self._done = step
         # only the steps whose rows will still be in the window are worth collecting
-        steps_left = -step % self.every_n_steps
+        steps_left = -own_step % self.every_n_steps
         rows_a_step = len(local) * world_size() * trainer.accumulate_grad_batches
         if steps_left * rows_a_step < self.window:
             rows = gather_rows(local)

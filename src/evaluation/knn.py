@@ -28,7 +28,7 @@ class KNN:
 
     k: int | Sequence[int] = 20
     temperature: float = 0.07
-    query_chunk: int = 1024
+    query_chunk: int = 512
     bank_chunk: int = 8192
 
     def __post_init__(self) -> None:
@@ -79,11 +79,10 @@ class KNN:
         best = query.new_empty(len(query), 0)
         where = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
         for begin in range(0, len(bank), self.bank_chunk):
-            similarity = query @ bank[begin : begin + self.bank_chunk].T
-            positions = torch.arange(begin, begin + similarity.shape[1], device=query.device).expand_as(similarity)
+            similarity, columns = _largest(query @ bank[begin : begin + self.bank_chunk].T, k)
             # columns stay in the order of the bank, which is what decides ties
-            similarity, columns = _largest(torch.cat([best, similarity], dim=1), k)
-            best, where = similarity, torch.cat([where, positions], dim=1).gather(1, columns)
+            best, kept = _largest(torch.cat([best, similarity], dim=1), k)
+            where = torch.cat([where, columns + begin], dim=1).gather(1, kept)
         best, order = best.sort(dim=1, descending=True, stable=True)
         return best, where.gather(1, order)
 

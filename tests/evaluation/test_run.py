@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from src.evaluation.features import FeatureSets
+from src.evaluation.knn import KNN
+from src.evaluation.linear import LinearProbe
+from src.evaluation.pixels import PixelEncoder
+from src.evaluation.run import feature_sets, run_evaluators
+from tests.evaluation.toy import Squares, squares, tiny_encoder
+
+CPU = torch.device("cpu")
+
+
+def test_names_say_which_encoder() -> None:
+    def width(sets: FeatureSets, device: torch.device) -> dict[str, float]:
+        return {"width": float(sets.query.features.shape[1])}
+
+    encoders = {"student": tiny_encoder(), "small": PixelEncoder(2), "large": PixelEncoder(4)}
+    scores = run_evaluators(encoders, squares(), [width], CPU)
+    assert scores == {"width": 32.0, "width_small": 12.0, "width_large": 48.0}
+
+
+def test_limits_draw_evenly_from_a_set_in_the_order_of_its_classes() -> None:
+    sets = feature_sets({"": PixelEncoder(1)}, squares(length=60), CPU, bank_samples=30, query_samples=24)[""]
+    assert (len(sets.bank.labels), len(sets.query.labels)) == (30, 24)
+    assert set(sets.query.labels.tolist()) == set(sets.bank.labels.tolist()) == {0, 1, 2}
+    again = feature_sets({"": PixelEncoder(1)}, squares(length=60, seed=5), CPU, bank_samples=30, query_samples=24)[""]
+    assert torch.equal(sets.query.features, again.query.features)  # the same for every seed of a run
+
+
+def test_bank_and_queries_come_from_their_own_splits() -> None:
+    sets = feature_sets({"": PixelEncoder(1)}, squares(length=60), CPU)[""]
+    for part, split in ((sets.bank, "train"), (sets.query, "val")):
+        images = torch.from_numpy(Squares(split, length=60).images).float()
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        torch.testing.assert_close(part.features, (images.mean(dim=(2, 3)) / 255 - mean) / std, rtol=0, atol=1e-5)
+
+
+def test_random_numbers_are_left_alone() -> None:
+    def states() -> list[object]:
+        return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()]  # noqa: NPY002
+
+    before = states()
+    run_evaluators({"": tiny_encoder()}, squares(), [KNN(), LinearProbe()], CPU)
+    assert states() == before
+
+
+def test_products_are_exact_whatever_training_allows_itself() -> None:
+    seen = []
+
+    def look(sets: FeatureSets, device: torch.device) -> dict[str, float]:
+        seen.append(torch.get_float32_matmul_precision())
+        return {}
+
+    torch.set_float32_matmul_precision("medium")
+    try:
+        run_evaluators({"": PixelEncoder(1)}, squares(), [look], CPU)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["highest"]
+
+
+def test_pixels_are_averaged_by_area() -> None:
+    image = torch.zeros(1, 3, 4, 4)
+    image[0, 0] = torch.tensor([[1.0, 3, 0, 0], [5, 7, 0, 0], [0, 0, 8, 8], [0, 0, 8, 8]])
+    features = PixelEncoder(2)(image)
+    assert features.embedding.tolist() == [[4.0, 0, 0, 8] + [0.0] * 8]
+    assert features.patches.tolist() == [[[4.0, 0, 0], [0, 0, 0], [0, 0, 0], [8, 0, 0]]]
+    assert features.grid == (2, 2)
+    assert PixelEncoder(2).dim == 12
+    with pytest.raises(ValueError, match="size"):
+        PixelEncoder(0)
+
+
+def test_pixels_tell_the_colours_apart() -> None:
+    scores = run_evaluators({"pixels": PixelEncoder(1)}, squares(length=60), [KNN(k=5), LinearProbe()], CPU)
+    assert scores["knn_top1"] > 0.9
+    assert scores["linear_top1"] > 0.9
