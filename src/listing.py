@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from src import configuration
+
+BEGIN, END = "<!-- experiments: made by `make list` -->", "<!-- end of experiments -->"
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,13 @@ def markdown() -> str:
     return "\n".join(rows)
 
 
+def write_readme(project: Path) -> None:
+    """Bring the README's table of experiments up to date, between its two marks."""
+    readme = project / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{markdown()}\n{END}{rest.split(END)[1]}")
+
+
 def print_experiments() -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     table = Table(box=None, header_style="bold")
@@ -49,8 +59,8 @@ def print_experiments() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    if list(argv) == ["--markdown"]:
-        print(markdown())
+    if list(argv) == ["--write"]:
+        write_readme(configuration.PROJECT)
     else:
         print_experiments()
     return 0

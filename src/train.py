@@ -23,6 +23,7 @@ from src.callbacks.batch_check import batch_type_of
 from src.callbacks.checkpoints import AtomicCheckpointIO, CheckpointError, Preempted
 from src.callbacks.data_health import TooManyBadSamples
 from src.callbacks.nan_guard import NonFiniteLoss
+from src.callbacks.recipe_card import RecipeCard
 from src.configuration import UserError
 from src.datamodules.batch import BatchError
 from src.datamodules.sources.source import BadSample
@@ -73,7 +74,10 @@ def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int
     try:
         trainer: L.Trainer = configuration.instantiate(
             config.trainer,
-            callbacks=[configuration.instantiate(each) for each in config.callbacks.values() if each],
+            callbacks=[
+                *(configuration.instantiate(each) for each in config.callbacks.values() if each),
+                RecipeCard(run.dir, config=plain(config), summary=recipe(config)),
+            ],
             logger=[configuration.instantiate(each) for each in config.logger.values() if each],
             plugins=[checkpoint_io],
         )
@@ -105,22 +109,37 @@ def check_batches(module: L.LightningModule, datamodule: Any) -> None:
         )
 
 
+def recipe(config: DictConfig) -> dict[str, str]:
+    """What a reader wants to know first, with the rule behind the learning rate where there is one."""
+    said = {
+        "paper": config.about.paper,
+        "deviations": config.about.deviations,
+        "scale": f"{config.run.scale}  (SCALE=paper, smoke or tiny changes it)",
+        "batch": f"{config.data.batch_size} images an optimizer step, over all processes",
+        "precision": str(config.trainer.precision),
+    }
+    if "lr" in config.optimizer:
+        rule = config.optimizer._get_node("lr")._value()
+        value = f"{config.optimizer.lr:.3g}"
+        said["learning rate"] = value if not isinstance(rule, str) else f"{value} = {rule}"
+    return said
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values, everything resolved."""
+    values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
 @rank_zero_only
 def announce(config: DictConfig, run: runs.Run, module: L.LightningModule, *, resume: Path | None) -> None:
     """Say what is about to run, and how to change it."""
-    raw = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(raw, dict)
     lines = Table.grid(padding=(0, 2))
     lines.add_row("run", run.title + (f"  (continued from {resume.name})" if resume else ""))
-    lines.add_row("paper", config.about.paper)
-    lines.add_row("scale", f"{config.run.scale}  (SCALE=paper, smoke or tiny changes it)")
+    for name, value in recipe(config).items():
+        lines.add_row(name, value)
     lines.add_row("parameters", f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M")
-    rate = raw.get("optimizer", {}).get("lr")
-    if rate is not None:
-        value = f"{config.optimizer.lr:.3g}"
-        lines.add_row("learning rate", value if not isinstance(rate, str) else f"{value} = {rate}")
-    lines.add_row("batch", f"{config.data.batch_size} images an optimizer step, over all processes")
-    lines.add_row("precision", str(config.trainer.precision))
     Console().print(Panel(lines, title=f"Pretext: {config.run.experiment}", expand=False, border_style="cyan"))
 
 
@@ -157,7 +176,7 @@ def quieten() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*You defined a `validation_step` but have no.*")
+    warnings.filterwarnings("ignore", message=".*You passed in a `val_dataloader` but have no `validation_step`.*")
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
 
