@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -18,6 +19,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer import call
 from torch import Tensor
 
 from src.collectives import reduce_sum, world_size
@@ -83,27 +85,20 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _why(path: Path, problem: Exception) -> str:
-    if isinstance(problem, OSError) and problem.strerror:
-        return problem.strerror
+    if isinstance(problem, PermissionError):
+        return "permission denied"
     if path.stat().st_size == 0:
         return "it is empty"
     with path.open("rb") as file:
         start = file.read(2)
     if start == b"PK":
-        if "Weights only" in str(problem):
-            return f"it holds objects other than tensors and plain values ({_refused_object(str(problem))})"
+        refused = re.search(r"GLOBAL ([\w.]+)", str(problem))
+        if refused:
+            return f"it holds objects other than tensors and plain values ({refused[1]})"
         return "it is damaged or was cut off"
     if start[:1] == b"\x80":
         return "it is a pickle of arbitrary objects, which could run any code"
     return "it was not written by torch.save"
-
-
-def _refused_object(message: str) -> str:
-    """The name torch gives of what it would not build."""
-    for opening in ("Unsupported global: GLOBAL ", "Unsupported class "):
-        if opening in message:
-            return message.split(opening, 1)[1].split()[0]
-    return "see above"
 
 
 class Failure(NamedTuple):
@@ -420,16 +415,19 @@ def settle(loop: dict[str, Any], moment: Moment, *, epoch_done: bool) -> None:
         done = epochs[part]["started"] - (0 if epoch_done else 1)
         epochs[part]["processed"] = epochs[part]["completed"] = done
     if epoch_done:
-        batches["current"] = dict.fromkeys(batches["current"], 0)
         batches["is_last_batch"] = False
+        optimizer = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+        for counter in (batches, *optimizer.values()):
+            counter["current"] = dict.fromkeys(counter["current"], 0)
 
 
 class StopOnSignal(Checkpoint):
     """Ends the run cleanly when the system asks for it.
 
     The signal only sets a flag. After the optimizer step under way, in whichever process it arrived, all write
-    ``last.ckpt`` through `Checkpoints` and stop with `Preempted`: no evaluation, no further training. (A base of
-    checkpoint callbacks, so that Lightning calls it after those that still change state in this step.)
+    ``last.ckpt`` through `Checkpoints` and stop with `Preempted`: no evaluation, no further training. One that is under
+    way when the signal comes is finished. (A base of checkpoint callbacks, so that Lightning calls it after those that
+    still change state in this step.)
 
     Args:
         signals: what to listen to.
@@ -459,11 +457,14 @@ class StopOnSignal(Checkpoint):
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         finished = 0 <= trainer.max_steps <= trainer.global_step  # nothing would be left to continue
         if stepped and not finished and any_process(self.requested, trainer):
-            self._stop(trainer, "step")
+            _finish_step(trainer, outputs, batch, batch_idx)
+            checkpoints = _checkpoints(trainer)
+            checkpoints.save_last(trainer, "step")
+            raise Preempted(trainer.global_step, checkpoints.saved)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if is_between_steps(trainer) and any_process(self.requested, trainer):
-            self._stop(trainer, "epoch")
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if any_process(self.requested, trainer):  # it came during an evaluation, after which the epoch was saved
+            raise Preempted(trainer.global_step, _checkpoints(trainer).saved)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore()
@@ -482,14 +483,12 @@ class StopOnSignal(Checkpoint):
             signal.signal(number, handler)
         self._handlers.clear()
 
-    def _stop(self, trainer: L.Trainer, moment: Moment) -> None:
-        checkpoints = _checkpoints(trainer)
-        if trainer.strategy.broadcast(checkpoints.saved != Saved(checkpoints.last, trainer.global_step, moment)):
-            if moment == "epoch":
-                checkpoints.on_train_epoch_end(trainer, trainer.lightning_module)
-            else:
-                checkpoints.save_last(trainer, moment)
-        raise Preempted(trainer.global_step, checkpoints.saved)
+
+def _finish_step(trainer: L.Trainer, outputs: Any, batch: Any, batch_idx: int) -> None:
+    """What Lightning does with a step after the callbacks, so that a run stopped by one of them has it done."""
+    call._call_lightning_module_hook(trainer, "on_train_batch_end", outputs, batch, batch_idx)
+    trainer._logger_connector.on_batch_end()
+    trainer._logger_connector.update_train_step_metrics()
 
 
 def _checkpoints(trainer: L.Trainer) -> Checkpoints:

@@ -66,7 +66,7 @@ class SmallModule(L.LightningModule):
         self.seen.append(tuple(batch["index"].tolist()))
         noise = torch.randn_like(batch["image"])
         loss = (self.layer(self.dropout(batch["image"] + 0.1 * noise)) - batch["image"]).square().mean()
-        self.losses.append(float(loss))
+        self.losses.append(loss.item())
         return {"loss": loss}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -84,7 +84,7 @@ class Evaluation(L.Callback):
         self.values: list[float] = []
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.values.append(float(pl_module.layer.weight.double().sum()))  # type: ignore[union-attr,operator]
+        self.values.append(float(pl_module.layer.weight.detach().double().sum()))  # type: ignore[union-attr,operator]
         pl_module.log(self.name, self.values[-1])
 
 
