@@ -58,6 +58,12 @@ def drafts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return seen
 
 
+@pytest.fixture(scope="module")
+def large() -> bytes:
+    """A JPEG of 1801x2003."""
+    return encode(textured(1801, 2003), "JPEG", quality=90)
+
+
 class TestSize:
     def test_comes_from_the_header_alone(self) -> None:
         data = encode(textured(400, 300), "JPEG", quality=90)
@@ -127,12 +133,13 @@ class TestCropAndResize:
             ((0, 0, 1800, 1795), 8),
         ],
     )
-    def test_reduced_scale(self, drafts: list[tuple[int, int]], box: tuple[int, int, int, int], scale: int) -> None:
-        data = encode(textured(1801, 2003), "JPEG", quality=90)
+    def test_reduced_scale(
+        self, large: bytes, drafts: list[tuple[int, int]], box: tuple[int, int, int, int], scale: int
+    ) -> None:
         top, left, height, width = box
-        got = EncodedImage(data).decode(box, (224, 224))
+        got = EncodedImage(large).decode(box, (224, 224))
         assert drafts == [(-(-2003 // scale), -(-1801 // scale))]
-        full = Image.open(io.BytesIO(data)).convert("RGB")
+        full = Image.open(io.BytesIO(large)).convert("RGB")
         expected = full.resize((224, 224), BICUBIC, box=(left, top, left + width, top + height))
         error = difference(got, expected)
         assert error.mean() <= 0.5
@@ -197,6 +204,7 @@ class TestExif:
         image = textured(30, 40)
         np.testing.assert_array_equal(decoded(encode(image, exif=exif)), np.asarray(image))
 
+    @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
     def test_broken_exif_does_not_cost_the_picture(self) -> None:
         data = encode(textured(30, 40), "JPEG", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff garbage")
         assert EncodedImage(data).decode().size == (40, 30)
@@ -290,7 +298,8 @@ class TestModes:
         for kind in ("PNG", "JPEG", "GIF"):
             data = encode(Image.new("RGB", (1, 1), (200, 200, 200)), kind)
             got = decoded(data, box=(0, 0, 1, 1), size=(16, 16))
-            assert got.shape == (16, 16, 3) and np.abs(got.astype(int) - 200).max() <= 1, kind
+            assert got.shape == (16, 16, 3)
+            assert np.abs(got.astype(int) - 200).max() <= 1, kind
 
 
 class TestBad:
@@ -308,8 +317,8 @@ class TestBad:
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
     @pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
     def test_truncated(self, kind: str, share: float) -> None:
-        data = encode(textured(300, 300), kind)
-        assert EncodedImage(data).decode().size == (300, 300)
+        data = encode(textured(150, 150), kind)
+        assert EncodedImage(data).decode().size == (150, 150)
         self.refused(data[: int(len(data) * share)], "decoded|known format")
 
     @pytest.mark.parametrize("size", [None, (64, 64)])
@@ -362,6 +371,7 @@ class TestBad:
         with pytest.raises(BadSample, match="100x100 pixels are more than the limit of 9999"):
             EncodedImage(data).size  # noqa: B018
 
+    @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
     @pytest.mark.parametrize("side", [10_000, 60_000])
     def test_real_bomb(self, side: int) -> None:
         """A few bytes that claim to be huge, below and above the point where Pillow itself refuses."""

@@ -152,7 +152,7 @@ def list_drawings(*, skin_tones: bool) -> list[Drawing]:
 
 
 def _distinct(drawings: list[Drawing]) -> Iterator[Drawing]:
-    """Without those whose file is, byte for byte, that of a shorter code (the flags of France and its islands)."""
+    """One of each: several codes may share a drawing, byte for byte (cook and man cook, flags of some islands)."""
     seen: set[bytes] = set()
     for drawing in sorted(drawings, key=lambda drawing: (len(drawing.code), drawing.code)):
         content = hashlib.blake2b((_folder() / f"{drawing.code}.svg").read_bytes()).digest()

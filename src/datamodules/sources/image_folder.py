@@ -74,11 +74,12 @@ class ImageFolderSource:
             _refuse_level_above(self.root)
         base = folders["train"] or self.root
         own = folders[split]
-        train = self._scan(base)
-        self.classes: Sequence[str] = train.classes
         if own is not None and split != "train":
-            files = self._with_labels_of(train.classes, self._scan(own), base)
+            self.classes: Sequence[str] = _class_names(base)
+            files = self._with_labels_of(self.classes, self._scan(own), base)
         else:
+            train = self._scan(base)
+            self.classes = train.classes
             shares = {
                 "val_share": 0.0 if folders["val"] else val_share,
                 "test_share": 0.0 if folders["test"] else test_share,
@@ -104,7 +105,7 @@ class ImageFolderSource:
     def _scan(self, folder: Path) -> _Listing:
         """Classes in ``folder`` and (path below it, label) of its pictures, sorted."""
         entries = _entries(folder)
-        classes = [entry.name for entry in entries if entry.is_dir()]
+        classes = _class_names(folder)
         flat = [entry.name for entry in entries if not entry.is_dir() and self._counts(entry.name)]
         if not classes:
             return _Listing([], [(name, -1) for name in flat])
@@ -154,6 +155,10 @@ class ImageFolderSource:
 class _Listing(NamedTuple):
     classes: list[str]
     files: list[tuple[str, int]]
+
+
+def _class_names(folder: Path) -> list[str]:
+    return [entry.name for entry in _entries(folder) if entry.is_dir()]
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

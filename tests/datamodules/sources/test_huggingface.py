@@ -1,0 +1,148 @@
+"""Tables read with the Hugging Face library, from local files only."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from src.datamodules.decoding import BadSample, EncodedImage
+from src.datamodules.sources.huggingface import HuggingFaceSource
+from src.datamodules.sources.source import DataError
+
+PINNED_VAL = [2, 6, 17, 18, 23, 29]  # rows
+
+
+def png(grey: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 5), (grey, grey, grey)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def grey_of(image: EncodedImage | torch.Tensor) -> int:
+    assert isinstance(image, EncodedImage)
+    return int(np.asarray(image.decode())[0, 0, 0])
+
+
+def table(
+    greys: list[int], labels: list, feature: object, image: str = "image", label: str = "label"
+) -> datasets.Dataset:
+    features = datasets.Features({image: datasets.Image(), label: feature})
+    rows = {image: [{"bytes": png(grey), "path": None} for grey in greys], label: labels}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+class TestFormats:
+    def test_parquet_files(self, tmp_path: Path, cache: Path) -> None:
+        animals = datasets.ClassLabel(names=["ant", "bee", "cat"])
+        table([10, 20, 30, 40], [2, 0, 1, 2], animals).to_parquet(tmp_path / "train.parquet")
+        table([50, 60], [1, 1], animals).to_parquet(tmp_path / "val.parquet")
+        files = {"train": str(tmp_path / "train.parquet"), "validation": str(tmp_path / "val.parquet")}
+        train = HuggingFaceSource("train", path="parquet", data_files=files, cache_dir=cache)
+        assert train.classes == ["ant", "bee", "cat"]
+        assert train.labels.tolist() == [2, 0, 1, 2]
+        assert train.labels.dtype == np.int64
+        assert [grey_of(train[index]["image"]) for index in range(4)] == [10, 20, 30, 40]
+        assert train[3]["label"] == 2
+        assert train.name(1) == "parquet train[1]"
+        val = HuggingFaceSource("val", path="parquet", data_files=files, cache_dir=cache)
+        assert [grey_of(val[index]["image"]) for index in range(len(val))] == [50, 60]
+
+    def test_saved_to_disk_with_other_columns(self, tmp_path: Path) -> None:
+        words = table([10, 20, 30], ["b", "a", None], datasets.Value("string"), "picture", "animal")
+        held_out = table([70], ["b"], datasets.Value("string"), "picture", "animal")
+        datasets.DatasetDict({"train": words, "test": held_out}).save_to_disk(tmp_path / "saved")
+        keys = {"image_key": "picture", "label_key": "animal"}
+        test = HuggingFaceSource("test", path=tmp_path / "saved", **keys)
+        assert test.classes == ["a", "b"]
+        assert test.labels.tolist() == [1]
+        train = HuggingFaceSource("train", path=tmp_path / "saved", val_share=0.0, **keys)
+        assert train.labels.tolist() == [1, 0, -1]
+
+    def test_folder_of_pictures(self, tmp_path: Path, cache: Path) -> None:
+        for split in ("train", "test"):
+            for label, name in enumerate(("ant", "bee")):
+                folder = tmp_path / "pictures" / split / name
+                folder.mkdir(parents=True)
+                (folder / "1.png").write_bytes(png(100 + 50 * label))
+        train = HuggingFaceSource("train", path=tmp_path / "pictures", cache_dir=cache, val_share=0.0)
+        assert train.classes == ["ant", "bee"]
+        found = {train[index]["label"]: grey_of(train[index]["image"]) for index in range(len(train))}
+        assert found == {0: 100, 1: 150}
+
+    def test_integer_and_no_labels(self, tmp_path: Path) -> None:
+        table([1, 2, 3], [4, 0, None], datasets.Value("int32")).save_to_disk(tmp_path / "saved")
+        numbered = HuggingFaceSource("train", path=tmp_path / "saved", val_share=0.0)
+        assert numbered.labels.tolist() == [4, 0, -1]
+        assert numbered.classes == ["0", "1", "2", "3", "4"]
+        for key in (None, "category"):
+            bare = HuggingFaceSource("train", path=tmp_path / "saved", label_key=key, val_share=0.0)
+            assert bare.labels.tolist() == [-1, -1, -1]
+            assert bare.classes == []
+
+
+def test_val_is_taken_out_of_train_and_fixed(tmp_path: Path) -> None:
+    table(list(range(30)), [row % 3 for row in range(30)], datasets.Value("int64")).save_to_disk(tmp_path / "saved")
+    train, val = (HuggingFaceSource(split, path=tmp_path / "saved", val_share=0.3) for split in ("train", "val"))
+    rows = [grey_of(val[index]["image"]) for index in range(len(val))]
+    assert rows == PINNED_VAL
+    assert val.labels.tolist() == [row % 3 for row in rows]
+    assert sorted(rows + [grey_of(train[index]["image"]) for index in range(len(train))]) == list(range(30))
+
+
+class TestBad:
+    def test_undecodable_and_missing_pictures(self, tmp_path: Path) -> None:
+        features = datasets.Features({"image": datasets.Image()})
+        cells = [{"bytes": png(5)[:40], "path": None}, None]
+        datasets.Dataset.from_dict({"image": cells}, features=features).save_to_disk(tmp_path / "saved")
+        source = HuggingFaceSource("train", path=tmp_path / "saved", val_share=0.0)
+        with pytest.raises(BadSample, match=r"cannot be decoded|known format"):
+            grey_of(source[0]["image"])
+        with pytest.raises(BadSample, match=r"train\[1\]: the row has no picture"):
+            source[1]
+
+    def test_vanished_file(self, tmp_path: Path, cache: Path) -> None:
+        (tmp_path / "pictures").mkdir()
+        for number in range(2):
+            (tmp_path / "pictures" / f"{number}.png").write_bytes(png(number))
+        source = HuggingFaceSource("train", path=tmp_path / "pictures", cache_dir=cache, val_share=0.0)
+        (tmp_path / "pictures" / "1.png").unlink()
+        assert grey_of(source[0]["image"]) == 0
+        with pytest.raises(BadSample, match=r"1\.png: the file does not exist"):
+            grey_of(source[1]["image"])
+
+    def test_unknown_column_split_and_class(self, tmp_path: Path) -> None:
+        words = table([1], ["a"], datasets.Value("string"))
+        other = table([2], ["z"], datasets.Value("string"))
+        datasets.DatasetDict({"train": words, "validation": other}).save_to_disk(tmp_path / "saved")
+        with pytest.raises(DataError, match="no column image_key='img', only image, label"):
+            HuggingFaceSource("train", path=tmp_path / "saved", image_key="img")
+        with pytest.raises(DataError, match="no split 'test', only train, validation"):
+            HuggingFaceSource("test", path=tmp_path / "saved")
+        with pytest.raises(DataError, match=r"training split has not.*\['z'\]"):
+            HuggingFaceSource("val", path=tmp_path / "saved")
+        with pytest.raises(DataError, match="not class labels, integers or strings"):
+            HuggingFaceSource("train", path=tmp_path / "saved", label_key="image")
+
+    def test_missing_data(self, tmp_path: Path, cache: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(DataError, match="cannot load the data set"):
+            HuggingFaceSource("train", path=tmp_path / "empty", cache_dir=cache)
+        files = {"train": str(tmp_path / "gone.parquet")}
+        with pytest.raises(DataError, match="cannot load the data set 'parquet'"):
+            HuggingFaceSource("train", path="parquet", data_files=files, cache_dir=cache)

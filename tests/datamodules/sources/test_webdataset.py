@@ -1,0 +1,241 @@
+"""Tar shards read by offset: grouping, labels, the kept index, and broken archives."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import logging
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from src.datamodules.decoding import BadSample, EncodedImage
+from src.datamodules.sources import webdataset
+from src.datamodules.sources.source import DataError
+from src.datamodules.sources.webdataset import WebDatasetSource, expand
+
+PINNED_VAL = [0, 6, 7, 9, 13, 14, 16, 28]  # numbers of the samples
+
+
+def encoded(grey: int, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 5), (grey, grey, grey)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def grey_of(image: EncodedImage | torch.Tensor) -> int:
+    assert isinstance(image, EncodedImage)
+    return int(np.asarray(image.decode())[0, 0, 0])
+
+
+def write(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def plain(start: int, count: int) -> list[tuple[str, bytes]]:
+    members = []
+    for number in range(start, start + count):
+        members += [(f"{number:04d}.png", encoded(number)), (f"{number:04d}.cls", str(number % 3).encode())]
+    return members
+
+
+def names(source: WebDatasetSource) -> list[str]:
+    return [source.name(index) for index in range(len(source))]
+
+
+class TestReading:
+    def test_samples_of_all_shards_in_order(self, tmp_path: Path) -> None:
+        for number in range(3):
+            write(tmp_path / f"a-{number:03d}.tar", plain(10 * number, 4))
+        shards = {"train": str(tmp_path / "a-{000..001}.tar")}
+        train = WebDatasetSource("train", shards=shards | {"val": str(tmp_path / "a-002.tar")})
+        assert [grey_of(train[index]["image"]) for index in range(8)] == [0, 1, 2, 3, 10, 11, 12, 13]
+        assert train.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+        assert [train[index]["label"] for index in range(8)] == train.labels.tolist()
+        assert train.name(5) == f"{tmp_path}/a-001.tar#0011"
+        assert train.problems == {}
+        val = WebDatasetSource("val", shards=shards | {"val": str(tmp_path / "a-*2.tar")})
+        assert [grey_of(val[index]["image"]) for index in range(4)] == [20, 21, 22, 23]
+        again = pickle.loads(pickle.dumps(train))
+        assert grey_of(again[5]["image"]) == 11
+
+    def test_keys_and_extensions(self, tmp_path: Path) -> None:
+        """The key ends at the first dot of the file's name; folders belong to it; long names need extra headers."""
+        long = "deep/" * 40 + "v1.0/x"
+        shard = write(
+            tmp_path / "a.tar",
+            [
+                ("b/1.JPEG", encoded(10, "JPEG")),
+                ("b/1.seg.png", encoded(99)),
+                ("b/1.cls", b"7\n"),
+                ("c/1.cls", b"8"),
+                ("c/1.webp", encoded(20, "WEBP")),
+                (f"{long}.png", encoded(30)),
+                (f"{long}.cls", b"9"),
+            ],
+        )
+        source = WebDatasetSource("train", shards=str(shard), val_share=0.0)
+        assert names(source) == [f"{shard}#b/1", f"{shard}#c/1", f"{shard}#{long}"]
+        assert source.labels.tolist() == [7, 8, 9]
+        greys = [grey_of(source[index]["image"]) for index in range(3)]
+        assert max(abs(a - b) for a, b in zip(greys, (10, 20, 30), strict=True)) <= 2
+
+    def test_json_and_named_labels(self, tmp_path: Path) -> None:
+        entries = [{"kind": "bee"}, {"kind": "ant"}, {"kind": "dog"}, {"kind": 1}, {}]
+        members = []
+        for number, entry in enumerate(entries):
+            members += [(f"{number}.png", encoded(number)), (f"{number}.json", json.dumps(entry).encode())]
+        shard = write(tmp_path / "a.tar", members)
+        options = {"label": "json", "json_key": "kind", "classes": ["ant", "bee"], "val_share": 0.0}
+        source = WebDatasetSource("train", shards=[str(shard)], **options)
+        assert source.labels.tolist() == [1, 0, -1, 1, -1]
+        assert source.problems == {"samples without a readable label (label -1)": 2}
+        assert source.classes == ["ant", "bee"]
+        bare = WebDatasetSource("train", shards=str(shard), label=None, val_share=0.0)
+        assert bare.labels.tolist() == [-1] * 5
+        assert bare.problems == {}
+
+    def test_shared_shards_are_split_by_key(self, tmp_path: Path) -> None:
+        write(tmp_path / "a.tar", plain(0, 30))
+        train, val = (
+            WebDatasetSource(split, shards=str(tmp_path / "a.tar"), val_share=0.3) for split in ("train", "val")
+        )
+        assert [grey_of(val[index]["image"]) for index in range(len(val))] == PINNED_VAL
+        assert sorted(names(train) + names(val)) == [f"{tmp_path}/a.tar#{number:04d}" for number in range(30)]
+
+    def test_braces(self, tmp_path: Path) -> None:
+        for name in ("x08", "x09", "x10", "y08", "y09", "y10"):
+            (tmp_path / f"{name}.tar").touch()
+        found = expand([f"{tmp_path}/{{x,y}}{{08..10}}.tar"])
+        assert [Path(path).stem for path in found] == ["x08", "x09", "x10", "y08", "y09", "y10"]
+        assert expand([f"file:{tmp_path}/x08.tar"]) == [f"{tmp_path}/x08.tar"]
+
+
+class TestKeptIndex:
+    def test_is_used_until_the_shard_changes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        shard = write(tmp_path / "a.tar", plain(0, 3))
+        listed: list[str] = []
+        read = webdataset._Reader._list
+
+        def spy(self: webdataset._Reader, path: str, size: int) -> dict:
+            listed.append(path)
+            return read(self, path, size)
+
+        monkeypatch.setattr(webdataset._Reader, "_list", spy)
+
+        def load(**options: object) -> WebDatasetSource:
+            return WebDatasetSource("train", shards=str(shard), cache_dir=tmp_path / "cache", val_share=0.0, **options)
+
+        first = load()
+        second = load()
+        assert len(listed) == 1
+        assert names(first) == names(second)
+        assert first.labels.tolist() == second.labels.tolist()
+        assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".json"]
+        load(label=None)
+        assert len(listed) == 2  # other settings have an index of their own
+        write(shard, plain(50, 4))
+        assert len(load()) == 4
+        assert len(listed) == 3
+        os.utime(shard, ns=(1, 1))
+        load()
+        assert len(listed) == 4
+        for file in (tmp_path / "cache").iterdir():
+            file.write_text("{damaged")
+        assert grey_of(load()[0]["image"]) == 50
+
+    def test_a_folder_that_cannot_be_written_costs_only_time(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        shard = write(tmp_path / "a.tar", plain(0, 2))
+        (tmp_path / "cache").write_text("a file")
+        with caplog.at_level(logging.WARNING):
+            source = WebDatasetSource("train", shards=str(shard), cache_dir=tmp_path / "cache", val_share=0.0)
+        assert len(source) == 2
+        assert "cannot be kept" in caplog.text
+
+
+class TestBad:
+    def test_truncated_shard_gives_its_whole_samples(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        shard = write(tmp_path / "a.tar", plain(0, 10))
+        with tarfile.open(shard) as tar:
+            inside = tar.getmember("0006.png").offset_data
+            between = tar.getmember("0004.png").offset
+        whole = shard.read_bytes()
+        for cut, count in ((inside + 10, 6), (between, 4), (between + 100, 4)):
+            shard.write_bytes(whole[:cut])
+            with caplog.at_level(logging.WARNING):
+                source = WebDatasetSource("train", shards=str(shard), val_share=0.0)
+            assert [grey_of(source[index]["image"]) for index in range(len(source))] == list(range(count)), cut
+            assert source.problems == {"shards that end too early": 1}
+            assert "shards that end too early: 1 in 1 shards" in caplog.text
+
+    def test_members_that_do_not_belong_are_counted(self, tmp_path: Path) -> None:
+        members = [
+            ("README", b"text"),
+            (".png", encoded(1)),
+            ("0001.png", encoded(2)),
+            ("0002.cls", b"1"),
+            ("0003.png", encoded(3)),
+            ("0003.cls", b"not a number"),
+            ("0004.png", encoded(4)),
+            ("0004.cls", b"5"),
+        ]
+        source = WebDatasetSource("train", shards=str(write(tmp_path / "a.tar", members)), val_share=0.0)
+        assert [grey_of(source[index]["image"]) for index in range(len(source))] == [2, 3, 4]
+        assert source.labels.tolist() == [-1, -1, 5]
+        assert source.problems == {
+            "samples without a picture (left out)": 2,
+            "members without a key (left out)": 1,
+            "samples without a readable label (label -1)": 2,
+        }
+
+    def test_one_bad_shard_does_not_cost_the_others(self, tmp_path: Path) -> None:
+        write(tmp_path / "a-0.tar", plain(0, 3))
+        (tmp_path / "a-1.tar").write_bytes(b"<html>not found</html>" * 100)
+        (tmp_path / "a-2.tar").touch()
+        (tmp_path / "a-3.tar").write_bytes(gzip.compress((tmp_path / "a-0.tar").read_bytes()))
+        source = WebDatasetSource("train", shards=str(tmp_path / "a-*.tar"), val_share=0.0)
+        assert len(source) == 3
+        assert source.problems == {"shards that are not an uncompressed tar (left out)": 3}
+
+    def test_nothing_readable(self, tmp_path: Path) -> None:
+        (tmp_path / "a.tar").write_bytes(b"nonsense" * 1000)
+        with pytest.raises(
+            DataError, match=r"no sample for 'train' in 1 shards .*not an uncompressed tar.*0001\.jpg and 0001\.cls"
+        ):
+            WebDatasetSource("train", shards=str(tmp_path / "a.tar"))
+
+    def test_addresses_and_missing_shards(self, tmp_path: Path) -> None:
+        for address in ("https://example.org/a.tar", "s3://bucket/a.tar", "pipe:cat a.tar"):
+            with pytest.raises(DataError, match="random access needs local shards"):
+                WebDatasetSource("train", shards=address)
+        write(tmp_path / "a-0.tar", plain(0, 1))
+        with pytest.raises(DataError, match=r"2 of 3 shards do not exist, the first is .*a-1\.tar"):
+            WebDatasetSource("train", shards=str(tmp_path / "a-{0..2}.tar"))
+        with pytest.raises(DataError, match=r"no shard matches .*b-\*"):
+            WebDatasetSource("train", shards=str(tmp_path / "b-*.tar"))
+        with pytest.raises(DataError, match="nothing for the split 'test', only train"):
+            WebDatasetSource("test", shards={"train": str(tmp_path / "a-0.tar")})
+
+    def test_shard_that_changes_or_vanishes_meanwhile(self, tmp_path: Path) -> None:
+        shard = write(tmp_path / "a.tar", plain(0, 3))
+        source = WebDatasetSource("train", shards=str(shard), val_share=0.0)
+        shard.write_bytes(shard.read_bytes()[:600])
+        with pytest.raises(BadSample, match="ends before the sample"):
+            source[2]
+        shard.unlink()
+        with pytest.raises(BadSample, match=r"a\.tar#0000: No such file"):
+            source[0]
