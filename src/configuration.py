@@ -29,7 +29,14 @@ class UserError(Exception):
 
 def register_resolvers() -> None:
     """``${linear_lr:base,batch,reference}``: the learning rate in proportion to the batch, base * batch / reference;
-    ``${sqrt_lr:…}``: in proportion to its square root."""
+    ``${sqrt_lr:…}``: in proportion to its square root; ``${data_dir:…}``: a folder that has to be named."""
+
+    def data_dir(folder: str | None) -> str:
+        if folder is None:
+            raise UserError("this data lies in a folder of yours: say where with DATA_DIR=<folder>")
+        return folder
+
+    OmegaConf.register_new_resolver("data_dir", data_dir, replace=True)
     OmegaConf.register_new_resolver("linear_lr", lambda base, batch, ref: base * batch / ref, replace=True)
     OmegaConf.register_new_resolver("sqrt_lr", lambda base, batch, ref: base * (batch / ref) ** 0.5, replace=True)
 
@@ -54,6 +61,21 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
             return hydra_compose(config_name, list(overrides))
         except (HydraException, OmegaConfBaseException) as problem:
             raise UserError(_first_lines(problem)) from problem
+
+
+def check_complete(config: DictConfig) -> None:
+    """
+    Raises:
+        UserError: a value is still missing, or cannot be worked out.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"still to be said: {', '.join(f'{key}=…' for key in missing)}")
+    try:
+        OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as problem:
+        cause = problem.__cause__
+        raise UserError(str(cause) if isinstance(cause, UserError) else _first_lines(problem)) from problem
 
 
 def apply(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -85,10 +107,8 @@ def instantiate(config: Any, **kwargs: Any) -> Any:
 
 
 def names(group: str) -> list[str]:
-    """The options of a configuration group, sorted."""
-    return sorted(
-        path.stem for path in (CONFIGS / group).glob("*.yaml")
-    )
+    """The options of a configuration group, sorted; those beginning with an underscore are parts of others."""
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml") if not path.stem.startswith("_"))
 
 
 def nearest(word: str, options: Sequence[str]) -> str:
@@ -117,8 +137,9 @@ def default_scale() -> str:
 
 
 def default_precision() -> str:
-    """bf16-mixed where the hardware multiplies bfloat16 matrices faster than float32: GPUs that support it, and CPUs with
-    AMX. AVX512-BF16 alone does not count: its dot products were measured slower than float32's (docs/benchmarks.md)."""
+    """bf16-mixed where the hardware multiplies bfloat16 matrices faster than float32: GPUs that support it, and CPUs
+    with AMX. AVX512-BF16 alone does not count: a step with it was measured slower than in float32
+    (docs/benchmarks.md)."""
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
     return "bf16-mixed" if torch.cpu._is_amx_tile_supported() else "32-true"
@@ -131,7 +152,9 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         try:
             parsed.append(parser.parse_override(line))
         except HydraException as problem:
-            raise UserError(f"cannot read the override '{line}' (key=value is expected): {_first_lines(problem)}") from None
+            raise UserError(
+                f"cannot read the override '{line}' (key=value is expected): {_first_lines(problem)}"
+            ) from None
     return parsed
 
 
@@ -156,18 +179,20 @@ def _check_value(override: Override, config: DictConfig) -> None:
         raise UserError(f"there is no key '{key}'{nearest(key, keys) or '; see config.yaml of any run'}")
     old, new = OmegaConf.to_container(config, resolve=False), override.value()
     for part in key.split("."):
-        old = old[int(part)] if isinstance(old, list) else old[part]  # type: ignore[index,call-overload]
+        old = old[int(part)] if isinstance(old, list) else old[part]  # type: ignore[index]
     if isinstance(old, int | float) and not isinstance(old, bool) and isinstance(new, str) and "${" not in new:
         raise UserError(f"{key} is a number ({old}); '{new}' is not")
 
 
 def _keys(config: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
-    items = range(len(config)) if isinstance(config, ListConfig) else config.keys()
+    items: Any = range(len(config)) if isinstance(config, ListConfig) else config.keys()
     for name in items:
         path = f"{prefix}{name}"
         yield path
-        node = config._get_node(name)
-        if isinstance(node, DictConfig | ListConfig) and not (node._is_none() or node._is_missing() or node._is_interpolation()):
+        node: Any = config._get_node(name)
+        if isinstance(node, DictConfig | ListConfig) and not (
+            node._is_none() or node._is_missing() or node._is_interpolation()
+        ):
             yield from _keys(node, f"{path}.")
 
 

@@ -34,7 +34,9 @@ def main(argv: Sequence[str]) -> int:
     if shared is not None:
         # a process that the fine-tuning's launcher started: what comes before it is done
         return train.fit(shared.config(), shared)
-    words, overrides = trained.words_of(argv, WORDS)
+    words, rest = trained.words_of(argv, WORDS)
+    for_finetune = [word.removeprefix(f"{FINETUNE}.") for word in rest if word.startswith(f"{FINETUNE}.")]
+    overrides = [word for word in rest if not word.startswith(f"{FINETUNE}.")]
     run = trained.run_of(words, "make evaluate")
     config = settle(run, words.get("data"), overrides)
     asked = protocols(words.get("eval") or "knn,linear", list(config.evaluate.evaluators))
@@ -43,9 +45,10 @@ def main(argv: Sequence[str]) -> int:
     scores: Scores = {}
     if set(asked) - {FINETUNE}:
         scores = evaluate(config, checkpoint, asked)
+        store(run, data, scores)  # a fine-tuning that ends badly takes nothing along
     if FINETUNE in asked:
         first = next(iter(load_checkpoint(checkpoint).get("encoders", {})), "encoder")
-        scores.setdefault(first, {})["finetune_top1"] = finetune(run, config, checkpoint, data)
+        scores.setdefault(first, {})["finetune_top1"] = finetune(run, config, checkpoint, data, for_finetune)
     store(run, data, scores)
     show(run, checkpoint, data, scores)
     return 0
@@ -64,6 +67,10 @@ def settle(run: runs.Run, data: str | None, overrides: Sequence[str]) -> DictCon
             config.data = other.data
             for key, value in kept.items():
                 config.data[key] = value
+    for word in overrides:
+        key = word.partition("=")[0]
+        if "." not in key and key not in config:
+            raise UserError(f"make evaluate knows no '{key}'{nearest(key, [*WORDS, *map(str, config)])}")
     return configuration.apply(config, overrides)
 
 
@@ -110,13 +117,13 @@ def evaluate(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -> Scor
     return {name: score({name: mine}, evaluators, device) for name, mine in sets.items()}
 
 
-def finetune(run: runs.Run, config: DictConfig, checkpoint: Path, data: str) -> float:
+def finetune(run: runs.Run, config: DictConfig, checkpoint: Path, data: str, overrides: Sequence[str] = ()) -> float:
     """Top-1 after fine-tuning the run's first encoder, in a run of its own within the run's folder.
 
     Raises:
         UserError: the fine-tuning did not come to its end.
     """
-    recipe = finetune_config(config, checkpoint)
+    recipe = finetune_config(config, checkpoint, overrides)
     sub = runs.Run(runs.unused(run.dir / "evaluate", f"{FINETUNE}_{data}"))
     recipe.run.name, recipe.run.dir = sub.dir.name, str(sub.dir)
     runs.store(sub, recipe)
@@ -128,13 +135,13 @@ def finetune(run: runs.Run, config: DictConfig, checkpoint: Path, data: str) -> 
     return float(metrics["eval/top1"])
 
 
-def finetune_config(config: DictConfig, checkpoint: Path) -> DictConfig:
+def finetune_config(config: DictConfig, checkpoint: Path, overrides: Sequence[str] = ()) -> DictConfig:
     """The fine-tuning experiment's recipe on the run's own backbone, images, scale and hardware."""
     experiment = config.evaluate.finetune
     recipe = configuration.compose("train", [f"experiment={experiment}", f"scale={config.run.scale}"])
     with open_dict(recipe):
         pooled = {key: recipe.backbone[key] for key in ("global_pool", "drop_path_rate") if key in recipe.backbone}
-        recipe.backbone = OmegaConf.merge(config.backbone, pooled)
+        recipe.backbone = {**OmegaConf.to_container(config.backbone, resolve=False), **pooled}  # type: ignore[dict-item]
         mine = {key: recipe.data._get_node(key) for key in ("train_view", "batch_size")}
         recipe.data = config.data.copy()
         for key, value in mine.items():
@@ -144,7 +151,7 @@ def finetune_config(config: DictConfig, checkpoint: Path) -> DictConfig:
     recipe.run.experiment = experiment
     for key in ("accelerator", "devices", "num_nodes", "strategy", "precision"):
         recipe.trainer[key] = config.trainer[key]
-    return configuration.apply(recipe, list(config.evaluate.finetune_overrides))
+    return configuration.apply(recipe, overrides)
 
 
 def store(run: runs.Run, data: str, scores: Scores) -> None:

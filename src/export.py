@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,10 +150,11 @@ def write_timm(export: Export, folder: Path) -> str:
     }
     labels = {"label_names": export.classes} if export.classes else {}
     save_for_hf(plain, str(folder), model_config=labels, model_args=arguments, safe_serialization=True)
-    written = {
-        "checkpoint_path": timm.create_model(export.architecture, checkpoint_path=folder / WEIGHTS, **arguments),
-        "local-dir": timm.create_model(f"local-dir:{folder}", pretrained=True),
-    }
+    with _quiet("timm"):
+        written = {
+            "checkpoint_path": timm.create_model(export.architecture, checkpoint_path=folder / WEIGHTS, **arguments),
+            "local-dir": timm.create_model(f"local-dir:{folder}", pretrained=True),
+        }
     x = export.pictures()
     with torch.no_grad():
         for way, model in written.items():
@@ -177,6 +179,7 @@ def write_hf(export: Export, folder: Path) -> str:
     """
     from transformers import AutoModel, ViTConfig
     from transformers.models.bit import BitImageProcessor
+    from transformers.utils import logging as transformers_logging
 
     vit = _expressible(export.backbone, export.architecture)
     width = vit.embed_dim
@@ -203,6 +206,7 @@ def write_hf(export: Export, folder: Path) -> str:
         image_mean=export.mean,
         image_std=export.std,
     ).save_pretrained(folder)
+    transformers_logging.disable_progress_bar()
     with _quiet("transformers"):
         model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
     wrong = {kind: sorted(loading[kind]) for kind in ("missing_keys", "unexpected_keys") if loading[kind]}
@@ -385,18 +389,18 @@ def _short(values: Sequence[float]) -> str:
     return json.dumps([round(value, 4) for value in values])
 
 
-class _quiet:
-    """Keeps a library's logger to errors for a while."""
-
-    def __init__(self, name: str) -> None:
-        self.logger = logging.getLogger(name)
-
-    def __enter__(self) -> None:
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *problem: object) -> None:
-        self.logger.setLevel(self.level)
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Keeps libraries' loggers to errors for a while."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ def create(project: Path, *, method: str, source: str) -> list[Path]:
     if source not in methods:
         raise UserError(f"FROM={source}: there is no such method{nearest(source, methods)}")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", method) or keyword.iskeyword(method):
-        raise UserError(f"METHOD={method}: a method's name is lower-case letters, digits and underscores, as a module's")
+        raise UserError(
+            f"METHOD={method}: a method's name is lower-case letters, digits and underscores, as a module's"
+        )
     target = OmegaConf.load(project / f"configs/model/{source}.yaml").model._target_
     module, title = target.rsplit(".", 1)
     names, new = Names(source, title), Names(method, "".join(part.capitalize() for part in method.split("_")))
@@ -57,7 +59,9 @@ def create(project: Path, *, method: str, source: str) -> list[Path]:
     for old, path in pairs:
         text = _rewrite(old.read_text(), names, new)
         if path.parent.name == "experiment":
-            text = re.sub(r"^(# ).*(Deviations:).*$", rf"\1{new.title}. \2 not published yet.", text, flags=re.MULTILINE)
+            text = re.sub(
+                r"^(# ).*(Deviations:).*$", rf"\1{new.title}. \2 not published yet.", text, flags=re.MULTILINE
+            )
             text = re.sub(r"^(  paper:).*$", rf"\1 {new.title} (yours)", text, flags=re.MULTILINE)
         path.write_text(text)
     return [path for _, path in pairs]

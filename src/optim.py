@@ -11,6 +11,8 @@ import torch
 from timm.optim.lars import Lars
 from torch import nn
 
+from src.errors import SettingError
+
 Algorithm = Callable[..., torch.optim.Optimizer]
 
 
@@ -87,9 +89,9 @@ class OptimizerRecipe:
             group["names"].append(name)
         for rule, hit in zip(rules, matched, strict=True):
             if not hit and not any(re.search(rule.pattern, name) for name, _ in module.named_parameters()):
-                raise ValueError(f"no parameter's name matches the optimizer rule '{rule.pattern}'")
+                raise SettingError(f"no parameter's name matches the optimizer rule '{rule.pattern}'")
         if not groups:
-            raise ValueError("no parameter is left to train: every one is frozen")
+            raise SettingError("no parameter is left to train: every one is frozen")
         # lr and weight_decay stand in every group; the keyword only satisfies algorithms that demand one
         return self.algorithm([{**group} for group in groups.values()], lr=self.lr)
 

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
+from src.errors import SettingError
+
 _UNITS = {
     "step": "steps",
     "steps": "steps",
@@ -41,11 +43,13 @@ class Horizon:
         """
         if isinstance(duration, int | float):
             if duration < 0:
-                raise ValueError(f"a duration cannot be negative: {duration}")
+                raise SettingError(f"a duration cannot be negative: {duration}")
             return float(duration)
         match = _DURATION.fullmatch(duration.strip())
         if match is None:
-            raise ValueError(f"not a duration: '{duration}' (say '40 epochs', '10%', '2M samples', '500 steps' or 500)")
+            raise SettingError(
+                f"not a duration: '{duration}' (say '40 epochs', '10%', '2M samples', '500 steps' or 500)"
+            )
         amount = float(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()]
         match _UNITS[match[3].lower()]:
             case "epochs":

@@ -27,6 +27,7 @@ from src.callbacks.recipe_card import RecipeCard
 from src.configuration import UserError
 from src.datamodules.batch import BatchError
 from src.datamodules.sources.source import BadSample
+from src.errors import SettingError
 from src.listing import print_experiments
 
 # stop a run with their message alone: the trace would say nothing more
@@ -52,6 +53,7 @@ def compose(argv: Sequence[str]) -> DictConfig:
     config.run.experiment = next(word.removeprefix("experiment=") for word in argv if word.startswith("experiment="))
     if config.trainer.precision == "auto":
         config.trainer.precision = configuration.default_precision()
+    configuration.check_complete(config)
     return config
 
 
@@ -86,6 +88,8 @@ def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int
     announce(config, run, module, resume=resume)
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+    except SettingError as problem:
+        raise UserError(str(problem)) from problem
     except STOPPING as problem:
         report_error(f"stopped: {problem}")
         return 1

@@ -131,5 +131,5 @@ def test_what_cannot_be_resumed_is_answered_in_a_line(tmp_path):
     (directory / "checkpoints/last.ckpt").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(UserError, match=r"last.ckpt is refused as a checkpoint: it is damaged"):
         resume.main([f"run={directory}"])
-    with pytest.raises(UserError, match="there is no key 'trainer.max_epoch'; did you mean trainer.max_epochs"):
+    with pytest.raises(UserError, match=r"there is no key 'trainer.max_epoch'; did you mean trainer.max_epochs"):
         resume.main([f"run={directory}", "trainer.max_epoch=3"])

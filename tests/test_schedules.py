@@ -9,8 +9,18 @@ RUN = Horizon(total_steps=1000, steps_per_epoch=50.0, batch_size=256)
 
 @pytest.mark.parametrize(
     ("duration", "steps"),
-    [(500, 500), ("500 steps", 500), ("1 step", 1), ("4 epochs", 200), ("0.5 epochs", 25), ("10%", 100)]
-    + [("2560 samples", 10), ("1.28M samples", 5000), ("25.6k samples", 100), (0, 0)],
+    [
+        (500, 500),
+        ("500 steps", 500),
+        ("1 step", 1),
+        ("4 epochs", 200),
+        ("0.5 epochs", 25),
+        ("10%", 100),
+        ("2560 samples", 10),
+        ("1.28M samples", 5000),
+        ("25.6k samples", 100),
+        (0, 0),
+    ],
 )
 def test_durations_in_every_unit(duration, steps):
     assert RUN.steps(duration) == pytest.approx(steps, rel=1e-12)

@@ -15,7 +15,9 @@ class BatchCheck(L.Callback):
     def __init__(self) -> None:
         self._checked = False
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if not self._checked:
             validate(batch, batch_type_of(pl_module))
             self._checked = True

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from src.collectives import gather_rows
+from src.errors import SettingError
 from src.evaluation.features import FeatureSets
 from src.randomness import seeded
 
@@ -60,7 +61,7 @@ class OnlineProbe(L.Callback):
             return
         embedding, label = outputs["embedding"].detach().float(), batch["label"]
         if embedding.ndim != 2 or len(embedding) != len(label):
-            raise ValueError(
+            raise SettingError(
                 f"the step's embedding must be [B, D] with one row for each of the {len(label)} labels, "
                 f"got {list(embedding.shape)}"
             )
@@ -91,7 +92,7 @@ class OnlineProbe(L.Callback):
             return {}
         features, labels = sets.query.features, sets.query.labels
         if features.shape[1] != self._probe.linear.in_features:
-            raise ValueError(
+            raise SettingError(
                 f"OnlineProbe learned from embeddings of width {self._probe.linear.in_features}, but the first encoder "
                 f"gives {features.shape[1]}: the step's embedding must be what that encoder gives"
             )

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 
+from src.errors import SettingError
 from src.schedules import Horizon, Schedule
 
 
@@ -14,12 +15,13 @@ class Schedules(L.Callback):
     """Sets attributes of the module from schedules, before every optimizer step.
 
     Args:
-        schedules: attribute path -> schedule, the path's parts nested or joined by dots. ``optimizer.lr`` and ``optimizer.weight_decay`` reach the parameter
-            groups: the learning rate times each group's ``lr_multiplier``, the weight decay where the group is decayed at
-            all. Any other path ("teacher_momentum", "head.temperature") is an attribute of the module that exists.
+        schedules: attribute path -> schedule, the path's parts nested or joined by dots. ``optimizer.lr`` and
+            ``optimizer.weight_decay`` reach the parameter groups: the learning rate times each group's
+            ``lr_multiplier``, the weight decay where the group is decayed at all. Any other path ("teacher_momentum",
+            "head.temperature") is an attribute of the module that exists.
 
     Raises:
-        ValueError: at start, where a path leads nowhere, naming it.
+        SettingError: at start, where a path leads nowhere, naming it.
     """
 
     def __init__(self, schedules: Mapping[str, Any]) -> None:
@@ -30,7 +32,9 @@ class Schedules(L.Callback):
             if path not in ("optimizer.lr", "optimizer.weight_decay"):
                 _resolve(pl_module, path)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         horizon = horizon_of(trainer)
         for path, schedule in self.schedules.items():
             value = schedule.value(trainer.global_step, horizon)
@@ -71,5 +75,5 @@ def _resolve(module: Any, path: str) -> tuple[Any, str]:
     for part in parents:
         owner = getattr(owner, part, None)
     if owner is None or not hasattr(owner, name):
-        raise ValueError(f"schedules.{path}: {type(module).__name__} has no attribute '{path}'")
+        raise SettingError(f"schedules.{path}: {type(module).__name__} has no attribute '{path}'")
     return owner, name

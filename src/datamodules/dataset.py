@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from src.datamodules.sources.source import BadSample, ImageSource, Sample
 from src.datamodules.views.view import View, stack
+from src.errors import SettingError
 from src.randomness import fold, uniform
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class Draw(NamedTuple):
     """One sample at one time: all its randomness follows from this and the run's seed."""
 
     epoch: int
-    index: int
+    position: int  # in the subset, or the source
 
 
 class ViewedDataset(Dataset[dict[str, Tensor]]):
@@ -43,7 +44,13 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, source: ImageSource, view: View, *, seed: int, subset: np.ndarray | None = None, bad_log: Path | None = None
+        self,
+        source: ImageSource,
+        view: View,
+        *,
+        seed: int,
+        subset: np.ndarray | None = None,
+        bad_log: Path | None = None,
     ) -> None:
         self.source = source
         self.view = view
@@ -56,11 +63,11 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
         return len(self.source) if self.subset is None else len(self.subset)
 
     def __getitem__(self, draws: list[Draw]) -> dict[str, Tensor]:
-        positions = [draw.index if self.subset is None else int(self.subset[draw.index]) for draw in draws]
+        positions = [draw.position if self.subset is None else int(self.subset[draw.position]) for draw in draws]
         numbers = uniform(self.seed, [draw.epoch for draw in draws], positions, self.view.draws)
         images = getattr(self.source, "images", None)
         if images is not None:
-            labels = np.asarray(self.source.labels)[positions]  # type: ignore[attr-defined]
+            labels = list(self.source.labels[positions])  # type: ignore[attr-defined]
             fields = self.view.decoded(torch.from_numpy(np.asarray(images[positions])), numbers)
             replaced = torch.zeros(len(draws), dtype=torch.bool)
         else:
@@ -122,11 +129,11 @@ class TrainSampler(Sampler[list[Draw]]):
     """Deals one permutation an epoch, the same for any number of processes and micro-batches.
 
     Optimizer step s of an epoch uses the s-th ``batch_size`` draws of the permutation; they are cut into
-    ``micro_batches`` x ``world_size`` equal parts, of which this process takes one after the other its own. What does not
-    fill a whole batch waits for another epoch's permutation.
+    ``micro_batches`` x ``world_size`` equal parts, of which this process takes one after the other its own. What does
+    not fill a whole batch waits for another epoch's permutation.
 
     Raises:
-        ValueError: the batch cannot be cut that way, or there is not one whole batch.
+        SettingError: the batch cannot be cut that way, or there is not one whole batch.
     """
 
     def __init__(
@@ -134,12 +141,12 @@ class TrainSampler(Sampler[list[Draw]]):
     ) -> None:
         parts = world_size * micro_batches
         if batch_size < 1 or batch_size % parts:
-            raise ValueError(
+            raise SettingError(
                 f"data.batch_size={batch_size} is the batch of one optimizer step and must be a multiple of "
                 f"{world_size} processes x {micro_batches} micro-batches = {parts}"
             )
         if length < batch_size:
-            raise ValueError(f"data.batch_size={batch_size} is more than the {length} training samples there are")
+            raise SettingError(f"data.batch_size={batch_size} is more than the {length} training samples there are")
         self.length = length
         self.batch_size = batch_size
         self.seed = seed
@@ -182,7 +189,9 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
     """A DataLoader that knows how far it is, so that a run taken up in the middle of an epoch goes on with the next
     batch. Lightning saves and restores the state."""
 
-    def __init__(self, dataset: ViewedDataset, sampler: TrainSampler, *, num_workers: int = 0, pin_memory: bool = False) -> None:
+    def __init__(
+        self, dataset: ViewedDataset, sampler: TrainSampler, *, num_workers: int = 0, pin_memory: bool = False
+    ) -> None:
         super().__init__(
             dataset,
             sampler=sampler,

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from src.errors import SettingError
+
 MAX_PIXELS = 89_478_485
 """Pictures with more pixels than this (by their header) are refused before anything is decoded. Pillow itself refuses
 more than twice its own ``Image.MAX_IMAGE_PIXELS``; raise both for larger pictures."""
@@ -39,7 +41,7 @@ class BadSample(Exception):
     """This sample cannot be used; the message says why. It is counted, logged and replaced, never fatal by itself."""
 
 
-class DataError(ValueError):
+class DataError(SettingError):
     """A data set as a whole cannot be used; the message says what is missing, and what to do."""
 
 

@@ -32,7 +32,9 @@ class Arrays:
 class OneByOne(Arrays):
     """The same pictures without the array shortcut; some of them bad, two of another size."""
 
-    def __init__(self, split: str = "train", count: int = 24, bad: tuple[int, ...] = (), wide: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, split: str = "train", count: int = 24, bad: tuple[int, ...] = (), wide: tuple[int, ...] = ()
+    ) -> None:
         super().__init__(split, count)
         self.pictures, self.bad, self.wide = self.images, bad, wide
         del self.images
@@ -52,7 +54,7 @@ def draws(epoch: int, indices) -> list[Draw]:
 
 
 def order_of(sampler: TrainSampler) -> list[list[int]]:
-    return [[draw.index for draw in batch] for batch in sampler]
+    return [[draw.position for draw in batch] for batch in sampler]
 
 
 def test_a_sample_is_the_same_whatever_comes_with_it_and_another_in_every_epoch():
@@ -87,7 +89,7 @@ def test_a_bad_sample_is_replaced_by_the_same_other_one_named_and_marked(tmp_pat
 
 def test_when_nothing_can_be_read_the_run_stops_naming_the_last_file():
     dataset = ViewedDataset(OneByOne(bad=tuple(range(24))), VIEW, seed=0)
-    with pytest.raises(BadSample, match="16 samples in a row.*arrays/"):
+    with pytest.raises(BadSample, match=r"16 samples in a row.*arrays/"):
         dataset[draws(0, [0])]
 
 
@@ -126,9 +128,11 @@ def test_batches_that_cannot_be_cut_are_refused(arguments, message):
 
 def test_evaluation_sees_every_sample_once_over_all_processes():
     shares = [list(EvalSampler(11, batch_size=2, rank=rank, world_size=3)) for rank in range(3)]
-    seen = sorted(draw.index for share in shares for batch in share for draw in batch)
+    seen = sorted(draw.position for share in shares for batch in share for draw in batch)
     assert seen == list(range(11))
-    assert [len(share) for share in shares] == [len(EvalSampler(11, batch_size=2, rank=r, world_size=3)) for r in range(3)]
+    assert [len(share) for share in shares] == [
+        len(EvalSampler(11, batch_size=2, rank=r, world_size=3)) for r in range(3)
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

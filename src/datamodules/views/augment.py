@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -64,6 +66,10 @@ class RandAugmentCrop:
             re_mode="pixel",
             separate=True,
         )
+        for transform in augment.transforms:
+            for operation in transform.ops:
+                if operation.name.startswith("Posterize"):
+                    operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
         object.__setattr__(self, "_crop", RandomResizedCrop(self.size, scale=self.scale))
         object.__setattr__(self, "_augment", augment)
         object.__setattr__(self, "_finish", finish)
@@ -86,3 +92,8 @@ class RandAugmentCrop:
             normalised = self._finish(augmented)
         mean, std = (torch.tensor(each).view(3, 1, 1) for each in (self.mean, self.std))
         return ((normalised * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _at_least_one_bit(level_fn: Callable[..., tuple[int, ...]], level: float, settings: dict[str, Any]) -> tuple[int]:
+    # at the strongest levels timm asks for 0 bits a channel: a black picture, which newer Pillow refuses to make
+    return (max(1, level_fn(level, settings)[0]),)

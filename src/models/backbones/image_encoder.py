@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from src.errors import SettingError
+
 
 @dataclass(frozen=True)
 class Features:
@@ -26,10 +28,10 @@ def cls_token(prefix: Tensor, patches: Tensor) -> Tensor:
     """The class token: [B, P, D], [B, N, D] -> [B, D].
 
     Raises:
-        ValueError: the backbone has no class token.
+        SettingError: the backbone has no class token.
     """
     if prefix.shape[1] == 0:
-        raise ValueError("this backbone has no class token to pool by: use mean_patch")
+        raise SettingError("this backbone has no class token to pool by: use mean_patch")
     return prefix[:, 0]
 
 

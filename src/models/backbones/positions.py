@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from src.errors import SettingError
+
 
 def sincos_2d(dim: int, grid: tuple[int, int], *, prefix_tokens: int = 0) -> Tensor:
     """The 2D sine-cosine table of MAE: float32 [prefix_tokens + rows * columns, dim], prefix rows zero.
@@ -13,10 +15,10 @@ def sincos_2d(dim: int, grid: tuple[int, int], *, prefix_tokens: int = 0) -> Ten
     the coordinate times 10000^(-k / (dim / 4)), k = 0 ... dim / 4 - 1.
 
     Raises:
-        ValueError: ``dim`` is not a multiple of 4.
+        SettingError: ``dim`` is not a multiple of 4.
     """
     if dim % 4:
-        raise ValueError(f"a 2D sine-cosine table needs a width that is a multiple of 4, not {dim}")
+        raise SettingError(f"a 2D sine-cosine table needs a width that is a multiple of 4, not {dim}")
     frequency = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, columns = torch.meshgrid(
         torch.arange(grid[0], dtype=torch.float64), torch.arange(grid[1], dtype=torch.float64), indexing="ij"

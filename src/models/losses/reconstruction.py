@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import torch
 from einops import rearrange
 from torch import Tensor
+
+from src.errors import SettingError
 
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:
     """[B, C, H, W] -> [B, N, P * P * C], patches in raster order, each laid out (row, column, channel).
 
     Raises:
-        ValueError: H or W is not a multiple of the patch size.
+        SettingError: H or W is not a multiple of the patch size.
     """
     if image.shape[-2] % patch_size or image.shape[-1] % patch_size:
-        raise ValueError(f"an image of {tuple(image.shape[-2:])} cannot be cut into patches of {patch_size}")
+        raise SettingError(f"an image of {tuple(image.shape[-2:])} cannot be cut into patches of {patch_size}")
     return rearrange(image, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
 
 
 def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
     """The inverse of `patchify`: [B, N, P * P * C] -> [B, C, H, W], N = rows * columns of ``grid``."""
-    return rearrange(
-        patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=patch_size, q=patch_size
-    )
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=patch_size, q=patch_size)
 
 
 def normalise_patches(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:

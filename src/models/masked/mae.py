@@ -70,10 +70,10 @@ class MAE(PretrainModule):
     def encode(self, image: Tensor, masking: Masking) -> Tensor:
         """The class token and the visible patches through the ViT: [B, 1 + V, D]."""
         vit = self.backbone
-        positions = vit.pos_embed
+        positions = vit.get_parameter("pos_embed")
         x = vit.patch_embed(image) + positions[:, 1:]
         x = take(x, masking.keep)
-        cls = (vit.cls_token + positions[:, :1]).expand(len(x), -1, -1)
+        cls = (vit.get_parameter("cls_token") + positions[:, :1]).expand(len(x), -1, -1)
         return vit.norm(vit.blocks(torch.cat([cls, x], dim=1)))
 
     def target(self, image: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class MAE(PretrainModule):
         return {"encoder": ImageEncoder(self.backbone, pool=mean_patch)}
 
     def pictures(self, batch: ImageBatch) -> Mapping[str, Tensor]:
-        """The original, what the encoder saw, and the reconstruction: predicted hidden patches among the true visible."""
+        """The original, what the encoder saw, and the reconstruction: predicted patches among the visible ones."""
         image = batch["image"]
         masking = random_masking(len(image), self.grid[0] * self.grid[1], self.mask_ratio, image.device)
         prediction = self.decoder(self.encode(image, masking), masking.restore).float()
@@ -149,4 +149,3 @@ def initialise(model: nn.Module) -> None:
 def _fixed_positions(dim: int, grid: tuple[int, int]) -> nn.Parameter:
     # a parameter without gradient, not a buffer: timm's checkpoints hold the table under this name
     return nn.Parameter(sincos_2d(dim, grid, prefix_tokens=1).unsqueeze(0), requires_grad=False)
-

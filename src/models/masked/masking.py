@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from src.errors import SettingError
+
 
 class Masking(NamedTuple):
     """A choice of visible patches for every sample."""
@@ -20,11 +22,11 @@ def random_masking(batch: int, patches: int, ratio: float, device: torch.device)
     """Hide a random ``ratio`` of the patches of each sample, independently; int(patches * (1 - ratio)) stay visible.
 
     Raises:
-        ValueError: no patch would be visible, or none hidden.
+        SettingError: no patch would be visible, or none hidden.
     """
     visible = int(patches * (1 - ratio))
     if not 0 < visible < patches:
-        raise ValueError(f"mask_ratio={ratio} leaves {visible} of {patches} patches visible: some must be, not all")
+        raise SettingError(f"mask_ratio={ratio} leaves {visible} of {patches} patches visible: some must be, not all")
     shuffle = torch.rand(batch, patches, device=device).argsort(dim=1)
     restore = shuffle.argsort(dim=1)
     mask = (restore >= visible).float()

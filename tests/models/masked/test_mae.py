@@ -6,9 +6,9 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from src.models.losses.reconstruction import patchify
 from src.models.masked.mae import MAE
 from src.models.masked.masking import random_masking, take
-from src.models.losses.reconstruction import patchify
 from src.optim import OptimizerRecipe
 
 
@@ -59,7 +59,9 @@ def test_what_the_encoder_says_of_visible_patches_does_not_depend_on_hidden_pixe
 def test_with_every_patch_in_order_the_visible_encoder_is_the_plain_backbone(mae, batch):
     """Positions are added before tokens are dropped, and the class token gets its own."""
     everything = random_masking(3, 16, 0.5, torch.device("cpu"))._replace(keep=torch.arange(16).expand(3, 16))
-    assert torch.allclose(mae.encode(batch["image"], everything), mae.backbone.forward_features(batch["image"]), atol=1e-6)
+    assert torch.allclose(
+        mae.encode(batch["image"], everything), mae.backbone.forward_features(batch["image"]), atol=1e-6
+    )
 
 
 def test_the_decoder_places_each_visible_token_where_it_came_from(mae):
@@ -139,7 +141,9 @@ def test_pictures_show_the_image_what_was_seen_and_a_filled_in_whole(mae, batch)
     rows = mae.pictures(batch)["reconstruction"]
     torch.manual_seed(4)
     masking = random_masking(3, 16, 0.75, torch.device("cpu"))
-    hidden = masking.mask.reshape(3, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3).bool().expand(-1, 3, -1, -1)
+    hidden = (
+        masking.mask.reshape(3, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3).bool().expand(-1, 3, -1, -1)
+    )
     original, masked, filled = rows.unbind(dim=1)
     assert torch.equal(original, batch["image"])
     assert masked[hidden].abs().max() == 0

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from src.callbacks.checkpoints import Checkpoints
+from src.loggers import MetricsFile, OrderedTensorBoardLogger, tag, write_atomically
+from tests.callbacks.small_runs import Evaluation, fit
+
+
+class LogAll(L.Callback):
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        pl_module.log_dict(
+            {
+                "speed/step_seconds": 1.0,
+                "health/rank": 2.0,
+                "schedule/optimizer.lr": 3.0,
+                "loss/part": 4.0,
+                "own/x": 5.0,
+            }
+        )
+
+
+class Stop(L.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyError("killed")
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_groups_sort_as_a_newcomer_looks_for_them(tmp_path: Path) -> None:
+    fit(tmp_path, LogAll(), Evaluation(), loggers=[OrderedTensorBoardLogger(tmp_path)], max_epochs=1)
+    assert sorted(scalars(tmp_path)) == [
+        "1_loss/part",
+        "1_loss/total",
+        "2_evaluation/knn_top1",
+        "3_schedules/optimizer.lr",
+        "4_health/rank",
+        "5_speed/step_seconds",
+        "own/x",
+    ]
+    assert tag("loss") == "1_loss"
+    # events alone, in the folder itself
+    assert all(name.startswith("events.out.tfevents") for name in os.listdir(tmp_path))
+
+
+def test_steps_that_are_taken_again_are_not_shown_twice(tmp_path: Path) -> None:
+    def run(folder: Path, *extra: L.Callback, **options: Any) -> None:
+        checkpoints = Checkpoints(folder, every_steps=3, every_minutes=None)
+        fit(folder, checkpoints, Evaluation(), *extra, loggers=[OrderedTensorBoardLogger(folder)], **options)
+
+    run(tmp_path / "whole")
+    with pytest.raises(KeyError):
+        run(tmp_path / "killed", Stop(8))  # after the save at 6
+    assert [step for step, _ in scalars(tmp_path / "killed")["1_loss/total"]] == list(range(8))
+    time.sleep(1.1)  # the files' names, by which they are read in order, count seconds
+    run(tmp_path / "killed", resume=tmp_path / "killed" / "last.ckpt")
+    resumed = scalars(tmp_path / "killed")
+    assert [step for step, _ in resumed["1_loss/total"]] == list(range(12))
+    assert resumed == scalars(tmp_path / "whole")
+
+
+def test_metrics_are_exact_and_by_stage(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    evaluation = MetricsFile(path, "evaluate")
+    value = float(np.float32(1) / np.float32(3)) * (1 + 2**-40)
+    evaluation.log_metrics({"knn/top1": value, "epoch": 3, "bad": float("nan"), "count": torch.tensor(4)}, step=7)
+    evaluation.save()
+    train = MetricsFile(path)
+    train.log_metrics({"loss/total": 0.5}, step=0)
+    train.log_metrics({"loss/total": 0.25, "loss/part": float("inf")}, step=1)
+    train.finalize("success")
+    assert json.loads(path.read_text()) == {
+        "evaluate": {"bad": None, "count": 4, "knn/top1": value, "step": 7},
+        "train": {"loss/part": None, "loss/total": 0.25, "step": 2},
+    }
+    MetricsFile(path).save()  # nothing logged, nothing written
+    assert json.loads(path.read_text())["train"]["step"] == 2
+
+
+def test_a_new_run_forgets_what_the_file_said_and_a_resumed_one_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    path.write_text(json.dumps({"train": {"loss/old": 1.0}, "evaluate": {"a": 2}}))
+    fresh = MetricsFile(path)
+    fresh.log_metrics({"loss/total": 3.0}, step=4)
+    fresh.save()
+    assert json.loads(path.read_text()) == {"train": {"loss/total": 3.0, "step": 5}, "evaluate": {"a": 2}}
+    resumed = MetricsFile(path)
+    resumed.resume(5)
+    resumed.log_metrics({"loss/new": 4.0}, step=5)
+    resumed.save()
+    assert json.loads(path.read_text())["train"] == {"loss/new": 4.0, "loss/total": 3.0, "step": 6}
+
+
+def test_a_resumed_run_leaves_the_same_file_as_one_that_never_stopped(tmp_path: Path) -> None:
+    class Once(L.Callback):
+        """A metric only the first steps log."""
+
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+            if trainer.global_step == 1:
+                pl_module.log("health/once", 0.125)
+
+    def run(folder: Path, *extra: L.Callback, **options: Any) -> str:
+        checkpoints = Checkpoints(folder, every_steps=3, every_minutes=None)
+        metrics = MetricsFile(folder / "metrics.json")
+        fit(folder, checkpoints, Evaluation(), Once(), *extra, loggers=[metrics], **options)
+        return metrics.path.read_text()
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyError):
+        run(tmp_path / "killed", Stop(8))
+    assert run(tmp_path / "killed", resume=tmp_path / "killed" / "last.ckpt") == whole
+    assert json.loads(whole)["train"]["health/once"] == 0.125
+    assert json.loads(whole)["train"]["step"] == 12
+
+
+def test_a_broken_file_is_replaced_and_a_failed_write_leaves_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.json"
+    path.write_text('{"train": {"loss')
+    metrics = MetricsFile(path)
+    metrics.log_metrics({"loss/total": 1.0}, step=0)
+    metrics.save()
+    before = path.read_text()
+    assert json.loads(before) == {"train": {"loss/total": 1.0, "step": 1}}
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, "half")
+    assert path.read_text() == before
