@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import cast
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from src.callbacks.online_probe import OnlineProbe
 from src.callbacks.publish import publish
+from src.collectives import rank
 from src.datamodules.image import ImageDataModule
 from src.evaluation.features import NoLabels
 from src.evaluation.knn import KNN
@@ -100,8 +100,8 @@ class OnlineEvaluation(L.Callback):
         return {f"eval/{name}": value for name, value in scores.items()} | {"eval/seconds": time.perf_counter() - begin}
 
     def _rest(self) -> None:
-        if not self._unlabelled:
-            _say("the data has no labels: no online evaluation")
+        if not self._unlabelled and rank() == 0:
+            log.warning("the data has no labels: no online evaluation")
         self._unlabelled = True
 
 
@@ -110,8 +110,3 @@ def _ends_training(trainer: L.Trainer) -> bool:
     by_steps = 0 <= trainer.max_steps <= trainer.global_step
     by_epochs = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch + 1
     return by_steps or by_epochs or trainer.should_stop
-
-
-@rank_zero_only
-def _say(message: str) -> None:
-    log.warning(message)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from src.collectives import gather_rows
+from src.collectives import gather_rows, rank
 from src.errors import SettingError
 from src.evaluation.features import FeatureSets
 from src.randomness import seeded
@@ -121,7 +121,7 @@ class OnlineProbe(L.Callback):
         return self._probe
 
     def _tell(self, reason: str) -> None:
-        if not self._told:
+        if not self._told and rank() == 0:
             log.warning("%s: no online probe", reason)
         self._told = True
 
