@@ -43,7 +43,7 @@ def test_bank_and_queries_come_from_their_own_splits() -> None:
 
 def test_random_numbers_are_left_alone() -> None:
     def states() -> list[object]:
-        return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()]  # noqa: NPY002
+        return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()]
 
     before = states()
     run_evaluators({"": tiny_encoder()}, squares(), [KNN(), LinearProbe()], CPU)
