@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -11,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,8 @@ _CHUNK = 256  # pictures a worker renders before it reports
 _SMALL = 512  # so few are rendered here: starting workers would take longer
 
 
-class Recipe(NamedTuple):
+@dataclass(frozen=True)
+class Recipe:
     """What a cache holds: pictures 0 … count - 1 of one seed of one world."""
 
     world: ObjectsWorld
@@ -116,10 +118,13 @@ def _render_all(recipe: Recipe, folder: Path, processes: int) -> Iterator[int]:
         yield from _render_share(recipe, folder, 0, 1)
         return
     reader, writer = os.pipe()
-    children = [_start(recipe, folder, rank, processes, writer) for rank in range(processes)]
-    os.close(writer)
+    children: list[subprocess.Popen[bytes]] = []
     try:
         with os.fdopen(reader) as reports:
+            try:
+                children += (_start(recipe, folder, rank, processes, writer) for rank in range(processes))
+            finally:
+                os.close(writer)
             yield from map(int, reports)
         failed = [child.wait() for child in children if child.wait() != 0]
         if failed:
@@ -143,7 +148,7 @@ def _start(recipe: Recipe, folder: Path, rank: int, world_size: int, reports: in
         env=os.environ | one_thread | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert child.stdin is not None
-    with child.stdin:
+    with contextlib.suppress(BrokenPipeError), child.stdin:  # a child that died already is seen by its exit code
         pickle.dump((recipe, folder, rank, world_size), child.stdin)
     return child
 

@@ -1,4 +1,4 @@
-"""What surfaces are painted with: patterns in the plane, filtered to the size of a pixel so that none of them aliases."""
+"""What surfaces are painted with: patterns in the plane, filtered to the size of a pixel so that none aliases."""
 
 from __future__ import annotations
 

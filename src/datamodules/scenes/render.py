@@ -267,7 +267,7 @@ def _backdrop(background: Background, camera: Camera, resolution: int) -> np.nda
     u, v = _backdrop_grid(background, camera, resolution)
     step = 2.0 / resolution
     ramp = (u * math.cos(background.angle) + v * math.sin(background.angle)) * 0.5 + 0.5
-    share = _mix(background.texture, *np.broadcast_arrays(u, v), step)
+    share = _mix(background.texture, u, v, step)
     canvas = np.empty((3, resolution, resolution), np.float32)
     first, second = background.rgb
     for channel in range(3):
@@ -281,7 +281,7 @@ def _backdrop(background: Background, camera: Camera, resolution: int) -> np.nda
 
 
 def _backdrop_grid(background: Background, camera: Camera, resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Backdrop coordinates of the pixels, u [1, W] and v [H, 1]: they move with the camera as the plane's middle does."""
+    """Backdrop coordinates of the pixels, u [1, W] and v [H, 1]: they move with the camera as the plane's middle."""
     axis = _axis(resolution)
     shift = camera.focal / (background.distance - camera.position[2])
     return axis[None, :] + camera.position[0] * shift, axis[:, None] + camera.position[1] * shift

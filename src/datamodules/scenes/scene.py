@@ -84,7 +84,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything needed to draw any view. ``things[0]`` is the main thing: the nearest and, in the picture, the largest.
+    """Everything needed to draw any view. ``things[0]`` is the main one: nearest and, in the picture, largest.
 
     Things do not pass through each other or the backdrop: ordered by the depth of their centres, a thing's farthest
     point is nearer than the next thing's nearest point. The worlds keep this, and it makes occlusion exact.

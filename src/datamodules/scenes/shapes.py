@@ -1,4 +1,4 @@
-"""The forms things have: ten kinds, each a signed distance, all of one area so that size does not give the kind away."""
+"""The forms things have: ten kinds, each a signed distance, all of one area so that size does not give them away."""
 
 from __future__ import annotations
 

@@ -39,14 +39,15 @@ class ObjectsWorld:
 
     kinds: tuple[Kind, ...] = KINDS
     patterns: tuple[Pattern, ...] = PATTERNS
-    main_radius: Range = (0.36, 0.52)  # of the disc of equal area
-    main_place: float = 0.3  # the main thing's centre lies within ± this
+    main_radius: Range = (0.32, 0.52)  # of the disc of equal area
+    main_place: float = 0.4  # the main thing's centre lies within ± this
     other_radius: Range = (0.1, 0.2)
     others: tuple[int, int] = (1, 3)  # how many, both ends included
-    roll: float = 0.3  # largest rotation of the main thing in its plane, radians
+    roll: float = 0.6  # largest rotation of the main thing in its plane, radians
     other_roll: float = 0.6
     tilt: float = 0.35  # largest pitch and yaw, radians
-    contrast: float = 0.3  # least distance of a thing's colour from the backdrop's
+    contrast: float = 0.45  # least distance of a thing's colour from the backdrop's
+    backdrop_value: Range = (0.1, 0.45)  # brightness of the backdrop's colours
     marks: tuple[int, int] = (0, 4)  # strokes on the backdrop
     grain: Range = (0.005, 0.03)
 
@@ -56,7 +57,7 @@ class ObjectsWorld:
         camera = Camera(
             position=(_within(rng, (-0.2, 0.2)), _within(rng, (-0.2, 0.2)), 0.0), focal=_within(rng, (1.7, 2.4))
         )
-        backdrop = (_paper(rng), _paper(rng))
+        backdrop = (_paper(rng, self.backdrop_value), _paper(rng, self.backdrop_value))
         behind = tuple(0.5 * (a + b) for a, b in zip(*backdrop, strict=True))
         things = self._things(rng, camera, behind)
         farthest = max(thing.position[2] for thing in things)
@@ -153,9 +154,9 @@ def _hsv(rng: np.random.Generator, ranges: tuple[Range, Range, Range]) -> Rgb:
     return colorsys.hsv_to_rgb(*(_within(rng, bounds) for bounds in ranges))
 
 
-def _paper(rng: np.random.Generator) -> Rgb:
-    """A muted colour of any brightness, for the backdrop."""
-    return _hsv(rng, ((0.0, 1.0), (0.0, 0.5), (0.15, 0.85)))
+def _paper(rng: np.random.Generator, value: Range) -> Rgb:
+    """A muted colour for the backdrop."""
+    return _hsv(rng, ((0.0, 1.0), (0.0, 0.5), value))
 
 
 def _colour(rng: np.random.Generator, behind: tuple[float, ...], contrast: float) -> tuple[str, Rgb]:

@@ -1,0 +1,237 @@
+"""Pictures and ground truth of a scene: exact, consistent with each other and between resolutions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from src.datamodules.scenes import render
+from src.datamodules.scenes.patterns import PATTERNS, PLAIN
+from src.datamodules.scenes.scene import Background, Camera, Light, Scene, Texture, Thing
+from src.datamodules.scenes.shapes import DISC, KINDS, RING, SQUARE
+from src.datamodules.scenes.world import ObjectsWorld, depth_span
+
+GREY = (0.5, 0.5, 0.5)
+FLAT = Texture(pattern=PLAIN, rgb=GREY, period=1.0, angle=0.0, phase=(0.0, 0.0))
+
+
+def _thing(**changes: object) -> Thing:
+    thing = Thing(
+        kind=DISC,
+        colour="white",
+        rgb=(1.0, 1.0, 1.0),
+        texture=FLAT,
+        size=0.8,
+        position=(0.0, 0.0, 4.0),
+        rotation=(0.0, 0.0, 0.0),
+        bevel=0.2,
+        relief=0.0,
+        gloss=0.0,
+    )
+    return replace(thing, **changes)  # type: ignore[arg-type]
+
+
+def _scene(*things: Thing, **changes: object) -> Scene:
+    scene = Scene(
+        camera=Camera(position=(0.0, 0.0, 0.0), focal=2.0),
+        light=Light(direction=(0.0, 0.0, -1.0), ambient=0.5, tint=(1.0, 1.0, 1.0), falloff=(0.0, 0.0), shadow=0.0),
+        background=Background(
+            distance=20.0, slope=(0.0, 0.0), rgb=((0.0, 0.0, 0.0),) * 2, angle=0.0, texture=FLAT, marks=()
+        ),
+        things=things,
+        grain=0.0,
+        grain_seed=0,
+    )
+    return replace(scene, **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [ObjectsWorld().scene(5, index) for index in range(40)]
+
+
+def test_disc_seen_straight_has_the_area_and_place_of_its_projection() -> None:
+    """Radius 0.8 m at 4 m with focal 2 is 0.4 half widths; centre (0.5, -0.25) m is (0.25, -0.125) half widths."""
+    scene, resolution = _scene(_thing(position=(0.5, -0.25, 4.0))), 400
+    (mask,) = render.instance_masks(scene, resolution)
+    assert mask.mean() == pytest.approx(math.pi * 0.4**2 / 4, rel=2e-3)
+    (box,) = render.boxes(scene, resolution)
+    expected = np.array([0.25 - 0.4, -0.125 - 0.4, 0.25 + 0.4, -0.125 + 0.4]) * 200 + 200
+    np.testing.assert_allclose(box, expected, atol=1.0)
+    assert (render.depth(scene, resolution)[mask] == 4.0).all()
+    # an anti-aliased white disc on black: the mean brightness is the covered area
+    assert render.image(scene, 64)[0].mean() / 255 == pytest.approx(math.pi * 0.4**2 / 4, rel=2e-3)
+
+
+def test_tilted_disc_has_the_area_of_the_exact_perspective_ellipse() -> None:
+    """Yawed by a about its centre at depth Z, the disc of radius r is seen as an ellipse of area
+    π r² f² cos(a) Z / (Z² - r² sin²(a))^1.5 in half widths squared."""
+    angle, radius, z = 0.9, 0.8, 4.0
+    scene = _scene(_thing(rotation=(0.0, 0.0, angle)))
+    area = math.pi * radius**2 * 4.0 * math.cos(angle) * z / (z**2 - (radius * math.sin(angle)) ** 2) ** 1.5
+    assert render.instance_masks(scene, 500)[0].mean() == pytest.approx(area / 4, rel=3e-3)
+
+
+@pytest.mark.parametrize("rotation", [(0.4, 0.3, -0.5), (-0.7, -0.2, 0.6)])
+def test_every_pixel_of_a_thing_casts_back_onto_it(rotation: tuple[float, float, float]) -> None:
+    """From depth and pixel the world point follows; it must lie in the square's plane and inside the square."""
+    thing = _thing(kind=SQUARE, rotation=rotation, position=(0.3, -0.2, 4.0))
+    camera = Camera(position=(0.4, 0.1, 0.5), focal=1.8)
+    scene, resolution = _scene(thing, camera=camera), 120
+    (mask,), depth = render.instance_masks(scene, resolution), render.depth(scene, resolution)
+    rows, columns = np.nonzero(mask)
+    u, v = ((index + 0.5) * 2 / resolution - 1 for index in (columns, rows))
+    z = depth[rows, columns].astype(np.float64)
+    points = np.stack([u * z / 1.8 + 0.4, v * z / 1.8 + 0.1, z + 0.5], 1) - np.array(thing.position)
+    roll, pitch, yaw = (_rotation(axis, angle) for axis, angle in zip((2, 0, 1), rotation, strict=True))
+    local = points @ (yaw @ pitch @ roll)
+    half = 0.8 * math.sqrt(math.pi) / 2  # of the square whose area is that of a disc of radius 0.8 m
+    assert np.abs(local[:, 2]).max() < 1e-4
+    assert half * 0.97 < np.abs(local[:, :2]).max() <= half * 1.001
+
+
+def _rotation(axis: int, angle: float) -> np.ndarray:
+    """Right-handed rotation about a world axis; a positive roll turns right towards down, and so on cyclically."""
+    matrix, i, j = np.eye(3), (axis + 1) % 3, (axis + 2) % 3
+    matrix[i, i] = matrix[j, j] = math.cos(angle)
+    matrix[i, j], matrix[j, i] = -math.sin(angle), math.sin(angle)
+    return matrix
+
+
+def test_nearer_thing_hides_farther_one_whatever_their_order() -> None:
+    near, far = _thing(position=(0.2, 0.0, 3.0), size=0.4), _thing(kind=RING, position=(0.0, 0.0, 6.0), size=1.4)
+    first, second = render.instance_masks(_scene(near, far), 80)
+    swapped_second, swapped_first = render.instance_masks(_scene(far, near), 80)
+    np.testing.assert_array_equal(first, swapped_first)
+    np.testing.assert_array_equal(second, swapped_second)
+    amodal = render.amodal_masks(_scene(near, far), 80)
+    np.testing.assert_array_equal(first, amodal[0])
+    np.testing.assert_array_equal(second, amodal[1] & ~amodal[0])
+    assert (amodal[0] & amodal[1]).any()
+
+
+def test_masks_are_disjoint_and_cover_what_any_thing_covers(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        masks = render.instance_masks(scene, 96)
+        assert masks.sum(0).max() <= 1
+        np.testing.assert_array_equal(masks.any(0), render.amodal_masks(scene, 96).any(0))
+
+
+def test_depth_is_the_nearest_of_all_things_and_the_backdrop(scenes: list[Scene]) -> None:
+    """Every thing alone gives its own depth; the scene's must be their minimum and agree with the masks."""
+    for scene in scenes:
+        alone = np.stack([render.depth(replace(scene, things=(thing,)), 64) for thing in scene.things])
+        backdrop = render.depth(replace(scene, things=()), 64)
+        together = render.depth(scene, 64)
+        np.testing.assert_array_equal(together, np.minimum(alone.min(0), backdrop))
+        masks = render.instance_masks(scene, 64)
+        for mask, depth, thing in zip(masks, alone, scene.things, strict=True):
+            np.testing.assert_array_equal(together[mask], depth[mask])
+            nearest, farthest = depth_span(thing)
+            assert nearest <= depth[mask].min(initial=nearest)
+            assert depth[mask].max(initial=farthest) <= farthest
+        np.testing.assert_array_equal(together[~masks.any(0)], backdrop[~masks.any(0)])
+
+
+def test_things_of_the_world_are_apart_in_depth_and_the_main_one_leads(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        spans = [depth_span(thing) for thing in scene.things]
+        for (_, farthest), (nearest, _) in itertools.pairwise(spans):
+            assert farthest < nearest
+        areas = render.amodal_masks(scene, 64).sum((1, 2))
+        assert areas[0] > 1.5 * areas[1:].max(initial=0)
+        assert render.label(scene) == KINDS.index(scene.things[0].kind)
+        assert render.box_labels(scene)[0] == render.label(scene)
+        assert len(set(render.box_labels(scene))) == len(scene.things)
+
+
+def test_boxes_are_tight(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        masks, boxes = render.instance_masks(scene, 64), render.boxes(scene, 64)
+        for mask, (x0, y0, x1, y1) in zip(masks, boxes.astype(int), strict=True):
+            assert mask.any()
+            assert mask[y0:y1, x0:x1].sum() == mask.sum()
+            assert mask[y0, x0:x1].any()
+            assert mask[y1 - 1, x0:x1].any()
+            assert mask[y0:y1, x0].any()
+            assert mask[y0:y1, x1 - 1].any()
+
+
+def test_hidden_thing_has_no_mask_an_empty_box_and_no_tag() -> None:
+    front, hidden = _thing(kind=SQUARE, size=1.0), _thing(kind=RING, size=0.2, position=(0.0, 0.0, 8.0))
+    scene = _scene(front, hidden)
+    assert not render.instance_masks(scene, 64)[1].any()
+    assert render.boxes(scene, 64)[1].tolist() == [0.0, 0.0, 0.0, 0.0]
+    assert [KINDS[i] for i in np.flatnonzero(render.labels(scene))] == [SQUARE]
+    outside = _scene(front, replace(hidden, position=(9.0, 0.0, 8.0)))
+    assert not render.instance_masks(outside, 64)[1].any()
+
+
+def test_tags_name_the_kinds_seen(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        tags = render.labels(scene)
+        seen = render.instance_masks(scene, 256).mean((1, 2))
+        for thing, share in zip(scene.things, seen, strict=True):
+            if share > 1.25 * render.VISIBLE_AREA or share < 0.75 * render.VISIBLE_AREA:
+                assert tags[KINDS.index(thing.kind)] == (share >= render.VISIBLE_AREA)
+        assert tags.sum() <= len(scene.things)
+
+
+def test_same_picture_at_every_resolution(scenes: list[Scene]) -> None:
+    """Shrunk by area, 256 px must be 64 px: edges, textures, light, shadow and grain alike."""
+    for scene in scenes:
+        small = render.image(scene, 64).astype(np.float64)
+        large = render.image(scene, 256).astype(np.float64).reshape(3, 64, 4, 64, 4).mean((2, 4))
+        error = np.abs(small - large)
+        assert error.mean() < 3.0  # of 255; another scene differs by about 60
+        assert np.quantile(error, 0.99) < 30.0
+        masks = render.instance_masks(scene, 256).reshape(-1, 64, 4, 64, 4).mean((2, 4))
+        coarse = render.instance_masks(scene, 64)
+        assert np.quantile(masks[coarse], 0.02) > 0.3  # a pixel whose centre is inside is mostly inside
+        assert np.abs(masks - coarse).mean() < 0.02
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[1:], ids=lambda pattern: pattern.name)
+def test_patterns_do_not_alias(pattern: object) -> None:
+    """Even a texture far finer than a pixel must fade to an even mixture instead of beating."""
+    texture = Texture(pattern=pattern, rgb=(0.0, 0.0, 0.0), period=0.35, angle=0.3, phase=(0.2, 0.6))  # type: ignore[arg-type]
+    scene = _scene(_thing(texture=texture, size=1.4))
+    small = render.image(scene, 64)[0].astype(np.float64)
+    large = render.image(scene, 512)[0].astype(np.float64).reshape(64, 8, 64, 8).mean((1, 3))
+    assert np.sqrt(((small - large) ** 2).mean()) < 12.0
+
+
+def test_light_comes_from_where_it_says() -> None:
+    """The rim that faces the lamp is brighter, and the shadow falls on the other side."""
+    light = Light(direction=(-0.8, 0.0, -0.6), ambient=0.2, tint=(1.0, 1.0, 1.0), falloff=(0.0, 0.0), shadow=0.4)
+    scene = _scene(
+        _thing(relief=1.0),
+        light=light,
+        background=Background(
+            distance=20.0, slope=(0.0, 0.0), rgb=((0.6, 0.6, 0.6),) * 2, angle=0.0, texture=FLAT, marks=()
+        ),
+    )
+    row = render.image(scene, 200)[0, 100].astype(int)  # the disc spans columns 60 to 140
+    assert row[64] > row[100] > row[136]
+    assert row[145] < row[55] == row[10] == row[190]
+
+
+def test_camera_that_moves_right_shifts_near_things_more_than_far_ones() -> None:
+    near, far = _thing(size=0.3, position=(0.0, 0.0, 3.0)), _thing(size=0.6, position=(0.0, 1.5, 6.0))
+    scene = _scene(near, far)
+    moved = replace(scene, camera=Camera(position=(0.3, 0.0, 0.0), focal=2.0))
+    shift = (render.boxes(scene, 600) - render.boxes(moved, 600))[:, 0]
+    np.testing.assert_allclose(shift, [0.3 * 2 / 3 * 300, 0.3 * 2 / 6 * 300], atol=1.0)
+
+
+def test_backdrop_depth_is_its_plane() -> None:
+    background = replace(_scene().background, slope=(0.2, -0.1))
+    scene = _scene(camera=Camera(position=(0.5, -0.3, 0.2), focal=2.0), background=background)
+    depth = render.depth(scene, 10).astype(np.float64)
+    axis = (np.arange(10) + 0.5) / 5 - 1
+    x, y = axis[None, :] * depth / 2 + 0.5, axis[:, None] * depth / 2 - 0.3
+    np.testing.assert_allclose(depth + 0.2, 20.0 + 0.2 * x - 0.1 * y, rtol=1e-5)

@@ -1,0 +1,197 @@
+"""The source and its cache: deterministic, disjoint splits, equal to direct rendering, safe when killed or shared."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+import sys
+import time
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from src.datamodules.scenes import cache, render
+from src.datamodules.scenes.cache import Recipe, folder_of, open_or_build
+from src.datamodules.scenes.source import FIELDS, ScenesSource
+from src.datamodules.scenes.world import ObjectsWorld
+
+
+def _image(source: ScenesSource, index: int) -> np.ndarray:
+    return torch.as_tensor(source[index]["image"]).numpy()
+
+
+def test_scene_is_a_function_of_seed_and_index_alone() -> None:
+    forwards = ScenesSource("train", count=12, resolution=32, seed=3)
+    backwards = ScenesSource("train", count=500, resolution=32, seed=3)
+    found = {index: _image(backwards, index) for index in reversed(range(12))}
+    for index in range(12):
+        np.testing.assert_array_equal(_image(forwards, index), found[index])
+        assert forwards.scene(index) == backwards.scene(index)
+    other = ScenesSource("train", count=12, resolution=32, seed=4)
+    assert all(forwards.scene(index) != other.scene(index) for index in range(12))
+
+
+def test_splits_share_no_scene() -> None:
+    scenes = [
+        ScenesSource(split, count=200, seed=seed).scene(index)
+        for split in ("train", "val", "test")
+        for seed in (0, 1)
+        for index in range(200)
+    ]
+    assert len(set(scenes)) == len(scenes)
+    assert len({scene.things[0].position for scene in scenes}) == len(scenes)
+
+
+def test_sample_holds_what_was_asked_for_and_nothing_else() -> None:
+    plain = ScenesSource("train", count=5, resolution=40)
+    assert set(plain[2]) == {"image", "label"}
+    assert plain.classes[plain[2]["label"]] == plain.scene(2).things[0].kind.name
+    assert plain.name(2) == "scenes/train/2"
+    full = ScenesSource("train", count=5, resolution=40, fields=FIELDS)
+    sample, scene = full[2], full.scene(2)
+    np.testing.assert_array_equal(sample["image"], plain[2]["image"])
+    fields = sample["fields"]
+    assert set(fields) == set(FIELDS)
+    np.testing.assert_array_equal(fields["labels"], render.labels(scene))
+    np.testing.assert_array_equal(fields["boxes"], render.boxes(scene, 40))
+    np.testing.assert_array_equal(fields["box_labels"], render.box_labels(scene))
+    np.testing.assert_array_equal(fields["instance_masks"], render.instance_masks(scene, 40))
+    np.testing.assert_array_equal(fields["depth"], render.depth(scene, 40))
+    assert set(ScenesSource("train", count=5, resolution=40, fields=("depth",))[0]["fields"]) == {"depth"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": "dev"}, "train, val, test"),
+        ({"count": 0}, "count >= 1"),
+        ({"resolution": 4}, "resolution >= 8"),
+        ({"seed": -1}, "seed >= 0"),
+        ({"fields": ("flow",)}, "no field 'flow'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScenesSource(**({"split": "train", "count": 3} | arguments))  # type: ignore[arg-type]
+
+
+def test_index_outside_is_an_error() -> None:
+    source = ScenesSource("train", count=3, resolution=16)
+    for index in (3, -1):
+        with pytest.raises(IndexError):
+            source[index]
+    assert len(list(source)) == 3  # type: ignore[call-overload]
+
+
+def test_cache_equals_direct_rendering(tmp_path: Path) -> None:
+    direct = ScenesSource("val", count=30, resolution=24, seed=1)
+    cached = ScenesSource("val", count=30, resolution=24, seed=1, fields=("boxes",), cache_dir=tmp_path)
+    assert cached.images is not None
+    assert cached.labels is not None
+    assert cached.images.shape == (30, 3, 24, 24)
+    assert cached.labels.dtype == np.int64
+    for index in range(30):
+        np.testing.assert_array_equal(cached.images[index], direct[index]["image"])
+        assert cached.labels[index] == direct[index]["label"] == cached[index]["label"]
+        np.testing.assert_array_equal(cached[index]["image"], direct[index]["image"])
+        np.testing.assert_array_equal(cached[index]["fields"]["boxes"], render.boxes(direct.scene(index), 24))
+    with pytest.raises(ValueError, match="read-only"):
+        cached.images[0] = 0
+    torch.as_tensor(cached[0]["image"]).zero_()  # a sample is a copy
+    np.testing.assert_array_equal(cached.images[0], direct[0]["image"])
+
+
+def test_cache_is_keyed_by_everything_that_changes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(ObjectsWorld(), 1, 4, 16)
+    changed = [
+        replace(recipe, seed=2),
+        replace(recipe, count=5),
+        replace(recipe, resolution=17),
+        replace(recipe, world=ObjectsWorld(roll=0.123)),
+        replace(recipe, world=replace(ObjectsWorld(), kinds=ObjectsWorld().kinds[:4])),
+    ]
+    folders = {folder_of(each, tmp_path) for each in [recipe, *changed]}
+    assert len(folders) == len(changed) + 1
+    monkeypatch.setattr(cache, "code_version", lambda: "another")
+    assert folder_of(recipe, tmp_path) not in folders
+    open_or_build(recipe, tmp_path)
+    stored = json.loads((folder_of(recipe, tmp_path) / "recipe.json").read_text())
+    assert stored["code"] == "another"
+    assert stored["count"] == 4
+    assert stored["settings"]["kinds"][0] == "disc"
+
+
+def test_second_opening_renders_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(ObjectsWorld(), 1, 6, 16)
+    first = np.array(open_or_build(recipe, tmp_path).images)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("rendered again")
+
+    monkeypatch.setattr(render, "image", refuse)
+    np.testing.assert_array_equal(open_or_build(recipe, tmp_path).images, first)
+
+
+def test_pickled_source_opens_the_same_cache_and_carries_no_pictures(tmp_path: Path) -> None:
+    source = ScenesSource("train", count=40, resolution=32, cache_dir=tmp_path)
+    data = pickle.dumps(source)
+    assert len(data) < 10_000
+    again = pickle.loads(data)
+    assert again.images is not None
+    np.testing.assert_array_equal(again.images, source.images)
+
+
+def _build(folder: Path, count: int, seen: Connection) -> None:
+    found = open_or_build(Recipe(ObjectsWorld(), 9, count, 16), folder, processes=2)
+    seen.send(np.array(found.images))
+
+
+def _builder(folder: Path, count: int) -> tuple[BaseProcess, Connection]:
+    fork = multiprocessing.get_context("fork")  # a fresh interpreter would spend seconds importing
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=_build, args=(folder, count, sender))
+    process.start()
+    return process, receiver
+
+
+def test_build_that_is_killed_leaves_nothing_behind_and_parallel_ones_agree(tmp_path: Path) -> None:
+    """One builder is killed in the middle; then two start at once. Both see one complete cache, rendered by worker
+    processes exactly as it would have been here."""
+    count = 600  # more than is rendered without worker processes
+    recipe = Recipe(ObjectsWorld(), 9, count, 16)
+    folder = folder_of(recipe, tmp_path)
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    victim, _ = _builder(tmp_path, count)
+    deadline = time.monotonic() + 30
+    while not unfinished.exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    victim.kill()
+    victim.join()
+    assert unfinished.exists()
+    assert not folder.exists()
+
+    builders = [_builder(tmp_path, count) for _ in range(2)]
+    expected = np.stack([render.image(recipe.world.scene(9, index), 16) for index in range(count)])
+    for process, seen in builders:
+        assert seen.poll(60)
+        np.testing.assert_array_equal(seen.recv(), expected)
+        process.join(60)
+    assert not unfinished.exists()
+    assert sorted(path.name for path in folder.iterdir()) == ["images.npy", "labels.npy", "recipe.json"]
+
+
+def test_failing_worker_is_an_error_and_not_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreter = tmp_path / "broken"
+    interpreter.write_text("#!/bin/sh\nexit 3\n")
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+    recipe = Recipe(ObjectsWorld(), 9, 600, 16)
+    with pytest.raises(RuntimeError, match="ended with code 3"):
+        open_or_build(recipe, tmp_path, processes=2)
+    assert not folder_of(recipe, tmp_path).exists()
