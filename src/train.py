@@ -28,10 +28,11 @@ from src.configuration import UserError
 from src.datamodules.batch import BatchError
 from src.datamodules.sources.source import BadSample
 from src.errors import SettingError
+from src.evaluation.features import BadFeatures
 from src.listing import print_experiments
 
 # stop a run with their message alone: the trace would say nothing more
-STOPPING = (NonFiniteLoss, TooManyBadSamples, CheckpointError, BatchError, BadSample)
+STOPPING = (NonFiniteLoss, TooManyBadSamples, CheckpointError, BatchError, BadSample, BadFeatures)
 PREEMPTED = 143
 
 

@@ -1,5 +1,4 @@
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,6 @@ from tests.commands import SECONDS, run, train
 
 # what only says how fast the machine was
 CLOCKS = ("speed/", "eval/seconds")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Sums are the same only with the same number of threads; and no run inherits the folder of the one before."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.delenv("PRETEXT_RUN_DIR", raising=False)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +88,7 @@ def test_sigterm_saves_ends_with_143_and_the_run_goes_on_to_the_same_bits(tmp_pa
     assert_same_run(directory, uninterrupted)
 
 
-def test_a_finished_run_is_extended_by_naming_the_new_horizon(tmp_path):
+def test_a_finished_run_is_extended_by_naming_the_new_horizon(tmp_path, monkeypatch):
     """With a constant learning rate the longer horizon changes nothing but the length: 1 + 1 epochs equal 2."""
     constant = ["schedules.optimizer.lr=null", f"paths.runs={tmp_path}"]
 
@@ -114,7 +103,7 @@ def test_a_finished_run_is_extended_by_naming_the_new_horizon(tmp_path):
         resume.main([f"run={short}"])
     assert resume.main([f"run={short}", "trainer.max_epochs=2"]) == 0
     assert runs.find(str(short)).config().trainer.max_epochs == 2
-    os.environ.pop("PRETEXT_RUN_DIR")
+    monkeypatch.delenv("PRETEXT_RUN_DIR")
     assert_same_run(short, start("long", 2))
 
 
