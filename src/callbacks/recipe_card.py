@@ -63,7 +63,8 @@ def environment(trainer: L.Trainer) -> dict[str, str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "commit": commit(),
-        **{package: _version(package) for package in ("torch", "torchvision", "lightning", "timm")},
+        "torch": str(torch.__version__),  # with the build, which the package's own version leaves out
+        **{package: _version(package) for package in ("torchvision", "lightning", "timm")},
         "device": f"{trainer.world_size} x {name}",
         "precision": str(trainer.precision),
     }

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor
+
+from src.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints, load_checkpoint
+from src.callbacks.nan_guard import NanGuard, NonFiniteLoss
+from tests.callbacks.small_runs import SmallModule, fit
+
+
+class BreaksAt(SmallModule):
+    """Its loss is ``value`` at one micro-batch."""
+
+    def __init__(self, batch: int, value: float) -> None:
+        super().__init__()
+        self.batch = batch
+        self.value = value
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        output = super().training_step(batch, batch_idx)
+        return {"loss": output["loss"] * self.value} if len(self.seen) == self.batch + 1 else output
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_loss_stops_the_run_before_it_reaches_the_weights(tmp_path: Path, value: float, accumulate: int) -> None:
+    good, broken = SmallModule(), BreaksAt(7 * accumulate - 1, value)  # the last micro-batch of step 7
+    fit(tmp_path / "good", module=good, max_epochs=-1, max_steps=6, accumulate_grad_batches=accumulate)
+    checkpoints = Checkpoints(tmp_path, every_steps=1, every_minutes=None)
+    with pytest.raises(NonFiniteLoss) as stop:
+        fit(tmp_path, NanGuard(), checkpoints, module=broken, accumulate_grad_batches=accumulate)
+    assert all(torch.equal(a, b) for a, b in zip(good.parameters(), broken.parameters(), strict=True))
+    assert f"the loss is {value:g} at step 7, learning rate 0.05" in str(stop.value)
+    assert f"The last good checkpoint is {checkpoints.last}, of step 6." in str(stop.value)
+    saved = load_checkpoint(checkpoints.last)
+    assert saved["global_step"] == 6
+    assert torch.equal(saved["state_dict"]["layer.weight"], good.layer.weight)
+
+
+def test_without_a_checkpoint_the_message_says_so(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLoss, match=r"at step 1, .*There is no checkpoint yet"):
+        fit(tmp_path, NanGuard(), module=BreaksAt(0, float("nan")))
+
+
+class SteepAt(SmallModule):
+    """A finite loss whose gradient is infinite: the root at zero."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        output = super().training_step(batch, batch_idx)
+        if len(self.seen) == 3:
+            output["loss"] = output["loss"] + (self.layer.bias - self.layer.bias.detach()).abs().sum().sqrt()
+        return output
+
+
+def test_the_norm_of_the_gradients_is_looked_at_where_asked(tmp_path: Path) -> None:
+    module = SteepAt()
+    with pytest.raises(NonFiniteLoss, match=r"norm of the gradients is nan \(first in layer.bias\) at step 3"):
+        fit(tmp_path, NanGuard(gradient_steps=2), module=module)  # steps 1, 3, 5 ...
+    assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
+
+
+def test_the_infinite_gradients_of_a_gradient_scaler_are_its_own_business(tmp_path: Path) -> None:
+    class Large(SmallModule):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+            return super().training_step({**batch, "image": batch["image"] * 1e3}, batch_idx)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100, growth_interval=1000)
+    plugins = [MixedPrecision("16-mixed", device="cpu", scaler=scaler), AtomicCheckpointIO()]
+    module = Large()
+    trainer = fit(tmp_path, NanGuard(gradient_steps=1), module=module, plugins=plugins)
+    assert trainer.global_step == 12
+    assert scaler.get_scale() < 2.0**100  # there were infinite gradients
+    assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
+    with pytest.raises(NonFiniteLoss, match="the loss is nan"):
+        fit(tmp_path, NanGuard(), module=BreaksAt(2, float("nan")), plugins=plugins)
