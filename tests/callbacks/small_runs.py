@@ -28,7 +28,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self.image)
 
     def __getitem__(self, draws: list[Draw]) -> dict[str, Tensor]:
-        index = torch.tensor([draw.index for draw in draws])
+        index = torch.tensor([draw.position for draw in draws])
         return {"image": self.image[index], "index": index, "replaced": torch.isin(index, self.bad)}
 
 

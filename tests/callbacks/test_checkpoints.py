@@ -231,8 +231,10 @@ def test_a_process_that_gets_sigterm_ends_with_143(tmp_path: Path) -> None:
         fit(tmp_path, Checkpoints(tmp_path, every_minutes=None), StopOnSignal(), Tell(), max_epochs=100)
 
     child = in_child(train)
-    while os.read(reading, 1) != b"\x02":
+    os.close(writing)
+    while (step := os.read(reading, 1)) not in (b"\x02", b""):
         pass
+    assert step == b"\x02"
     os.kill(child, signal.SIGTERM)
     assert end_of(child) == 143
     assert load_checkpoint(tmp_path / "last.ckpt")["global_step"] == 3

@@ -1,5 +1,3 @@
-# ruff: noqa: NPY002 - numpy's global generator is what is looked at
-
 from __future__ import annotations
 
 import random
