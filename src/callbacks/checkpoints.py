@@ -70,18 +70,21 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """The checkpoint at ``path``, its tensors on the CPU. Nothing in the file is executed.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or it holds more than tensors and plain values.
+        CheckpointError: there is no such file, it is damaged, holds more than tensors and plain values, or no weights.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a checkpoint: {'it is a folder' if path.is_dir() else 'no such file'}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # torch answers to damage with whatever its readers raise
-        raise CheckpointError(f"{path} is refused as a checkpoint: {_why(path, problem)}") from problem
+    checkpoint = _read(Path(path))
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise CheckpointError(f"{path} is not a checkpoint: it has no 'state_dict'")
     return checkpoint
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a checkpoint: {'it is a folder' if path.is_dir() else 'no such file'}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch answers to damage with whatever its readers raise
+        raise CheckpointError(f"{path} is refused as a checkpoint: {_why(path, problem)}") from problem
 
 
 def _why(path: Path, problem: Exception) -> str:
@@ -171,7 +174,7 @@ class AtomicCheckpointIO(CheckpointIO):
         return True
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return load_checkpoint(path)
+        return _read(Path(path))  # Lightning hands weights alone from process to process by this, too
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)

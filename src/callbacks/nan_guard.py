@@ -34,7 +34,8 @@ class NanGuard(L.Callback):
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         # the scaler has multiplied by a finite power of two in float32: the loss is finite if the product is
         if any_process(not bool(torch.isfinite(loss.detach()).all()), trainer):
-            raise NonFiniteLoss(self._message(trainer, f"the loss is {loss.item():g}"))
+            what = "not finite in another process" if loss.isfinite().all() else f"{loss.item():g}"
+            raise NonFiniteLoss(self._message(trainer, f"the loss is {what}"))
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer

@@ -44,8 +44,15 @@ class SmallData(L.LightningDataModule):
         self.bad_log: Path | None = None
 
     def train_dataloader(self) -> ResumableLoader:
-        micro_batches = self.trainer.accumulate_grad_batches if self.trainer else 1
-        sampler = TrainSampler(len(self.rows), batch_size=self.batch_size, seed=3, micro_batches=micro_batches)
+        assert self.trainer is not None
+        sampler = TrainSampler(
+            len(self.rows),
+            batch_size=self.batch_size,
+            seed=3,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+            micro_batches=self.trainer.accumulate_grad_batches,
+        )
         return ResumableLoader(self.rows, sampler, num_workers=self.num_workers)  # type: ignore[arg-type]
 
 

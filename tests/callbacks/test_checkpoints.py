@@ -17,6 +17,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from src.callbacks.checkpoints import (
     AtomicCheckpointIO,
@@ -238,6 +239,41 @@ def test_a_process_that_gets_sigterm_ends_with_143(tmp_path: Path) -> None:
     os.kill(child, signal.SIGTERM)
     assert end_of(child) == 143
     assert load_checkpoint(tmp_path / "last.ckpt")["global_step"] == 3
+
+
+class InOneProcess(L.Callback):
+    """The signal reaches process 1 alone, between the two micro-batches of step 6."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 5 and batch_idx % 2 == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_two_processes_stop_at_the_same_step_and_go_on_bit_for_bit(tmp_path: Path) -> None:
+    def run(folder: Path, *extra: L.Callback, resume: Path | None = None) -> dict[str, Any]:
+        fit(
+            folder,
+            Evaluation(),
+            Checkpoints(folder, every_minutes=None),
+            StopOnSignal(),
+            *extra,
+            resume=resume,
+            accumulate_grad_batches=2,
+            devices=2,
+            strategy="ddp_fork",
+        )
+        return load_checkpoint(folder / "last.ckpt")
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(ProcessExitedException) as stop:
+        run(tmp_path / "stopped", InOneProcess())
+    assert stop.value.exit_code == 143
+    stopped = tmp_path / "stopped" / "last.ckpt"
+    assert load_checkpoint(stopped)["global_step"] == 6
+    resumed = run(tmp_path / "stopped", resume=stopped)
+    assert equal(resumed["state_dict"], whole["state_dict"])
+    assert equal(resumed["optimizer_states"], whole["optimizer_states"])
+    assert resumed["callbacks"] == whole["callbacks"]
 
 
 def test_nothing_is_saved_between_the_micro_batches_of_a_step(tmp_path: Path) -> None:
