@@ -55,10 +55,10 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
             _check_option(override)
         try:
             base = hydra_compose(config_name, [override.input_line or "" for override in groups])
-            for override in parsed:
-                if override not in groups:
-                    _check_value(override, base)
-            return hydra_compose(config_name, list(overrides))
+            values = [override for override in parsed if override not in groups]
+            for override in values:
+                _check_value(override, base)
+            return hydra_compose(config_name, list(overrides)) if values else base
         except (HydraException, OmegaConfBaseException) as problem:
             raise UserError(_first_lines(problem)) from problem
 
@@ -68,14 +68,13 @@ def check_complete(config: DictConfig) -> None:
     Raises:
         UserError: a value is still missing, or cannot be worked out.
     """
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise UserError(f"still to be said: {', '.join(f'{key}=…' for key in missing)}")
     try:
+        missing = sorted(OmegaConf.missing_keys(config))  # follows references, as the resolution does
+        if missing:
+            raise UserError(f"still to be said: {', '.join(f'{key}=…' for key in missing)}")
         OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as problem:
-        cause = problem.__cause__
-        raise UserError(str(cause) if isinstance(cause, UserError) else _first_lines(problem)) from problem
+        raise UserError(_first_lines(_user_error(problem) or problem)) from problem
 
 
 def apply(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -159,15 +158,17 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 
 
 def _is_group(override: Override) -> bool:
-    return (CONFIGS / override.key_or_group.split("@")[0]).is_dir()
+    group = override.key_or_group.split("@")[0]
+    return bool(group) and (CONFIGS / group).is_dir()
 
 
 def _check_option(override: Override) -> None:
     group, option = override.key_or_group.split("@")[0], override.value()
     options = names(group)
     for name in option if isinstance(option, list) else [option]:
-        if name is not None and str(name) not in options:
-            raise UserError(f"there is no {group} '{name}'{nearest(str(name), options)}")
+        word = "null" if name is None else str(name)
+        if word not in options:
+            raise UserError(f"there is no {group} '{word}'{nearest(word, options)}")
 
 
 def _check_value(override: Override, config: DictConfig) -> None:
@@ -180,8 +181,9 @@ def _check_value(override: Override, config: DictConfig) -> None:
     old, new = OmegaConf.to_container(config, resolve=False), override.value()
     for part in key.split("."):
         old = old[int(part)] if isinstance(old, list) else old[part]  # type: ignore[index]
-    if isinstance(old, int | float) and not isinstance(old, bool) and isinstance(new, str) and "${" not in new:
-        raise UserError(f"{key} is a number ({old}); '{new}' is not")
+    is_number = isinstance(old, int | float) and not isinstance(old, bool)
+    if is_number and (isinstance(new, bool) or (isinstance(new, str) and "${" not in new)):
+        raise UserError(f"{key} is a number ({old}); '{str(new).lower() if isinstance(new, bool) else new}' is not")
 
 
 def _keys(config: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
@@ -201,6 +203,13 @@ def _named_key(problem: InstantiationException) -> str | None:
         if line.startswith("full_key: "):
             return line.removeprefix("full_key: ")
     return None
+
+
+def _user_error(problem: BaseException | None) -> UserError | None:
+    """The resolver's own answer, which OmegaConf wraps in errors of its own."""
+    while problem is not None and not isinstance(problem, UserError):
+        problem = problem.__cause__ or problem.__context__
+    return problem
 
 
 def _first_lines(problem: BaseException) -> str:

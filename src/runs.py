@@ -74,7 +74,7 @@ def create(config: DictConfig) -> Run:
     Processes that a launcher starts later find the folder in their environment and share it.
 
     Raises:
-        UserError: a run of that name exists.
+        UserError: a run of that name exists, or the name cannot be a folder's.
     """
     inherited = os.environ.get(_ENVIRONMENT)
     if inherited:
@@ -86,7 +86,10 @@ def create(config: DictConfig) -> Run:
     if config.run.name is None:
         directory = unused(parent, time.strftime("%Y-%m-%d_%H-%M-%S"))
     else:
-        directory = parent / str(config.run.name)
+        name = str(config.run.name)
+        if name != Path(name).name or name.startswith("."):
+            raise UserError(f"NAME={name}: a run's name is the name of one folder, without '/' and not hidden")
+        directory = parent / name
         if (directory / "config.yaml").exists():
             raise UserError(
                 f"the run {os.path.relpath(directory)} exists: continue it with "

@@ -51,7 +51,8 @@ def compose(argv: Sequence[str]) -> DictConfig:
     chosen = any(argument.startswith("scale=") for argument in argv)
     if not chosen and config.run.scale == "smoke" and configuration.default_scale() != "smoke":
         config = configuration.compose("train", [*argv, f"scale={configuration.default_scale()}"])
-    config.run.experiment = next(word.removeprefix("experiment=") for word in argv if word.startswith("experiment="))
+    # of several the last counts, as it does for everything else
+    config.run.experiment = [word for word in argv if word.startswith("experiment=")][-1].removeprefix("experiment=")
     if config.trainer.precision == "auto":
         config.trainer.precision = configuration.default_precision()
     configuration.check_complete(config)

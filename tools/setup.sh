@@ -10,15 +10,8 @@ want=$(cat pyproject.toml constraints.txt tools/setup.sh | cksum)
 ready() { [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && [ -x .venv/bin/python ]; }
 ready && exit 0
 
-# two commands started at once: the second waits, then finds the work done
-if command -v flock >/dev/null 2>&1; then
-  exec 9>.venv.lock
-  flock 9
-  ready && { rm -f .venv.lock; exit 0; }
-fi
-
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-  echo "Pretext needs Python 3.11 or newer; '$python' is $("$python" --version 2>&1 || echo missing). Say which: make setup PYTHON=python3.12" >&2
+  echo "Pretext needs Python 3.11 or newer; '$python' is $("$python" --version 2>/dev/null || echo missing). Say which: make setup PYTHON=python3.12" >&2
   exit 2
 fi
 if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
@@ -26,8 +19,15 @@ if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
   exit 2
 fi
 
+# two commands started at once: the second waits, then finds the work done
+if command -v flock >/dev/null 2>&1; then
+  exec 9>.venv.lock
+  flock 9
+  ready && { rm -f .venv.lock; exit 0; }
+fi
+
 echo "setting up .venv (once; some minutes, most of it PyTorch)"
-if [ -f "$stamp" ]; then rm -f "$stamp"; else rm -rf .venv && "$python" -m venv .venv; fi
+if [ -f "$stamp" ] && [ -x .venv/bin/python ]; then rm -f "$stamp"; else rm -rf .venv && "$python" -m venv .venv; fi
 # the pins were tested with the newest pip; an older one would do as well
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,emoji]'
