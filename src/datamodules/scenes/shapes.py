@@ -64,7 +64,7 @@ def _regular(corners: int) -> list[tuple[float, float, float]]:
     return [(math.cos(angle), math.sin(angle), math.cos(half)) for angle in angles]
 
 
-_TRIANGLE, _PENTAGON = _regular(3), _regular(5)
+_TRIANGLE = _regular(3)
 
 
 def _disc(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -83,8 +83,11 @@ def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return _half_planes(x, y, _TRIANGLE)
 
 
-def _pentagon(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return _half_planes(x, y, _PENTAGON)
+def _hourglass(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Two triangles that meet in a waist."""
+    x, y = np.abs(x), np.abs(y)
+    slope = math.hypot(1.0, 0.72)
+    return np.maximum(y - 0.95, (x - 0.72 * y - 0.12) / slope)
 
 
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -130,8 +133,8 @@ def _arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 DISC, RING, SQUARE = Kind("disc", _disc), Kind("ring", _ring), Kind("square", _square)
-TRIANGLE, PENTAGON, STAR = Kind("triangle", _triangle), Kind("pentagon", _pentagon), Kind("star", _star)
+TRIANGLE, HOURGLASS, STAR = Kind("triangle", _triangle), Kind("hourglass", _hourglass), Kind("star", _star)
 CROSS, HEART, CRESCENT = Kind("cross", _cross), Kind("heart", _heart), Kind("crescent", _crescent)
 ARROW = Kind("arrow", _arrow)
 
-KINDS: tuple[Kind, ...] = (DISC, RING, SQUARE, TRIANGLE, PENTAGON, STAR, CROSS, HEART, CRESCENT, ARROW)
+KINDS: tuple[Kind, ...] = (DISC, RING, SQUARE, TRIANGLE, HOURGLASS, STAR, CROSS, HEART, CRESCENT, ARROW)

@@ -18,13 +18,13 @@ Range = tuple[float, float]
 
 # hue, saturation and value ranges; a thing takes its own shade from them
 COLOURS: dict[str, tuple[Range, Range, Range]] = {
-    "red": ((-0.025, 0.02), (0.7, 1.0), (0.6, 1.0)),
+    "red": ((-0.025, 0.02), (0.65, 1.0), (0.7, 1.0)),
     "orange": ((0.05, 0.095), (0.75, 1.0), (0.8, 1.0)),
     "yellow": ((0.13, 0.17), (0.65, 1.0), (0.8, 1.0)),
-    "green": ((0.28, 0.39), (0.55, 1.0), (0.4, 0.85)),
+    "green": ((0.28, 0.39), (0.55, 1.0), (0.5, 0.95)),
     "cyan": ((0.47, 0.53), (0.5, 1.0), (0.65, 1.0)),
-    "blue": ((0.58, 0.66), (0.6, 1.0), (0.5, 1.0)),
-    "purple": ((0.73, 0.8), (0.5, 0.95), (0.4, 0.9)),
+    "blue": ((0.58, 0.66), (0.5, 0.9), (0.7, 1.0)),
+    "purple": ((0.73, 0.8), (0.4, 0.85), (0.6, 1.0)),
     "white": ((0.0, 1.0), (0.0, 0.08), (0.85, 1.0)),
 }
 
@@ -39,16 +39,17 @@ class ObjectsWorld:
 
     kinds: tuple[Kind, ...] = KINDS
     patterns: tuple[Pattern, ...] = PATTERNS
-    main_radius: Range = (0.32, 0.52)  # of the disc of equal area
-    main_place: float = 0.4  # the main thing's centre lies within ± this
-    other_radius: Range = (0.1, 0.2)
-    others: tuple[int, int] = (1, 3)  # how many, both ends included
-    roll: float = 0.6  # largest rotation of the main thing in its plane, radians
+    main_radius: Range = (0.3, 0.5)  # of the disc of equal area
+    main_place: float = 0.45  # the main thing's centre lies within ± this
+    other_radius: Range = (0.09, 0.16)
+    others: tuple[int, int] = (1, 2)  # how many, both ends included
+    roll: float = 0.4  # largest rotation of the main thing in its plane, radians
     other_roll: float = 0.6
     tilt: float = 0.35  # largest pitch and yaw, radians
     contrast: float = 0.45  # least distance of a thing's colour from the backdrop's
-    backdrop_value: Range = (0.1, 0.45)  # brightness of the backdrop's colours
-    marks: tuple[int, int] = (0, 4)  # strokes on the backdrop
+    backdrop_value: Range = (0.03, 0.55)  # brightness of the backdrop's colours
+    marks: tuple[int, int] = (0, 2)  # strokes on the backdrop
+    falloff: float = 0.4  # largest change of brightness from the picture's middle to its edge
     grain: Range = (0.005, 0.03)
 
     def scene(self, seed: int, index: int) -> Scene:
@@ -63,7 +64,7 @@ class ObjectsWorld:
         farthest = max(thing.position[2] for thing in things)
         return Scene(
             camera=camera,
-            light=_light(rng),
+            light=_light(rng, self.falloff),
             background=self._background(rng, backdrop, farthest),
             things=things,
             grain=_within(rng, self.grain),
@@ -160,17 +161,17 @@ def _paper(rng: np.random.Generator, value: Range) -> Rgb:
 
 
 def _colour(rng: np.random.Generator, behind: tuple[float, ...], contrast: float) -> tuple[str, Rgb]:
-    """A named colour in a shade that stands out from ``behind``; the best of twelve draws if none does."""
-    names, best, best_distance = list(COLOURS), ("", (0.0, 0.0, 0.0)), -1.0
-    for _ in range(12):
-        name = names[int(rng.integers(len(names)))]
+    """Any of the named colours, in a shade that stands out from ``behind``; the best of eight shades if none does."""
+    name = list(COLOURS)[int(rng.integers(len(COLOURS)))]
+    best, best_distance = (0.0, 0.0, 0.0), -1.0
+    for _ in range(8):
         rgb = _hsv(rng, COLOURS[name])
         distance = _difference(rgb, behind)
         if distance > best_distance:
-            best, best_distance = (name, rgb), distance
+            best, best_distance = rgb, distance
         if distance >= contrast:
             break
-    return best
+    return name, best
 
 
 def _difference(a: tuple[float, ...], b: tuple[float, ...]) -> float:
@@ -181,13 +182,13 @@ def _second(rng: np.random.Generator, rgb: Rgb) -> Rgb:
     """The texture's other colour: a darker, lighter or turned shade of the first."""
     hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
     if rng.random() < 0.6:
-        value *= _within(rng, (0.45, 0.75))
+        value *= _within(rng, (0.6, 0.85))
     else:
-        saturation *= _within(rng, (0.2, 0.6))
+        saturation *= _within(rng, (0.3, 0.7))
     return colorsys.hsv_to_rgb(hue + _within(rng, (-0.06, 0.06)), saturation, value)
 
 
-def _light(rng: np.random.Generator) -> Light:
+def _light(rng: np.random.Generator, falloff: float) -> Light:
     azimuth, elevation = _within(rng, (0.0, 2.0 * math.pi)), _within(rng, (0.6, 1.2))
     level = _within(rng, (0.85, 1.1))
     return Light(
@@ -198,7 +199,7 @@ def _light(rng: np.random.Generator) -> Light:
         ),
         ambient=_within(rng, (0.3, 0.6)),
         tint=(level * _within(rng, (0.92, 1.08)), level, level * _within(rng, (0.92, 1.08))),
-        falloff=(_within(rng, (-0.15, 0.15)), _within(rng, (-0.15, 0.15))),
+        falloff=(_within(rng, (-falloff, falloff)), _within(rng, (-falloff, falloff))),
         shadow=_within(rng, (0.15, 0.45)),
     )
 
@@ -218,9 +219,9 @@ def _mark(rng: np.random.Generator) -> Mark:
 def _free_place(
     rng: np.random.Generator, discs: list[tuple[tuple[float, float], float]], radius: float
 ) -> tuple[float, float]:
-    """A place that what is already there hides at most in part: the best of eight draws."""
+    """A place that what is already there hides at most in part: the best of twelve draws."""
     best, best_room = (0.0, 0.0), -math.inf
-    for _ in range(8):
+    for _ in range(12):
         place = (_within(rng, (-0.9, 0.9)), _within(rng, (-0.9, 0.9)))
         room = min((math.dist(place, centre) - taken) / radius for centre, taken in discs)
         if room > best_room:

@@ -7,7 +7,19 @@ import math
 import numpy as np
 import pytest
 
-from src.datamodules.scenes.shapes import ARROW, CRESCENT, CROSS, DISC, HEART, KINDS, PENTAGON, RING, SQUARE, STAR, Kind
+from src.datamodules.scenes.shapes import (
+    ARROW,
+    CRESCENT,
+    CROSS,
+    DISC,
+    HEART,
+    HOURGLASS,
+    KINDS,
+    RING,
+    SQUARE,
+    STAR,
+    Kind,
+)
 
 
 def _grid(points: int = 601, half: float = 2.4) -> tuple[np.ndarray, np.ndarray, float]:
@@ -45,7 +57,7 @@ def test_distance_has_slope_one_at_the_outline(kind: Kind) -> None:
         (DISC, math.pi),
         (RING, math.pi * (1.0**2 - 0.54**2)),
         (SQUARE, 1.6**2),
-        (PENTAGON, 2.5 * math.sin(math.radians(72))),
+        (HOURGLASS, 4 * (0.12 * 0.95 + 0.72 * 0.95**2 / 2)),
         (STAR, 5 * 0.45 * math.sin(math.radians(36))),
         (CROSS, 8 * 0.95 * 0.3 - 4 * 0.3**2),
         (HEART, 2 * 0.8**2 + math.pi * 0.8**2 / 2),
