@@ -47,6 +47,14 @@ class Export:
     classes: list[str]  # of the backbone's classifier, empty where it has none
 
     @property
+    def borrowed(self) -> str:
+        """Whose weights training started from, "" where from none."""
+        checkpoint = self.config.get("checkpoint")
+        if checkpoint is not None:
+            return Path(checkpoint).name
+        return f"timm's {self.architecture}" if self.config.backbone.get("pretrained") else ""
+
+    @property
     def architecture(self) -> str:
         return str(self.config.backbone.model_name)
 
@@ -108,8 +116,8 @@ def gather(run: runs.Run, encoder: str | None, checkpoint: str | None) -> Export
         checkpoint=path,
         size=int(getattr(view, "size", config.image_size)),
         crop_share=float(getattr(view, "share", 1.0)),
-        mean=datamodule.mean.flatten().tolist(),
-        std=datamodule.std.flatten().tolist(),
+        mean=[round(value, 6) for value in datamodule.mean.flatten().tolist()],
+        std=[round(value, 6) for value in datamodule.std.flatten().tolist()],
         classes=list(getattr(module, "classes", [])) if getattr(body, "num_classes", 0) else [],
     )
 
@@ -148,6 +156,9 @@ def write_timm(export: Export, folder: Path) -> str:
         "crop_mode": "center",
         "interpolation": "bicubic",
     }
+    if not export.borrowed:  # of the weights timm knows under this name, which these are not
+        for key in ("tag", "license", "origin_url", "paper_ids", "paper_name", "notes"):
+            plain.pretrained_cfg.pop(key, None)  # type: ignore[union-attr,operator]
     labels = {"label_names": export.classes} if export.classes else {}
     save_for_hf(plain, str(folder), model_config=labels, model_args=arguments, safe_serialization=True)
     with _quiet("timm"):
@@ -285,7 +296,7 @@ def card(export: Export, how_to_load: str) -> str:
     ]
     lines = [
         "---",
-        "license: mit",
+        f"license: {'other' if export.borrowed else 'mit'}",
         f"library_name: {'timm' if 'import timm' in how_to_load else 'transformers'}",
         "pipeline_tag: image-feature-extraction" if not export.classes else "pipeline_tag: image-classification",
         "---",
@@ -317,8 +328,9 @@ def card(export: Export, how_to_load: str) -> str:
         "data above; it has not been examined for bias, safety or fitness for decisions about people.",
         "",
         "## Licence",
-        "The template's code is under the MIT licence, and so is this file's content unless its author says otherwise. "
-        "Rights in the training data may bear on the weights.",
+        "The template's code is under the MIT licence, and so are these weights unless their author says otherwise. "
+        + (f"Training started from {export.borrowed}, whose licence holds for them too. " if export.borrowed else "")
+        + "Rights in the training data may bear on them.",
         "",
     ]
     return "\n".join(lines)

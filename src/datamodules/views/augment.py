@@ -58,7 +58,7 @@ class RandAugmentCrop:
         _, augment, finish = transforms_imagenet_train(
             self.size,
             auto_augment=self.policy,
-            color_jitter=0.0,
+            color_jitter=None,  # type: ignore[arg-type]
             interpolation="bicubic",
             mean=tuple(self.mean),
             std=tuple(self.std),

@@ -1,0 +1,156 @@
+import copy
+from functools import partial
+
+import lightning as L
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+
+from src.datamodules.batch import BatchError
+from src.datamodules.image import ImageDataModule
+from src.datamodules.views.image import CentreCrop, RandomResizedCrop
+from src.models.backbones.image_encoder import mean_patch
+from src.models.downstream.linear import LinearProtocol
+from src.optim import OptimizerRecipe, lars
+from tests.evaluation.toy import SIZE, Squares
+
+
+def backbone():
+    torch.manual_seed(0)
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=SIZE,
+        patch_size=8,
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+        num_classes=0,
+        drop_path_rate=0.5,
+        proj_drop_rate=0.5,
+    )
+
+
+def protocol(optimizer: OptimizerRecipe | None = None, **kwargs) -> LinearProtocol:
+    return LinearProtocol(backbone(), optimizer or OptimizerRecipe(lars, lr=1.0), **kwargs)
+
+
+def data(labelled: bool = True, length: int = 36, batch_size: int = 12) -> ImageDataModule:
+    return ImageDataModule(
+        source=partial(Squares, length=length, labelled=labelled),
+        train_view=RandomResizedCrop(SIZE, scale=(0.5, 1.0)),
+        eval_view=CentreCrop(SIZE, share=1.0),
+        batch_size=batch_size,
+        eval_batch_size=10,
+        num_workers=0,
+    )
+
+
+def trainer(epochs: int, **kwargs) -> L.Trainer:
+    return L.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        **kwargs,
+    )
+
+
+def test_training_moves_the_head_and_not_one_bit_of_the_backbone():
+    module = protocol()
+    before = copy.deepcopy(module.backbone.state_dict())
+    runner = trainer(2)
+    runner.fit(module, datamodule=data())
+    assert runner.global_step == 6
+    assert all(torch.equal(before[name], value) for name, value in module.backbone.state_dict().items())
+    assert all(parameter.grad is None for parameter in module.backbone.parameters())
+    assert [name for group in runner.optimizers[0].param_groups for name in group["names"]] == [
+        "head.weight",
+        "head.bias",
+    ]
+    assert not any(child.training for child in module.backbone.modules())
+    assert module.norm.num_batches_tracked == 6
+
+
+def test_the_backbone_stays_in_evaluation_mode_whatever_is_asked_of_the_module():
+    module = protocol(num_classes=3)
+    module.build(3)
+    image = torch.randn(4, 3, SIZE, SIZE)
+    module.train()
+    assert module.norm.training
+    assert torch.equal(module.embed(image), module.embed(image))  # with dropout it would not be
+
+
+@pytest.mark.parametrize(("pool", "position"), [(None, "class token"), (mean_patch, "patches")])
+def test_logits_are_the_linear_layer_on_standardised_features(pool, position):
+    module = protocol(**({"pool": pool} if pool else {}))
+    module.build(3)
+    module.train()
+    image, label = torch.randn(8, 3, SIZE, SIZE), torch.arange(8) % 3
+    with torch.no_grad():
+        tokens = module.backbone.forward_features(image).double()
+        features = tokens[:, 0] if position == "class token" else tokens[:, 1:].mean(dim=1)
+    standardised = (features - features.mean(dim=0)) / (features.var(dim=0, correction=0) + 1e-6).sqrt()
+    logits = standardised @ module.head.weight.double().T
+    step = module.training_step({"image": image, "label": label}, 0)
+    torch.testing.assert_close(step["loss"].double(), F.cross_entropy(logits, label), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(step["embedding"].double(), features, atol=1e-6, rtol=1e-5)
+    assert not [name for name, _ in module.norm.named_parameters()]
+
+
+def test_the_head_starts_small_and_without_a_bias():
+    module = protocol()
+    module.build(400)
+    assert module.head.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert module.head.bias.abs().max() == 0
+
+
+def test_validation_counts_every_labelled_image_once():
+    module = protocol()
+    runner = trainer(1)
+    runner.fit(module, datamodule=data())
+    module.eval()
+    images, labels = [], []
+    for batch in (datamodule := data()).val_dataloader():
+        images.append(datamodule.on_after_batch_transfer(batch, 0)["image"])
+        labels.append(batch["label"])
+    with torch.no_grad():
+        logits = module(torch.cat(images))
+    label = torch.cat(labels)
+    assert len(label) == 36
+    top1 = (logits.argmax(dim=1) == label).float().mean()
+    assert runner.callback_metrics["eval/top1"].item() == pytest.approx(top1.item())
+    assert runner.callback_metrics["eval/top5"].item() == 1.0  # of three classes
+    assert runner.callback_metrics["eval/loss"].item() == pytest.approx(F.cross_entropy(logits, label).item(), rel=1e-5)
+
+
+def test_it_learns_what_is_linear_in_the_features():
+    module = protocol(OptimizerRecipe(torch.optim.AdamW, lr=0.02), pool=mean_patch)
+    runner = trainer(6)
+    runner.fit(module, datamodule=data(length=90, batch_size=15))
+    assert runner.callback_metrics["eval/top1"].item() > 0.8  # chance is a third
+
+
+def test_the_classes_come_from_the_data_and_travel_with_the_checkpoint(tmp_path):
+    module = protocol()
+    runner = trainer(1)
+    runner.fit(module, datamodule=data())
+    runner.save_checkpoint(tmp_path / "last.ckpt")
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert content["classes"] == ["red", "green", "blue"]
+    assert content["encoders"] == {"encoder": "backbone."}
+    restored = protocol()
+    restored.on_load_checkpoint(content)
+    restored.load_state_dict(content["state_dict"])
+    assert torch.equal(restored.head.weight, module.head.weight)
+
+
+def test_data_without_labels_or_with_more_classes_are_refused():
+    with pytest.raises(BatchError, match="LinearProtocol learns from labels, and the data has none"):
+        trainer(1).fit(protocol(), datamodule=data(labelled=False))
+    with pytest.raises(BatchError, match="the classifier has 2 classes, the data 3"):
+        trainer(1).fit(protocol(num_classes=2), datamodule=data())

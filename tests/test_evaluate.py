@@ -1,0 +1,154 @@
+import json
+import sys
+
+import pytest
+import torch
+
+from src import configuration, evaluate, runs, train, trained
+from src.configuration import UserError
+from src.evaluation.knn import KNN
+from src.evaluation.linear import LinearProbe
+from src.evaluation.pixels import PixelEncoder
+from src.evaluation.run import run_evaluators
+from tests.commands import SECONDS
+
+WORDS = [*SECONDS, "data.train_samples=48", "data.batch_size=8", "callbacks.progress=null", "callbacks.pictures=null"]
+DATA = [word for word in WORDS if word.startswith(("data.source", "data.train_samples", "data.eval_samples"))]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.delenv("PRETEXT_RUN_DIR", raising=False)
+    yield
+    monkeypatch.setenv("PRETEXT_RUN_DIR", "")  # what a run of this process left there goes with the test
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> runs.Run:
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRETEXT_RUN_DIR", "")
+        assert train.main([*WORDS, f"paths.runs={folder}", "run.name=small"]) == 0
+    return runs.Run(folder / "mae_tiny" / "small")
+
+
+def scores(run: runs.Run, *words: str) -> dict:
+    assert evaluate.main([f"run={run.dir}", *words]) == 0
+    return json.loads((run.dir / "evaluate" / "scenes.json").read_text())
+
+
+def test_offline_numbers_are_the_online_ones(run, capsys):
+    online = run.metrics()["train"]["eval/knn_top1"]
+    found = scores(run, "eval=knn", "checkpoint=last")
+    assert found["encoder"]["knn_top1"] == pytest.approx(online, abs=1e-7)
+    printed = capsys.readouterr().out
+    assert printed.count("knn_top1") == 1
+    assert f"{100 * online:.2f} %" in printed
+
+
+def test_every_encoder_and_floor_is_judged_by_the_shared_protocol(run):
+    found = scores(run, "eval=[knn,linear,random,pixels]", "checkpoint=last")
+    config = run.config()
+    encoders = {
+        "encoder": trained.load(config, run.last).encoders()["encoder"],
+        "random": trained.fresh(config).encoders()["encoder"],
+        "pixels": PixelEncoder(),
+    }
+    datamodule = configuration.instantiate(config.data)
+    for name, encoder in encoders.items():
+        alone = run_evaluators({name: encoder}, datamodule, [KNN(), LinearProbe()], torch.device("cpu"))
+        assert {metric: found[name][metric] for metric in alone} == pytest.approx(alone)
+    trained_weight, random_weight = (encoders[name].backbone.cls_token for name in ("encoder", "random"))
+    assert not torch.equal(trained_weight, random_weight)
+
+
+def test_results_are_added_to_what_is_known(run):
+    scores(run, "eval=knn")
+    before = run.metrics()
+    scores(run, "eval=linear")
+    after = run.metrics()
+    assert after["train"] == before["train"]
+    assert after["evaluate"]["scenes"]["encoder"].keys() >= {"knn_top1", "linear_top1"}
+    assert after["evaluate"]["scenes"] == json.loads((run.dir / "evaluate/scenes.json").read_text())
+
+
+def test_the_same_data_named_anew_gives_the_same_numbers(run):
+    own = scores(run, "eval=knn")["encoder"]["knn_top1"]
+    assert scores(run, "eval=knn", "data=scenes", *DATA, "data.num_workers=0")["encoder"]["knn_top1"] == own
+
+
+def test_other_data_comes_with_its_own_source_and_keeps_the_runs_batch(run):
+    config = evaluate.settle(run, "scenes", [*DATA, "data.num_workers=0"])
+    assert config.data.train_view == run.config().data.train_view
+    assert config.data.batch_size == run.config().data.batch_size
+    assert config.data.source.count == {"train": 64, "val": 16, "test": 16}
+    assert config.image_size == 32
+
+
+def test_fine_tuning_is_a_run_of_its_own_on_the_runs_encoder(run):
+    words = ["finetune.trainer.max_epochs=1", "finetune.data.batch_size=8", "finetune.callbacks.progress=null"]
+    found = scores(run, "eval=finetune", "finetune.optimizer.lr=0.0", "finetune.schedules.optimizer.lr.end=0.0", *words)
+    sub = runs.find(str(run.dir / "evaluate" / "finetune_scenes"))
+    assert found["encoder"]["finetune_top1"] == sub.metrics()["train"]["eval/top1"]
+    recipe = sub.config()
+    assert (recipe.backbone.embed_dim, recipe.backbone.global_pool, recipe.image_size) == (32, "avg", 32)
+    assert recipe.data.train_view._target_.endswith("RandAugmentCrop")
+    # at learning rate 0 the backbone is still the pretrained one
+    ours, theirs = (torch.load(path, weights_only=True)["state_dict"] for path in (run.checkpoint(), sub.last))
+    for name in ("backbone.cls_token", "backbone.blocks.1.mlp.fc2.weight"):
+        assert torch.equal(ours[name], theirs[name])
+    again = scores(run, "eval=finetune", *words)
+    assert (run.dir / "evaluate" / "finetune_scenes_2" / "config.yaml").exists()
+    assert 0 <= again["encoder"]["finetune_top1"] <= 1
+
+
+def test_a_fine_tuned_run_can_be_judged_too(run):
+    words = ["finetune.trainer.max_epochs=1", "finetune.data.batch_size=8", "finetune.callbacks.progress=null"]
+    scores(run, "eval=finetune", *words)
+    sub = runs.Run(max((run.dir / "evaluate").glob("finetune_scenes*"), key=lambda path: path.stat().st_mtime))
+    assert set(scores(sub, "eval=knn")["encoder"]) == {"knn_top1"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eval=kn,linear"], "there is no evaluation 'kn'; did you mean knn?"),
+        (["evla=knn"], "knows no 'evla'; did you mean eval"),
+        (["data=scene"], "there is no data 'scene'; did you mean scenes?"),
+        (["data.batchsize=3"], "there is no key 'data.batchsize'; did you mean data.batch_size"),
+        (["checkpoint=bset"], "has no checkpoint 'bset'; there are: best, last"),
+        (
+            ["eval=finetune", "finetune.trainer.max_epoch=1"],
+            "no key 'trainer.max_epoch'; did you mean trainer.max_epochs",
+        ),
+    ],
+)
+def test_typos_end_with_the_nearest_names_and_exit_code_2(run, words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"run={run.dir}", *words])
+    with pytest.raises(SystemExit) as end:
+        configuration.run_main(evaluate.main)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_no_run_or_no_such_run_is_said(run):
+    with pytest.raises(UserError, match="say which run: make evaluate RUN="):
+        evaluate.main(["eval=knn"])
+    with pytest.raises(UserError, match="is not a run's folder"):
+        evaluate.main([f"run={run.dir}x"])
+
+
+def test_floors_alone_are_judged_by_all_evaluators():
+    assert evaluate.protocols("pixels", ["knn", "linear"]) == ["pixels", "knn", "linear"]
+    assert evaluate.protocols("pixels knn", ["knn", "linear"]) == ["pixels", "knn"]
+
+
+def test_a_file_that_is_no_checkpoint_is_refused_by_name(run, tmp_path):
+    (tmp_path / "odd.ckpt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"odd.ckpt is refused as a checkpoint"):
+        evaluate.main([f"run={run.dir}", f"checkpoint={tmp_path / 'odd.ckpt'}"])
