@@ -99,10 +99,11 @@ def instantiate(config: Any, **kwargs: Any) -> Any:
         cause = problem.__cause__
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
-        if isinstance(cause, ValueError | FileNotFoundError | ImportError | OSError):
-            key = getattr(problem, "full_key", None) or _named_key(problem)
-            raise UserError(f"{f'in {key}: ' if key else ''}{cause}") from problem
-        raise
+        complaint = _complaint(cause)
+        if complaint is None:
+            raise
+        key = getattr(problem, "full_key", None) or _named_key(problem)
+        raise UserError(f"{f'in {key}: ' if key else ''}{complaint}") from problem
 
 
 def names(group: str) -> list[str]:
@@ -152,7 +153,8 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
             parsed.append(parser.parse_override(line))
         except HydraException as problem:
             raise UserError(
-                f"cannot read the override '{line}' (key=value is expected): {_first_lines(problem)}"
+                f"cannot read the override '{line}' (key=value is expected, the value in quotes of its own if it has "
+                f"any of {{}}[]= in it): {_first_lines(problem)}"
             ) from None
     return parsed
 
@@ -196,6 +198,23 @@ def _keys(config: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
             node._is_none() or node._is_missing() or node._is_interpolation()
         ):
             yield from _keys(node, f"{path}.")
+
+
+def _complaint(cause: BaseException | None) -> str | None:
+    """What a constructor has to say of a value it was given; None for what looks like a mistake in its code."""
+    # only now: a list of the experiments need not wait for them
+    import timm
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    if isinstance(cause, ValueError | OSError | ImportError | MisconfigurationException):
+        return str(cause)
+    said = str(cause)
+    if isinstance(cause, RuntimeError) and said.startswith("Unknown model"):
+        return f"{said}{nearest(said.removeprefix('Unknown model (').rstrip(')'), timm.list_models())}"
+    # timm and Lightning check values by assertions and types
+    of_a_library = isinstance(cause, AssertionError) and bool(said)
+    of_a_signature = isinstance(cause, TypeError) and ("unexpected keyword argument" in said or "should be" in said)
+    return said if of_a_library or of_a_signature else None
 
 
 def _named_key(problem: InstantiationException) -> str | None:

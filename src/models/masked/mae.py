@@ -28,6 +28,9 @@ class MAE(PretrainModule):
         mask_ratio: share of the patches that is hidden.
         decoder_dim, decoder_depth, decoder_heads: of the light decoder.
         norm_pix: regress each patch after bringing it to zero mean and unit variance.
+
+    Raises:
+        ValueError: a mask ratio outside of (0, 1), or an image that does not divide into patches.
     """
 
     def __init__(
@@ -42,6 +45,11 @@ class MAE(PretrainModule):
         norm_pix: bool = True,
     ) -> None:
         super().__init__(optimizer)
+        if not 0 < mask_ratio < 1:
+            raise ValueError(f"mask_ratio must lie between 0 and 1, got {mask_ratio}")
+        image, patch = backbone.patch_embed.img_size, backbone.patch_embed.patch_size
+        if image[0] < patch[0] or image[0] % patch[0] or image[1] % patch[1]:
+            raise ValueError(f"the image's size {image} must be a multiple of the patches' size {patch}")
         self.mask_ratio = mask_ratio
         self.norm_pix = norm_pix
         self.backbone = backbone
