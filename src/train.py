@@ -30,6 +30,7 @@ from src.datamodules.sources.source import BadSample
 from src.errors import SettingError
 from src.evaluation.features import BadFeatures
 from src.listing import print_experiments
+from src.trained import without_source
 
 # stop a run with their message alone: the trace would say nothing more
 STOPPING = (NonFiniteLoss, TooManyBadSamples, CheckpointError, BatchError, BadSample, BadFeatures)
@@ -72,7 +73,7 @@ def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
     datamodule = configuration.instantiate(config.data)
-    module = configuration.instantiate(config.model)
+    module = configuration.instantiate((without_source(config) if resume else config).model)
     check_batches(module, datamodule)
     checkpoint_io = AtomicCheckpointIO()
     try:

@@ -73,7 +73,14 @@ def load(config: DictConfig, checkpoint: Path) -> PretrainModule:
 
 def fresh(config: DictConfig) -> PretrainModule:
     """The method of ``config`` as it was before its first step, had nothing been loaded into it."""
-    plain = config.copy()
-    plain.checkpoint = None
     torch.manual_seed(config.seed)
-    return configuration.instantiate(plain.model).eval()
+    return configuration.instantiate(without_source(config).model).eval()
+
+
+def without_source(config: DictConfig) -> DictConfig:
+    """The configuration of a run whose weights are its own by now: what it started from may be gone, or far away."""
+    config = config.copy()
+    config.checkpoint = None
+    if config.get("backbone") is not None and "pretrained" in config.backbone:
+        config.backbone.pretrained = False
+    return config

@@ -111,7 +111,7 @@ def test_a_worker_process_gets_the_same_view():
 
 
 def test_nonsense_is_refused():
-    with pytest.raises(ValueError, match="erase is a probability, got 1.5"):
+    with pytest.raises(ValueError, match=r"erase is a probability, got 1.5"):
         RandAugmentCrop(24, erase=1.5)
-    with pytest.raises(ValueError, match="timm's 'rand-…', got 'strong'"):
+    with pytest.raises(ValueError, match=r"timm's 'rand-…', got 'strong'"):
         RandAugmentCrop(24, policy="strong")

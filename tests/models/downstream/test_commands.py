@@ -1,0 +1,78 @@
+"""Downstream runs as a person starts, breaks and continues them."""
+
+import shutil
+
+import pytest
+import torch
+
+from src import resume, runs, train
+from src.configuration import UserError
+from tests.commands import SECONDS, run
+
+KEPT = [word for word in SECONDS if not word.startswith(("experiment=", "model."))]
+FINETUNE = [
+    "experiment=finetune_vitb",
+    "scale=tiny",
+    *KEPT,
+    "backbone.drop_path_rate=0.2",
+    "model.mixup=0.8",
+    "model.cutmix=1.0",
+    "data.train_view.policy=rand-m9-mstd0.5-inc1",
+    "data.train_view.erase=0.25",
+    "callbacks.progress=null",
+]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("PRETEXT_RUN_DIR", "")
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def pretrained(tmp_path) -> str:
+    words = [*SECONDS, "trainer.max_epochs=1", "callbacks.progress=null", "callbacks.evaluation=null"]
+    assert train.main([*words, f"paths.runs={tmp_path}", "run.name=source"]) == 0
+    return str(tmp_path / "mae_tiny" / "source")
+
+
+def test_a_killed_fine_tuning_goes_on_to_the_same_bits_without_what_it_started_from(tmp_path, pretrained, monkeypatch):
+    words = [*FINETUNE, f"checkpoint={pretrained}", f"paths.runs={tmp_path}"]
+    killed = run(
+        "src.train",
+        *words,
+        "run.name=killed",
+        "callbacks.checkpoints.every_steps=5",
+        "+callbacks.kill={_target_: tests.commands.KillAt, step: 12}",
+    )
+    assert killed.returncode == -9, killed.stderr
+    monkeypatch.setenv("PRETEXT_RUN_DIR", "")
+    assert train.main([*words, "run.name=whole"]) == 0
+    shutil.rmtree(pretrained)
+    broken = runs.Run(tmp_path / "finetune_vitb" / "killed")
+    assert torch.load(broken.last, weights_only=True)["global_step"] == 10
+    assert resume.main([f"run={broken.dir}", "callbacks.kill=null"]) == 0
+    whole = runs.Run(tmp_path / "finetune_vitb" / "whole")
+    ours, theirs = (torch.load(each.last, weights_only=True)["state_dict"] for each in (broken, whole))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert broken.metrics()["train"]["eval/top1"] == whole.metrics()["train"]["eval/top1"]
+    assert broken.metrics()["train"]["loss/total"] == whole.metrics()["train"]["loss/total"]
+
+
+def test_the_linear_protocol_runs_on_a_runs_encoder_and_keeps_it(tmp_path, pretrained, monkeypatch):
+    monkeypatch.setenv("PRETEXT_RUN_DIR", "")
+    words = ["experiment=linear_vitb", "scale=tiny", *KEPT, "callbacks.progress=null", "trainer.max_epochs=1"]
+    assert train.main([*words, f"checkpoint={pretrained}", f"paths.runs={tmp_path}", "run.name=probe"]) == 0
+    ours = torch.load(tmp_path / "linear_vitb/probe/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    source = torch.load(runs.find(pretrained).checkpoint(), weights_only=True)["state_dict"]
+    shared = [name for name in ours if name.startswith("backbone.")]
+    assert shared == [name for name in source if name.startswith("backbone.")]
+    assert all(torch.equal(ours[name], source[name]) for name in shared)
+
+
+def test_a_wrong_checkpoint_is_said_before_anything_starts(tmp_path):
+    with pytest.raises(UserError, match=r"in model.backbone: no weights at .*nowhere"):
+        train.main([*FINETUNE, "checkpoint=nowhere", f"paths.runs={tmp_path}", "run.name=none"])
