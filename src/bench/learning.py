@@ -142,6 +142,8 @@ def report(result: dict[str, Any]) -> Section:
 
 def verdict(name: str, mine: Mapping[int, Any]) -> str:
     """A sentence that says what is beaten, and what is not."""
+    if len(mine) < 2:
+        return f"One seed on {name} is no verdict."
     beaten: list[str] = []
     level: list[str] = []
     for rival in ("random", "pixels"):

@@ -82,6 +82,11 @@ class TestReport:
         check = learning.report(runs_of("scenes", run(0.9, 0.1, 0.1), run(0.9, 0.1, 0.1))).checks[0]
         assert (check.met, check.measured) == (None, "2 of 3 seeds measured")
 
+    def test_one_seed_is_called_no_verdict(self) -> None:
+        body = learning.report(runs_of("emoji", run(0.9, 0.1, 0.1))).body
+        assert "One seed on emoji is no verdict." in body
+        assert "90.00 (one seed)" in body
+
     def test_a_busy_machine_is_said_for_each_run(self) -> None:
         busy = run(0.6, 0.3, 0.2) | {"about": ABOUT | {"others": 1.4}}
         assert "Others kept 1.4 cores busy" in learning.report(runs_of("scenes", run(0.6, 0.3, 0.2), busy)).body
