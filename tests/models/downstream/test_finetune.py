@@ -1,13 +1,18 @@
 from functools import partial
 
+import lightning as L
 import pytest
 import timm
 import torch
 from torch.nn import functional as F
 
 from src.datamodules.batch import BatchError
+from src.datamodules.image import ImageDataModule
+from src.datamodules.views.augment import RandAugmentCrop
+from src.datamodules.views.image import CentreCrop
 from src.models.downstream.finetune import FineTune, layer_rules
 from src.optim import OptimizerRecipe, Rule
+from tests.evaluation.toy import SIZE, Squares
 
 
 def vit(**kwargs):
@@ -201,3 +206,30 @@ def test_odd_batches_and_missing_labels_are_refused_with_what_to_change():
 def test_nonsense_is_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         FineTune(vit(), recipe(), **bad)
+
+
+def test_it_learns_pictures_it_has_not_seen():
+    data = ImageDataModule(
+        source=partial(Squares, length=180),
+        train_view=RandAugmentCrop(SIZE, scale=(0.5, 1.0), policy=None, erase=0.25),
+        eval_view=CentreCrop(SIZE, share=1.0),
+        batch_size=20,
+        num_workers=0,
+    )
+    module = FineTune(
+        vit(img_size=SIZE, patch_size=16),
+        OptimizerRecipe(torch.optim.AdamW, lr=3e-3, weight_decay=0.05),
+        layer_decay=0.9,
+    )
+    trainer = L.Trainer(
+        max_epochs=10,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, datamodule=data)
+    assert trainer.callback_metrics["eval/top1"].item() > 0.7  # chance is a third
