@@ -18,6 +18,7 @@ from src.datamodules.scenes.shapes import KINDS, Kind
 VISIBLE_AREA = 0.002  # share of the picture that must be seen of a kind for it to count as present
 _TAG_GRID = 64  # the grid on which that share is counted, whatever the picture's resolution
 _GRAIN_GRID = 64  # cells a side of the film grain: fixed, so that it stays with the scene and not with the pixel
+CARVED = 0.14  # depth of what is carved into a face, in radii
 _SHADOW_BLUR = 0.35  # width of a shadow's edge, in radii of the thing
 
 
@@ -197,7 +198,7 @@ def _paint(canvas: np.ndarray, thing: Thing, scene: Scene, resolution: int) -> N
         return
     distance = thing.kind.distance(patch.x, patch.y)
     cover = np.clip(0.5 - distance * (1.0 / patch.pixel), 0.0, 1.0)
-    diffuse, highlight = _shading(distance, patch.pixel, thing, scene.light)
+    diffuse, highlight = _shading(distance, patch, thing, scene.light)
     under = canvas[:, patch.rows, patch.columns]
     for channel, (near, far) in enumerate(zip(thing.rgb, thing.texture.rgb, strict=True)):
         if channel == 0:
@@ -226,8 +227,9 @@ def _cast(canvas: np.ndarray, thing: Thing, scene: Scene, resolution: int) -> No
     canvas[:, patch.rows, patch.columns] *= shade
 
 
-def _shading(distance: np.ndarray, pixel: float, thing: Thing, light: Light) -> tuple[np.ndarray, np.ndarray | None]:
-    """Diffuse light [h, w] and highlight [h, w] or None: a flat top with a rim that falls off towards the outline."""
+def _shading(distance: np.ndarray, patch: Patch, thing: Thing, light: Light) -> tuple[np.ndarray, np.ndarray | None]:
+    """Diffuse light [h, w] and highlight [h, w] or None: a carved top with a rim that falls off towards the outline."""
+    pixel = patch.pixel
     slope = np.clip(distance * (1.0 / thing.bevel) + 1.0, 0.0, 1.0)
     slope *= thing.relief
     half = slope * (0.5 / pixel)
@@ -236,6 +238,10 @@ def _shading(distance: np.ndarray, pixel: float, thing: Thing, light: Light) -> 
     np.subtract(distance[2:], distance[:-2], out=ny[1:-1])
     nx *= half
     ny *= half
+    if thing.kind.carving is not None:
+        height = thing.kind.carving(patch.x, patch.y) * (-CARVED * 0.5 / pixel)
+        nx[:, 1:-1] += height[:, 2:] - height[:, :-2]
+        ny[1:-1] += height[2:] - height[:-2]
     scale = 1.0 / np.sqrt(nx * nx + ny * ny + 1.0)
     lx, ly, lz = light.direction
     facing = (nx * lx + ny * ly - lz) * scale

@@ -1,4 +1,7 @@
-"""The forms things have: ten kinds, each a signed distance, all of one area so that size does not give them away."""
+"""The kinds of things: each a form, given by a signed distance, and what is carved into its face.
+
+All forms are of one area, so that size does not give a kind away.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Carving = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 _GRID = 256  # points a side on which a form's area and centre are integrated
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A form, moved and scaled so that its centroid is the origin and its area that of the unit disc.
+    """A form, moved and scaled so that its centroid is the origin and its area that of the unit disc, and its face.
+
+    ``carving`` is the height of the face in [-1, 1] where (x, y) are in radii: what a kind of thing looks like close
+    up, seen by how it takes the light and whatever it is painted with. None for a smooth face.
 
     ``form`` takes x (right) and y (down) in any unit inside [-1.2, 1.2] and gives a function that is negative inside,
     zero on the outline and has a gradient of about one there.
@@ -23,6 +30,7 @@ class Kind:
 
     name: str
     form: Distance = field(repr=False, compare=False)
+    carving: Carving | None = field(default=None, repr=False, compare=False)
     centre: tuple[float, float] = field(init=False, repr=False, compare=False)  # of ``form``, in its own unit
     unit: float = field(init=False, repr=False, compare=False)  # of ``form`` a unit of this kind
     reach: float = field(init=False, repr=False, compare=False)  # largest distance of the outline from the centre
@@ -132,9 +140,57 @@ def _arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.minimum(shaft, head)
 
 
-DISC, RING, SQUARE = Kind("disc", _disc), Kind("ring", _ring), Kind("square", _square)
-TRIANGLE, HOURGLASS, STAR = Kind("triangle", _triangle), Kind("hourglass", _hourglass), Kind("star", _star)
-CROSS, HEART, CRESCENT = Kind("cross", _cross), Kind("heart", _heart), Kind("crescent", _crescent)
-ARROW = Kind("arrow", _arrow)
+def _wave(t: np.ndarray, period: float) -> np.ndarray:
+    """A corrugation of height 1, its crest at 0."""
+    return np.cos(t * (2.0 * math.pi / period))
+
+
+def _grooves(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Circles around the middle."""
+    return _wave(np.sqrt(x * x + y * y), 0.85)
+
+
+def _treads(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Nine spokes."""
+    return np.cos(9.0 * np.arctan2(y, x))
+
+
+def _tiles(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.minimum(_wave(x, 0.85), _wave(y, 0.85))
+
+
+def _steps(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return _wave(y, 0.85)
+
+
+def _flutes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return _wave(x, 0.65)
+
+
+def _facets(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A ridge to every point and a valley to every notch."""
+    return np.cos(5.0 * np.arctan2(-x, -y)) * np.minimum(1.0, np.sqrt(x * x + y * y)) * 2.0
+
+
+def _weave(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Two diagonal corrugations."""
+    return _wave(x + y, 1.1) * _wave(x - y, 1.1)
+
+
+def _studs(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Round bumps in rows and columns."""
+    x, y = x / 0.85, y / 0.85
+    x, y = x - np.rint(x), y - np.rint(y)
+    return np.maximum(1.0 - (x * x + y * y) * 8.0, -1.0)
+
+
+def _chevrons(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return _wave(y - np.abs(x), 0.8)
+
+
+DISC, RING, SQUARE = Kind("disc", _disc, _grooves), Kind("ring", _ring, _treads), Kind("square", _square, _tiles)
+TRIANGLE, HOURGLASS = Kind("triangle", _triangle, _steps), Kind("hourglass", _hourglass, _flutes)
+STAR, CROSS, HEART = Kind("star", _star, _facets), Kind("cross", _cross, _weave), Kind("heart", _heart)
+CRESCENT, ARROW = Kind("crescent", _crescent, _studs), Kind("arrow", _arrow, _chevrons)
 
 KINDS: tuple[Kind, ...] = (DISC, RING, SQUARE, TRIANGLE, HOURGLASS, STAR, CROSS, HEART, CRESCENT, ARROW)

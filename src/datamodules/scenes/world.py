@@ -39,18 +39,19 @@ class ObjectsWorld:
 
     kinds: tuple[Kind, ...] = KINDS
     patterns: tuple[Pattern, ...] = PATTERNS
-    main_radius: Range = (0.3, 0.5)  # of the disc of equal area
-    main_place: float = 0.45  # the main thing's centre lies within ± this
-    other_radius: Range = (0.09, 0.16)
-    others: tuple[int, int] = (1, 2)  # how many, both ends included
-    roll: float = 0.4  # largest rotation of the main thing in its plane, radians
+    plain: float = 0.7  # share of surfaces without a pattern
+    main_radius: Range = (0.52, 0.75)  # of the disc of equal area
+    main_place: float = 0.3  # the main thing's centre lies within ± this
+    other_radius: Range = (0.1, 0.18)
+    others: tuple[int, int] = (0, 1)  # how many, both ends included
+    roll: float = 0.8  # largest rotation of the main thing in its plane, radians
     other_roll: float = 0.6
     tilt: float = 0.35  # largest pitch and yaw, radians
     contrast: float = 0.45  # least distance of a thing's colour from the backdrop's
-    backdrop_value: Range = (0.03, 0.55)  # brightness of the backdrop's colours
+    backdrop_value: Range = (0.05, 0.9)  # brightness of the backdrop's colours
     marks: tuple[int, int] = (0, 2)  # strokes on the backdrop
     falloff: float = 0.4  # largest change of brightness from the picture's middle to its edge
-    grain: Range = (0.005, 0.03)
+    grain: Range = (0.0, 0.008)
 
     def scene(self, seed: int, index: int) -> Scene:
         """Scene ``index`` of ``seed``; nothing else enters."""
@@ -100,13 +101,12 @@ class ObjectsWorld:
     ) -> Thing:
         scale = z / camera.focal
         colour, rgb = _colour(rng, behind, self.contrast)
-        pattern = self.patterns[int(rng.integers(len(self.patterns)))]
         return Thing(
             kind=kind,
             colour=colour,
             rgb=rgb,
             texture=Texture(
-                pattern=pattern,
+                pattern=self._pattern(rng),
                 rgb=_second(rng, rgb),
                 period=_within(rng, (0.45, 1.1)),
                 angle=_within(rng, (0.0, math.pi)),
@@ -124,9 +124,11 @@ class ObjectsWorld:
             gloss=max(0.0, _within(rng, (-0.2, 0.5))),
         )
 
+    def _pattern(self, rng: np.random.Generator) -> Pattern:
+        return PLAIN if rng.random() < self.plain else self.patterns[int(rng.integers(len(self.patterns)))]
+
     def _background(self, rng: np.random.Generator, rgb: tuple[Rgb, Rgb], farthest: float) -> Background:
-        pattern = self.patterns[int(rng.integers(len(self.patterns)))] if rng.random() < 0.7 else PLAIN
-        strength = _within(rng, (-0.16, 0.16))
+        strength = _within(rng, (-0.13, 0.13))
         low = min(min(colour) for colour in rgb)
         strength = abs(strength) if low < 0.2 else strength
         wash = tuple(strength * _within(rng, (0.6, 1.4)) for _ in range(3))
@@ -137,7 +139,7 @@ class ObjectsWorld:
             rgb=rgb,
             angle=_within(rng, (0.0, 2.0 * math.pi)),
             texture=Texture(
-                pattern=pattern,
+                pattern=self._pattern(rng),
                 rgb=(wash[0], wash[1], wash[2]),
                 period=_within(rng, (0.25, 0.8)),
                 angle=_within(rng, (0.0, math.pi)),
