@@ -4,11 +4,13 @@ SHELL := /bin/sh
 export PYTHONUNBUFFERED := 1
 PY := .venv/bin/python
 
+# NAME counts only where it is typed: some systems keep the machine's name in the environment
+TYPED_NAME := $(if $(filter command,$(origin NAME)),$(NAME))
 # words of the command line -> overrides; ARGS="key=value ..." are passed on as they are
 COMMON := $(if $(SEED),seed=$(SEED)) $(if $(DEVICES),trainer.devices=$(DEVICES))
 TRAIN  := $(if $(EXP),experiment=$(EXP)) $(if $(SCALE),scale=$(SCALE)) $(if $(DATA),data=$(DATA)) \
           $(if $(DATA_DIR),paths.data='"$(DATA_DIR)"') $(if $(CKPT),checkpoint='"$(CKPT)"') \
-          $(if $(NAME),run.name='"$(NAME)"') $(COMMON)
+          $(if $(TYPED_NAME),run.name='"$(TYPED_NAME)"') $(COMMON)
 
 .PHONY: help setup train resume evaluate export list new bench tensorboard test lint format clean
 
