@@ -16,6 +16,7 @@ from src.datamodules.scenes.shapes import DISC, KINDS, RING, SQUARE
 from src.datamodules.scenes.world import ObjectsWorld, depth_span
 
 GREY = (0.5, 0.5, 0.5)
+SMOOTH = replace(DISC, carving=None)
 FLAT = Texture(pattern=PLAIN, rgb=GREY, period=1.0, angle=0.0, phase=(0.0, 0.0))
 
 
@@ -63,8 +64,26 @@ def test_disc_seen_straight_has_the_area_and_place_of_its_projection() -> None:
     expected = np.array([0.25 - 0.4, -0.125 - 0.4, 0.25 + 0.4, -0.125 + 0.4]) * 200 + 200
     np.testing.assert_allclose(box, expected, atol=1.0)
     assert (render.depth(scene, resolution)[mask] == 4.0).all()
-    # an anti-aliased white disc on black: the mean brightness is the covered area
-    assert render.image(scene, 64)[0].mean() / 255 == pytest.approx(math.pi * 0.4**2 / 4, rel=2e-3)
+    # an anti-aliased smooth white disc on black: the mean brightness is the covered area
+    smooth = _scene(_thing(kind=SMOOTH, position=(0.5, -0.25, 4.0)))
+    assert render.image(smooth, 64)[0].mean() / 255 == pytest.approx(math.pi * 0.4**2 / 4, rel=2e-3)
+
+
+def test_a_carved_face_takes_the_light_by_its_slope() -> None:
+    """A corrugation cos(2 pi y / 0.85) of depth c: the normal is (0, c dh/dy, -1), and Lambert's law gives the rest."""
+    corrugated = replace(SQUARE, carving=lambda x, y: np.cos(y * (2 * math.pi / 0.85)))
+    light = Light(direction=(0.0, 0.6, -0.8), ambient=0.25, tint=(1.0, 1.0, 1.0), falloff=(0.0, 0.0), shadow=0.0)
+    resolution = 800
+    carved = _scene(_thing(kind=corrugated), light=light)
+    column = render.image(carved, resolution)[0, :, resolution // 2] / 255
+    # 0.8 m at 4 m with focal 2: a radius is 0.4 half widths
+    y = ((np.arange(resolution) + 0.5) * 2 / resolution - 1) / 0.4
+    slope = -render.CARVED * np.sin(2 * math.pi * y / 0.85) * 2 * math.pi / 0.85
+    facing = np.maximum((0.8 - 0.6 * slope) / np.sqrt(1 + slope**2), 0)
+    inside = np.abs(y) < 0.6
+    np.testing.assert_allclose(column[inside], (0.25 + 0.75 * facing)[inside], atol=0.01)
+    smooth = _scene(_thing(kind=replace(SQUARE, carving=None)), light=light)
+    assert np.array_equal(render.instance_masks(carved, 64), render.instance_masks(smooth, 64))
 
 
 def test_tilted_disc_has_the_area_of_the_exact_perspective_ellipse() -> None:

@@ -66,7 +66,9 @@ def test_flips_happen_with_their_probability_and_follow_the_numbers():
     images = pictures(400, 8, 8)
     numbers = uniform(0, [0] * 400, range(400), view.draws)
     made = view.decoded(images, numbers)["image"]
-    mirrored = torch.tensor([torch.equal(a, b.flip(-1)) and not torch.equal(a, b) for a, b in zip(made, images, strict=True)])
+    mirrored = torch.tensor(
+        [torch.equal(a, b.flip(-1)) and not torch.equal(a, b) for a, b in zip(made, images, strict=True)]
+    )
     assert torch.equal(mirrored, torch.from_numpy(numbers[:, -1] < 0.25))
     assert abs(int(mirrored.sum()) - 100) < 35  # four standard deviations
 

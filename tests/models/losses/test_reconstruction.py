@@ -12,7 +12,9 @@ def test_patchify_lays_patches_out_in_raster_order_and_values_by_row_column_chan
     for b in range(2):
         for row in range(2):
             for column in range(3):
-                expected = [image[b, c, 2 * row + p, 2 * column + q] for p in range(2) for q in range(2) for c in range(3)]
+                expected = [
+                    image[b, c, 2 * row + p, 2 * column + q] for p in range(2) for q in range(2) for c in range(3)
+                ]
                 assert patches[b, 3 * row + column].tolist() == [float(value) for value in expected]
     assert torch.equal(unpatchify(patches, 2, (2, 3)), image)
 
