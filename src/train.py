@@ -80,7 +80,7 @@ def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int
         trainer: L.Trainer = configuration.instantiate(
             config.trainer,
             callbacks=[
-                *(configuration.instantiate(each) for each in config.callbacks.values() if each),
+                *(configuration.instantiate(each) for each in config.callbacks.values() if each and "_target_" in each),
                 RecipeCard(run.dir, config=plain(config), summary=recipe(config)),
             ],
             logger=[configuration.instantiate(each) for each in config.logger.values() if each],

@@ -56,5 +56,6 @@ class PretrainModule(L.LightningModule, ABC):
         checkpoint["encoders"] = {name: f"{names[id(each.backbone)]}." for name, each in self.encoders().items()}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.log("loss/total", outputs["loss"], prog_bar=True)
+        # Lightning hands on the loss as it is differentiated, already divided by the number of micro-batches
+        self.log("loss/total", outputs["loss"] * self.trainer.accumulate_grad_batches)
         self.log_dict({f"loss/{name}": value for name, value in outputs.get("logs", {}).items()})

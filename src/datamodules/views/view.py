@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from src.datamodules.decoding import EncodedImage
@@ -31,6 +32,4 @@ class View(Protocol):
 
 def stack(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Rows of one picture each as one batch."""
-    import torch
-
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

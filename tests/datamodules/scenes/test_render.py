@@ -12,17 +12,18 @@ import pytest
 from src.datamodules.scenes import render
 from src.datamodules.scenes.patterns import PATTERNS, PLAIN
 from src.datamodules.scenes.scene import Background, Camera, Light, Scene, Texture, Thing
-from src.datamodules.scenes.shapes import DISC, KINDS, RING, SQUARE
+from src.datamodules.scenes.shapes import DISC, KINDS, RING, SQUARE, Kind
 from src.datamodules.scenes.world import ObjectsWorld, depth_span
 
 GREY = (0.5, 0.5, 0.5)
+SMOOTH = replace(DISC, carving=None)
 SMOOTH = replace(DISC, carving=None)
 FLAT = Texture(pattern=PLAIN, rgb=GREY, period=1.0, angle=0.0, phase=(0.0, 0.0))
 
 
 def _thing(**changes: object) -> Thing:
     thing = Thing(
-        kind=DISC,
+        kind=SMOOTH,
         colour="white",
         rgb=(1.0, 1.0, 1.0),
         texture=FLAT,
@@ -239,6 +240,24 @@ def test_light_comes_from_where_it_says() -> None:
     row = render.image(scene, 200)[0, 100].astype(int)  # the disc spans columns 60 to 140
     assert row[64] > row[100] > row[136]
     assert row[145] < row[55] == row[10] == row[190]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.carving is not None], ids=lambda kind: kind.name)
+def test_carving_changes_how_a_face_takes_the_light_and_nothing_else(kind: Kind) -> None:
+    light = Light(direction=(-0.8, 0.0, -0.6), ambient=0.2, tint=(1.0, 1.0, 1.0), falloff=(0.0, 0.0), shadow=0.0)
+    carved = _scene(_thing(kind=kind), light=light)
+    smooth = _scene(_thing(kind=replace(kind, carving=None)), light=light)
+    np.testing.assert_array_equal(render.instance_masks(carved, 96), render.instance_masks(smooth, 96))
+    np.testing.assert_array_equal(render.depth(carved, 96), render.depth(smooth, 96))
+    one, other = render.image(carved, 96).astype(int), render.image(smooth, 96).astype(int)
+    (inside,) = render.amodal_masks(smooth, 96)
+    assert np.unique(other[0][inside]).size < np.unique(one[0][inside]).size  # flat before, shaded after
+    differs = np.abs(one - other).max(0) > 0
+    assert differs[inside].mean() > 0.5
+    rim = inside.copy()  # a pixel that is covered in part may lie one outside of the mask
+    for axis in (0, 1):
+        rim |= np.roll(inside, 1, axis) | np.roll(inside, -1, axis)
+    assert not (differs & ~rim).any()
 
 
 def test_camera_that_moves_right_shifts_near_things_more_than_far_ones() -> None:
