@@ -162,12 +162,17 @@ def summarise(run: runs.Run, trainer: L.Trainer) -> None:
     for path in (run.last, run.best):
         if path.exists():
             lines.add_row(path.stem, os.path.relpath(path))
-    lines.add_row("", "")
-    lines.add_row("look", "make tensorboard")
-    lines.add_row("judge", f"make evaluate RUN={run.title} EVAL=knn,linear")
-    lines.add_row("go on", f'make resume RUN={run.title} ARGS="trainer.max_epochs={2 * (trainer.max_epochs or 1)}"')
-    lines.add_row("take away", f"make export RUN={run.title} FORMAT=timm")
-    Console().print(Panel(lines, title="done", expand=False, border_style="green"))
+    console = Console()
+    console.print(Panel(lines, title="done", expand=False, border_style="green"))
+    longer = 2 * max(1, trainer.max_epochs or 1)
+    for what, command in (
+        ("look", "make tensorboard"),
+        ("judge", f"make evaluate RUN={run.title} EVAL=knn,linear"),
+        ("go on", f'make resume RUN={run.title} ARGS="trainer.max_epochs={longer}"'),
+        ("take away", f"make export RUN={run.title} FORMAT=timm"),
+    ):
+        # outside of the frame and never broken, so that a line can be copied
+        console.print(f"  {what:<10} {command}", soft_wrap=True, highlight=False)
 
 
 @rank_zero_only

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from src.errors import SettingError
 from src.models.backbones.image_encoder import inference
 from src.models.pretrain_module import PretrainModule
 from src.randomness import fold, seeded
@@ -31,6 +32,8 @@ class Pictures(L.Callback):
     """
 
     def __init__(self, count: int = 8, every_n_epochs: int = 1, seed: int = 0) -> None:
+        if count < 1 or every_n_epochs < 1:
+            raise SettingError(f"Pictures: count and every_n_epochs must be at least 1, got {count}, {every_n_epochs}")
         self.count = count
         self.every_n_epochs = every_n_epochs
         self.seed = seed

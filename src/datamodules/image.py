@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from src.datamodules.dataset import EvalSampler, ResumableLoader, TrainSampler, ViewedDataset
 from src.datamodules.sources.source import ImageSource, Split
 from src.datamodules.views.view import View
+from src.errors import SettingError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -60,6 +61,13 @@ class ImageDataModule(L.LightningDataModule):
         bad_log: str | Path | None = None,
     ) -> None:
         super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("eval_batch_size", eval_batch_size, 1)):
+            if not isinstance(value, int) or value < least:
+                raise SettingError(f"data.{name} must be a whole number, at least {least}; got {value}")
+        if num_workers is not None and num_workers < 0:
+            raise SettingError(f"data.num_workers must be at least 0, or null for as many as fit; got {num_workers}")
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise SettingError(f"data.mean and data.std are three numbers each, std above 0; got {mean} and {std}")
         self.make_source = source
         self.train_view = train_view
         self.eval_view = eval_view

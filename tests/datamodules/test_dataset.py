@@ -7,6 +7,7 @@ from src.datamodules.dataset import Draw, EvalSampler, ResumableLoader, TrainSam
 from src.datamodules.image import ImageDataModule
 from src.datamodules.sources.source import BadSample
 from src.datamodules.views.image import CentreCrop, RandomResizedCrop
+from src.errors import SettingError
 
 
 class Arrays:
@@ -220,3 +221,18 @@ def test_a_batch_that_is_not_what_its_type_says_is_refused_by_field(change, mess
     batch = {name: value for name, value in {**batch, **change}.items() if value is not None}
     with pytest.raises(BatchError, match=message):
         validate(batch, ImageBatch)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "data.batch_size must be a whole number, at least 1; got 0"),
+        ({"batch_size": 8.0}, "data.batch_size must be a whole number"),
+        ({"num_workers": -1}, "data.num_workers must be at least 0"),
+        ({"mean": (0.5, 0.5)}, "data.mean and data.std are three numbers each"),
+        ({"std": (1.0, 0.0, 1.0)}, "std above 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_their_key(change, message):
+    with pytest.raises(SettingError, match=message):
+        datamodule(**change)

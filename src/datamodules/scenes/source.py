@@ -14,6 +14,7 @@ from src.datamodules.scenes.cache import Recipe, open_or_build
 from src.datamodules.scenes.scene import Scene
 from src.datamodules.scenes.world import ObjectsWorld
 from src.datamodules.sources.source import Sample, Split
+from src.errors import SettingError
 from src.randomness import fold
 
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -55,13 +56,13 @@ class ScenesSource:
             ValueError: an unknown split or field, or a count, resolution or seed that is out of range.
         """
         if split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+            raise SettingError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
         count = count if isinstance(count, int) else count[split]
         unknown = [field for field in fields if field not in FIELDS]
         if unknown:
-            raise ValueError(f"scenes have no field {', '.join(map(repr, unknown))}; there are {', '.join(FIELDS)}")
+            raise SettingError(f"scenes have no field {', '.join(map(repr, unknown))}; there are {', '.join(FIELDS)}")
         if count < 1 or resolution < 8 or seed < 0:
-            raise ValueError(
+            raise SettingError(
                 f"scenes need count >= 1, resolution >= 8 and seed >= 0; got {count}, {resolution} and {seed}"
             )
         self.split, self.count, self.resolution, self.seed = split, count, resolution, seed
