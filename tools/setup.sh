@@ -28,9 +28,16 @@ fi
 
 echo "setting up .venv (once; some minutes, most of it PyTorch)"
 if [ -f "$stamp" ] && [ -x .venv/bin/python ]; then rm -f "$stamp"; else rm -rf .venv && "$python" -m venv .venv; fi
+install() {
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" >.venv/install.log 2>&1 || {
+    tail -n 20 .venv/install.log >&2
+    echo "pip failed: its last words are above, all of them in .venv/install.log" >&2
+    exit 1
+  }
+}
 # the pins were tested with the newest pip; an older one would do as well
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,emoji]'
+install --upgrade pip
+install -c constraints.txt -e '.[dev,emoji]'
 .venv/bin/python -c 'import torch, torchvision, lightning, timm; torchvision.ops.nms'
 printf '%s' "$want" > "$stamp"
 rm -f .venv.lock
