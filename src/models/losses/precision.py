@@ -1,0 +1,33 @@
+"""Losses are computed in full precision, whatever the rest of a run uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def full_precision(loss: Callable[P, R]) -> Callable[P, R]:
+    """Runs ``loss`` outside of autocast, half-precision tensors among its arguments as float32; float64 stays.
+
+    A cast alone would not do: autocast takes the operands of a product back to half precision. Temperatures of 0.05
+    make differences of exponents out of a similarity's last bits.
+    """
+
+    @wraps(loss)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        devices = [value.device.type for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        with torch.autocast(devices[0], enabled=False):
+            return loss(*map(_widen, args), **{name: _widen(value) for name, value in kwargs.items()})  # type: ignore
+
+    return run
+
+
+def _widen(value: object) -> object:
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
