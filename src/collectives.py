@@ -36,6 +36,11 @@ def gather(local: Tensor) -> tuple[Tensor, int]:
     return _Gather.apply(local), rank() * len(local)
 
 
+def all_reduce(local: Tensor) -> Tensor:
+    """The sum over processes, with exact gradients: for losses on sums that every process computes in whole."""
+    return _AllReduce.apply(local) if is_distributed() else local
+
+
 def gather_rows(local: Tensor) -> Tensor:
     """Rows of all processes in rank order, without gradient; the number of rows may differ between processes."""
     if not is_distributed():
@@ -74,3 +79,15 @@ class _Gather(torch.autograd.Function):
         total = grad.contiguous().clone()
         dist.all_reduce(total)
         return total[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+class _AllReduce(torch.autograd.Function):
+    """Each process's part enters the loss of all, so its gradient is the sum of what each process found."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        return reduce_sum(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return reduce_sum(grad)
