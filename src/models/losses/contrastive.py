@@ -12,10 +12,10 @@ of keys, not with its square, and the gradients are exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from src.errors import SettingError
 from src.models.losses.precision import full_precision
@@ -243,9 +243,27 @@ def _by_rows(
     if len(each[0]) <= rows:
         return function(*each, *shared)
     parts = zip(*(tensor.split(rows) for tensor in each), strict=True)
-    return torch.cat(
-        [checkpoint(function, *part, *shared, use_reentrant=False, preserve_rng_state=False) for part in parts]
-    )
+    return torch.cat([_Recomputed.apply(function, *part, *shared) for part in parts])
+
+
+class _Recomputed(torch.autograd.Function):
+    """Keeps the arguments alone and evaluates the function again in the backward pass. What torch.utils.checkpoint does
+    for any module, less the compiler that it imports on its first call, which takes longer than many a run's steps."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[1:]
+        tensors = [t.detach().requires_grad_(w) for t, w in zip(ctx.saved_tensors, wanted, strict=True)]
+        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+            value = ctx.function(*tensors)
+        found = iter(torch.autograd.grad(value, [t for t in tensors if t.requires_grad], grad))
+        return (None, *(next(found) if w else None for w in wanted))
 
 
 def _refuse_one(images: int) -> None:

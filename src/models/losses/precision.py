@@ -29,5 +29,10 @@ def full_precision(loss: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def at_least_float32(value: Tensor) -> Tensor:
+    """Half-precision numbers as float32; everything else as it is."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
 def _widen(value: object) -> object:
-    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16) else value
+    return at_least_float32(value) if isinstance(value, Tensor) else value

@@ -1,0 +1,66 @@
+"""The head of DINO and of methods that grew out of it."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+from torch.nn.functional import linear, normalize
+
+from src.models.losses.precision import at_least_float32
+
+
+class DINOHead(nn.Module):
+    """Three linear layers with GELU, unit length, then one score for each of many prototypes (Caron et al., 2021).
+
+    It takes any leading axes, so that one head may serve class tokens and patches, as in iBOT.
+
+    Args:
+        in_dim: width of the features.
+        out_dim: K, the number of prototypes.
+        hidden_dim, bottleneck_dim: widths within.
+        train_gain: let the prototypes' lengths be learned; fixed to 1 otherwise, which is steadier.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int = 65536,
+        *,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        train_gain: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, train_gain=train_gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_dim] -> [..., K]."""
+        return self.last_layer(normalize(at_least_float32(self.mlp(x)), dim=-1))
+
+
+class WeightNormLinear(nn.Module):
+    """A linear layer without bias whose rows have the length ``gain``.
+
+    The normalisation is written out rather than hung on `nn.Linear`: the parameters keep plain names for the teacher,
+    for checkpoints and for sharding. Rows start as `nn.Linear`'s do, lengths at 1.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, *, train_gain: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(out_dim, in_dim), a=5**0.5))
+        self.gain = nn.Parameter(torch.ones(out_dim, 1), requires_grad=train_gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.gain * normalize(self.weight, dim=1))

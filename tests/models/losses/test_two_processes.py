@@ -1,0 +1,118 @@
+"""Every loss and state that looks beyond its process: two processes are one on the concatenated batch, in float64."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from src.collectives import all_reduce, gather, reduce_sum
+from src.models.joint_embedding.centre import Centre
+from src.models.joint_embedding.queue import FeatureQueue
+from src.models.losses.contrastive import ctr, dcl, dclw, info_nce, nt_xent
+from src.models.losses.distillation import cross_view_cross_entropy, sharpen
+from src.models.losses.redundancy import barlow_twins, cross_correlation, vicreg
+from src.models.losses.swapped import sinkhorn, swapped_prediction
+from tests.distributed import in_two_processes
+
+IMAGES, MICRO_BATCHES = 8, 2
+
+
+def pair(z1: Tensor, z2: Tensor, loss: Callable[..., Tensor]) -> Tensor:
+    z = normalize(torch.stack([z1, z2], dim=1), dim=-1)
+    keys, offset = gather(z)
+    return loss(z, keys, offset, temperature=0.2, block=20)  # two or so anchors at a time
+
+
+def query_and_key(z1: Tensor, z2: Tensor, loss: Callable[..., Tensor]) -> Tensor:
+    keys, offset = gather(normalize(z2, dim=-1))
+    return loss(normalize(z1, dim=-1), keys, offset, temperature=0.2)
+
+
+def barlow(z1: Tensor, z2: Tensor) -> Tensor:
+    standard = []
+    for z in (z1, z2):  # as a norm does that takes its statistics over all processes
+        mean = all_reduce(z.sum(dim=0)) / IMAGES
+        variance = all_reduce((z - mean).pow(2).sum(dim=0)) / IMAGES
+        standard.append((z - mean) / variance.sqrt())
+    return barlow_twins(all_reduce(cross_correlation(*standard, IMAGES)))
+
+
+def vic(z1: Tensor, z2: Tensor) -> Tensor:
+    return vicreg(z1, z2, gather(z1)[0], gather(z2)[0])[0]
+
+
+def swav(z1: Tensor, z2: Tensor) -> Tensor:
+    scores = normalize(torch.stack([z1, z2]), dim=-1)  # the axes themselves are the prototypes
+    codes = torch.stack([sinkhorn(each, reduce=reduce_sum) for each in scores.detach()])
+    return swapped_prediction(codes, scores)
+
+
+def dino(z1: Tensor, z2: Tensor) -> Tensor:
+    centre = Centre(z1.shape[1]).double()
+    centre.observe(z1)
+    centre.observe(z2)
+    centre.move()
+    return cross_view_cross_entropy(sharpen(torch.stack([z1, z2]), centre(), 0.5), torch.stack([z2, z1]), 0.1)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "nt_xent": lambda z1, z2: pair(z1, z2, nt_xent),
+    "dcl": lambda z1, z2: pair(z1, z2, dcl),
+    "dclw": lambda z1, z2: pair(z1, z2, dclw),
+    "info_nce": lambda z1, z2: query_and_key(z1, z2, info_nce),
+    "ctr": lambda z1, z2: query_and_key(z1, z2, ctr),
+    "barlow": barlow,
+    "vicreg": vic,
+    "swav": swav,
+    "dino": dino,
+}
+
+
+def parameter_gradients(rows: slice) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x1, x2 = torch.randn(2, IMAGES, 6, generator=generator, dtype=torch.float64)
+    start = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    results = {}
+    for name, loss in LOSSES.items():
+        weight = start.clone().requires_grad_(True)
+        value = loss(x1[rows] @ weight, x2[rows] @ weight)
+        value.backward()
+        results[name], results[f"{name} value"] = weight.grad, value.detach()
+    return results
+
+
+def state(process: int, processes: int) -> dict[str, Tensor]:
+    """Two steps of the queue and of the centre with micro-batches as the sampler deals them."""
+    torch.manual_seed(0)
+    queue, centre = FeatureQueue(3, 16, columns=("index",)).double(), Centre(3).double()
+    keys = torch.randn(2, IMAGES, 3, dtype=torch.float64)
+    share = IMAGES // MICRO_BATCHES // processes
+    for step in range(2):
+        for micro_batch in range(MICRO_BATCHES):
+            begin = (micro_batch * processes + process) * share
+            queue.hold(keys[step, begin : begin + share], index=torch.arange(begin, begin + share) + 100 * step)
+            centre.observe(keys[step, begin : begin + share])
+        queue.push()
+        centre.move()
+    whole = {"centre": centre(), "share": queue.share()}
+    return whole | {f"queue {name}": value for name, value in queue.state_dict().items()}
+
+
+def on_each(process: int) -> dict[str, Tensor]:
+    half = IMAGES // 2
+    return parameter_gradients(slice(process * half, (process + 1) * half)) | state(process, 2)
+
+
+def test_two_processes_have_the_gradients_and_the_state_of_one():
+    gradients, alone = parameter_gradients(slice(None)), state(0, 1)
+    first, second = in_two_processes(on_each)
+    for name, gradient in gradients.items():  # after the mean that DDP takes
+        assert torch.allclose((first[name] + second[name]) / 2, gradient, rtol=0, atol=1e-8), name
+        assert gradient.abs().max() > 1e-3, name
+    for each in (first, second):
+        for name, value in alone.items():
+            if name != "share":
+                assert torch.allclose(each[name].double(), value.double(), rtol=0, atol=1e-12), name
+    assert torch.equal(torch.cat([first["share"], second["share"]]), alone["queue features"])
+    assert alone["queue column_index"].tolist() == [*range(8), *range(100, 108)]
