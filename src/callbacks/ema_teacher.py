@@ -85,7 +85,8 @@ def _momentum(pl_module: L.LightningModule) -> float:
         raise SettingError(f"{type(pl_module).__name__} has a teacher but no attribute 'teacher_momentum'")
     if not 0 <= momentum <= 1:
         raise SettingError(
-            f"model.teacher_momentum, or what schedules.teacher_momentum makes of it, must lie in [0, 1]; got {momentum}"
+            "model.teacher_momentum, or what schedules.teacher_momentum makes of it, must lie in [0, 1]; "
+            f"got {momentum}"
         )
     return float(momentum)
 

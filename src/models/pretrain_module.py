@@ -45,8 +45,8 @@ class PretrainModule(L.LightningModule, ABC):
         """The encoders to evaluate, export and look at, the first being the one a user would take away."""
 
     def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Students and the teachers that follow them with ``self.teacher_momentum``; `EMATeacher` moves them. Parameters
-        of a pair have the same names. None by default."""
+        """Students and the teachers that follow them with ``self.teacher_momentum``; `EMATeacher` moves them. The
+        parameters of a pair have the same names. None by default."""
         return []
 
     def pictures(self, batch: Any) -> Mapping[str, Tensor]:

@@ -21,9 +21,9 @@ _CHUNK = 16 * 3 * 64 * 64  # values worked on at a time: what a core's cache hol
 class Colour:
     """Jitter, greyscale, blur and solarisation, in this order, each with a probability of its own.
 
-    Jitter draws a factor from [1 - x, 1 + x] for brightness, contrast and saturation (not below 0) and a turn of the hue
-    from [-x, x], and applies the four in random order, as torchvision's ``ColorJitter``. The blur's kernel is as wide as
-    a tenth of the picture, as in SimCLR's code: 23 pixels of 224, 7 of 64.
+    Jitter draws a factor from [1 - x, 1 + x] for brightness, contrast and saturation (not below 0) and a turn of the
+    hue from [-x, x], and applies the four in random order, as torchvision's ``ColorJitter``. The blur's kernel is as
+    wide as a tenth of the picture, as in SimCLR's code: 23 pixels of 224, 7 of 64.
 
     Args:
         brightness, contrast, saturation, hue: strength of the jitter; 0 leaves it out.
