@@ -12,7 +12,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from src.callbacks.batch_check import batch_type_of
 from src.datamodules.dataset import ViewedDataset
 from src.errors import SettingError
 from src.models.backbones.image_encoder import inference
@@ -24,7 +23,7 @@ class Pictures(L.Callback):
     """Logs what ``pl_module.pictures`` makes of the first validation images, as ``pictures/<name>``: at the start,
     every so many epochs, and at the end.
 
-    They are cropped as for evaluation, or augmented as in training where the method takes another batch than that.
+    They are cropped as for evaluation, or augmented as in training where the method takes several views.
     Random masks and views are the same every time, so that only the method changes from picture to picture. Modes and
     generators are left as they were.
 
@@ -68,7 +67,7 @@ class Pictures(L.Callback):
                     logger.experiment.flush()
 
     def _draw(self, pl_module: L.LightningModule, datamodule: Any) -> dict[str, Tensor]:
-        batch = {name: value.to(pl_module.device) for name, value in self._fixed_batch(pl_module, datamodule).items()}
+        batch = {name: value.to(pl_module.device) for name, value in self._fixed_batch(datamodule).items()}
         batch = datamodule.on_after_batch_transfer(batch, 0)
         trainer = pl_module.trainer
         with (
@@ -78,13 +77,13 @@ class Pictures(L.Callback):
         ):
             return dict(pl_module.pictures(batch))  # type: ignore[operator]
 
-    def _fixed_batch(self, pl_module: L.LightningModule, datamodule: Any) -> dict[str, Tensor]:
+    def _fixed_batch(self, datamodule: Any) -> dict[str, Tensor]:
         if self._batch is None:
             loader = datamodule.val_dataloader()
             # straight from the data set: the loader would start workers and decode a whole evaluation batch
             draws = next(iter(loader.sampler))[: self.count]
             dataset, view = loader.dataset, datamodule.train_view
-            if batch_type_of(pl_module) is view.batch_type is not datamodule.eval_view.batch_type:
+            if view.batch_type is not datamodule.eval_view.batch_type:
                 dataset = ViewedDataset(dataset.source, view, seed=self.seed, subset=dataset.subset)
             self._batch = dataset[draws]
         return self._batch

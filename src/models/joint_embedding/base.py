@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from src.datamodules.batch import MultiViewBatch
 from src.errors import SettingError
+from src.models.losses.precision import full_precision
 from src.models.pretrain_module import PretrainModule
 
 
@@ -39,6 +41,12 @@ def two_views(batch: MultiViewBatch) -> Tensor:
     if len(views) < 2:
         raise SettingError("data.batch_size: each process and micro-batch needs at least 2 images to compare, got 1")
     return views
+
+
+@full_precision
+def unit(x: Tensor) -> Tensor:
+    """Rows of unit length, [..., D], in float32 at least."""
+    return F.normalize(x, dim=-1)
 
 
 def together(network: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:

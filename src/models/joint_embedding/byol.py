@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from src.datamodules.batch import MultiViewBatch
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.heads.mlp import MlpHead
-from src.models.joint_embedding.base import JointEmbedding, apart, two_views
+from src.models.joint_embedding.base import JointEmbedding, apart, two_views, unit
 from src.models.pretrain_module import StepOutput
 from src.models.teacher import teacher_of
 from src.optim import OptimizerRecipe
@@ -69,5 +68,4 @@ class BYOL(JointEmbedding):
 
 def regression(prediction: Tensor, target: Tensor) -> Tensor:
     """Squared distance of unit vectors, 2 - 2 cos, summed over views, its mean over images: [B, V, D], [B, V, D]."""
-    prediction, target = F.normalize(prediction.float(), dim=-1), F.normalize(target.float(), dim=-1)
-    return (2 - 2 * (prediction * target).sum(dim=-1)).sum(dim=1).mean()
+    return (2 - 2 * (unit(prediction) * unit(target)).sum(dim=-1)).sum(dim=1).mean()

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Protocol
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from src.collectives import gather
 from src.datamodules.batch import MultiViewBatch
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.heads.mlp import MlpHead
-from src.models.joint_embedding.base import JointEmbedding, together, two_views
+from src.models.joint_embedding.base import JointEmbedding, together, two_views, unit
 from src.models.losses.contrastive import nt_xent
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
@@ -67,7 +66,7 @@ class SimCLR(JointEmbedding):
     def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:
         views = two_views(batch)
         h = together(lambda x: self.encoder(x).embedding, views)
-        z = F.normalize(together(self.projector, h).float(), dim=-1)
+        z = unit(together(self.projector, h))
         keys, offset = gather(z)
         loss = self.loss(z, keys, offset, temperature=self.temperature)
         positive = (z[:, 0] * z[:, 1]).sum(dim=-1).mean()

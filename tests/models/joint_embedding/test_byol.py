@@ -40,7 +40,7 @@ def test_a_step_is_the_paper_s_each_view_predicting_the_other_s_target():
         for row, goal in zip(q.detach().numpy(), t.detach().numpy(), strict=True):
             difference = row / np.linalg.norm(row) - goal / np.linalg.norm(goal)
             total += (difference**2).sum() / 4
-    assert loss == pytest.approx(total, rel=1e-5)
+    assert loss == pytest.approx(total, rel=1e-10)
 
 
 def test_gradients_reach_the_student_and_the_predictor_and_not_the_teacher():
