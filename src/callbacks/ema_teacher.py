@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from src.errors import SettingError
 
@@ -67,7 +67,8 @@ class EMATeacher(L.Callback):
     @torch.no_grad()
     def _move(self, pl_module: L.LightningModule, momentum: float) -> None:
         for student, teacher in _pairs(pl_module):
-            ours, theirs = list(teacher.parameters()), [each.detach() for each in student.parameters()]
+            ours: list[Tensor] = list(teacher.parameters())
+            theirs: list[Tensor] = list(student.parameters())
             torch._foreach_mul_(ours, momentum)
             torch._foreach_add_(ours, theirs, alpha=1 - momentum)
             if self.buffers == "copy":

@@ -68,6 +68,7 @@ def on_each(process: int, backbone: str, loss: str) -> dict[str, torch.Tensor]:
 
 
 def build(backbone: str, loss: str) -> SimCLR:
+    torch.manual_seed(0)
     return simclr(toy.resnet() if backbone == "resnet" else toy.vit(), **({"loss": dclw} if loss == "dclw" else {}))
 
 
