@@ -30,6 +30,7 @@ from src.datamodules.sources.source import BadSample
 from src.errors import SettingError
 from src.evaluation.features import BadFeatures
 from src.listing import print_experiments
+from src.sync_batchnorm import SyncBatchNormPlugin
 from src.trained import without_source
 
 # stop a run with their message alone: the trace would say nothing more
@@ -84,7 +85,7 @@ def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int
                 RecipeCard(run.dir, config=plain(config), summary=recipe(config)),
             ],
             logger=[configuration.instantiate(each) for each in config.logger.values() if each],
-            plugins=[checkpoint_io],
+            plugins=[checkpoint_io, *([SyncBatchNormPlugin()] if config.trainer.sync_batchnorm else [])],
         )
     except (ValueError, L.pytorch.utilities.exceptions.MisconfigurationException) as problem:
         raise UserError(f"in trainer: {problem}") from problem

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from src.datamodules.dataset import ViewedDataset
 from src.errors import SettingError
 from src.models.backbones.image_encoder import inference
 from src.models.pretrain_module import PretrainModule
@@ -22,13 +23,14 @@ class Pictures(L.Callback):
     """Logs what ``pl_module.pictures`` makes of the first validation images, as ``pictures/<name>``: at the start,
     every so many epochs, and at the end.
 
-    Random masks are the same every time, so that only the method changes from picture to picture. Modes and generators
-    are left as they were.
+    They are cropped as for evaluation, or augmented as in training where the method takes several views.
+    Random masks and views are the same every time, so that only the method changes from picture to picture. Modes and
+    generators are left as they were.
 
     Args:
         count: images, one row each.
         every_n_epochs: how often.
-        seed: of the masks.
+        seed: of masks and views.
     """
 
     def __init__(self, count: int = 8, every_n_epochs: int = 1, seed: int = 0) -> None:
@@ -80,7 +82,10 @@ class Pictures(L.Callback):
             loader = datamodule.val_dataloader()
             # straight from the data set: the loader would start workers and decode a whole evaluation batch
             draws = next(iter(loader.sampler))[: self.count]
-            self._batch = loader.dataset[draws]
+            dataset, view = loader.dataset, datamodule.train_view
+            if view.batch_type is not datamodule.eval_view.batch_type:
+                dataset = ViewedDataset(dataset.source, view, seed=self.seed, subset=dataset.subset)
+            self._batch = dataset[draws]
         return self._batch
 
 

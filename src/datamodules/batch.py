@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NamedTuple, TypedDict, get_type_hints
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -25,6 +25,16 @@ class ImageBatch(TypedDict):
     replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
 
 
+class MultiViewBatch(TypedDict):
+    """Several augmented views of every image, those of one size together, so that each size is one forward pass."""
+
+    views: Annotated[Tensor, Field("B V 3 H W", torch.float32)]  # at the training size: all of them, or the global ones
+    local_views: NotRequired[Annotated[Tensor, Field("B L 3 h w", torch.float32)]]  # multi-crop's small ones
+    label: Annotated[Tensor, Field("B", torch.int64)]  # class, -1 where the source has none
+    index: Annotated[Tensor, Field("B", torch.int64)]  # position in the source
+    replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
+
+
 class BatchError(ValueError):
     """A batch is not what its type says; the message names the field."""
 
@@ -39,6 +49,10 @@ def validate(batch: Any, kind: type) -> None:
         raise BatchError(f"a batch must be a dict as {kind.__name__} says, not {type(batch).__name__}")
     sizes: dict[str, int] = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
+        if get_origin(hint) is NotRequired:
+            if name not in batch:
+                continue
+            (hint,) = get_args(hint)
         if name not in batch:
             raise BatchError(f"{kind.__name__} needs the field '{name}'; the batch has {', '.join(sorted(batch))}")
         for field in getattr(hint, "__metadata__", ()):

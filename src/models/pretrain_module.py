@@ -8,8 +8,10 @@ from typing import Any, NotRequired, TypedDict
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from src.callbacks.ema_teacher import EMATeacher
+from src.errors import SettingError
 from src.models.backbones.image_encoder import ImageEncoder
 from src.optim import OptimizerRecipe
 
@@ -42,6 +44,11 @@ class PretrainModule(L.LightningModule, ABC):
     def encoders(self) -> dict[str, ImageEncoder]:
         """The encoders to evaluate, export and look at, the first being the one a user would take away."""
 
+    def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Students and the teachers that follow them with ``self.teacher_momentum``; `EMATeacher` moves them. The
+        parameters of a pair have the same names. None by default."""
+        return []
+
     def pictures(self, batch: Any) -> Mapping[str, Tensor]:
         """Pictures that show the method at work on ``batch``: name -> [n, columns, 3, H, W], a row of columns an image,
         in the batch's normalisation. Called without gradients, in evaluation mode. None by default."""
@@ -49,6 +56,17 @@ class PretrainModule(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer_recipe.build(self)
+
+    def on_fit_start(self) -> None:
+        """
+        Raises:
+            SettingError: there is a teacher, and no callback that moves it.
+        """
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.teacher_pairs() and not any(isinstance(each, EMATeacher) for each in callbacks):
+            raise SettingError(
+                f"{type(self).__name__} has a teacher and nothing moves it: callbacks.teacher must be an EMATeacher"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes where each encoder's backbone lies among the weights, so that others can take it without the method."""

@@ -16,12 +16,16 @@ from torch import Tensor, nn
 
 from src.callbacks.checkpoints import Checkpoints
 from src.callbacks.pictures import Pictures
+from src.datamodules.batch import MultiViewBatch
 from src.datamodules.image import ImageDataModule
 from src.datamodules.sources.source import Split
-from src.datamodules.views.image import CentreCrop
+from src.datamodules.views.colour import Colour
+from src.datamodules.views.image import CentreCrop, RandomResizedCrop
+from src.datamodules.views.multi import Augmented, MultiView
 from src.loggers import OrderedTensorBoardLogger
 from src.models.backbones.image_encoder import ImageEncoder
-from src.models.pretrain_module import PretrainModule
+from src.models.joint_embedding.base import JointEmbedding
+from src.models.pretrain_module import PretrainModule, StepOutput
 from src.optim import OptimizerRecipe
 from tests.callbacks.small_runs import fit
 
@@ -145,3 +149,44 @@ def test_a_method_without_pictures_is_not_asked_for_a_batch(tmp_path: Path, monk
 
     monkeypatch.setattr(ImageDataModule, "val_dataloader", lambda self: pytest.fail("a batch was made"))
     assert train(tmp_path, Plain(), Pictures(), max_epochs=1).Tags()["images"] == []
+
+
+class Comparison(JointEmbedding):
+    """Takes two views and shows them."""
+
+    def __init__(self) -> None:
+        super().__init__(OptimizerRecipe(partial(torch.optim.SGD), lr=0.1))
+        self.layer = nn.Linear(3, 1)
+        self.shown: list[Tensor] = []
+
+    def encoders(self) -> dict[str, ImageEncoder]:
+        return {}
+
+    def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:
+        return {"loss": self.layer(batch["views"].mean((1, 3, 4))).square().mean()}
+
+    def pictures(self, batch: MultiViewBatch) -> Any:
+        self.shown.append(batch["views"])
+        return super().pictures(batch)
+
+
+def test_a_method_on_views_is_shown_with_the_training_views_of_validation_images(tmp_path: Path) -> None:
+    """The training split has no red, the validation split is all red."""
+    view = MultiView({"both": Augmented(RandomResizedCrop(SIDE), Colour(brightness=0.5, jitter=1.0), count=2)})
+    views = ImageDataModule(
+        source=Colours, train_view=view, eval_view=CentreCrop(SIDE, share=1), batch_size=4, num_workers=0
+    )
+    module = Comparison()
+    fit(tmp_path, Pictures(count=3), module=module, data=views, max_epochs=2)
+    assert len(module.shown) >= 2
+    first, *later = module.shown
+    assert all(torch.equal(first, other) for other in later)
+    shown = views.denormalise(first)
+    assert shown.shape == (3, 2, 3, SIDE, SIDE)
+    red, green = shown[:, :, 0, 0, 0], shown[:, :, 1, 0, 0]
+    assert (red >= 0.5 - 1e-6).all()
+    assert red.unique().numel() > 2  # each view has a brightness of its own
+    # green is 10 * i of 255 before both are made brighter or darker alike; white is cut
+    dark = red < 1 - 1e-6
+    expected = torch.tensor([0.0, 10.0, 20.0])[:, None].expand(3, 2) / 255 * red
+    assert torch.allclose(green[dark], expected[dark], atol=0.003)

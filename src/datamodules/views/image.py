@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
 from torch import Tensor
 
 from src.datamodules.batch import ImageBatch
@@ -49,6 +49,13 @@ class RandomResizedCrop:
     def decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
         boxes = self.boxes(images.shape[-2], images.shape[-1], uniform)
         return {"image": resample_boxes(images, boxes, self.size, flip=uniform[:, -1] < self.flip)}
+
+    def of_picture(self, picture: Image, uniform: np.ndarray) -> Tensor:
+        """A picture that is decoded already and of which more is wanted, uniform [draws] -> uint8 [3, size, size]."""
+        top, left, rows, columns = self.boxes(picture.height, picture.width, uniform[None])[0]
+        box = (left, top, left + columns, top + rows)
+        pixels = to_tensor(picture.resize((self.size, self.size), Resampling.BICUBIC, box=box))
+        return pixels.flip(-1) if uniform[-1] < self.flip else pixels
 
     def boxes(self, height: int, width: int, uniform: np.ndarray) -> np.ndarray:
         """Integer boxes [B, 4] (top, left, height, width): the first of ten tries that fits, else the largest centred

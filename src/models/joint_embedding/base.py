@@ -1,0 +1,59 @@
+"""What methods that compare views of an image share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from src.datamodules.batch import MultiViewBatch
+from src.errors import SettingError
+from src.models.losses.precision import full_precision
+from src.models.pretrain_module import PretrainModule
+
+
+class JointEmbedding(PretrainModule):
+    """A method on several views of each image, which are its pictures."""
+
+    def pictures(self, batch: MultiViewBatch) -> Mapping[str, Tensor]:
+        """What the method is given: the views of each image side by side, those of one size together."""
+        pictures = {"views": batch["views"]}
+        if "local_views" in batch:
+            pictures["local_views"] = batch["local_views"]
+        return pictures
+
+
+def two_views(batch: MultiViewBatch) -> Tensor:
+    """The views of a method that compares two: [B, 2, 3, H, W].
+
+    Raises:
+        SettingError: there are more or fewer, small ones besides, or a single image.
+    """
+    views = batch["views"]
+    local = batch["local_views"].shape[1] if "local_views" in batch else 0
+    if views.shape[1] != 2 or local:
+        raise SettingError(
+            f"data.train_view: this method compares 2 views of an image, but the batch has {views.shape[1]} in "
+            f"train_view.views and {local} in train_view.local_views"
+        )
+    if len(views) < 2:
+        raise SettingError("data.batch_size: each process and micro-batch needs at least 2 images to compare, got 1")
+    return views
+
+
+@full_precision
+def unit(x: Tensor) -> Tensor:
+    """Rows of unit length, [..., D], in float32 at least."""
+    return F.normalize(x, dim=-1)
+
+
+def together(network: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
+    """One forward pass of all views: [B, V, ...] -> [B, V, ...]. Batch norms see them as one batch."""
+    return network(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+
+
+def apart(network: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
+    """A forward pass for each view: [B, V, ...] -> [B, V, ...]. Batch norms see one kind of view at a time."""
+    return torch.stack([network(view) for view in views.unbind(dim=1)], dim=1)

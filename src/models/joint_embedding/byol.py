@@ -1,0 +1,71 @@
+"""BYOL: predict what a slow copy of oneself says of the other view, without negatives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from src.datamodules.batch import MultiViewBatch
+from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
+from src.models.heads.mlp import MlpHead
+from src.models.joint_embedding.base import JointEmbedding, apart, two_views, unit
+from src.models.pretrain_module import StepOutput
+from src.models.teacher import teacher_of
+from src.optim import OptimizerRecipe
+
+
+class BYOL(JointEmbedding):
+    """Bootstrap Your Own Latent (Grill et al., 2020). Deviations: none.
+
+    Student and teacher (the paper's online and target network) see both views, each view as a batch of its own. The
+    teacher follows encoder and projector after every update; its batch norms keep their own statistics.
+
+    Args:
+        backbone: any timm model without a head.
+        optimizer: LARS in the paper.
+        hidden_dim: of projector and predictor.
+        projection_dim: width of what is predicted.
+        teacher_momentum: of the moving average; the paper raises it to 1 along a cosine.
+        pool: what of the backbone's tokens is projected and evaluated.
+
+    Raises:
+        SettingError: in a step, where the batch does not have two views of at least two images.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        optimizer: OptimizerRecipe,
+        *,
+        hidden_dim: int = 4096,
+        projection_dim: int = 256,
+        teacher_momentum: float = 0.996,
+        pool: Pool = mean_patch,
+    ) -> None:
+        super().__init__(optimizer)
+        encoder = ImageEncoder(backbone, pool)
+        projector = MlpHead((encoder.dim, hidden_dim, projection_dim), hidden_bias=True)
+        self.student = nn.ModuleDict({"encoder": encoder, "projector": projector})
+        self.teacher = teacher_of(self.student)
+        self.predictor = MlpHead((projection_dim, hidden_dim, projection_dim), hidden_bias=True)
+        self.teacher_momentum = teacher_momentum
+
+    def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:
+        views = two_views(batch)
+        h = apart(lambda x: self.student["encoder"](x).embedding, views)
+        prediction = apart(lambda x: self.predictor(self.student["projector"](x)), h)
+        with torch.no_grad():
+            target = apart(lambda x: self.teacher["projector"](self.teacher["encoder"](x).embedding), views)
+        loss = regression(prediction, target.flip(1))
+        return {"loss": loss, "embedding": h[:, 0].detach().float()}
+
+    def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(self.student, self.teacher)]
+
+    def encoders(self) -> dict[str, ImageEncoder]:
+        return {"student": self.student["encoder"], "teacher": self.teacher["encoder"]}  # type: ignore[dict-item]
+
+
+def regression(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared distance of unit vectors, 2 - 2 cos, summed over views, its mean over images: [B, V, D], [B, V, D]."""
+    return (2 - 2 * (unit(prediction) * unit(target)).sum(dim=-1)).sum(dim=1).mean()

@@ -1,0 +1,76 @@
+"""SimCLR: recognise an image's other view among the views of all other images."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from src.collectives import gather
+from src.datamodules.batch import MultiViewBatch
+from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
+from src.models.heads.mlp import MlpHead
+from src.models.joint_embedding.base import JointEmbedding, together, two_views, unit
+from src.models.losses.contrastive import nt_xent
+from src.models.pretrain_module import StepOutput
+from src.optim import OptimizerRecipe
+
+
+class ContrastiveLoss(Protocol):
+    """A loss of unit vectors: own ones [B, V, D], those of all processes [N, V, D], and where the own ones begin."""
+
+    def __call__(self, z: Tensor, keys: Tensor, offset: int, *, temperature: float) -> Tensor: ...
+
+
+class SimCLR(JointEmbedding):
+    """A Simple Framework for Contrastive Learning of Visual Representations (Chen et al., 2020). Deviations: none.
+
+    The projector is the paper's, of two layers, with a batch norm on its output as in the released code. With another
+    loss it is another method: Decoupled Contrastive Learning (Yeh et al., 2021) by `dcl`, its weighted form by `dclw`.
+
+    Args:
+        backbone: any timm model without a head.
+        optimizer: LARS in the paper.
+        loss: of the projections.
+        temperature: similarities are divided by it.
+        hidden_dim: of the projector; None for as wide as the backbone's features.
+        projection_dim: width of what is compared.
+        pool: what of the backbone's tokens is projected and evaluated.
+
+    Raises:
+        SettingError: in a step, where the batch does not have two views of at least two images.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        optimizer: OptimizerRecipe,
+        *,
+        loss: ContrastiveLoss = nt_xent,
+        temperature: float = 0.1,
+        hidden_dim: int | None = None,
+        projection_dim: int = 128,
+        pool: Pool = mean_patch,
+    ) -> None:
+        super().__init__(optimizer)
+        if temperature <= 0:
+            raise ValueError(f"SimCLR: temperature must be above 0, got {temperature}")
+        self.loss = loss
+        self.temperature = temperature
+        self.encoder = ImageEncoder(backbone, pool)
+        width = self.encoder.dim
+        self.projector = MlpHead(
+            (width, hidden_dim or width, projection_dim), last_bias=False, last_norm=nn.BatchNorm1d
+        )
+
+    def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:
+        views = two_views(batch)
+        h = together(lambda x: self.encoder(x).embedding, views)
+        z = unit(together(self.projector, h))
+        keys, offset = gather(z)
+        loss = self.loss(z, keys, offset, temperature=self.temperature)
+        positive = (z[:, 0] * z[:, 1]).sum(dim=-1).mean()
+        return {"loss": loss, "logs": {"positive": positive.detach()}, "embedding": h[:, 0].detach().float()}
+
+    def encoders(self) -> dict[str, ImageEncoder]:
+        return {"encoder": self.encoder}

@@ -1,0 +1,59 @@
+"""Supervised pretraining: what labels would have taught, as the reference the others are compared with."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from src.datamodules.batch import ImageBatch
+from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
+from src.models.downstream.classifier import Classifier, truncated_normal
+from src.models.pretrain_module import StepOutput
+from src.optim import OptimizerRecipe
+
+
+class Supervised(Classifier):
+    """Classification from scratch, as in Deep Residual Learning (He et al., 2015) or DeiT (Touvron et al., 2020) by
+    recipe. The only pretraining here whose loss reads labels. Deviations: none.
+
+    Args:
+        backbone: any timm model without a head.
+        optimizer: SGD for ResNets, AdamW for ViTs in the papers.
+        smoothing: share of a label that goes to all classes alike.
+        head_std: of the truncated normal distribution the classifier starts from.
+        pool: what of the backbone's tokens is classified and evaluated.
+        num_classes: None for as many as the data has.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        optimizer: OptimizerRecipe,
+        *,
+        smoothing: float = 0.0,
+        head_std: float = 0.02,
+        pool: Pool = mean_patch,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__(optimizer, num_classes)
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"Supervised: smoothing must lie in [0, 1), got {smoothing}")
+        self.encoder = ImageEncoder(backbone, pool)
+        self.smoothing = smoothing
+        self.head_std = head_std
+
+    def make_head(self, num_classes: int) -> None:
+        self.head = nn.Linear(self.encoder.dim, num_classes)
+        truncated_normal(self.head, self.head_std)
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> StepOutput:
+        embedding = self.encoder(batch["image"]).embedding
+        logits = self.head(embedding).float()
+        loss = F.cross_entropy(logits, self.labels_of(batch), label_smoothing=self.smoothing)
+        return {"loss": loss, "embedding": embedding.detach().float()}
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(self.encoder(image).embedding)
+
+    def encoders(self) -> dict[str, ImageEncoder]:
+        return {"encoder": self.encoder}

@@ -1,0 +1,55 @@
+"""Batch norm over all processes, on GPUs and on CPUs."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch.plugins import TorchSyncBatchNorm
+from torch import Tensor, nn
+
+from src.collectives import all_reduce, is_distributed, world_size
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """torch's, which refuses tensors on the CPU: there mean and variance are summed over processes here.
+
+    Every process must hold as many values as the others (training batches do).
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.device.type != "cpu":
+            return super().forward(input)
+        if not (self.training and is_distributed()):
+            return nn.modules.batchnorm._BatchNorm.forward(self, input)
+        axes = [axis for axis in range(input.ndim) if axis != 1]
+        shape = [1 if axis != 1 else -1 for axis in range(input.ndim)]
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        count = x.numel() // x.shape[1] * world_size()
+        mean = all_reduce(x.sum(dim=axes)) / count
+        centred = x - mean.view(shape)
+        variance = all_reduce(centred.square().sum(dim=axes)) / count
+        self._follow(mean.detach(), variance.detach() * count / (count - 1))
+        result = centred * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            result = result * self.weight.view(shape) + self.bias.view(shape)
+        return result.to(input.dtype)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean), share)
+        self.running_var.lerp_(variance.to(self.running_var), share)
+
+
+class SyncBatchNormPlugin(TorchSyncBatchNorm):
+    """Lightning's ``sync_batchnorm``, with the layer above in the place of torch's."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        model = super().apply(model)
+        for module in model.modules():
+            if type(module) is nn.SyncBatchNorm:
+                module.__class__ = SyncBatchNorm
+        return model

@@ -1,0 +1,156 @@
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from src.datamodules.batch import BatchError, MultiViewBatch, validate
+from src.datamodules.decoding import EncodedImage
+from src.datamodules.image import ImageDataModule
+from src.datamodules.views.colour import Colour
+from src.datamodules.views.image import CentreCrop, RandomResizedCrop
+from src.datamodules.views.multi import Augmented, MultiView
+from src.randomness import uniform
+
+STRONG = Colour(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grey=0.2, blur=0.5)
+PLAIN = Colour()
+MIXED = MultiView(
+    {"first": Augmented(RandomResizedCrop(24), STRONG), "second": Augmented(RandomResizedCrop(24), PLAIN)},
+    {"small": Augmented(RandomResizedCrop(12, scale=(0.05, 0.4)), STRONG, count=3)},
+)
+
+
+def pictures(count: int, size: int = 40) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, size, size), dtype=np.uint8))
+
+
+def draws(view, epoch: int, indices: list[int], seed: int = 0) -> np.ndarray:
+    return uniform(seed, [epoch] * len(indices), indices, view.draws)
+
+
+def test_views_come_by_size_and_each_as_its_kind_alone_would_be():
+    rows = draws(MIXED, 0, [0, 1, 2, 3])
+    batch = MIXED.decoded(pictures(4), rows)
+    assert batch["views"].shape == (4, 2, 3, 24, 24)
+    assert batch["local_views"].shape == (4, 3, 3, 12, 12)
+    kinds = [*MIXED.views.values(), *[MIXED.local_views["small"]] * 3]
+    views = [*batch["views"].unbind(1), *batch["local_views"].unbind(1)]
+    for place, (kind, view) in enumerate(zip(kinds, views, strict=True)):
+        own = rows[:, place * Augmented.draws : (place + 1) * Augmented.draws]
+        assert torch.equal(view, kind.decoded(pictures(4), own)["image"])
+
+
+def test_views_of_one_kind_are_independent():
+    """Flips agree half the time, and boxes do not follow each other."""
+    view = MultiView({"both": Augmented(RandomResizedCrop(8, scale=(0.2, 0.5)), PLAIN, count=2)})
+    ramp = torch.arange(40, dtype=torch.uint8).mul(6).expand(600, 3, 40, 40).contiguous()  # brighter to the right
+    both = view.decoded(ramp, draws(view, 0, list(range(600))))["views"].float()
+    flipped = both[:, :, 0, 0, 0] > both[:, :, 0, 0, -1]
+    agree = (flipped[:, 0] == flipped[:, 1]).float().mean().item()
+    assert abs(agree - 0.5) < 4 * (0.25 / 600) ** 0.5
+    middle = both.mean(dim=(2, 3, 4))
+    correlation = torch.corrcoef(middle.T)[0, 1].item()
+    assert middle.std(dim=0).min() > 10  # the boxes do move
+    assert abs(correlation) < 4 / 600**0.5
+
+
+def test_a_sample_s_views_depend_on_seed_epoch_and_index_alone():
+    images = pictures(6)
+    whole = MIXED.decoded(images, draws(MIXED, 3, [0, 1, 2, 3, 4, 5]))
+    torch.manual_seed(1), np.random.seed(1)
+    copied = pickle.loads(pickle.dumps(MIXED))
+    part = copied.decoded(images[[4, 1]], draws(MIXED, 3, [4, 1]))
+    for name in ("views", "local_views"):
+        assert (part[name].int() - whole[name][[4, 1]].int()).abs().max() <= 1
+    later = MIXED.decoded(images, draws(MIXED, 4, [0, 1, 2, 3, 4, 5]))["views"]
+    reseeded = MIXED.decoded(images, draws(MIXED, 3, [0, 1, 2, 3, 4, 5], seed=1))["views"]
+    for other in (later, reseeded):
+        assert all(not torch.equal(a, b) for a, b in zip(whole["views"][:, 0], other[:, 0], strict=True))
+
+
+def test_a_file_and_its_pixels_give_the_same_views_but_for_rounding():
+    pixels = np.random.default_rng(1).integers(0, 256, (50, 60, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    mild = Colour(brightness=0.4, grey=0.2, blur=0.5)
+    view = MultiView(
+        {"both": Augmented(RandomResizedCrop(24), mild, count=2)},
+        {"small": Augmented(RandomResizedCrop(12), mild, count=2)},
+    )
+    row = draws(view, 0, [2])
+    encoded = view.encoded(EncodedImage(buffer.getvalue()), row[0])
+    decoded = view.decoded(torch.from_numpy(pixels).permute(2, 0, 1)[None], row)
+    for name in ("views", "local_views"):
+        # PIL keeps 8 bits between its passes, and brightness multiplies the difference by at most 1.4
+        assert (encoded[name].int() - decoded[name][0].int()).abs().max() <= 3
+    alone = view.views["both"].encoded(EncodedImage(buffer.getvalue()), row[0, : Augmented.draws])["image"]
+    assert (alone.int() - encoded["views"][0].int()).abs().max() <= 3
+
+
+def test_views_reach_the_method_normalised_with_label_and_index():
+    class Source:
+        classes = ("a",)
+        images = pictures(8).numpy()
+        labels = np.arange(8)
+
+        def __len__(self):
+            return 8
+
+        def name(self, index):
+            return str(index)
+
+    data = ImageDataModule(
+        source=lambda split: Source(),
+        train_view=MIXED,
+        eval_view=CentreCrop(24),
+        batch_size=4,
+        num_workers=0,
+    )
+    raw = next(iter(data.train_dataloader()))
+    shown = raw["views"].clone()
+    batch = data.on_after_batch_transfer(raw, 0)
+    validate(batch, MultiViewBatch)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = (shown[1, 1, :, 2, 3].float() / 255 - mean) / std
+    assert torch.allclose(batch["views"][1, 1, :, 2, 3], expected, atol=1e-6)
+    assert torch.equal(batch["label"], batch["index"])
+    assert data.batch_type is MultiViewBatch
+
+
+def whole_batch() -> dict[str, torch.Tensor]:
+    return {
+        "views": torch.zeros(3, 2, 3, 8, 8),
+        "label": torch.zeros(3, dtype=torch.int64),
+        "index": torch.zeros(3, dtype=torch.int64),
+        "replaced": torch.zeros(3, dtype=torch.bool),
+    }
+
+
+def test_a_batch_may_lack_small_views_but_not_have_wrong_ones():
+    batch = whole_batch()
+    validate(batch, MultiViewBatch)
+    validate({**batch, "local_views": torch.zeros(3, 6, 3, 4, 4)}, MultiViewBatch)
+    with pytest.raises(BatchError, match=r"batch\['local_views'\] has B = 2 where 3 is expected"):
+        validate({**batch, "local_views": torch.zeros(2, 6, 3, 4, 4)}, MultiViewBatch)
+    with pytest.raises(BatchError, match=r"batch\['views'\] must have the axes \[B, V, 3, H, W\]"):
+        validate({**batch, "views": torch.zeros(3, 3, 8, 8)}, MultiViewBatch)
+    with pytest.raises(BatchError, match="needs the field 'views'"):
+        validate({name: value for name, value in batch.items() if name != "views"}, MultiViewBatch)
+
+
+def test_a_picture_that_is_not_a_number_is_named():
+    batch = whole_batch()
+    batch["views"][1, 0, 2, 3, 4] = float("nan")
+    with pytest.raises(BatchError, match=r"batch\['views'\] holds NaN"):
+        validate(batch, MultiViewBatch)
+
+
+def test_sizes_that_do_not_agree_and_no_views_at_all_are_refused():
+    with pytest.raises(ValueError, match=r"views must be views of one size, got \[24, 32\]"):
+        MultiView({"a": Augmented(RandomResizedCrop(24)), "b": Augmented(RandomResizedCrop(32))})
+    with pytest.raises(ValueError, match="local_views must be views of one size, got none"):
+        MultiView({"a": Augmented(RandomResizedCrop(24))}, {})
+    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
+        Augmented(RandomResizedCrop(24), count=0)
