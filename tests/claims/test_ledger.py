@@ -131,7 +131,7 @@ class TestPage:
         assert "| scenes | effective rank | higher by 0.5 | – | 0 of 3 | **failed** (3 of 6 runs failed) |" in page
         assert "| more | failed | failed | failed | – |" in page
         assert "- Failed, seed 1, more: the loss is nan at step 7" in page
-        assert "### More is more on emoji: not measured yet" in page
+        assert "### more on emoji: not measured yet" in page
 
     def test_several_days_and_a_busy_hour_are_said_once(self) -> None:
         later = run(1.0) | {"about": ABOUT | {"date": "2030-01-03 09:00", "others": 1.5}}
@@ -248,7 +248,7 @@ def test_from_the_command_to_the_page(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         (["claim=mae_mask"], "there is no claim 'mae_mask'; did you mean mae_mask_ratio"),
         (["clami=x"], "knows no 'clami=x'; did you mean claim?"),
-        (["claim=mae_mask_ratio", "again=fail"], "again is failed or all, not 'fail'; did you mean failed?"),
+        (["claim=mae_mask_ratio", "again=fail"], "again is failed or all, not 'fail'; did you mean failed"),
     ],
 )
 def test_typos_end_with_exit_code_2(
