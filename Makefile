@@ -12,7 +12,7 @@ TRAIN  := $(if $(EXP),experiment=$(EXP)) $(if $(SCALE),scale=$(SCALE)) $(if $(DA
           $(if $(DATA_DIR),paths.data='"$(DATA_DIR)"') $(if $(CKPT),checkpoint='"$(CKPT)"') \
           $(if $(TYPED_NAME),run.name='"$(TYPED_NAME)"') $(COMMON)
 
-.PHONY: help setup train resume evaluate export list new bench tensorboard test lint format clean
+.PHONY: help setup train resume evaluate export list new bench claim claims tensorboard test lint format clean
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,12 @@ new: setup ## start a method of your own from one that is here: METHOD=mine FROM
 
 bench: setup ## measure speed and write docs/benchmarks.md
 	@$(PY) -m src.bench $(ARGS)
+
+claim: setup ## measure what a paper claims: CLAIM=mae_mask_ratio (without CLAIM: the list)
+	@$(PY) -m src.claims $(if $(CLAIM),claim='$(CLAIM)') $(ARGS)
+
+claims: setup ## measure every claim that is not yet, and write docs/claims.md
+	@$(PY) -m src.claims all=true $(ARGS)
 
 tensorboard: setup ## dashboards of all runs, on this machine only
 	@$(PY) -m tensorboard.main --logdir runs --host 127.0.0.1 --port $(or $(PORT),6006)

@@ -17,6 +17,7 @@ from src import configuration, runs, train, trained
 from src.callbacks.checkpoints import load_checkpoint
 from src.configuration import CONFIGS, UserError, nearest
 from src.datamodules.image import ImageDataModule
+from src.errors import SettingError
 from src.evaluation.features import BadFeatures, NoLabels
 from src.evaluation.pixels import PixelEncoder
 from src.evaluation.run import feature_sets, score
@@ -42,6 +43,10 @@ def main(argv: Sequence[str]) -> int:
     asked = protocols(words.get("eval") or "knn,linear", list(config.evaluate.evaluators))
     checkpoint = trained.checkpoint_of(run, words.get("checkpoint"))
     data = words.get("data") or data_name(config)
+    if config.evaluate.split != "val":
+        if FINETUNE in asked:
+            raise UserError("EVAL=finetune judges on the validation split: leave evaluate.split=val")
+        data = f"{data}_{config.evaluate.split}"
     scores: Scores = {}
     if set(asked) - {FINETUNE}:
         scores = evaluate(config, checkpoint, asked)
@@ -110,9 +115,10 @@ def evaluate(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -> Scor
             device,
             bank_samples=config.evaluate.bank_samples,
             query_samples=config.evaluate.query_samples,
+            split=config.evaluate.split,
             precision=precision_of(config, device),
         )
-    except (NoLabels, BadFeatures) as problem:
+    except (NoLabels, BadFeatures, SettingError) as problem:
         raise UserError(str(problem)) from problem
     return {name: score({name: mine}, evaluators, device) for name, mine in sets.items()}
 

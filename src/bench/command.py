@@ -1,4 +1,4 @@
-"""`make train`, started from a benchmark."""
+"""`make train`, started from a benchmark or a claim."""
 
 from __future__ import annotations
 
@@ -11,6 +11,22 @@ from pathlib import Path
 from src.configuration import PROJECT
 
 
+class TrainingFailed(RuntimeError):
+    """A training command that did not end well.
+
+    Args:
+        words: what it was given.
+        code: its exit code; negative where a signal ended it.
+        error: the end of what it wrote to standard error.
+    """
+
+    def __init__(self, words: Sequence[str], code: int, error: str) -> None:
+        super().__init__(f"src.train {' '.join(words)} ended with {code}:\n{error}")
+        self.code = code
+        last = [line.strip() for line in error.splitlines() if line.strip()][-1:]
+        self.reason = last[0] if last else f"exit code {code}"
+
+
 def train(words: Sequence[str], *, runs: Path, python: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """``python -m src.train <words>``, what the make target runs, its run's folder below ``runs``.
 
@@ -18,7 +34,7 @@ def train(words: Sequence[str], *, runs: Path, python: Sequence[str] = ()) -> su
         python: options of the interpreter.
 
     Raises:
-        RuntimeError: it did not end with exit code 0.
+        TrainingFailed: it did not end with exit code 0.
     """
     # a process of its own: what a person at the keyboard would get, and nothing of it stays in this one
     environment = {name: value for name, value in os.environ.items() if name != "PRETEXT_RUN_DIR"}
@@ -30,5 +46,5 @@ def train(words: Sequence[str], *, runs: Path, python: Sequence[str] = ()) -> su
         text=True,
     )
     if done.returncode:
-        raise RuntimeError(f"src.train {' '.join(words)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        raise TrainingFailed(words, done.returncode, done.stderr[-3000:])
     return done

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import statistics
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from src import configuration, evaluate, runs, train
-from src.bench import command, machine
+from src import evaluate
+from src.bench import machine, once
 from src.bench.report import Check, Section, table
 
 DATA = ("scenes", "emoji")
@@ -54,48 +49,31 @@ def measure(
         ``runs``: for "<data>/<seed>" the ``scores`` by encoder and metric, the ``minutes`` of the training command,
         the ``epochs`` and optimizer ``steps``, and where it was measured.
     """
-    result: dict[str, Any] = {"runs": dict((known or {}).get("runs", {}))}
-    for name in data:
-        for seed in (0,) if quick else seeds:
-            words = [
-                "experiment=mae_tiny",
-                f"data={name}",
-                f"seed={seed}",
-                *overrides,
-                *(_QUICK[name] if quick else ()),
-            ]
-            config = train.compose(words)
-            key = f"{name}/{seed}"
-            if result["runs"].get(key, {}).get("recipe") == fingerprint(config):
-                continue
-            result["runs"][key] = {"about": machine.about(), "recipe": fingerprint(config), **learn(words, config)}
-            keep(result)
-    return result
+    jobs = {
+        f"{name}/{seed}": once.Job(
+            ["experiment=mae_tiny", f"data={name}", f"seed={seed}", *overrides, *(_QUICK[name] if quick else ())]
+        )
+        for name in data
+        for seed in ((0,) if quick else seeds)
+    }
+    earlier = (known or {}).get("runs", {})
+    found = once.measure_missing(
+        jobs, lambda job, config: learn(job.words, config), known=earlier, keep=lambda each: keep({"runs": each})
+    )
+    return {"runs": found}
 
 
 def learn(words: Sequence[str], config: DictConfig) -> dict[str, Any]:
-    """One run, trained and judged; its folder does not outlast it."""
-    configuration.instantiate(config.data).prepare_data()  # rendering happens once, and is no part of a run's minutes
-    with tempfile.TemporaryDirectory() as folder:
-        begin = time.perf_counter()
-        command.train([*words, "run.name=learning"], runs=Path(folder))
-        minutes = (time.perf_counter() - begin) / 60
-        run = runs.Run(Path(folder, config.run.experiment, "learning"))
+    """One run, trained and judged."""
+    with once.trained(words, config) as finished:
+        run, steps = finished.run, finished.steps
         everything = ["evaluate.bank_samples=null", "evaluate.query_samples=null"]
         settled = evaluate.settle(run, None, everything)
         # the last checkpoint, not the best: the best was chosen on the images it would be judged on
         scores = evaluate.evaluate(settled, run.last, ["knn", "linear", "random", "pixels"])
-        steps = int(run.metrics()["train"]["step"])
     judged = {encoder: {metric: values[metric] for metric in METRICS} for encoder, values in scores.items()}
-    return {"minutes": minutes, "epochs": int(config.trainer.max_epochs), "steps": steps, "scores": judged}
-
-
-def fingerprint(config: DictConfig) -> str:
-    """Of everything in the configuration that could change a result."""
-    content = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(content, dict)
-    kept = {key: value for key, value in content.items() if key not in ("run", "paths", "about", "logger")}
-    return hashlib.blake2b(json.dumps(kept, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+    epochs = int(config.trainer.max_epochs)
+    return {"minutes": finished.seconds / 60, "epochs": epochs, "steps": steps, "scores": judged}
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class Throughput(L.Callback):
     - ``speed/peak_memory_gb``: on the GPU, else of this process,
     - ``speed/mfu``: floating point operations of forward and backward over what the device could do; only where that is
       known. They are counted once, in the second step.
+    - ``speed/step_flops``: these operations of this process, if asked for: what a step costs on any machine.
 
     Time for evaluation, checkpoints and pictures is not in these numbers, nor is the first step of a run (a GPU's
     kernels are chosen in it). A GPU is waited for only when something is logged.
@@ -47,13 +48,19 @@ class Throughput(L.Callback):
     Args:
         every_n_steps: optimizer steps.
         peak_flops: operations per second of one device, where Lightning does not know it; None to ask Lightning.
+        count_flops: log ``speed/step_flops``.
     """
 
     def __init__(
-        self, every_n_steps: int = 10, peak_flops: float | None = None, clock: Callable[[], float] = time.perf_counter
+        self,
+        every_n_steps: int = 10,
+        peak_flops: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        count_flops: bool = False,
     ) -> None:
         self.every_n_steps = every_n_steps
         self.peak_flops = peak_flops
+        self.count_flops = count_flops
         self._clock = clock
         self._fetch: _FetchTimer | None = None
         self._window = _Window()
@@ -77,7 +84,8 @@ class Throughput(L.Callback):
     ) -> None:
         self._batch_started = self._clock()
         second = trainer.global_step == self._first_step + 1
-        if second and self.peak_flops is not None and self._step_flops is None and self._counter is None:
+        wanted = self.count_flops or self.peak_flops is not None
+        if second and wanted and self._step_flops is None and self._counter is None:
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
 
@@ -122,6 +130,8 @@ class Throughput(L.Callback):
             rates["speed/images_per_second"] = images / window.seconds
         if self.peak_flops is not None and self._step_flops:
             rates["speed/mfu"] = self._step_flops * window.steps / window.seconds / self.peak_flops
+        if self.count_flops and self._step_flops:
+            rates["speed/step_flops"] = float(self._step_flops)
         pl_module.log_dict(rates)
 
     def _stop_counting(self) -> None:

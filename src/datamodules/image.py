@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from src.datamodules.dataset import EvalSampler, ResumableLoader, TrainSampler, ViewedDataset
-from src.datamodules.sources.source import ImageSource, Split
+from src.datamodules.sources.source import ImageSource, SegmentedSource, Split
 from src.datamodules.views.view import View
 from src.errors import SettingError
 
@@ -95,6 +95,10 @@ class ImageDataModule(L.LightningDataModule):
     def val_source(self) -> ImageSource:
         return self.make_source("val")
 
+    @cached_property
+    def test_source(self) -> ImageSource:
+        return self.make_source("test")
+
     @property
     def classes(self) -> Sequence[str]:
         return self.train_source.classes
@@ -125,6 +129,11 @@ class ImageDataModule(L.LightningDataModule):
         limits = [limit for limit in (samples, self.eval_samples) if limit is not None]
         return self._eval_loader(self.val_source, min(limits, default=None))
 
+    def test_dataloader(self, samples: int | None = None) -> DataLoader[dict[str, Tensor]]:
+        """As `val_dataloader`, of the test split: what nothing may be chosen by."""
+        limits = [limit for limit in (samples, self.eval_samples) if limit is not None]
+        return self._eval_loader(self.test_source, min(limits, default=None))
+
     def bank_dataloader(self, samples: int | None = None) -> DataLoader[dict[str, Tensor]]:
         """Training images in the evaluation view (what kNN looks up and probes learn from), this process's share.
 
@@ -133,6 +142,29 @@ class ImageDataModule(L.LightningDataModule):
         """
         limits = [limit for limit in (samples, self.train_samples) if limit is not None]
         return self._eval_loader(self.train_source, min(limits, default=None))
+
+    def kind_shares(self, split: Split, index: Tensor) -> Tensor:
+        """How much of each pixel of evaluation pictures shows what: float32 [B, 1 + K, H, W], background first, in
+        [0, 1]. A mask goes through the evaluation view like its picture, so it is cropped and resized alike.
+
+        Args:
+            split: where the pictures are from.
+            index: their positions in the source, int64 [B].
+
+        Raises:
+            SettingError: the source knows no masks.
+        """
+        source = self.test_source if split == "test" else self.val_source if split == "val" else self.train_source
+        if not isinstance(source, SegmentedSource):
+            raise SettingError(f"data.source: {type(source).__name__} has no masks; scenes have")
+        kinds = torch.arange(1 + len(source.classes))[:, None, None]
+        shares = []
+        for position in index.tolist():
+            masks = (source.segmentation(position) == kinds).to(torch.uint8) * 255
+            pictures = masks[:, None].expand(-1, 3, -1, -1).contiguous()
+            no_numbers = np.zeros((len(pictures), self.eval_view.draws), np.float32)
+            shares.append(self.eval_view.decoded(pictures, no_numbers)["image"][:, 0])
+        return torch.stack(shares).to(torch.float32) / 255
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         """uint8 pictures become normalised float32, on the device."""

@@ -64,7 +64,7 @@ def embedding_and_patches(features: Features) -> Tensor:
 
 
 @dataclass
-class _Rows:
+class Rows:
     """What this process has read so far."""
 
     features: list[Tensor]
@@ -103,32 +103,34 @@ def extract(
         NoLabels: no sample has a label.
         BadFeatures: NaN or infinite features, naming the encoder and the sample.
     """
-    rows = {name: _Rows([], [], []) for name in encoders}
+    rows = {name: Rows([], [], []) for name in encoders}
     with inference(nn.ModuleList(encoders.values())), autocast(precision, device):
         for loaded in loader:
-            batch = _labelled(loaded)
+            batch = labelled(loaded)
             if len(batch["label"]) == 0:
                 continue
             batch = datamodule.transfer_batch_to_device(batch, device, 0)
             batch = datamodule.on_after_batch_transfer(batch, 0)
             for name, encoder in encoders.items():
-                features = pool(encoder(batch["image"].to(_weight_dtype(encoder))))
+                features = pool(encoder(batch["image"].to(weight_dtype(encoder))))
                 rows[name].add(features.to("cpu", torch.float32).to(storage), batch)
-    return {name: _gathered(name, mine, device, storage) for name, mine in rows.items()}
+    return {name: gathered(name, mine, device, storage) for name, mine in rows.items()}
 
 
-def _labelled(loaded: dict[str, Tensor]) -> dict[str, Tensor]:
+def labelled(loaded: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch without stand-ins and samples that have no label."""
     keep = (loaded["label"] >= 0) & ~loaded["replaced"]
     fields = {name: loaded[name] for name in ("image", "label", "index")}
     return fields if keep.all() else {name: value[keep] for name, value in fields.items()}
 
 
-def _weight_dtype(encoder: nn.Module) -> torch.dtype:
+def weight_dtype(encoder: nn.Module) -> torch.dtype:
     """The type the encoder's weights have, which differs from float32 where a whole run is kept in another."""
     return next((p.dtype for p in encoder.parameters() if p.is_floating_point()), torch.float32)
 
 
-def _gathered(name: str, mine: _Rows, device: torch.device, storage: torch.dtype) -> FeatureSet:
+def gathered(name: str, mine: Rows, device: torch.device, storage: torch.dtype) -> FeatureSet:
+    """The rows of all processes, in the order of their indices; rows of one index stay in theirs."""
     # a process with fewer samples than the others may hold none, and then does not know the width
     width = torch.tensor([mine.features[0].shape[1] if mine.features else 0], device=device)
     empty = torch.zeros(0, int(gather_rows(width).max()), dtype=storage)

@@ -8,9 +8,12 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from src.collectives import gather_rows
 from src.datamodules.image import ImageDataModule
+from src.datamodules.sources.source import Split
+from src.errors import SettingError
 from src.evaluation.features import FeatureSets, Pool, embedding, extract
 from src.randomness import seeded
 
@@ -32,6 +35,7 @@ def run_evaluators(
     *,
     bank_samples: int | None = BANK_SAMPLES,
     query_samples: int | None = QUERY_SAMPLES,
+    split: Split = "val",
     pool: Pool = embedding,
     precision: str = "32-true",
 ) -> dict[str, float]:
@@ -43,6 +47,7 @@ def run_evaluators(
     Args:
         encoders: by name, image -> `Features`, on ``device``.
         bank_samples, query_samples: images at most, a fixed random choice; None for all.
+        split: where the queries are from; the bank is of the training split.
         pool, precision: see `extract`.
 
     Raises:
@@ -54,6 +59,7 @@ def run_evaluators(
         device,
         bank_samples=bank_samples,
         query_samples=query_samples,
+        split=split,
         pool=pool,
         precision=precision,
     )
@@ -67,6 +73,7 @@ def feature_sets(
     *,
     bank_samples: int | None = BANK_SAMPLES,
     query_samples: int | None = QUERY_SAMPLES,
+    split: Split = "val",
     pool: Pool = embedding,
     precision: str = "32-true",
 ) -> dict[str, FeatureSets]:
@@ -75,9 +82,22 @@ def feature_sets(
     with seeded(0):
         query, bank = (
             extract(encoders, loader, datamodule, device, pool=pool, precision=precision)
-            for loader in (datamodule.val_dataloader(query_samples), datamodule.bank_dataloader(bank_samples))
+            for loader in (query_loader(datamodule, split, query_samples), datamodule.bank_dataloader(bank_samples))
         )
     return {name: FeatureSets(bank=bank[name], query=query[name]) for name in encoders}
+
+
+def query_loader(
+    datamodule: ImageDataModule, split: Split, samples: int | None = None
+) -> DataLoader[dict[str, torch.Tensor]]:
+    """The held-out images that evaluators judge on, at most ``samples`` of them.
+
+    Raises:
+        SettingError: another split; what evaluators learn from is the training split.
+    """
+    if split not in ("val", "test"):
+        raise SettingError(f"evaluate.split is val or test, what is held out from training; not '{split}'")
+    return datamodule.test_dataloader(samples) if split == "test" else datamodule.val_dataloader(samples)
 
 
 def score(sets: Mapping[str, FeatureSets], evaluators: Sequence[Evaluator], device: torch.device) -> dict[str, float]:

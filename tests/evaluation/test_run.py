@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from src.errors import SettingError
 from src.evaluation.features import FeatureSets
 from src.evaluation.knn import KNN
 from src.evaluation.linear import LinearProbe
 from src.evaluation.pixels import PixelEncoder
 from src.evaluation.run import feature_sets, run_evaluators
-from tests.evaluation.toy import Squares, squares, tiny_encoder
+from tests.evaluation.toy import Squares, make_data, squares, tiny_encoder
 
 CPU = torch.device("cpu")
 
@@ -82,3 +83,27 @@ def test_pixels_tell_the_colours_apart() -> None:
     scores = run_evaluators({"pixels": PixelEncoder(1)}, squares(length=60), [KNN(k=5), LinearProbe()], CPU)
     assert scores["knn_top1"] > 0.9
     assert scores["linear_top1"] > 0.9
+
+
+def test_queries_come_from_the_split_that_is_asked_for() -> None:
+    def mean(split: str) -> torch.Tensor:
+        images = torch.from_numpy(np.stack([Numbered(split)[index]["image"] for index in range(6)])).float()
+        return images.mean(dim=(1, 2, 3)) / 255
+
+    class Numbered(Squares):
+        """Squares that tell the splits apart."""
+
+        def __init__(self, split: str) -> None:
+            super().__init__("val", length=6)
+            self.images = self.images // 4 + {"train": 0, "val": 60, "test": 120}[split]
+            self.images = self.images.astype(np.uint8)
+
+    data = make_data(Numbered)
+    for split in ("val", "test"):
+        sets = feature_sets({"": PixelEncoder(1)}, data, CPU, split=split)[""]
+        for part, name in ((sets.bank, "train"), (sets.query, split)):
+            std, centre = torch.tensor([0.229, 0.224, 0.225]), torch.tensor([0.485, 0.456, 0.406])
+            torch.testing.assert_close((part.features * std + centre).mean(dim=1), mean(name), rtol=0, atol=1e-5)
+    for split in ("train", "tset"):
+        with pytest.raises(SettingError, match=rf"evaluate.split is val or test.*not '{split}'"):
+            feature_sets({"": PixelEncoder(1)}, data, CPU, split=split)

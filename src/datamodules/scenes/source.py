@@ -103,6 +103,14 @@ class ScenesSource:
         self._check(index)
         return self.world.scene(self._scene_seed, index)
 
+    def segmentation(self, index: int) -> torch.Tensor:
+        """What each pixel shows: uint8 [H, W], 0 for the backdrop, 1 + kind for a thing. Rendered when asked for,
+        whatever ``fields`` says."""
+        scene = self.scene(index)
+        masks = render.instance_masks(scene, self.resolution)
+        kinds = 1 + render.box_labels(scene, self.world.kinds)
+        return torch.from_numpy((masks * kinds[:, None, None]).sum(axis=0).astype(np.uint8))
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the mapped arrays: a pickled one would be a copy of all pictures."""
         return self.__dict__ | {"images": None, "labels": None}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NotRequired, Protocol, TypedDict
+from typing import Literal, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import torch
 
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
 
-__all__ = ["BadSample", "DataError", "EncodedImage", "ImageSource", "Sample", "Split"]
+__all__ = ["BadSample", "DataError", "EncodedImage", "ImageSource", "Sample", "SegmentedSource", "Split"]
 
 Split = Literal["train", "val", "test"]
 
@@ -35,4 +35,13 @@ class ImageSource(Protocol):
 
     def name(self, index: int) -> str:
         """What a person calls the sample: its path, or key."""
+        ...
+
+
+@runtime_checkable
+class SegmentedSource(ImageSource, Protocol):
+    """A source that knows what each pixel shows."""
+
+    def segmentation(self, index: int) -> torch.Tensor:
+        """uint8 [H, W], the size of the picture: 0 for background, 1 + class elsewhere."""
         ...

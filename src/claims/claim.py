@@ -1,0 +1,248 @@
+"""What a paper claims against its own baseline, said in `configs/claim/<name>.yaml` so that it can be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from src import configuration, train
+from src.bench.once import IDENTITY
+from src.configuration import CONFIGS, UserError, nearest
+
+SPENT = ("steps", "images", "seconds", "flops")  # what a budget can be equal in
+SPLITS = ("test", "val", "train")
+
+Difference = dict[str, tuple[Any, Any]]  # key -> its value in either arm
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side: an experiment and what is changed in it."""
+
+    name: str
+    experiment: str
+    overrides: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What both arms have the same of.
+
+    Args:
+        equal: steps, images, seconds (of the training command) or flops (of forward and backward, counted).
+        how: in words, how the arms' settings make it so.
+        within: the share by which what was really spent may differ.
+    """
+
+    equal: str
+    how: str
+    within: float = 0.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The second arm is said to be better than the first one.
+
+    Args:
+        name: of its file.
+        title: a few words.
+        paper: title, authors, year; the table or section where there is one.
+        claim: the sentence that is claimed.
+        arms: baseline, then what is claimed of.
+        differs: the keys that may differ between them; a key stands for everything below it.
+        metric: the `_target_` of a metric (see `src.claims.metrics`) and its arguments.
+        measured: what the metric is called on the page.
+        direction: whether the second arm is to be "higher" or "lower" than the first one.
+        least: the smallest difference that counts, in the metric's unit.
+        budget: what both arms have the same of.
+        seeds: each gives one pair of runs.
+        data: data set -> overrides that come with it.
+        common: overrides of both arms.
+        split: what is judged on. Recipes are chosen on val, so that test has decided nothing; train for what training
+            itself logs of its batches.
+    """
+
+    name: str
+    title: str
+    paper: str
+    claim: str
+    arms: tuple[Arm, Arm]
+    differs: Sequence[str]
+    metric: Mapping[str, Any]
+    measured: str
+    direction: str
+    least: float
+    budget: Budget
+    seeds: Sequence[int] = (0, 1, 2)
+    data: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"scenes": []})
+    common: Sequence[str] = ("scale=tiny",)
+    split: str = "test"
+
+    def words(self, arm: Arm, data: str, seed: int) -> list[str]:
+        """What `make train` is given for one run; an arm has the last word."""
+        return [
+            f"experiment={arm.experiment}",
+            f"data={data}",
+            f"seed={seed}",
+            *self.common,
+            *self.data[data],
+            *arm.overrides,
+        ]
+
+    def difference(self, data: str) -> Difference:
+        """Everything in which the arms' composed configurations differ, besides what names a run.
+
+        Raises:
+            UserError: a key is not among those the claim lists.
+        """
+        found = difference(*(train.compose(self.words(arm, data, self.seeds[0])) for arm in self.arms))
+        unlisted = [key for key in found if not any(key == each or key.startswith(f"{each}.") for each in self.differs)]
+        if unlisted:
+            said = ", ".join(f"{key} ({found[key][0]} against {found[key][1]})" for key in unlisted)
+            raise UserError(f"claim '{self.name}' on {data}: its arms differ in what `differs` does not list: {said}")
+        if not found:
+            raise UserError(f"claim '{self.name}' on {data}: its arms do not differ")
+        return found
+
+
+def load(name: str) -> Claim:
+    """The claim of ``configs/claim/<name>.yaml``.
+
+    Raises:
+        UserError: there is none, or it does not say what it has to; the message names the key.
+    """
+    known = configuration.names("claim")
+    if name not in known:
+        raise UserError(f"there is no claim '{name}'{nearest(name, known)}")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(CONFIGS / "claim" / f"{name}.yaml"), resolve=False)
+    except (OmegaConfBaseException, ValueError) as problem:
+        raise UserError(f"claim '{name}' cannot be read: {problem}") from problem
+    return parse(name, content)
+
+
+def parse(name: str, content: Any) -> Claim:
+    """A claim from the plain values of its file, or of the ledger.
+
+    Raises:
+        UserError: see `load`.
+    """
+    place = f"claim '{name}'"
+    values = _checked(place, content, Claim, given=("name",))
+    arms = values["arms"]
+    _require(isinstance(arms, list) and len(arms) == 2, f"{place}: arms are two, the baseline and what is claimed of")
+    values["arms"] = tuple(Arm(**_checked(f"{place}, arms", arm, Arm)) for arm in arms)
+    names = [arm.name for arm in values["arms"]]
+    _require(
+        names[0] != names[1] and not any("/" in str(each) for each in names),
+        f"{place}: arms have names of their own without '/', not {' and '.join(map(repr, names))}",
+    )
+    values["budget"] = Budget(**_checked(f"{place}, budget", values["budget"], Budget))
+    budget, seeds = values["budget"], values.get("seeds", Claim.seeds)
+    _among(f"{place}: direction", values["direction"], ("higher", "lower"))
+    _among(f"{place}: budget.equal", budget.equal, SPENT)
+    _among(f"{place}: split", values.get("split", Claim.split), SPLITS)
+    _number(f"{place}: least", values["least"])
+    _number(f"{place}: budget.within", budget.within)
+    whole = isinstance(seeds, list | tuple) and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
+    _require(
+        whole and len(seeds) > 0 and len(set(seeds)) == len(seeds),
+        f"{place}: seeds are different whole numbers from 0, not {seeds}",
+    )
+    data = values["data"] = values.get("data") or {"scenes": []}
+    _require(isinstance(data, dict), f"{place}: data is written as {{scenes: [overrides], …}}, not {data}")
+    for each in data:
+        _among(f"{place}: data", each, configuration.names("data"))
+        data[each] = data[each] or []
+    metric = values["metric"]
+    _require(isinstance(metric, dict) and "_target_" in metric, f"{place}: metric needs a _target_")
+    lists = {
+        "differs": values["differs"],
+        "common": values.get("common", []),
+        **{f"data.{k}": v for k, v in data.items()},
+    }
+    lists |= {f"the overrides of '{arm.name}'": arm.overrides for arm in values["arms"]}
+    for where, words in lists.items():
+        is_words = isinstance(words, list | tuple) and all(isinstance(word, str) for word in words)
+        _require(is_words, f"{place}: {where} must be a list of words, not {words!r}")
+    return Claim(name=name, **values)
+
+
+def plain(claim: Claim) -> dict[str, Any]:
+    """What `parse` reads, as JSON can say it."""
+    return {
+        "title": claim.title,
+        "paper": claim.paper,
+        "claim": claim.claim,
+        "arms": [
+            {"name": arm.name, "experiment": arm.experiment, "overrides": list(arm.overrides)} for arm in claim.arms
+        ],
+        "differs": list(claim.differs),
+        "metric": dict(claim.metric),
+        "measured": claim.measured,
+        "direction": claim.direction,
+        "least": claim.least,
+        "budget": {"equal": claim.budget.equal, "how": claim.budget.how, "within": claim.budget.within},
+        "seeds": list(claim.seeds),
+        "data": {name: list(words) for name, words in claim.data.items()},
+        "common": list(claim.common),
+        "split": claim.split,
+    }
+
+
+def difference(first: DictConfig, second: DictConfig) -> Difference:
+    """Keys whose values differ, worked out; what another key says (``${…}``) only counts there. A key that one side
+    does not have is None there."""
+    ours, theirs = _leaves(first), _leaves(second)
+    keys = sorted(key for key in ours.keys() | theirs.keys() if key.split(".")[0] not in IDENTITY)
+    absent = object()
+    return {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key, absent) != theirs.get(key, absent)}
+
+
+def _leaves(config: DictConfig | ListConfig, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    names: Any = range(len(config)) if isinstance(config, ListConfig) else list(config)
+    for name in names:
+        key = f"{prefix}{name}"
+        node: Any = config._get_node(name)
+        value = None if node._is_missing() else config[name]
+        if not isinstance(value, DictConfig | ListConfig):
+            found[key] = value
+        elif node._is_interpolation():
+            found[key] = node._value()  # its content differs, if it does, where it stands
+        elif len(value) == 0:
+            found[key] = [] if isinstance(value, ListConfig) else {}
+        else:
+            found |= _leaves(value, f"{key}.")
+    return found
+
+
+def _checked(place: str, content: Any, kind: type, given: Sequence[str] = ()) -> dict[str, Any]:
+    """``content`` as the arguments of the dataclass ``kind``."""
+    _require(isinstance(content, dict), f"{place}: keys and values are expected, not {content!r}")
+    wanted = [each for each in fields(kind) if each.name not in given]
+    known = [each.name for each in wanted]
+    for key in content:
+        _require(key in known, f"{place} knows no key '{key}'{nearest(str(key), known)}")
+    needed = [each.name for each in wanted if each.default is MISSING and each.default_factory is MISSING]
+    missing = [name for name in needed if content.get(name) is None]
+    _require(not missing, f"{place} has to say: {', '.join(missing)}")
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def _among(what: str, value: Any, options: Sequence[str]) -> None:
+    _require(value in options, f"{what} is {' or '.join(options)}, not {value!r}{nearest(str(value), options)}")
+
+
+def _number(what: str, value: Any) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    _require(is_number and value >= 0, f"{what} is a number from 0, not {value!r}")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)

@@ -1,0 +1,316 @@
+"""The ledger: every claim's pairs of runs, measured once and kept, and the page made of them."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig
+
+from src import configuration
+from src.bench import machine, once
+from src.bench.command import TrainingFailed
+from src.bench.report import table
+from src.claims.claim import Claim, parse, plain
+from src.claims.metrics import Metric, TrainedRun
+from src.claims.verdict import Paired, paired, verdict
+from src.configuration import UserError
+
+# exit codes of a training that somebody stopped: it did not fail
+STOPPED = (143, -15, 130, -2)
+# what a run costs is counted in both arms alike
+COUNT = "+callbacks.throughput.count_flops=true"
+
+NOT_MEASURED, UNFINISHED, FAILED, UNEVEN = "not measured yet", "unfinished", "failed", "no verdict"
+
+
+def measure(
+    claim: Claim,
+    *,
+    known: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda entry: None,
+) -> dict[str, Any]:
+    """Both arms with every seed on every data set, pair by pair.
+
+    Args:
+        known: the claim's earlier entry; a run of the same recipe, judged alike, is not done again.
+        keep: is given the entry after each run.
+
+    Returns:
+        The claim, the arms' ``difference`` by data set, and ``runs``: for "<data>/<seed>/<arm>" the ``value`` and what
+        was ``spent``, or why it ``failed``; with where it was measured.
+
+    Raises:
+        UserError: the arms differ in more than the claim says, or a training was stopped.
+    """
+    # before anything is trained
+    differences = {data: claim.difference(data) for data in claim.data}
+    metric: Metric = configuration.instantiate(dict(claim.metric))
+    if claim.split not in metric.splits:
+        judges = f"judges on {' or '.join(metric.splits)}"
+        raise UserError(f"claim '{claim.name}': {claim.measured} {judges}, but split is {claim.split}")
+    judged = {"metric": plain(claim)["metric"], "split": claim.split}
+    jobs = {
+        key_of(data, seed, arm.name): once.Job([*claim.words(arm, data, seed), COUNT], judged)
+        for data in claim.data
+        for seed in claim.seeds
+        for arm in claim.arms
+    }
+
+    def entry(runs: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "claim": plain(claim),
+            "difference": {data: {key: list(pair) for key, pair in each.items()} for data, each in differences.items()},
+            "runs": {key: runs[key] for key in jobs if key in runs},
+        }
+
+    found = once.measure_missing(
+        jobs,
+        lambda job, config: _one_run(job, config, metric, claim),
+        known=(known or {}).get("runs", {}),
+        keep=lambda runs: keep(entry(runs)),
+    )
+    keep(entry(found))
+    return entry(found)
+
+
+def key_of(data: str, seed: int, arm: str) -> str:
+    return f"{data}/{seed}/{arm}"
+
+
+def _one_run(job: once.Job, config: DictConfig, metric: Metric, claim: Claim) -> dict[str, Any]:
+    print(f"  {' '.join(job.words)} …", flush=True)
+    try:
+        with once.trained(job.words, config) as finished:
+            value = metric(TrainedRun(finished.run, claim.split))  # type: ignore[arg-type]
+            metrics = finished.run.metrics()["train"]
+            spent: dict[str, Any] = {
+                "steps": finished.steps,
+                "images": finished.steps * int(config.data.batch_size),
+                "seconds": round(finished.seconds, 1),
+            }
+            if metrics.get("speed/step_flops"):
+                spent["flops"] = finished.steps * metrics["speed/step_flops"]
+            return {"value": value, "spent": spent}
+    except TrainingFailed as failure:
+        if failure.code in STOPPED:
+            raise UserError("the training was stopped; the same command goes on with what is missing") from failure
+        reason = failure.reason
+    except Exception as problem:
+        # whatever went wrong with one run, the others are worth having, and the page says it
+        reason = str(problem) if isinstance(problem, UserError) else f"{type(problem).__name__}: {problem}"
+    return {"failed": _short(reason)}
+
+
+def _short(reason: str) -> str:
+    """One line, without the temporary folder of a run that is no more."""
+    words = [
+        "…/" + word.rsplit("/", 1)[-1] if word.startswith(tempfile.gettempdir()) else word for word in reason.split()
+    ]
+    return " ".join(words)[:300]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known of a claim on one data set.
+
+    Args:
+        verdict: of the claim, or why there is none.
+        pairs: by seed, both arms' values, where both are there.
+        failed: by run ("<seed>/<arm>"), why.
+        found: of the pairs; None where there is none.
+        note: what has to be said of the verdict.
+    """
+
+    verdict: str
+    pairs: Mapping[int, tuple[float, float]]
+    failed: Mapping[str, str]
+    found: Paired | None
+    note: str = ""
+
+
+def outcome(claim: Claim, runs: Mapping[str, Any], data: str) -> Outcome:
+    """A verdict needs every pair: one that fails or is missing may be the one that speaks against the claim."""
+    names = [arm.name for arm in claim.arms]
+    pairs: dict[int, tuple[float, float]] = {}
+    failed: dict[str, str] = {}
+    missing = 0
+    for seed in claim.seeds:
+        both = [runs.get(key_of(data, seed, name)) for name in names]
+        missing += sum(each is None for each in both)
+        failed |= {
+            f"{seed}/{name}": each["failed"]
+            for name, each in zip(names, both, strict=True)
+            if each and "failed" in each
+        }
+        values = [each["value"] for each in both if each and "value" in each]
+        if len(values) == 2:
+            pairs[seed] = (values[0], values[1])
+    found = paired(*zip(*pairs.values(), strict=True)) if pairs else None
+    if missing:
+        begun = any(key.startswith(f"{data}/") for key in runs)
+        note = f"{len(pairs)} of {len(claim.seeds)} pairs" if begun else ""
+        return Outcome(UNFINISHED if begun else NOT_MEASURED, pairs, failed, found, note)
+    if failed:
+        note = f"{len(failed)} of {2 * len(claim.seeds)} runs failed"
+        return Outcome("inconclusive" if pairs else FAILED, pairs, failed, found, note)
+    uneven = _uneven(claim, runs, data)
+    if uneven:
+        return Outcome(UNEVEN, pairs, failed, found, uneven)
+    assert found is not None
+    note = "one seed is no verdict" if len(pairs) == 1 else ""
+    return Outcome(verdict(found, direction=claim.direction, least=claim.least), pairs, failed, found, note)
+
+
+def _uneven(claim: Claim, runs: Mapping[str, Any], data: str) -> str:
+    """How the budgets that should be equal are not, in the worst pair; else nothing."""
+    kind, worst, said = claim.budget.equal, 0.0, ""
+    for seed in claim.seeds:
+        spent = [runs[key_of(data, seed, arm.name)]["spent"].get(kind) for arm in claim.arms]
+        if None in spent:
+            return f"{kind} were not counted"
+        apart = abs(spent[1] - spent[0]) / max(*spent, 1e-12)
+        if apart > max(worst, claim.budget.within):
+            worst, said = apart, f"budgets are {100 * apart:.0f} % apart in {kind} ({spent[0]:.4g} and {spent[1]:.4g})"
+    return said
+
+
+def render(results: Mapping[str, Any], claims: Sequence[Claim]) -> str:
+    """The page as markdown: of measured claims as they were measured, of ``claims`` those that were not."""
+    entries: list[tuple[Claim, Mapping[str, Any]]] = [
+        (parse(name, entry["claim"]), entry) for name, entry in sorted(results.items())
+    ]
+    entries += [(claim, {}) for claim in claims if claim.name not in results]
+    entries.sort(key=lambda each: each[0].name)
+    lines = [
+        "# Claims",
+        "What papers claim against their own baselines, measured small. Written by `make claim` from "
+        "[claims.json](claims.json); change nothing here.",
+        "A pair of runs, one an arm, shares its seed; the arms' configurations differ in the listed keys alone. The "
+        "last checkpoint is judged. *Reproduced*: the 95 % confidence interval (Student's t) of the paired difference "
+        "lies on the claimed side of 0 and the mean difference reaches the least one that counts. *Not reproduced*: "
+        "the interval excludes that least difference. *Inconclusive*: neither, or runs have failed. A small "
+        "model on small pictures says nothing of the paper's own scale.",
+    ]
+    rows = []
+    for claim, entry in entries:
+        for data in claim.data:
+            rows.append(_row(claim, entry, data))
+    head = ["claim", "data", "metric", "wanted", "difference [95 %]", "pairs", "verdict"]
+    lines.append(table(head, rows) if rows else "There are no claims yet.")
+    for claim, entry in entries:
+        lines += _section(claim, entry)
+    return "\n\n".join(lines) + "\n"
+
+
+def _row(claim: Claim, entry: Mapping[str, Any], data: str) -> list[str]:
+    known = outcome(claim, entry.get("runs", {}), data)
+    return [
+        f"[{claim.title}](#{claim.name})",
+        data,
+        claim.measured,
+        f"{claim.direction} by {claim.least:g}",
+        _interval(known.found),
+        f"{len(known.pairs)} of {len(claim.seeds)}",
+        _said(known),
+    ]
+
+
+def _said(known: Outcome) -> str:
+    bold = f"**{known.verdict}**" if known.verdict in ("reproduced", "not reproduced", FAILED) else known.verdict
+    return f"{bold} ({known.note})" if known.note else bold
+
+
+def _interval(found: Paired | None) -> str:
+    if found is None:
+        return "–"
+    if found.low is None:
+        return f"{found.difference:+.4g}"
+    return f"{found.difference:+.4g} [{found.low:+.4g}, {found.high:+.4g}]"
+
+
+def _section(claim: Claim, entry: Mapping[str, Any]) -> list[str]:
+    baseline, claimed = claim.arms
+    within = f" (within {100 * claim.budget.within:g} %)" if claim.budget.within else ""
+    lines = [
+        f'<a id="{claim.name}"></a>\n\n## {claim.title}',
+        f"> {' '.join(claim.claim.split())}\n>\n> {claim.paper}",
+        f"*{claimed.name}* against *{baseline.name}*: {claim.measured}, {claim.split} split, {claim.direction} by at "
+        f"least {claim.least:g}. "
+        f"Equal {claim.budget.equal}{within}: {' '.join(claim.budget.how.split())}. "
+        f"Seeds {', '.join(map(str, claim.seeds))}.",
+    ]
+    if not entry:
+        return [*lines, f"Not measured yet: `make claim CLAIM={claim.name}`."]
+    for data in claim.data:
+        lines += _part(claim, entry, data)
+    return lines
+
+
+def _part(claim: Claim, entry: Mapping[str, Any], data: str) -> list[str]:
+    runs = {key: each for key, each in entry["runs"].items() if key.startswith(f"{data}/")}
+    known = outcome(claim, runs, data)
+    lines = [f"### {claim.name} on {data}: {_said(known)}"]
+    if not runs:
+        return lines
+    changed = [[f"`{key}`", *(f"`{value}`" for value in pair)] for key, pair in entry["difference"][data].items()]
+    lines.append(table(["differs", *(arm.name for arm in claim.arms)], changed))
+    rows = []
+    for arm in claim.arms:
+        each = [runs.get(key_of(data, seed, arm.name)) for seed in claim.seeds]
+        rows.append([arm.name, *map(_shown, each), _mean([run["value"] for run in each if run and "value" in run])])
+    if known.pairs:
+        differences = [
+            f"{known.pairs[seed][1] - known.pairs[seed][0]:+.4g}" if seed in known.pairs else "–"
+            for seed in claim.seeds
+        ]
+        rows.append(["difference", *differences, _interval(known.found)])
+    lines.append(table(["", *(f"seed {seed}" for seed in claim.seeds), "mean ± deviation"], rows))
+    lines += [f"- Failed, seed {key.replace('/', ', ', 1)}: {reason}" for key, reason in known.failed.items()]
+    spent = [
+        _spent(arm.name, [runs.get(key_of(data, seed, arm.name), {}) for seed in claim.seeds]) for arm in claim.arms
+    ]
+    where = _where([run["about"] for run in runs.values()])
+    return [*lines, "\n".join(f"- {line}" for line in [*spent, *where] if line)]
+
+
+def _where(places: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each machine and commit: when, and the busiest it was."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for about in places:
+        groups.setdefault(machine.line({**about, "date": "", "others": 0.0}), []).append(about)
+    lines = []
+    for group in groups.values():
+        dates = sorted({about["date"] for about in group})
+        others = max(about.get("others") or 0.0 for about in group)
+        lines.append(
+            machine.line({**group[0], "date": " to ".join(dict.fromkeys((dates[0], dates[-1]))), "others": others})
+        )
+    return sorted(lines)
+
+
+def _shown(run: Mapping[str, Any] | None) -> str:
+    if run is None:
+        return "–"
+    return "failed" if "failed" in run else f"{run['value']:.4g}"
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else " (one seed)"
+    return f"{statistics.fmean(values):.4g}{spread}"
+
+
+def _spent(arm: str, runs: Sequence[Mapping[str, Any]]) -> str:
+    """What a run of an arm cost on average."""
+    spent = [run["spent"] for run in runs if "spent" in run]
+    if not spent:
+        return ""
+    kinds = [kind for kind in ("steps", "images", "seconds", "flops") if all(kind in each for each in spent)]
+    means = {kind: statistics.fmean(each[kind] for each in spent) for kind in kinds}
+    said = [f"{means[k]:.3g} {k}" if k == "flops" else f"{means[k]:,.0f} {k}" for k in kinds]
+    return f"Spent by a run of *{arm}*: {', '.join(said)}"

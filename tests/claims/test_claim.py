@@ -1,0 +1,156 @@
+"""What a claim's file has to say, and what its arms may differ in."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from src import configuration
+from src.claims.claim import Claim, difference, load, parse, plain
+from src.configuration import UserError
+
+CONTENT: dict[str, Any] = {
+    "title": "More is more",
+    "paper": "A paper (Somebody, 2020)",
+    "claim": "More is more.",
+    "arms": [
+        {"name": "less", "experiment": "mae_tiny", "overrides": ["model.mask_ratio=0.5"]},
+        {"name": "more", "experiment": "mae_tiny"},
+    ],
+    "differs": ["model.mask_ratio"],
+    "metric": {"_target_": "src.claims.metrics.Logged", "name": "health/effective_rank"},
+    "measured": "effective rank",
+    "direction": "higher",
+    "least": 0.5,
+    "budget": {"equal": "steps", "how": "the same epochs"},
+    "split": "train",
+}
+
+
+def claim(**changes: Any) -> Claim:
+    return parse("more", copy.deepcopy(CONTENT) | changes)
+
+
+def arms(first: list[str], second: list[str], experiments: tuple[str, str] = ("mae_tiny", "mae_tiny")) -> list[Any]:
+    return [
+        {"name": name, "experiment": experiment, "overrides": words}
+        for name, experiment, words in zip(("a", "b"), experiments, (first, second), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", configuration.names("claim"))
+def test_every_claim_of_the_project_can_be_measured(name: str) -> None:
+    """It parses, its metric can be built and judges on its split, and its arms differ in what it lists, in no more."""
+    found = load(name)
+    metric = configuration.instantiate(dict(found.metric))
+    assert found.split in metric.splits
+    for data in found.data:
+        assert found.difference(data)
+    assert plain(parse(name, plain(found))) == plain(found)
+    assert len(found.seeds) > 1
+
+
+def test_what_is_not_said() -> None:
+    found = claim()
+    assert (found.seeds, found.common, dict(found.data)) == ((0, 1, 2), ("scale=tiny",), {"scenes": []})
+    assert (found.budget.within, found.arms[1].overrides) == (0.0, ())
+    assert claim(data={"emoji": None}).data == {"emoji": []}
+
+
+def test_an_arm_has_the_last_word() -> None:
+    found = claim(common=["scale=smoke", "data.batch_size=4"], data={"emoji": ["data.batch_size=8"]})
+    assert found.words(found.arms[0], "emoji", 7) == [
+        "experiment=mae_tiny",
+        "data=emoji",
+        "seed=7",
+        "scale=smoke",
+        "data.batch_size=4",
+        "data.batch_size=8",
+        "model.mask_ratio=0.5",
+    ]
+
+
+def test_the_exact_difference() -> None:
+    assert claim().difference("scenes") == {"model.mask_ratio": (0.5, 0.75)}
+
+
+def test_what_follows_from_a_difference_is_one_too() -> None:
+    """The learning rate's rule is the same in both arms, what it comes to is not."""
+    batches = claim(
+        arms=arms(["scale=paper"], ["scale=paper", "data.batch_size=1024"]), common=[], differs=["data.batch_size"]
+    )
+    with pytest.raises(UserError, match=r"optimizer.lr \(0.0024\d* against 0.0006") as refused:
+        batches.difference("scenes")
+    assert "data.batch_size" not in str(refused.value).split("does not list:")[1].replace("optimizer.lr", "")
+    found = claim(
+        arms=arms(["scale=paper"], ["scale=paper", "data.batch_size=1024"]),
+        common=[],
+        differs=["data.batch_size", "optimizer.lr", "schedules.optimizer.lr.peak"],
+    ).difference("scenes")
+    assert found["data.batch_size"] == (4096, 1024)
+    assert found["optimizer.lr"] == (pytest.approx(1.5e-4 * 4096 / 256), pytest.approx(1.5e-4 * 1024 / 256))
+
+
+def test_a_listed_key_stands_for_everything_below_it_and_for_no_namesake() -> None:
+    words = arms([], ["model.decoder_depth=2", "model.norm_pix=false"])
+    assert set(claim(arms=words, differs=["model"]).difference("scenes")) == {"model.decoder_depth", "model.norm_pix"}
+    with pytest.raises(UserError, match=r"model.decoder_depth \(1 against 2\), model.norm_pix \(True against False\)"):
+        claim(arms=words, differs=["model.dec", "mod"]).difference("scenes")
+
+
+def test_arms_that_do_not_differ_are_refused() -> None:
+    with pytest.raises(UserError, match="do not differ"):
+        claim(arms=arms([], ["model.mask_ratio=0.75"])).difference("scenes")
+
+
+def test_another_experiment_differs_in_what_it_trains_not_in_what_it_is_called() -> None:
+    found = claim(arms=arms([], [], ("mae_vitb", "mae_vitl")), differs=["backbone"], common=["scale=smoke"])
+    assert found.difference("scenes") == {"backbone.model_name": ("vit_base_patch16_224", "vit_large_patch16_224")}
+
+
+def test_differences_of_lists_absent_keys_and_references() -> None:
+    first = OmegaConf.create({"a": [1, {"b": 2}], "c": {}, "d": "${a}", "e": 1, "run": {"name": "x"}, "n": None})
+    second = OmegaConf.create({"a": [1, {"b": 3}], "c": {"f": 0}, "d": "${a}", "n": None, "run": {"name": "y"}})
+    found = difference(first, second)
+    assert found == {"a.1.b": (2, 3), "c": ({}, None), "c.f": (None, 0), "e": (1, None)}
+    assert difference(first, first) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"direction": "up"}, "direction is higher or lower, not 'up'"),
+        ({"least": -1}, "least is a number from 0, not -1"),
+        ({"least": True}, "least is a number"),
+        ({"seeds": [0, 0]}, "seeds are different whole numbers"),
+        ({"seeds": []}, "seeds are different whole numbers"),
+        ({"seeds": [0.5]}, "seeds are different whole numbers"),
+        ({"split": "tset"}, "split is test or val or train, not 'tset'; did you mean test"),
+        ({"data": {"scene": []}}, "not 'scene'; did you mean scenes?"),
+        ({"budget": {"equal": "step", "how": "x"}}, "budget.equal is .* did you mean steps?"),
+        ({"budget": {"equal": "steps"}}, "budget has to say: how"),
+        ({"budget": {"equal": "steps", "how": "x", "within": "much"}}, "budget.within is a number"),
+        ({"title": None}, "claim 'more' has to say: title"),
+        ({"differ": ["model"]}, "knows no key 'differ'; did you mean differs"),
+        ({"name": "x"}, "knows no key 'name'"),
+        ({"differs": "model"}, "differs must be a list of words, not 'model'"),
+        ({"common": "scale=tiny"}, "common must be a list of words"),
+        ({"data": {"scenes": "data.batch_size=8"}}, "data.scenes must be a list of words"),
+        ({"metric": {"name": "x"}}, "metric needs a _target_"),
+        ({"arms": [{"name": "a", "experiment": "mae_tiny"}]}, "arms are two"),
+        ({"arms": [{"name": "a", "experiment": "mae_tiny"}] * 2}, "names of their own"),
+        ({"arms": [{"name": "a"}, {"name": "b", "experiment": "mae_tiny"}]}, "arms has to say: experiment"),
+        ({"arms": [*arms(["x=1"], [])[:1], {"name": "b", "experimnet": "x"}]}, "did you mean experiment"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_its_key(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        claim(**changes)
+
+
+def test_a_claim_that_does_not_exist() -> None:
+    with pytest.raises(UserError, match="there is no claim 'mae_mask_ration'; did you mean mae_mask_ratio"):
+        load("mae_mask_ration")

@@ -1,0 +1,282 @@
+"""The page is a function of what is stored; a verdict needs every pair; nothing finished is measured twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from src import configuration
+from src.bench import machine, once
+from src.bench.command import TrainingFailed
+from src.claims import __main__ as command
+from src.claims import ledger
+from src.claims.claim import Claim, load, plain
+from src.configuration import PROJECT, UserError
+from tests.claims.test_claim import arms, claim
+from tests.commands import SECONDS
+
+ABOUT = {
+    "date": "2030-01-01 10:00",
+    "commit": "abc",
+    "cpu": "a CPU",
+    "cores": 2,
+    "torch": "2",
+    "threads": 1,
+    "others": 0.0,
+}
+
+
+def run(value: float, **more: Any) -> dict[str, Any]:
+    spent = {"steps": 100, "images": 6400, "seconds": 60.0, "flops": 1e12} | more
+    return {"about": ABOUT, "recipe": "r", "value": value, "spent": spent}
+
+
+def broken(reason: str) -> dict[str, Any]:
+    return {"about": ABOUT, "recipe": "r", "failed": reason}
+
+
+def runs(less: list[Any], more: list[Any], data: str = "scenes") -> dict[str, Any]:
+    """Seeds 0, 1, …; a number is a run's value."""
+    found = {}
+    for arm, values in (("less", less), ("more", more)):
+        for seed, value in enumerate(values):
+            if value is not None:
+                found[f"{data}/{seed}/{arm}"] = value if isinstance(value, dict) else run(value)
+    return found
+
+
+def entry(of: Claim, found: dict[str, Any]) -> dict[str, Any]:
+    difference = {data: {"model.mask_ratio": [0.5, 0.75]} for data in of.data}
+    return {"claim": plain(of), "difference": difference, "runs": found}
+
+
+class TestOutcome:
+    def test_a_verdict_of_pairs(self) -> None:
+        found = ledger.outcome(claim(), runs([1.0, 2.0, 3.0], [2.0, 3.1, 3.9]), "scenes")
+        assert (found.verdict, found.note) == ("reproduced", "")
+        assert found.pairs == {0: (1.0, 2.0), 1: (2.0, 3.1), 2: (3.0, 3.9)}
+        lower = ledger.outcome(claim(direction="lower"), runs([1.0, 2.0, 3.0], [2.0, 3.1, 3.9]), "scenes")
+        assert lower.verdict == "not reproduced"
+
+    def test_before_the_last_pair_there_is_none(self) -> None:
+        found = ledger.outcome(claim(), runs([1.0, 2.0, 3.0], [2.0, 3.0, None]), "scenes")
+        assert (found.verdict, found.note) == ("unfinished", "2 of 3 pairs")
+        assert ledger.outcome(claim(), {}, "scenes").verdict == "not measured yet"
+
+    def test_a_failed_run_costs_the_verdict(self) -> None:
+        found = ledger.outcome(claim(), runs([1.0, 2.0, 3.0], [2.0, broken("the loss is nan"), 4.0]), "scenes")
+        assert (found.verdict, found.note) == ("inconclusive", "1 of 6 runs failed")
+        assert found.failed == {"1/more": "the loss is nan"}
+        assert found.pairs == {0: (1.0, 2.0), 2: (3.0, 4.0)}
+
+    def test_without_any_pair_it_has_failed(self) -> None:
+        found = ledger.outcome(claim(), runs([1.0, 2.0, 3.0], [broken("nan")] * 3), "scenes")
+        assert (found.verdict, found.note, found.found) == ("failed", "3 of 6 runs failed", None)
+
+    def test_one_seed_is_no_verdict(self) -> None:
+        found = ledger.outcome(claim(seeds=[0]), runs([1.0], [9.0]), "scenes")
+        assert (found.verdict, found.note) == ("inconclusive", "one seed is no verdict")
+
+    def test_budgets_that_are_not_equal_are_no_verdict(self) -> None:
+        long = [run(2.0), run(3.0), run(4.0, steps=125, seconds=63.0)]
+        found = ledger.outcome(claim(), runs([1.0, 2.0, 3.0], long), "scenes")
+        assert (found.verdict, found.note) == ("no verdict", "budgets are 20 % apart in steps (100 and 125)")
+        by_time = claim(budget={"equal": "seconds", "how": "x", "within": 0.05})  # 3 of 63 seconds are 4.8 %
+        assert ledger.outcome(by_time, runs([1.0, 2.0, 3.0], long), "scenes").verdict == "reproduced"
+        stricter = claim(budget={"equal": "seconds", "how": "x", "within": 0.04})
+        assert ledger.outcome(stricter, runs([1.0, 2.0, 3.0], long), "scenes").verdict == "no verdict"
+
+    def test_what_was_not_counted_cannot_be_equal(self) -> None:
+        uncounted = run(1.0)
+        del uncounted["spent"]["flops"]
+        of = claim(budget={"equal": "flops", "how": "x"})
+        assert ledger.outcome(of, runs([uncounted, 1.0, 1.0], [2.0] * 3), "scenes").note == "flops were not counted"
+
+
+class TestPage:
+    def test_the_projects_page_is_what_its_numbers_render_to(self) -> None:
+        results = json.loads((PROJECT / "docs/claims.json").read_text())
+        claims = [load(name) for name in configuration.names("claim")]
+        assert (PROJECT / "docs/claims.md").read_text() == ledger.render(results, claims)
+
+    def test_nothing_measured(self) -> None:
+        page = ledger.render({}, [claim()])
+        assert (
+            "| [More is more](#more) | scenes | effective rank | higher by 0.5 | – | 0 of 3 | not measured yet |"
+            in page
+        )
+        assert "Not measured yet: `make claim CLAIM=more`." in page
+        assert "There are no claims yet." in ledger.render({}, [])
+
+    def test_numbers_spread_interval_budget_and_place(self) -> None:
+        """Differences 0.9, 1.0, 1.1: deviation 0.1, half the interval 4.303 * 0.1 / sqrt(3) = 0.2484."""
+        of = claim()
+        page = ledger.render({"more": entry(of, runs([1.0, 2.0, 3.0], [1.9, 3.0, 4.1]))}, [of])
+        assert "| +1 [+0.7516, +1.248] | 3 of 3 | **reproduced** |" in page
+        assert "| less | 1 | 2 | 3 | 2 ± 1 |" in page
+        assert "| more | 1.9 | 3 | 4.1 | 3 ± 1.1 |" in page
+        assert "| difference | +0.9 | +1 | +1.1 | +1 [+0.7516, +1.248] |" in page
+        assert "| `model.mask_ratio` | `0.5` | `0.75` |" in page
+        assert "- Spent by a run of *more*: 100 steps, 6,400 images, 60 seconds, 1e+12 flops" in page
+        assert page.count("commit abc") == 1
+
+    def test_failures_stay_with_their_reasons(self) -> None:
+        of = claim(data={"scenes": [], "emoji": []})
+        found = runs([1.0, 2.0, 3.0], [broken("the loss is nan at step 7")] * 3)
+        page = ledger.render({"more": entry(of, found)}, [])  # its file may be gone
+        assert "| scenes | effective rank | higher by 0.5 | – | 0 of 3 | **failed** (3 of 6 runs failed) |" in page
+        assert "| more | failed | failed | failed | – |" in page
+        assert "- Failed, seed 1, more: the loss is nan at step 7" in page
+        assert "### more on emoji: not measured yet" in page
+
+    def test_several_days_and_a_busy_hour_are_said_once(self) -> None:
+        later = run(1.0) | {"about": ABOUT | {"date": "2030-01-03 09:00", "others": 1.5}}
+        page = ledger.render({"more": entry(claim(), runs([1.0, 1.0, later], [1.0] * 3))}, [])
+        assert "- 2030-01-01 10:00 to 2030-01-03 09:00, commit abc" in page
+        assert "Others kept 1.5 cores busy" in page
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cores_in_use", lambda: 0.0)
+
+
+class TestMeasure:
+    """With trainings that are not done."""
+
+    @pytest.fixture(autouse=True)
+    def fake(self, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+        self.done: list[str] = []
+        self.stop_after = 99
+
+        def one_run(job: once.Job, *_: Any) -> dict[str, Any]:
+            if len(self.done) == self.stop_after:
+                raise KeyboardInterrupt
+            self.done.append(f"{job.words[2]} {job.words[-2]}")
+            return {"value": float(len(self.done)), "spent": {"steps": 1}}
+
+        monkeypatch.setattr(ledger, "_one_run", one_run)
+
+    def of(self, **changes: Any) -> Claim:
+        return claim(seeds=[0, 3], **changes)
+
+    def test_pair_by_pair_and_on_where_it_was_killed(self) -> None:
+        kept: list[dict[str, Any]] = []
+        self.stop_after = 3
+        with pytest.raises(KeyboardInterrupt):
+            ledger.measure(self.of(), keep=kept.append)
+        assert self.done == ["seed=0 model.mask_ratio=0.5", "seed=0 scale=tiny", "seed=3 model.mask_ratio=0.5"]
+        self.stop_after = 99
+        found = ledger.measure(self.of(), known=json.loads(json.dumps(kept[-1])))
+        assert self.done[3:] == ["seed=3 scale=tiny"]
+        assert [each["value"] for each in found["runs"].values()] == [1.0, 2.0, 3.0, 4.0]
+        assert found["difference"] == {"scenes": {"model.mask_ratio": [0.5, 0.75]}}
+
+    def test_another_recipe_metric_or_split_is_measured_again_and_nothing_else(self) -> None:
+        known = ledger.measure(self.of())
+        self.done.clear()
+        ledger.measure(self.of(title="Another title", least=0.1), known=known)
+        assert self.done == []
+        ledger.measure(self.of(arms=[*arms(["model.mask_ratio=0.4"], [])[:1], known["claim"]["arms"][1]]), known=known)
+        assert len(self.done) == 2
+        self.done.clear()
+        ledger.measure(self.of(metric={**known["claim"]["metric"], "name": "health/feature_std"}), known=known)
+        assert len(self.done) == 4
+
+    def test_runs_of_two_recipes_never_stand_side_by_side(self) -> None:
+        known = ledger.measure(self.of())
+        kept: list[dict[str, Any]] = []
+        changed = self.of(common=["scale=tiny", "data.batch_size=32"])
+        self.done.clear()
+        self.stop_after = 1
+        with pytest.raises(KeyboardInterrupt):
+            ledger.measure(changed, known=known, keep=kept.append)
+        assert list(kept[-1]["runs"]) == ["scenes/0/less"]
+
+    def test_nothing_is_trained_for_arms_that_differ_in_more_or_a_metric_that_cannot_judge_there(self) -> None:
+        with pytest.raises(UserError, match=r"differ in what `differs` does not list: model\.mask_ratio"):
+            ledger.measure(self.of(differs=["optimizer"]))
+        with pytest.raises(UserError, match="effective rank judges on train, but split is test"):
+            ledger.measure(self.of(split="test"))
+        assert self.done == []
+
+
+@pytest.mark.parametrize("code", ledger.STOPPED)
+def test_a_training_that_somebody_stops_did_not_fail(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def stopped(*_: Any) -> Any:
+        raise TrainingFailed(["x"], code, "terminated")
+
+    monkeypatch.setattr(once, "trained", stopped)
+    with pytest.raises(UserError, match="goes on with what is missing"):
+        ledger._one_run(once.Job([]), None, lambda _: 0.0, claim())  # type: ignore[arg-type]
+
+
+def test_from_the_command_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
+    """One arm trains and is judged on the test split, the other one's loss is no number: it is said, and kept."""
+    of = claim(
+        seeds=[0],
+        common=["scale=tiny", *SECONDS[1:-1], "trainer.max_epochs=1", "callbacks.throughput.every_n_steps=2"],
+        arms=arms(["model.mask_ratio=0.5"], ["optimizer.lr=1e20"]),
+        differs=["model.mask_ratio", "optimizer.lr", "schedules.optimizer.lr.peak"],
+        split="test",
+        metric={
+            "_target_": "src.claims.metrics.OnPatches",
+            "evaluator": {"_target_": "src.evaluation.patch_knn.PatchKNN", "k": 3},
+            "name": "patch_accuracy",
+        },
+    )
+    command.measure(of, tmp_path)
+    stored = json.loads((tmp_path / "claims.json").read_text())["more"]
+    good, bad = stored["runs"]["scenes/0/a"], stored["runs"]["scenes/0/b"]
+    assert (good["spent"]["steps"], good["spent"]["images"]) == (8, 32)
+    assert good["spent"]["flops"] > 0
+    # 16 test pictures of 4 x 4 patches
+    assert 256 * good["value"] == pytest.approx(round(256 * good["value"]), abs=1e-4)
+    assert "the loss is" in bad["failed"]
+    assert str(Path(tmp_path).parent) not in bad["failed"]
+    page = (tmp_path / "claims.md").read_text()
+    assert "**failed** (1 of 2 runs failed)" in page
+    assert f"- Failed, seed 0, b: {bad['failed']}" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["claim=mae_mask"], "there is no claim 'mae_mask'; did you mean mae_mask_ratio"),
+        (["clami=x"], "knows no 'clami=x'; did you mean claim?"),
+        (["claim=mae_mask_ratio", "again=fail"], "again is failed or all, not 'fail'; did you mean failed"),
+    ],
+)
+def test_typos_end_with_exit_code_2(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["claims", *words])
+    with pytest.raises(SystemExit) as end:
+        configuration.run_main(command.main)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_name_they_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in configuration.names("claim"))
+
+
+def test_forgetting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[str]] = []
+
+    def measure(of: Claim, *, known: dict[str, Any], keep: Any) -> dict[str, Any]:
+        seen.append(set(known["runs"]))
+        return entry(of, known["runs"])
+
+    monkeypatch.setattr(ledger, "measure", measure)
+    found = runs([1.0, 2.0, 3.0], [2.0, broken("nan"), 4.0])
+    (tmp_path / "claims.json").write_text(json.dumps({"more": entry(claim(), found)}))
+    for again in (None, "failed", "all"):
+        command.measure(claim(), tmp_path, again)
+    assert seen == [set(found), set(found) - {"scenes/1/more"}, set()]
