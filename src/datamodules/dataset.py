@@ -139,6 +139,8 @@ class TrainSampler(Sampler[list[Draw]]):
     def __init__(
         self, length: int, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, micro_batches: int = 1
     ) -> None:
+        if micro_batches < 1:
+            raise SettingError(f"trainer.accumulate_grad_batches must be at least 1, got {micro_batches}")
         parts = world_size * micro_batches
         if batch_size < 1 or batch_size % parts:
             raise SettingError(

@@ -236,3 +236,8 @@ def test_a_batch_that_is_not_what_its_type_says_is_refused_by_field(change, mess
 def test_settings_that_cannot_be_are_refused_by_their_key(change, message):
     with pytest.raises(SettingError, match=message):
         datamodule(**change)
+
+
+def test_a_step_of_no_micro_batches_is_refused_by_its_key():
+    with pytest.raises(SettingError, match="trainer.accumulate_grad_batches must be at least 1, got 0"):
+        TrainSampler(8, batch_size=4, seed=0, micro_batches=0)
