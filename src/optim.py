@@ -96,6 +96,11 @@ class OptimizerRecipe:
         return self.algorithm([{**group} for group in groups.values()], lr=self.lr)
 
 
+def sgd(groups: Sequence[dict[str, Any]], *, lr: float, momentum: float = 0.9) -> torch.optim.SGD:
+    """SGD with momentum, for recipes whose smaller scales take another algorithm: one that knows no momentum."""
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+
+
 def lars(
     groups: Sequence[dict[str, Any]], *, lr: float, momentum: float = 0.9, trust_coefficient: float = 0.001
 ) -> Lars:

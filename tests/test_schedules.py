@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from src.schedules import Constant, Cosine, Horizon, Linear, WarmupCosine
+from src.schedules import Constant, Cosine, Horizon, Linear, Switch, WarmupCosine
 
 RUN = Horizon(total_steps=1000, steps_per_epoch=50.0, batch_size=256)
 
@@ -48,6 +48,13 @@ def test_a_warmup_longer_than_the_run_ends_below_the_peak_without_dividing_by_ze
     assert schedule.value(500, RUN) == pytest.approx(0.5)
     assert WarmupCosine(peak=1.0).value(0, RUN) == 1.0
     assert WarmupCosine(peak=1.0).value(0, Horizon(total_steps=0, steps_per_epoch=1, batch_size=1)) == 0.0
+
+
+def test_a_switch_turns_at_the_end_of_its_duration():
+    switch = Switch(at="10%")
+    turned = RUN.total_steps // 10
+    assert [switch.value(step, RUN) for step in (0, turned - 1, turned, RUN.total_steps)] == [0, 0, 1, 1]
+    assert Switch(at=0, before=2.0, after=3.0).value(0, RUN) == 3.0
 
 
 def test_lines_cosines_and_constants():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.errors import SettingError
 
@@ -29,3 +29,9 @@ def sincos_2d(dim: int, grid: tuple[int, int], *, prefix_tokens: int = 0) -> Ten
         halves += [angle.sin(), angle.cos()]
     table = torch.cat(halves, dim=1).float()
     return torch.cat([table.new_zeros(prefix_tokens, dim), table])
+
+
+def fixed_positions(dim: int, grid: tuple[int, int]) -> nn.Parameter:
+    """`sincos_2d` for a ViT with a class token, [1, 1 + rows * columns, dim]."""
+    # a parameter without gradient, not a buffer: timm's checkpoints hold the table under this name
+    return nn.Parameter(sincos_2d(dim, grid, prefix_tokens=1).unsqueeze(0), requires_grad=False)

@@ -20,7 +20,9 @@ from torch import Tensor
 from src.errors import SettingError
 from src.models.losses.precision import full_precision
 
-_BLOCK = 2**22  # similarities at a time: 16 MB in float32, and a few times that at the peak
+# similarities at a time: 4 MB in float32 and a few times that at the peak; the C library keeps what it is given back in
+# pieces as large as the blocks were, so that larger ones cost several times more than they hold
+_BLOCK = 2**20
 
 
 def contrast(logits: Tensor, positive: Tensor, denominator: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -154,9 +156,12 @@ def queue_info_nce(
 
 @torch.no_grad()
 @full_precision
-def positive_first(query: Tensor, key: Tensor, negatives: Tensor, *, synthetic: Tensor | None = None) -> Tensor:
+def positive_first(
+    query: Tensor, key: Tensor, negatives: Tensor, *, synthetic: Tensor | None = None, excluded: Tensor | None = None
+) -> Tensor:
     """The share of queries that are more like their key than like any negative, for the log. Arguments as above."""
-    hardest = (query @ negatives.T).amax(dim=1)
+    similarity = query @ negatives.T
+    hardest = (similarity if excluded is None else similarity.masked_fill(excluded, -torch.inf)).amax(dim=1)
     if synthetic is not None:
         hardest = torch.maximum(hardest, torch.einsum("bd,bsd->bs", query, synthetic).amax(dim=1))
     return ((query * key).sum(dim=1) > hardest).float().mean()
@@ -242,28 +247,41 @@ def _by_rows(
     rows = max(1, block // columns)
     if len(each[0]) <= rows:
         return function(*each, *shared)
-    parts = zip(*(tensor.split(rows) for tensor in each), strict=True)
-    return torch.cat([_Recomputed.apply(function, *part, *shared) for part in parts])
+    return _Recomputed.apply(function, rows, len(each), *each, *shared)
 
 
 class _Recomputed(torch.autograd.Function):
-    """Keeps the arguments alone and evaluates the function again in the backward pass. What torch.utils.checkpoint does
-    for any module, less the compiler that it imports on its first call, which takes longer than many a run's steps."""
+    """Keeps the arguments alone and evaluates the function again, block by block, in the backward pass. What
+    torch.utils.checkpoint does for any module, less the compiler that it imports on its first call, which takes longer
+    than many a run's steps; and what the blocks find for the shared arguments is added up in one place."""
 
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        ctx.function = function
+    def forward(ctx: Any, function: Callable[..., Tensor], rows: int, split: int, *tensors: Tensor) -> Tensor:
+        ctx.function, ctx.rows, ctx.split = function, rows, split
         ctx.save_for_backward(*tensors)
-        return function(*tensors)
+        parts = zip(*(tensor.split(rows) for tensor in tensors[:split]), strict=True)
+        return torch.cat([function(*part, *tensors[split:]) for part in parts])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:]
-        tensors = [t.detach().requires_grad_(w) for t, w in zip(ctx.saved_tensors, wanted, strict=True)]
-        with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-            value = ctx.function(*tensors)
-        found = iter(torch.autograd.grad(value, [t for t in tensors if t.requires_grad], grad))
-        return (None, *(next(found) if w else None for w in wanted))
+        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        totals = [torch.zeros_like(tensor) if w else None for tensor, w in zip(tensors, wanted, strict=True)]
+
+        def add(start: int) -> None:  # a function, so that nothing of a block outlives it
+            def cut(values: Sequence[Tensor | None]) -> list[Any]:
+                own = [value if value is None else value[start : start + ctx.rows] for value in values[: ctx.split]]
+                return [*own, *values[ctx.split :]]
+
+            inputs = [part.detach().requires_grad_(w) for part, w in zip(cut(tensors), wanted, strict=True)]
+            with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+                value = ctx.function(*inputs)
+            found = torch.autograd.grad(value, [x for x in inputs if x.requires_grad], grad[start : start + ctx.rows])
+            for total, part in zip([total for total in cut(totals) if total is not None], found, strict=True):
+                total.add_(part)
+
+        for start in range(0, len(grad), ctx.rows):
+            add(start)
+        return (None, None, None, *totals)
 
 
 def _refuse_one(images: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from src.datamodules.batch import ImageBatch
 from src.models.backbones.image_encoder import ImageEncoder, mean_patch
-from src.models.backbones.positions import sincos_2d
+from src.models.backbones.positions import fixed_positions
 from src.models.losses.reconstruction import masked_mse, normalise_patches, patchify, unpatchify
 from src.models.masked.masking import Masking, random_masking, take
 from src.models.pretrain_module import PretrainModule, StepOutput
@@ -55,7 +55,7 @@ class MAE(PretrainModule):
         self.backbone = backbone
         self.patch_size = backbone.patch_embed.patch_size[0]
         self.grid: tuple[int, int] = backbone.patch_embed.grid_size
-        backbone.pos_embed = _fixed_positions(backbone.embed_dim, self.grid)
+        backbone.pos_embed = fixed_positions(backbone.embed_dim, self.grid)
         self.decoder = MAEDecoder(
             encoder_dim=backbone.embed_dim,
             dim=decoder_dim,
@@ -123,7 +123,7 @@ class MAEDecoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = _fixed_positions(dim, grid)
+        self.pos_embed = fixed_positions(dim, grid)
         self.blocks = nn.Sequential(*[Block(dim, heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)])
         self.norm = LayerNorm(dim)
         self.pred = nn.Linear(dim, out_dim)
@@ -152,8 +152,3 @@ def initialise(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(("cls_token", "mask_token")):
             nn.init.normal_(parameter, std=0.02)
-
-
-def _fixed_positions(dim: int, grid: tuple[int, int]) -> nn.Parameter:
-    # a parameter without gradient, not a buffer: timm's checkpoints hold the table under this name
-    return nn.Parameter(sincos_2d(dim, grid, prefix_tokens=1).unsqueeze(0), requires_grad=False)

@@ -11,6 +11,7 @@ import torch
 from src import configuration, train
 from src.configuration import UserError
 from src.datamodules.batch import ImageBatch, MultiViewBatch
+from src.models.backbones.image_encoder import cls_token, mean_patch
 from src.models.losses.contrastive import dcl, dclw, nt_xent
 
 
@@ -51,7 +52,10 @@ def test_the_decoupled_losses_are_simclr_with_another_loss(experiment, loss, bat
     assert config.trainer.sync_batchnorm
 
 
-@pytest.mark.parametrize("experiment", ["simclr_r50", "byol_r50", "supervised_r50", "supervised_vits"])
+@pytest.mark.parametrize(
+    "experiment",
+    ["simclr_r50", "byol_r50", "moco_v2_r50", "mochi_r50", "moco_v3_r50", "supervised_r50", "supervised_vits"],
+)
 @pytest.mark.parametrize("backbone", ["vit", "resnet"])
 def test_at_the_tiny_scale_every_method_takes_either_backbone(experiment, backbone):
     config = composed(f"experiment={experiment}", "scale=tiny", f"backbone={backbone}")
@@ -62,6 +66,38 @@ def test_at_the_tiny_scale_every_method_takes_either_backbone(experiment, backbo
     assert config.data.train_view._target_.startswith("src.datamodules.views.multi.")
     kind = configuration.instantiate(config.data.train_view).batch_type
     assert kind is (ImageBatch if experiment.startswith("supervised") else MultiViewBatch)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "backbone", "rate", "decays"),
+    [
+        ("moco_v2_r50", "resnet18", 0.03, {1e-4}),
+        ("mochi_r50", "resnet18", 0.03, {1e-4}),
+        ("moco_v3_vits", "vit_tiny_patch16_224", 2.4e-3, {0.1}),
+        ("moco_v3_r50", "resnet18", 4.8, {1e-6, 0.0}),  # LARS spares biases and norms, the others decay everything
+    ],
+)
+def test_the_optimizers_of_moco_are_the_papers(experiment, backbone, rate, decays):
+    words = [f"experiment={experiment}", "scale=paper", f"backbone.model_name={backbone}", "model.hidden_dim=64"]
+    module = configuration.instantiate(composed(*words).model)
+    groups = module.configure_optimizers().param_groups
+    assert [group["lr"] for group in groups] == [pytest.approx(rate)] * len(groups)
+    assert {group["weight_decay"] for group in groups} == decays
+    assert {group["momentum"] for group in groups if "betas" not in group} <= {0.9}
+    learning = [name for group in groups for name in group["names"]]
+    assert any(name.endswith(".bias") for name in learning)
+    assert not any(name.startswith("teacher.") or "patch_embed" in name or "pos_embed" in name for name in learning)
+
+
+def test_moco_v3_has_the_papers_heads_and_pool_for_each_kind_of_backbone():
+    for experiment, layers, norms, pool, temperature in (
+        ("moco_v3_vitb", 3, 2, cls_token, 0.2),
+        ("moco_v3_r50", 2, 1, mean_patch, 1.0),
+    ):
+        config = composed(f"experiment={experiment}", "scale=paper").model
+        assert (config.projector_layers, 1 + config.predictor_norm, config.temperature) == (layers, norms, temperature)
+        assert (configuration.instantiate(config.pool) if "pool" in config else mean_patch) is pool
+    assert composed("experiment=moco_v3_vits", "scale=paper").backbone.num_heads == 12
 
 
 def test_a_momentum_outside_of_0_and_1_ends_the_command_with_its_key(tmp_path: Path):

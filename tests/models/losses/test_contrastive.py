@@ -169,6 +169,8 @@ def test_the_share_of_positives_that_come_first():
     assert positive_first(query, key, queue).item() == pytest.approx(2 / 3)
     synthetic = torch.tensor([[[0.96, 0.28]]] * 3)
     assert positive_first(query, key, queue, synthetic=synthetic).item() == pytest.approx(1 / 3)
+    excluded = torch.tensor([[False, False], [True, False], [False, False]])  # what the second query fell behind
+    assert positive_first(query, key, queue, excluded=excluded).item() == pytest.approx(1)
 
 
 def test_synthetic_negatives_by_hand_each_query_with_its_own_hardest():

@@ -1,0 +1,122 @@
+"""MoCHi: MoCo v2 with harder negatives, mixed from the hardest ones of the queue."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from src.datamodules.batch import MultiViewBatch
+from src.errors import SettingError
+from src.models.backbones.image_encoder import Pool, mean_patch
+from src.models.joint_embedding.moco_v2 import MoCoV2
+from src.models.losses.contrastive import mix_hard_negatives, positive_first, queue_info_nce
+from src.optim import OptimizerRecipe
+
+
+class MoCHi(MoCoV2):
+    """Hard Negative Mixing for Contrastive Learning (Kalantidis et al., 2020). Deviations: those of `MoCoV2`.
+
+    Of the ``hardest`` keys of the queue each query mixes its own synthetic negatives, pairs of them and some with
+    itself; they take no gradient and never enter the queue. Mixing begins when a schedule sets ``mixing`` to 1
+    (``schedules.mixing``, after a warm-up of plain MoCo) and the queue is full.
+
+    Args:
+        hardest: N, the queue's keys most like a query, from which is drawn.
+        pairs: s, negatives mixed of two of them.
+        with_query: s', negatives mixed of one of them and the query.
+        mixing: whether negatives are mixed, 0 or 1.
+        exclude_own: leave a query's own keys of earlier epochs out of its negatives and of what is mixed, for data so
+            small that the queue still holds them.
+        queue_size, temperature, hidden_dim, projection_dim, teacher_momentum, pool: as in `MoCoV2`.
+
+    Raises:
+        SettingError: ``hardest`` is not between 1 and the queue's size, or a number of negatives is below 0; at start,
+            where a query's own keys could be all that is left of the queue; else as `MoCoV2`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        optimizer: OptimizerRecipe,
+        *,
+        hardest: int = 1024,
+        pairs: int = 1024,
+        with_query: int = 128,
+        mixing: float = 1.0,
+        exclude_own: bool = False,
+        queue_size: int = 65536,
+        temperature: float = 0.2,
+        hidden_dim: int | None = None,
+        projection_dim: int = 128,
+        teacher_momentum: float = 0.999,
+        pool: Pool = mean_patch,
+    ) -> None:
+        super().__init__(
+            backbone,
+            optimizer,
+            queue_size=queue_size,
+            temperature=temperature,
+            hidden_dim=hidden_dim,
+            projection_dim=projection_dim,
+            teacher_momentum=teacher_momentum,
+            pool=pool,
+        )
+        if not 0 < hardest <= self.queue.size:
+            raise SettingError(f"model.hardest={hardest} must lie between 1 and model.queue_size={self.queue.size}")
+        if min(pairs, with_query) < 0 or not pairs + with_query:
+            raise SettingError(
+                f"model.pairs={pairs} and model.with_query={with_query}: neither below 0, and one of them above"
+            )
+        self.hardest = hardest
+        self.pairs = pairs
+        self.with_query = with_query
+        self.mixing = mixing
+        self.exclude_own = exclude_own
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        batch = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        images = int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches * batch
+        own = -(-self.queue.size // images) + 1  # copies of an image in the queue at most, epochs being shuffled
+        if self.exclude_own and self.hardest + own > self.queue.size:
+            raise SettingError(
+                f"model.hardest={self.hardest} must leave room in model.queue_size={self.queue.size} for up to {own} "
+                "own keys of a query, which model.exclude_own leaves out"
+            )
+
+    def compare(self, query: Tensor, key: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
+        queue = self.queue.features
+        own = batch["index"][:, None] == self.queue.column("index") if self.exclude_own else None
+        synthetic = self.mix(query, own) if self.mixing and self.queue.full else None
+        loss = queue_info_nce(query, key, queue, temperature=self.temperature, synthetic=synthetic, excluded=own)
+        first = partial(positive_first, query, key, queue, excluded=own)
+        logs: dict[str, Tensor | float] = {
+            "proxy_accuracy": first(),
+            "proxy_accuracy_mixed": first(synthetic=synthetic),
+        }
+        if self.queue.full and (batch["label"] >= 0).all():
+            logs["false_negatives"] = self.false_negatives(query, own, batch["label"])
+        return loss, logs
+
+    @torch.no_grad()
+    def mix(self, query: Tensor, own: Tensor | None) -> Tensor:
+        """Each query's synthetic negatives, of unit length: [B, s + s', D]."""
+        uniform = torch.rand(len(query), 3 * self.pairs + 2 * self.with_query, device=query.device)
+        return mix_hard_negatives(
+            query,
+            self.queue.features,
+            uniform,
+            hardest=self.hardest,
+            pairs=self.pairs,
+            with_query=self.with_query,
+            excluded=own,
+        )
+
+    @torch.no_grad()
+    def false_negatives(self, query: Tensor, own: Tensor | None, label: Tensor) -> Tensor:
+        """The share of a query's hardest negatives that are of its class, for the log alone: no loss reads it."""
+        similarity = query.detach() @ self.queue.features.to(query.dtype).T
+        nearest = (similarity if own is None else similarity.masked_fill(own, -torch.inf)).topk(self.hardest).indices
+        return (self.queue.column("label")[nearest] == label[:, None]).float().mean()
