@@ -78,6 +78,18 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Switch:
+    """``before`` for the duration ``at``, then ``after``."""
+
+    at: int | float | str
+    before: float = 0.0
+    after: float = 1.0
+
+    def value(self, step: int, horizon: Horizon) -> float:
+        return self.before if step < horizon.steps(self.at) else self.after
+
+
+@dataclass(frozen=True)
 class Linear:
     """From ``start`` to ``end`` in a straight line over ``duration``, then ``end``."""
 
