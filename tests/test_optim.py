@@ -60,7 +60,7 @@ def test_a_rule_may_be_for_biases_and_norms_alone():
         if parameter.requires_grad:
             expected = (0.05, 0.0) if parameter.ndim == 1 else (0.1, 0.05)
             assert found[name] == pytest.approx(expected), name
-    with pytest.raises(ValueError, match="'head.weight'"):
+    with pytest.raises(ValueError, match=r"'head\.weight'"):
         recipe(rules=[Rule("head.weight", max_axes=1)]).build(module)
 
 
