@@ -29,7 +29,8 @@ class UserError(Exception):
 
 def register_resolvers() -> None:
     """``${linear_lr:base,batch,reference}``: the learning rate in proportion to the batch, base * batch / reference;
-    ``${sqrt_lr:…}``: in proportion to its square root; ``${data_dir:…}``: a folder that has to be named."""
+    ``${sqrt_lr:…}``: in proportion to its square root; ``${times:a,b}``: a * b; ``${data_dir:…}``: a
+    folder that has to be named."""
 
     def data_dir(folder: str | None) -> str:
         if folder is None:
@@ -39,6 +40,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("data_dir", data_dir, replace=True)
     OmegaConf.register_new_resolver("linear_lr", lambda base, batch, ref: base * batch / ref, replace=True)
     OmegaConf.register_new_resolver("sqrt_lr", lambda base, batch, ref: base * (batch / ref) ** 0.5, replace=True)
+    OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:

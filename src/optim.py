@@ -21,6 +21,7 @@ class Rule:
     """What parameters whose name matches ``pattern`` (``re.search``) get instead of the recipe's defaults.
 
     Args:
+        max_axes: match only what has at most so many; 1 for biases and norms.
         lr_multiplier: factor on the learning rate, at every step.
         weight_decay: replaces the recipe's; None leaves it.
         frozen: no gradient and no update.
@@ -30,6 +31,11 @@ class Rule:
     lr_multiplier: float = 1.0
     weight_decay: float | None = None
     frozen: bool = False
+    max_axes: int | None = None
+
+    def matches(self, name: str, parameter: nn.Parameter) -> bool:
+        fits = self.max_axes is None or parameter.ndim <= self.max_axes
+        return fits and re.search(self.pattern, name) is not None
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class OptimizerRecipe:
         for name, parameter in module.named_parameters():
             rule = Rule(pattern="")
             for position, candidate in enumerate(rules):
-                if re.search(candidate.pattern, name):
+                if candidate.matches(name, parameter):
                     rule, matched[position] = candidate, True
                     break
             if rule.frozen:
@@ -88,7 +94,7 @@ class OptimizerRecipe:
             group["params"].append(parameter)
             group["names"].append(name)
         for rule, hit in zip(rules, matched, strict=True):
-            if not hit and not any(re.search(rule.pattern, name) for name, _ in module.named_parameters()):
+            if not hit and not any(rule.matches(*each) for each in module.named_parameters()):
                 raise SettingError(f"no parameter's name matches the optimizer rule '{rule.pattern}'")
         if not groups:
             raise SettingError("no parameter is left to train: every one is frozen")
@@ -114,6 +120,15 @@ def lars(
                 parts = {key: [group[key][position] for position in chosen] for key in ("params", "names")}
                 split.append({**group, **parts, "always_adapt": adapted})
     return Lars(split, lr=lr, momentum=momentum, trust_coeff=trust_coefficient)
+
+
+def larc(
+    groups: Sequence[dict[str, Any]], *, lr: float, momentum: float = 0.9, trust_coefficient: float = 0.001
+) -> Lars:
+    """`lars` that scales the gradients of biases and norms too, as SwAV does (apex's LARC without clipping)."""
+    return Lars(
+        [{**group} for group in groups], lr=lr, momentum=momentum, trust_coeff=trust_coefficient, always_adapt=True
+    )
 
 
 def layer_decay_rules(layers: Sequence[str], decay: float) -> list[Rule]:

@@ -53,6 +53,17 @@ def test_the_first_rule_that_matches_counts():
     assert found["norm.weight"] == (0.1, 0.0)
 
 
+def test_a_rule_may_be_for_biases_and_norms_alone():
+    module = model()
+    found = settings(recipe(rules=[Rule("", max_axes=1, lr_multiplier=0.5)]).build(module))
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            expected = (0.05, 0.0) if parameter.ndim == 1 else (0.1, 0.05)
+            assert found[name] == pytest.approx(expected), name
+    with pytest.raises(ValueError, match=r"'head\.weight'"):
+        recipe(rules=[Rule("head.weight", max_axes=1)]).build(module)
+
+
 def test_layer_decay_multiplies_from_the_head_downwards():
     rules = layer_decay_rules([r"^(token|stem)", r"^norm", r"^head"], 0.5)
     found = settings(recipe(rules=rules).build(model()))

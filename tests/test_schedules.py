@@ -64,3 +64,9 @@ def test_lines_cosines_and_constants():
     assert Cosine(0.996, 1.0).value(500, RUN) == pytest.approx(0.998)
     assert Cosine(0.996, 1.0).value(250, RUN) == pytest.approx(1 - 0.004 * 0.5 * (1 + math.cos(math.pi / 4)))
     assert Constant(0.9).value(123, RUN) == 0.9
+
+
+def test_a_switch_turns_after_its_duration():
+    schedule = Switch(at="2 epochs", before=0.0, after=1.0)
+    boundary = int(RUN.steps("2 epochs"))
+    assert [schedule.value(step, RUN) for step in (0, boundary - 1, boundary, RUN.total_steps)] == [0, 0, 1, 1]

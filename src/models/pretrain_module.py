@@ -20,7 +20,7 @@ class StepOutput(TypedDict):
     """What ``training_step`` returns; callbacks read this and ``encoders()``, nothing else of a method."""
 
     loss: Tensor  # scalar, what is differentiated
-    logs: NotRequired[dict[str, Tensor | float]]  # further scalars by name, written as ``loss/<name>``
+    logs: NotRequired[Mapping[str, Tensor | float]]  # further scalars by name, written as ``loss/<name>``
     embedding: NotRequired[Tensor]  # [B, D], detached, one row for each label of the batch
     patches: NotRequired[Tensor]  # [B, N, D], detached
 

@@ -49,6 +49,14 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1)
 
 
+@torch.no_grad()
+@full_precision
+def deviation(z: Tensor) -> Tensor:
+    """For the log: standard deviation over images, mean over views and dimensions: [B, V, D] -> scalar. 0: collapsed.
+    Rows of unit length that point everywhere alike have 1 / sqrt(D)."""
+    return z.std(dim=0, correction=0).mean()
+
+
 def together(network: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
     """One forward pass of all views: [B, V, ...] -> [B, V, ...]. Batch norms see them as one batch."""
     return network(views.flatten(0, 1)).unflatten(0, views.shape[:2])

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from src.optim import OptimizerRecipe, lars
+from src.optim import OptimizerRecipe, Rule, larc, lars
 
 LR, MOMENTUM, TRUST = 0.5, 0.9, 0.001
 
@@ -64,3 +64,15 @@ def test_scheduled_rates_reach_both_parts():
     assert [group["names"] for group in optimizer.param_groups] == [["weight"], ["bias"]]
     assert [group["lr_multiplier"] for group in optimizer.param_groups] == [1.0, 1.0]
     assert [group["always_adapt"] for group in optimizer.param_groups] == [True, False]
+
+
+def test_larc_scales_biases_too():
+    linear = layer()
+    optimizer = OptimizerRecipe(larc, lr=LR, weight_decay=0.1, rules=[Rule("", weight_decay=0.1)]).build(linear)
+    step(linear, optimizer, [[0.6, 0.0], [0.0, 0.8]], [2.0, 0.0])
+    weight, gradient = np.array([[3.0, 0.0], [0.0, 4.0]]), np.array([[0.6, 0.0], [0.0, 0.8]])
+    moved = weight - LR * TRUST * 5.0 / (1.0 + 0.1 * 5.0) * (gradient + 0.1 * weight)
+    np.testing.assert_allclose(linear.weight.detach().numpy(), moved, rtol=1e-6)
+    bias, gradient = np.array([1.0, -1.0]), np.array([2.0, 0.0])
+    moved = bias - LR * TRUST * 2**0.5 / (2.0 + 0.1 * 2**0.5) * (gradient + 0.1 * bias)
+    np.testing.assert_allclose(linear.bias.detach().numpy(), moved, rtol=1e-6)

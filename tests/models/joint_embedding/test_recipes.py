@@ -13,6 +13,7 @@ from src.configuration import UserError
 from src.datamodules.batch import ImageBatch, MultiViewBatch
 from src.models.backbones.image_encoder import cls_token, mean_patch
 from src.models.losses.contrastive import dcl, dclw, nt_xent
+from src.schedules import Horizon
 
 
 def composed(*words: str) -> Any:
@@ -54,7 +55,20 @@ def test_the_decoupled_losses_are_simclr_with_another_loss(experiment, loss, bat
 
 @pytest.mark.parametrize(
     "experiment",
-    ["simclr_r50", "byol_r50", "moco_v2_r50", "mochi_r50", "moco_v3_r50", "supervised_r50", "supervised_vits"],
+    [
+        "simclr_r50",
+        "byol_r50",
+        "moco_v2_r50",
+        "mochi_r50",
+        "moco_v3_r50",
+        "barlow_twins_r50",
+        "vicreg_r50",
+        "swav_r50",
+        "swav_r50_2crops",
+        "swav_r50_b256",
+        "supervised_r50",
+        "supervised_vits",
+    ],
 )
 @pytest.mark.parametrize("backbone", ["vit", "resnet"])
 def test_at_the_tiny_scale_every_method_takes_either_backbone(experiment, backbone):
@@ -63,6 +77,8 @@ def test_at_the_tiny_scale_every_method_takes_either_backbone(experiment, backbo
     encoder = next(iter(module.encoders().values()))
     assert encoder.dim == {"vit": 128, "resnet": 256}[backbone]
     assert encoder(torch.zeros(1, 3, 64, 64)).embedding.shape == (1, encoder.dim)
+    if config.data.train_view.get("local_views"):
+        assert encoder(torch.zeros(2, 3, 32, 32)).embedding.shape == (2, encoder.dim)
     assert config.data.train_view._target_.startswith("src.datamodules.views.multi.")
     kind = configuration.instantiate(config.data.train_view).batch_type
     assert kind is (ImageBatch if experiment.startswith("supervised") else MultiViewBatch)
@@ -98,6 +114,46 @@ def test_moco_v3_has_the_papers_heads_and_pool_for_each_kind_of_backbone():
         assert (config.projector_layers, 1 + config.predictor_norm, config.temperature) == (layers, norms, temperature)
         assert (configuration.instantiate(config.pool) if "pool" in config else mean_patch) is pool
     assert composed("experiment=moco_v3_vits", "scale=paper").backbone.num_heads == 12
+
+
+def test_barlow_twins_has_a_learning_rate_of_its_own_for_biases_and_norms():
+    config = composed("experiment=barlow_twins_r50", "scale=paper", "model.hidden_dim=8", "model.projection_dim=8")
+    optimizer = configuration.instantiate(config.model).configure_optimizers()
+    rates = {group["params"][0].ndim == 1: group["lr"] for group in optimizer.param_groups}
+    assert rates == {False: pytest.approx(0.2 * 8), True: pytest.approx(0.0048 * 8)}  # a batch of 2048
+    for group in optimizer.param_groups:
+        single = {p.ndim == 1 for p in group["params"]}
+        assert len(single) == 1
+        assert group["weight_decay"] == (0 if single == {True} else 1e-6)
+    for experiment in ("barlow_twins_r50", "vicreg_r50"):
+        config = composed(f"experiment={experiment}", "scale=paper")
+        schedule = configuration.instantiate(config.schedules.optimizer.lr)
+        assert schedule.value(1000, Horizon(1000, 1, 2048)) == pytest.approx(0.0016)
+
+
+def test_swav_s_recipes_are_the_authors():
+    whole = composed("experiment=swav_r50", "scale=paper")
+    module = configuration.instantiate(whole.model)
+    groups = module.configure_optimizers().param_groups
+    assert {(group["lr"], group["weight_decay"], group["always_adapt"]) for group in groups} == {(4.8, 1e-6, True)}
+    rate = configuration.instantiate(whole.schedules.optimizer.lr)
+    run = Horizon(total_steps=800 * 312, steps_per_epoch=312, batch_size=4096)
+    ends = [rate.value(step, run) for step in (0, 3120, run.total_steps)]
+    assert ends == [pytest.approx(0.3), pytest.approx(4.8), pytest.approx(0.0048)]
+    frozen = configuration.instantiate(whole.schedules.freeze_prototypes)
+    assert [bool(frozen.value(step, run)) for step in (0, 312, 313)] == [True, True, False]
+
+    small = composed("experiment=swav_r50_b256", "scale=paper")
+    run = Horizon(total_steps=400 * 5004, steps_per_epoch=5004, batch_size=256)
+    rate = configuration.instantiate(small.schedules.optimizer.lr)
+    assert [rate.value(step, run) for step in (0, run.total_steps)] == [pytest.approx(0.6), pytest.approx(0.0006)]
+    queue = configuration.instantiate(small.schedules.use_queue)
+    assert [bool(queue.value(step, run)) for step in (0, 15 * 5004 - 1, 15 * 5004)] == [False, False, True]
+    assert (small.model.queue_size, small.data.batch_size) == (3840, 256)
+
+    views = composed("experiment=swav_r50_2crops", "scale=paper").data.train_view
+    assert "local_views" not in views
+    assert views.views.both.crop.scale == [0.08, 1.0]
 
 
 def test_a_momentum_outside_of_0_and_1_ends_the_command_with_its_key(tmp_path: Path):

@@ -1,0 +1,72 @@
+"""VICReg: views agree, every dimension varies over the batch, and no two dimensions vary together."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from src.collectives import gather
+from src.datamodules.batch import MultiViewBatch
+from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
+from src.models.heads.mlp import MlpHead
+from src.models.joint_embedding.base import JointEmbedding, apart, deviation, two_views
+from src.models.losses.redundancy import vicreg
+from src.models.pretrain_module import StepOutput
+from src.optim import OptimizerRecipe
+
+
+class VICReg(JointEmbedding):
+    """Variance-Invariance-Covariance Regularization (Bardes et al., 2021). Deviations: none.
+
+    Where paper and code differ it is the code's: the squared distance is a mean over dimensions too, which is what the
+    weights 25, 25 and 1 belong to. Variances and covariances are those of the whole batch over all processes (of a
+    micro-batch where gradients are accumulated).
+
+    Args:
+        backbone: any timm model without a head.
+        optimizer: LARS in the paper.
+        invariance_weight, variance_weight, covariance_weight: of the three terms.
+        hidden_dim: of the two hidden layers of the projector, which the paper calls expander.
+        projection_dim: width of what is compared.
+        pool: what of the backbone's tokens is projected and evaluated.
+
+    Raises:
+        SettingError: in a step, where the batch does not have two views of at least two images.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        optimizer: OptimizerRecipe,
+        *,
+        invariance_weight: float = 25.0,
+        variance_weight: float = 25.0,
+        covariance_weight: float = 1.0,
+        hidden_dim: int = 8192,
+        projection_dim: int = 8192,
+        pool: Pool = mean_patch,
+    ) -> None:
+        super().__init__(optimizer)
+        self.weights = {
+            "invariance_weight": invariance_weight,
+            "variance_weight": variance_weight,
+            "covariance_weight": covariance_weight,
+        }
+        for name, weight in self.weights.items():
+            if weight < 0:
+                raise ValueError(f"VICReg: {name} must not be negative, got {weight}")
+        self.encoder = ImageEncoder(backbone, pool)
+        self.projector = MlpHead(
+            (self.encoder.dim, hidden_dim, hidden_dim, projection_dim), hidden_bias=True, last_bias=False
+        )
+
+    def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:
+        views = two_views(batch)
+        h = apart(lambda x: self.encoder(x).embedding, views)
+        z = apart(self.projector, h)
+        everyone, _ = gather(z)
+        loss, terms = vicreg(z[:, 0], z[:, 1], everyone[:, 0], everyone[:, 1], **self.weights)
+        logs = {**terms, "std": deviation(everyone)}
+        return {"loss": loss, "logs": logs, "embedding": h[:, 0].detach().float()}
+
+    def encoders(self) -> dict[str, ImageEncoder]:
+        return {"encoder": self.encoder}
