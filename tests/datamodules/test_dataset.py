@@ -239,5 +239,5 @@ def test_settings_that_cannot_be_are_refused_by_their_key(change, message):
 
 
 def test_a_step_of_no_micro_batches_is_refused_by_its_key():
-    with pytest.raises(SettingError, match="trainer.accumulate_grad_batches must be at least 1, got 0"):
+    with pytest.raises(SettingError, match=r"trainer\.accumulate_grad_batches must be at least 1, got 0"):
         TrainSampler(8, batch_size=4, seed=0, micro_batches=0)
