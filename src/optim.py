@@ -96,6 +96,12 @@ class OptimizerRecipe:
         return self.algorithm([{**group} for group in groups.values()], lr=self.lr)
 
 
+def sgd(groups: Sequence[dict[str, Any]], *, lr: float, momentum: float = 0.9) -> torch.optim.SGD:
+    """SGD with the momentum that ConvNets are trained with; a recipe then names an algorithm alone, which a smaller scale
+    can replace by another. An `OptimizerRecipe`'s algorithm: ``partial(sgd, …)``."""
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+
+
 def lars(
     groups: Sequence[dict[str, Any]], *, lr: float, momentum: float = 0.9, trust_coefficient: float = 0.001
 ) -> Lars:
