@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from src.errors import SettingError
 
-
 M = TypeVar("M", bound=nn.Module)
 
 

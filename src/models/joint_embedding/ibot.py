@@ -58,8 +58,7 @@ class iBOT(DINO):
     ) -> None:
         if getattr(backbone, "cls_token", None) is None or not hasattr(backbone, "patch_embed"):
             raise SettingError(
-                "model.backbone: iBOT hides the patches of a ViT with a class token; "
-                f"{type(backbone).__name__} is none"
+                f"model.backbone: iBOT hides the patches of a ViT with a class token; {type(backbone).__name__} is none"
             )
         if not 0 <= mask_probability <= 1 or not 0 <= mask_share[0] <= mask_share[1] < 1:
             raise SettingError(

@@ -99,9 +99,7 @@ def test_gradients_reach_the_student_and_never_teacher_or_centre(kind):
 def test_the_student_alone_drops_paths():
     method = build(vit={"drop_path_rate": 0.9, "depth": 3})
     x = toy.batch()["views"][:, 0]
-    student, teacher = (
-        [each["encoder"](x).embedding for _ in range(2)] for each in (method.student, method.teacher)
-    )
+    student, teacher = ([each["encoder"](x).embedding for _ in range(2)] for each in (method.student, method.teacher))
     assert not torch.equal(*student)
     assert torch.equal(*teacher)
 
@@ -111,7 +109,12 @@ def test_a_local_view_gets_the_positions_in_between():
     x = torch.randn(1, 3, 16, 16, dtype=torch.float64)
     same = timm.create_model(
         "vit_tiny_patch16_224",
-        **{"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 2, "num_classes": 0},
+        img_size=32,
+        patch_size=8,
+        embed_dim=12,
+        depth=1,
+        num_heads=2,
+        num_classes=0,
         dynamic_img_size=True,
     ).double()
     same.load_state_dict(vit.state_dict())
