@@ -25,7 +25,7 @@ class RepresentationHealth(L.Callback):
     - ``health/effective_rank``: `effective_rank`, how many directions are in use, at most D.
     - ``health/embedding_norm``: mean length of an embedding.
 
-    Of ``StepOutput["targets"]``, where a method has a teacher's distributions over prototypes, over about as many steps:
+    Of ``StepOutput["targets"]``, a teacher's distributions over prototypes if there is one, over as many steps:
 
     - ``health/teacher_entropy``: mean entropy in nats; 0 where each target is a single prototype.
     - ``health/effective_prototypes``: how many prototypes are in use over all images, at most K.

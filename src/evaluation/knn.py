@@ -20,8 +20,10 @@ class KNN:
     """DINO's weighted kNN: the ``k`` nearest of the bank by cosine vote with weight exp(cosine / temperature).
 
     Where similarities tie the earlier sample of the bank is nearer, where votes tie the smaller class wins. A ``k``
-    beyond the bank's size means the whole bank. A bank in shards stays where it is: each process finds the nearest of its
-    own, and the nearest of all are chosen from these, which gives the same neighbours, ties included. Reports ``knn_top1`` of the first ``k`` and ``knn<k>_top1`` of others.
+    beyond the bank's size means the whole bank. A bank in shards stays where it is: each process finds the nearest of
+    its own, and the nearest of all are chosen from these: the same neighbours, ties included.
+
+    Reports ``knn_top1`` of the first ``k`` and ``knn<k>_top1`` of others.
 
     Args:
         k: one number of neighbours, or several.

@@ -14,8 +14,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def any_size(backbone: M) -> M:
-    """``backbone`` itself, made to take pictures of other sizes than its own, of whole patches: a ViT of timm interpolates
-    its positions, as it does where it is built with ``dynamic_img_size``. A ConvNet does so anyway.
+    """``backbone`` itself, made to take pictures of other sizes than its own, of whole patches: a ViT of timm
+    interpolates its positions, as it does where it is built with ``dynamic_img_size``. A ConvNet does so anyway.
 
     A method says so, not a recipe, because the method knows its views, and only a ViT would know the option.
     """

@@ -47,7 +47,7 @@ class DINOHead(nn.Module):
 
     @full_precision
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_dim] -> [..., K], in float32 whatever the run's precision: a temperature of 0.04 makes much of little."""
+        """[..., in_dim] -> [..., K], in float32 at least: a temperature of 0.04 makes much of little."""
         return self.last_layer(normalize(self.mlp(x), dim=-1))
 
 

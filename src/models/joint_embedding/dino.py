@@ -122,13 +122,13 @@ class DINO(JointEmbedding):
         return [(self.student, self.teacher)]
 
     def encoders(self) -> dict[str, ImageEncoder]:
-        return {"student": self.student["encoder"], "teacher": self.teacher["encoder"]}  # type: ignore[dict-item]
+        return {"student": self.student["encoder"], "teacher": self.teacher["encoder"]}
 
     def pictures(self, batch: MultiViewBatch) -> Mapping[str, Tensor]:
         """The views and, of a ViT, what the teacher's class token attends to in the first of them, head by head."""
         pictures = dict(super().pictures(batch))
         first = batch["views"][:, 0]
-        attention = class_attention(self.teacher["encoder"].backbone, first)  # type: ignore[arg-type]
+        attention = class_attention(self.teacher["encoder"].backbone, first)
         if attention is not None:
             seen = F.interpolate(attention, size=first.shape[-2:], mode="nearest").unsqueeze(2)
             brightest = seen.amax(dim=(-2, -1), keepdim=True)
@@ -177,4 +177,4 @@ def class_attention(backbone: nn.Module, image: Tensor) -> Tensor | None:
     q, k = attn.q_norm(q), attn.k_norm(k)
     weights = (q[:, :, :1] @ k.transpose(-2, -1) * attn.scale).softmax(dim=-1)[:, :, 0]
     grid = backbone.patch_embed.dynamic_feat_size(image.shape[-2:])  # type: ignore[union-attr,operator]
-    return weights[:, :, backbone.num_prefix_tokens :].unflatten(-1, grid).float()  # type: ignore[misc]
+    return weights[:, :, backbone.num_prefix_tokens :].unflatten(-1, grid).float()

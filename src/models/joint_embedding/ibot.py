@@ -68,7 +68,7 @@ class iBOT(DINO):
         if patch_teacher_temperature <= 0:
             raise SettingError(f"model.patch_teacher_temperature={patch_teacher_temperature} must be above 0")
         super().__init__(backbone, optimizer, prototypes=prototypes, **{"pool": cls_token, **others})
-        self.mask_token = nn.Parameter(torch.zeros(1, self.student["encoder"].dim))  # type: ignore[arg-type]
+        self.mask_token = nn.Parameter(torch.zeros(1, int(backbone.num_features)))  # type: ignore[arg-type]
         self.patch_centre = Centre(prototypes, patch_centre_momentum)
         self.mask_probability = mask_probability
         self.mask_share = (mask_share[0], mask_share[1])
