@@ -103,7 +103,8 @@ class OptimizerRecipe:
 
 
 def sgd(groups: Sequence[dict[str, Any]], *, lr: float, momentum: float = 0.9) -> torch.optim.SGD:
-    """SGD with momentum, for recipes whose smaller scales take another algorithm: one that knows no momentum."""
+    """SGD with the momentum that ConvNets are trained with; a recipe then names an algorithm alone, which a smaller
+    scale can replace by another. An `OptimizerRecipe`'s algorithm: ``partial(sgd, …)``."""
     return torch.optim.SGD(groups, lr=lr, momentum=momentum)
 
 

@@ -15,7 +15,7 @@ from src.collectives import rank
 from src.datamodules.image import ImageDataModule
 from src.evaluation.features import NoLabels
 from src.evaluation.knn import KNN
-from src.evaluation.run import BANK_SAMPLES, QUERY_SAMPLES, Evaluator, feature_sets, score
+from src.evaluation.run import BANK_SAMPLES, QUERY_SAMPLES, Evaluator, feature_sets, score, takes_shards
 from src.models.pretrain_module import PretrainModule
 
 log = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ class OnlineEvaluation(L.Callback):
                 bank_samples=self.bank_samples,
                 query_samples=self.query_samples,
                 precision=str(trainer.precision),
+                shard_bank=any(map(takes_shards, self.evaluators)),
             )
         except NoLabels:
             self._rest()

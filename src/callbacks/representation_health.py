@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.callbacks.publish import publish
-from src.collectives import gather_rows, rank, world_size
+from src.collectives import gather_rows, rank, reduce_sum, world_size
+from src.models.losses.distillation import effective_prototypes, entropy
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +25,17 @@ class RepresentationHealth(L.Callback):
     - ``health/effective_rank``: `effective_rank`, how many directions are in use, at most D.
     - ``health/embedding_norm``: mean length of an embedding.
 
+    Of ``StepOutput["targets"]``, a teacher's distributions over prototypes if there is one, over as many steps:
+
+    - ``health/teacher_entropy``: mean entropy in nats; 0 where each target is a single prototype.
+    - ``health/effective_prototypes``: how many prototypes are in use over all images, at most K.
+    - ``health/target_information``: what a target tells of its image, log(effective prototypes) - entropy in nats.
+
     Below ``min_feature_std`` or ``min_effective_rank`` the representation counts as collapsed: one line says so, and
     again only after it has recovered. The limits are those of a representation that is lost (all cosines above 0.9999;
     a single direction), not of one that is merely poor, so that a random initialisation does not cry wolf.
+    Below ``min_target_information`` the targets have collapsed: all images have the same one, whether that is a single
+    prototype (entropy 0) or all of them alike (entropy log K).
 
     Args:
         every_n_steps: optimizer steps between measurements.
@@ -40,6 +49,7 @@ class RepresentationHealth(L.Callback):
         window: int = 2048,
         min_feature_std: float = 0.01,
         min_effective_rank: float = 1.1,
+        min_target_information: float = 1e-5,
     ) -> None:
         if every_n_steps < 1 or window < 2:
             raise ValueError("RepresentationHealth: every_n_steps must be at least 1 and window at least 2")
@@ -47,7 +57,10 @@ class RepresentationHealth(L.Callback):
         self.window = window
         self.min_feature_std = min_feature_std
         self.min_effective_rank = min_effective_rank
+        self.min_target_information = min_target_information
         self._recent: Tensor | None = None
+        self._targets: Tensor | None = None  # [K + 2]: sums of targets and of their entropies, and how many
+        self._same_targets = False
         self._done = 0
         self._measured_at = 0
         self._collapsed = False
@@ -71,18 +84,32 @@ class RepresentationHealth(L.Callback):
             rows = gather_rows(local)
             known = [] if self._recent is None else [self._recent.to(rows.device)]
             self._recent = torch.cat([*known, rows])[-self.window :]
+            if "targets" in outputs:
+                sums = _sums(outputs["targets"].detach())
+                self._targets = sums if self._targets is None else self._targets.to(sums.device) + sums
         if self._recent is None or step // self.every_n_steps == self._measured_at // self.every_n_steps:
             return
         self._measured_at = step
         self._report(trainer, self._recent)
+        if self._targets is not None:
+            self._report_targets(trainer, reduce_sum(self._targets))
+            self._targets = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"recent": self._recent, "measured_at": self._measured_at, "collapsed": self._collapsed}
+        return {
+            "recent": self._recent,
+            "measured_at": self._measured_at,
+            "collapsed": self._collapsed,
+            "targets": self._targets,
+            "same_targets": self._same_targets,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._recent = state_dict["recent"]
         self._measured_at = state_dict["measured_at"]
         self._collapsed = state_dict["collapsed"]
+        self._targets = state_dict["targets"]
+        self._same_targets = state_dict["same_targets"]
 
     def _report(self, trainer: L.Trainer, embeddings: Tensor) -> None:
         if not torch.isfinite(embeddings).all():
@@ -109,6 +136,43 @@ class RepresentationHealth(L.Callback):
                 self.min_effective_rank,
             )
         self._collapsed = collapsed
+
+    def _report_targets(self, trainer: L.Trainer, sums: Tensor) -> None:
+        if not torch.isfinite(sums).all():
+            return
+        count = sums[-1]
+        uncertain, in_use = (sums[-2] / count).item(), effective_prototypes(sums[:-2] / count).item()
+        # never below 0 but for rounding: a mean's entropy is at least the mean entropy
+        information = max(0.0, math.log(in_use) - uncertain)
+        publish(
+            trainer,
+            {
+                "health/teacher_entropy": uncertain,
+                "health/effective_prototypes": in_use,
+                "health/target_information": information,
+            },
+        )
+        same = information < self.min_target_information
+        if same and not self._same_targets and rank() == 0:
+            log.warning(
+                "step %d: the teacher's targets have collapsed, all images have the same one (they tell %.1e nats of "
+                "an image, below %g is lost; entropy %.4f of at most %.2f, %.2f prototypes in use)",
+                trainer.global_step,
+                information,
+                self.min_target_information,
+                uncertain,
+                math.log(len(sums) - 2),
+                in_use,
+            )
+        self._same_targets = same
+
+
+def _sums(targets: Tensor) -> Tensor:
+    """Targets [..., K] summed up, their entropies summed up, and their number: float64 [K + 2] (float32 on MPS)."""
+    rows = targets.flatten(0, -2)
+    total = rows.sum(dim=0, dtype=torch.float32 if rows.device.type == "mps" else torch.float64)
+    count = total.new_full((1,), len(rows))
+    return torch.cat([total, entropy(rows).to(total.dtype) * count, count])
 
 
 def feature_std(embeddings: Tensor) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from src.collectives import gather_rows
+from src.collectives import gather_rows, rank
 from src.datamodules.image import ImageDataModule
 from src.models.backbones.image_encoder import Features, inference
 
@@ -29,10 +29,22 @@ class BadFeatures(ValueError):
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Labelled features of one data set, in the data set's order."""
+    """Labelled features of one data set, in the data set's order.
 
-    features: Tensor  # [n, D], float32 or float16, on the CPU
+    A shard holds the features this process has read, and which rows of the whole they are; labels are few bytes and are
+    whole everywhere.
+    """
+
+    features: Tensor  # [n, D], or [m, D] of a shard; float32 or float16, on the CPU
     labels: Tensor  # [n], int64, none of them negative
+    rows: Tensor | None = None  # int64 [m], ascending: the rows of a shard; None for the whole set
+
+    def whole(self, device: torch.device) -> FeatureSet:
+        """The set with the features of all processes, exchanged through ``device``. Every process must call it."""
+        if self.rows is None:
+            return self
+        order = torch.argsort(gather_rows(self.rows.to(device))).cpu()
+        return FeatureSet(features=gather_rows(self.features.to(device)).cpu()[order], labels=self.labels)
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,7 @@ def extract(
     pool: Pool = embedding,
     precision: str = "32-true",
     storage: torch.dtype = torch.float32,
+    shard: bool = False,
 ) -> dict[str, FeatureSet]:
     """Features of every labelled image of ``loader`` by each of ``encoders``, in one pass over the data.
 
@@ -97,6 +110,7 @@ def extract(
         encoders: by name, image [B, 3, H, W] -> `Features`, already on ``device``.
         pool: what is taken of the `Features`: [B, D].
         precision: of the forward pass, as Lightning's Trainer calls it.
+        shard: leave each process the features it has read, instead of giving all of them to all.
         storage: type the features are kept in; float16 halves the memory of a large bank.
 
     Raises:
@@ -114,7 +128,7 @@ def extract(
             for name, encoder in encoders.items():
                 features = pool(encoder(batch["image"].to(weight_dtype(encoder))))
                 rows[name].add(features.to("cpu", torch.float32).to(storage), batch)
-    return {name: gathered(name, mine, device, storage) for name, mine in rows.items()}
+    return {name: gathered(name, mine, device, storage, shard=shard) for name, mine in rows.items()}
 
 
 def labelled(loaded: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,12 +143,14 @@ def weight_dtype(encoder: nn.Module) -> torch.dtype:
     return next((p.dtype for p in encoder.parameters() if p.is_floating_point()), torch.float32)
 
 
-def gathered(name: str, mine: Rows, device: torch.device, storage: torch.dtype) -> FeatureSet:
+def gathered(name: str, mine: Rows, device: torch.device, storage: torch.dtype, *, shard: bool = False) -> FeatureSet:
     """The rows of all processes, in the order of their indices; rows of one index stay in theirs."""
     # a process with fewer samples than the others may hold none, and then does not know the width
     width = torch.tensor([mine.features[0].shape[1] if mine.features else 0], device=device)
     empty = torch.zeros(0, int(gather_rows(width).max()), dtype=storage)
-    features = gather_rows(torch.cat([empty, *mine.features]).to(device)).cpu()
+    features = torch.cat([empty, *mine.features])
+    if not shard:
+        features = gather_rows(features.to(device)).cpu()
     no_rows = torch.zeros(0, dtype=torch.int64)
     labels = gather_rows(torch.cat([no_rows, *mine.labels]).to(device)).cpu()
     indices = gather_rows(torch.cat([no_rows, *mine.indices]).to(device)).cpu()
@@ -142,13 +158,20 @@ def gathered(name: str, mine: Rows, device: torch.device, storage: torch.dtype) 
         raise NoLabels("no sample of the evaluation data has a label")
     # after the gathering, so that all processes stop alike
     bad = ~torch.isfinite(features).all(dim=1)
+    if shard:
+        bad = gather_rows(bad.to(device)).cpu()
     if bad.any():
         raise BadFeatures(
             f"the encoder '{name}' gives NaN or infinite features for {int(bad.sum())} of {len(bad)} samples, "
             f"the first at index {int(indices[bad].min())} (kept as {storage})"
         )
     order = torch.argsort(indices, stable=True)
-    return FeatureSet(features=features[order], labels=labels[order])
+    if not shard:
+        return FeatureSet(features=features[order], labels=labels[order])
+    # the processes' rows were joined one process after the other: where the own ones begin, and where they end up
+    begin = int(gather_rows(torch.tensor([len(features)], device=device))[: rank()].sum())
+    own = (order >= begin) & (order < begin + len(features))
+    return FeatureSet(features=features[order[own] - begin], labels=labels[order], rows=own.nonzero().flatten())
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from src.collectives import gather_rows, world_size
 from src.evaluation.features import FeatureSets
 
 
@@ -18,7 +20,10 @@ class KNN:
     """DINO's weighted kNN: the ``k`` nearest of the bank by cosine vote with weight exp(cosine / temperature).
 
     Where similarities tie the earlier sample of the bank is nearer, where votes tie the smaller class wins. A ``k``
-    beyond the bank's size means the whole bank. Reports ``knn_top1`` of the first ``k`` and ``knn<k>_top1`` of others.
+    beyond the bank's size means the whole bank. A bank in shards stays where it is: each process finds the nearest of
+    its own, and the nearest of all are chosen from these: the same neighbours, ties included.
+
+    Reports ``knn_top1`` of the first ``k`` and ``knn<k>_top1`` of others.
 
     Args:
         k: one number of neighbours, or several.
@@ -30,6 +35,8 @@ class KNN:
     temperature: float = 0.07
     query_chunk: int = 512
     bank_chunk: int = 8192
+
+    takes_shards: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.ks or min(self.ks) < 1:
@@ -58,10 +65,13 @@ class KNN:
         """The predicted class of each query by each k: int64 [n], on the CPU."""
         bank = F.normalize(sets.bank.features.to(device, torch.float32), dim=1)
         labels = sets.bank.labels.to(device)
+        rows = None if sets.bank.rows is None else sets.bank.rows.to(device)
         predicted: dict[int, list[Tensor]] = {k: [] for k in self.ks}
         for features in sets.query.features.split(self.query_chunk):
             query = F.normalize(features.to(device, torch.float32), dim=1)
             similarity, neighbour = self._nearest(query, bank, max(self.ks))
+            if rows is not None:
+                similarity, neighbour = _merged(similarity, rows[neighbour], max(self.ks), len(labels))
             weight = ((similarity - similarity[:, :1]) / self.temperature).exp()  # a common factor leaves votes alone
             votes = similarity.new_zeros(len(query), sets.classes)
             for rank in range(similarity.shape[1]):
@@ -85,6 +95,25 @@ class KNN:
             where = torch.cat([where, columns + begin], dim=1).gather(1, kept)
         best, order = best.sort(dim=1, descending=True, stable=True)
         return best, where.gather(1, order)
+
+
+def _merged(similarity: Tensor, rows: Tensor, k: int, bank: int) -> tuple[Tensor, Tensor]:
+    """The k nearest of what each process found, nearest first, of ties the first rows: [q, k'] each -> [q, k].
+
+    Args:
+        rows: of the whole bank, int64.
+        bank: its size.
+    """
+    # a shard may be shorter than k, and another process's longer: what is missing is far away and behind all rows
+    missing = min(k, bank) - similarity.shape[1]
+    similarity, rows = F.pad(similarity, (0, missing), value=-torch.inf), F.pad(rows, (0, missing), value=bank)
+    everyone = world_size()
+    similarity, rows = (
+        gather_rows(each).unflatten(0, (everyone, -1)).transpose(0, 1).flatten(1) for each in (similarity, rows)
+    )
+    rows, order = rows.sort(dim=1, stable=True)
+    similarity, order = similarity.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return similarity[:, : min(k, bank)], rows.gather(1, order)[:, : min(k, bank)]
 
 
 def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

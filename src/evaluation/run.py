@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from src.collectives import gather_rows
+from src.collectives import gather_rows, is_distributed
 from src.datamodules.image import ImageDataModule
 from src.datamodules.sources.source import Split
 from src.errors import SettingError
@@ -22,7 +22,8 @@ QUERY_SAMPLES = 10_000
 
 
 class Evaluator(Protocol):
-    """Judges features; what it reports is named after the protocol, e.g. ``knn_top1``."""
+    """Judges features; what it reports is named after the protocol, e.g. ``knn_top1``. One that takes a bank in shards
+    says so by an attribute ``takes_shards``; others are given all of it."""
 
     def __call__(self, sets: FeatureSets, device: torch.device) -> dict[str, float]: ...
 
@@ -62,6 +63,7 @@ def run_evaluators(
         split=split,
         pool=pool,
         precision=precision,
+        shard_bank=any(map(takes_shards, evaluators)),
     )
     return score(sets, evaluators, device)
 
@@ -76,15 +78,27 @@ def feature_sets(
     split: Split = "val",
     pool: Pool = embedding,
     precision: str = "32-true",
+    shard_bank: bool = False,
 ) -> dict[str, FeatureSets]:
-    """The bank's and the queries' features by each encoder; arguments as for `run_evaluators`."""
+    """The bank's and the queries' features by each encoder; arguments as for `run_evaluators`.
+
+    Args:
+        shard_bank: leave the bank's features where they were read, so that a process holds its share alone.
+    """
     # a loader that starts draws a number, which training must not notice
     with seeded(0):
         query, bank = (
-            extract(encoders, loader, datamodule, device, pool=pool, precision=precision)
-            for loader in (query_loader(datamodule, split, query_samples), datamodule.bank_dataloader(bank_samples))
+            extract(encoders, loader, datamodule, device, pool=pool, precision=precision, shard=shard)
+            for loader, shard in (
+                (query_loader(datamodule, split, query_samples), False),
+                (datamodule.bank_dataloader(bank_samples), shard_bank and is_distributed()),
+            )
         )
     return {name: FeatureSets(bank=bank[name], query=query[name]) for name in encoders}
+
+
+def takes_shards(evaluator: Evaluator) -> bool:
+    return bool(getattr(evaluator, "takes_shards", False))
 
 
 def query_loader(
@@ -106,7 +120,8 @@ def score(sets: Mapping[str, FeatureSets], evaluators: Sequence[Evaluator], devi
     with seeded(0), exact_products():
         for position, (name, mine) in enumerate(sets.items()):
             for evaluator in evaluators:
-                for metric, value in evaluator(mine, device).items():
+                whole = mine if takes_shards(evaluator) else FeatureSets(mine.bank.whole(device), mine.query)
+                for metric, value in evaluator(whole, device).items():
                     scores[metric if position == 0 else f"{metric}_{name}"] = value
     return _of_first_process(scores, device)
 

@@ -23,6 +23,7 @@ class StepOutput(TypedDict):
     logs: NotRequired[Mapping[str, Tensor | float]]  # further scalars by name, written as ``loss/<name>``
     embedding: NotRequired[Tensor]  # [B, D], detached, one row for each label of the batch
     patches: NotRequired[Tensor]  # [B, N, D], detached
+    targets: NotRequired[Tensor]  # [..., K], detached: distributions over prototypes that a teacher or a code sets
 
 
 class PretrainModule(L.LightningModule, ABC):

@@ -6,14 +6,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from src.callbacks.ema_teacher import EMATeacher
 from src.callbacks.representation_health import RepresentationHealth, effective_rank, feature_std
 from src.evaluation.features import extract
+from src.models.joint_embedding.dino import DINO
+from src.optim import OptimizerRecipe
 from tests.evaluation.toy import random_rows, squares, tiny_encoder
+from tests.models.joint_embedding import toy
 
 
 class Steps:
@@ -30,11 +36,13 @@ class Steps:
             logged_metrics={},
         )
 
-    def run(self, health: RepresentationHealth, embedding: Tensor) -> None:
+    def run(self, health: RepresentationHealth, embedding: Tensor, targets: Tensor | None = None) -> None:
         micro_batches = self.trainer.accumulate_grad_batches
+        more = [{}] * micro_batches if targets is None else [{"targets": each} for each in targets.chunk(micro_batches)]
         for position, part in enumerate(embedding.chunk(micro_batches)):
             self.trainer.global_step += position == micro_batches - 1
-            health.on_train_batch_end(self.trainer, None, {"embedding": part}, {}, position)  # type: ignore[arg-type]
+            outputs = {"embedding": part, **more[position]}
+            health.on_train_batch_end(self.trainer, None, outputs, {}, position)  # type: ignore[arg-type]
 
 
 def test_effective_rank_of_known_singular_values() -> None:
@@ -152,3 +160,91 @@ def test_values_reach_the_dashboard_at_their_step(tmp_path: Path) -> None:
 def test_refuses_what_makes_no_sense(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="RepresentationHealth"):
         RepresentationHealth(**options)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_targets_by_hand(micro_batches: int) -> None:
+    health, steps = RepresentationHealth(every_n_steps=1), Steps(micro_batches=micro_batches)
+    targets = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0]])[:, None]
+    steps.run(health, random_rows(2, 4, 0), targets)
+    metrics = steps.written[-1][1]
+    # entropies 0 and log 2; their mean is (3/4, 1/4), whose entropy is log(4 / 3^0.75)
+    assert metrics["health/teacher_entropy"] == pytest.approx(math.log(2) / 2)
+    assert metrics["health/effective_prototypes"] == pytest.approx(4 / 3**0.75)
+    assert metrics["health/target_information"] == pytest.approx(math.log(4 / 3**0.75) - math.log(2) / 2)
+
+
+@pytest.mark.parametrize("lost", [torch.eye(8)[:1], torch.full((1, 8), 0.125)])
+def test_targets_that_are_all_one_are_said_to_have_collapsed(lost: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    health, steps = RepresentationHealth(every_n_steps=1, window=16), Steps()
+    rows, alive = random_rows(16, 8, 0), (3 * random_rows(16, 8, 1)).softmax(dim=1)
+    for targets in (alive, lost.expand(16, 8), lost.expand(16, 8), alive, lost.expand(16, 8)):
+        steps.run(health, rows, targets)
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.split(":")[0] for message in messages] == ["step 2", "step 5"]
+    assert "the teacher's targets have collapsed, all images have the same one" in messages[0]
+
+
+def test_a_resumed_run_measures_the_same_targets(tmp_path: Path) -> None:
+    straight, steps = RepresentationHealth(every_n_steps=4, window=40), Steps()
+    before, other = RepresentationHealth(every_n_steps=4, window=40), Steps()
+    draws = [(random_rows(8, 4, step), random_rows(8, 5, step).softmax(dim=1)) for step in range(4)]
+    for step, (rows, targets) in enumerate(draws):
+        steps.run(straight, rows, targets)
+        if step == 2:
+            torch.save(before.state_dict(), tmp_path / "health.pt")
+            before = RepresentationHealth(every_n_steps=4, window=40)
+            before.load_state_dict(torch.load(tmp_path / "health.pt", weights_only=True))
+        other.run(before, rows, targets)
+    assert steps.written == other.written
+    assert "health/target_information" in steps.written[-1][1]
+
+
+class Colours(L.LightningDataModule):
+    """Two noisy views of pictures of one of eight colours."""
+
+    batch_size = 32
+
+    def train_dataloader(self) -> Any:
+        draw = torch.Generator().manual_seed(0)
+        batches = []
+        for step in range(60):
+            colour = torch.randint(2, (32, 1, 3, 1, 1), generator=draw) * 2.0 - 1
+            views = colour + 0.3 * torch.randn(32, 2, 3, toy.SIDE, toy.SIDE, generator=draw)
+            batches.append({"views": views, "step": torch.tensor(step)})
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+
+def train_dino(folder: Path, centre_momentum: float) -> dict[str, Tensor]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    recipe = OptimizerRecipe(torch.optim.AdamW, lr=1e-3)
+    small = {"prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 32}
+    method = DINO(toy.vit(), recipe, teacher_momentum=0.95, centre_momentum=centre_momentum, **small)  # type: ignore
+    health = RepresentationHealth(every_n_steps=10, window=64)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        callbacks=[EMATeacher(), health],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(method, datamodule=Colours())
+    return dict(trainer.callback_metrics)
+
+
+def test_dino_without_a_centre_is_said_to_collapse(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    metrics = train_dino(tmp_path, centre_momentum=1.0)
+    assert "the teacher's targets have collapsed" in caplog.text
+    assert metrics["health/effective_prototypes"] < 1.001
+    assert metrics["health/teacher_entropy"] < 0.001
+
+
+def test_dino_with_its_centre_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    metrics = train_dino(tmp_path, centre_momentum=0.9)
+    assert "collapsed" not in caplog.text
+    assert metrics["health/effective_prototypes"] > 1.5
+    assert metrics["health/target_information"] > 1e-3

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from src.callbacks.online_probe import OnlineProbe
 from src.callbacks.representation_health import RepresentationHealth
-from src.evaluation.features import extract
+from src.evaluation.features import FeatureSet, FeatureSets, extract
 from src.evaluation.knn import KNN
 from src.evaluation.run import run_evaluators
 from tests.evaluation.toy import PatchySquares, make_data, random_rows, squares, tiny_encoder
@@ -32,6 +32,10 @@ def observe(rank: int, world_size: int) -> dict[str, object]:
     encoders = {"one": tiny_encoder(0), "two": tiny_encoder(1)}
     full = extract(encoders, data.val_dataloader(), data, CPU)["two"]
     half = extract(encoders, sparse.val_dataloader(), sparse, CPU)["one"]
+    ties, predicted = tied_sets(rank, world_size), {}
+    for k, chunk in ((7, 8), (40, 512), (500, 64)):
+        predicted[f"{k}"] = KNN(k=k, temperature=0.5, bank_chunk=chunk).predict(ties, CPU)[k]
+    shard = extract(encoders, data.val_dataloader(), data, CPU, shard=world_size == 2)["two"]
     scores = run_evaluators(encoders, data, [KNN(k=3)], CPU)
     return {
         "features": full.features,
@@ -39,8 +43,24 @@ def observe(rank: int, world_size: int) -> dict[str, object]:
         "sparse features": half.features,
         "sparse labels": half.labels,
         "scores": scores,
+        "nearest": predicted,
+        "held": len(shard.features),
+        "of the shards": shard.whole(CPU).features,
+        "labels of the shards": shard.labels,
         **train(rank, world_size),
     }
+
+
+def tied_sets(rank: int, world_size: int) -> FeatureSets:
+    """Rows of +-1 of length 4, whose cosines are exact and tie all the time; the second process has the fewer rows."""
+    bank, query = (random_rows(rows, 16, seed=rows).sign() for rows in (120, 50))
+    labels = [torch.randint(4, (rows,), generator=torch.Generator().manual_seed(rows)) for rows in (120, 50)]
+    second = torch.arange(120) % 5 == 3
+    rows = (second if rank else ~second).nonzero().flatten() if world_size == 2 else None
+    return FeatureSets(
+        bank=FeatureSet(bank if rows is None else bank[rows], labels[0], rows),
+        query=FeatureSet(query, labels[1]),
+    )
 
 
 def train(rank: int, world_size: int) -> dict[str, object]:
@@ -101,6 +121,17 @@ def test_a_process_without_labelled_samples_takes_part(seen: Any) -> None:
     alone, pair = seen
     assert len(alone["sparse labels"]) == 4
     assert pair[1]["sparse features"].shape == (4, 32)
+
+
+def test_a_bank_in_shards_gives_the_neighbours_of_the_whole_one(seen: Any) -> None:
+    alone, pair = seen
+    for one in pair:
+        for k in ("7", "40", "500"):
+            assert torch.equal(one["nearest"][k], alone["nearest"][k])
+        assert torch.equal(one["of the shards"], one["features"])
+        assert torch.equal(one["labels of the shards"], alone["labels"])
+    assert alone["held"] == 29
+    assert sorted(one["held"] for one in pair) == [14, 15]
 
 
 def test_scores_agree(seen: Any) -> None:

@@ -40,6 +40,11 @@ def mean_patch(prefix: Tensor, patches: Tensor) -> Tensor:
     return patches.mean(dim=1)
 
 
+def cls_token_or_mean(prefix: Tensor, patches: Tensor) -> Tensor:
+    """The class token, or the mean of all positions of a backbone that has none, such as a ConvNet."""
+    return cls_token(prefix, patches) if prefix.shape[1] else mean_patch(prefix, patches)
+
+
 class ImageEncoder(nn.Module):
     """A timm backbone seen through `Features`.
 

@@ -1,11 +1,31 @@
-"""Fixed position tables."""
+"""Positions of patches: fixed tables, and pictures of other sizes."""
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import torch
+from timm.layers import Format
 from torch import Tensor, nn
 
 from src.errors import SettingError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def any_size(backbone: M) -> M:
+    """``backbone`` itself, made to take pictures of other sizes than its own, of whole patches: a ViT of timm
+    interpolates its positions, as it does where it is built with ``dynamic_img_size``. A ConvNet does so anyway.
+
+    A method says so, not a recipe, because the method knows its views, and only a ViT would know the option.
+    """
+    if hasattr(backbone, "dynamic_img_size"):
+        vit: Any = backbone
+        vit.dynamic_img_size = True
+        vit.patch_embed.strict_img_size = False
+        vit.patch_embed.flatten = False
+        vit.patch_embed.output_fmt = Format.NHWC
+    return backbone
 
 
 def sincos_2d(dim: int, grid: tuple[int, int], *, prefix_tokens: int = 0) -> Tensor:

@@ -10,6 +10,7 @@ from src.collectives import reduce_sum, world_size
 from src.datamodules.batch import MultiViewBatch
 from src.errors import SettingError
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
+from src.models.backbones.positions import any_size
 from src.models.heads.mlp import MlpHead
 from src.models.joint_embedding.base import JointEmbedding, deviation, together, unit
 from src.models.joint_embedding.queue import FeatureQueue
@@ -26,7 +27,8 @@ class SwAV(JointEmbedding):
     """Unsupervised Learning of Visual Features by Contrasting Cluster Assignments (Caron et al., 2020).
 
     The two large crops are assigned to prototypes, equally over the images of all processes; every crop predicts the
-    codes of the others. Small crops are predicted from, and never assigned.
+    codes of the others. Small crops are predicted from, and never assigned. The recipe leaves the prototypes where they
+    are for the first steps (`FreezeAtFirst`).
 
     Where gradients are accumulated, an assignment is over a micro-batch, not over the step's whole batch: four
     micro-batches are not one, by design. The features queued in earlier steps make up for it. What holds whatever the
@@ -36,7 +38,7 @@ class SwAV(JointEmbedding):
     to fill it then, some 15 steps before.
 
     Args:
-        backbone: any timm model without a head, that takes crops of different sizes.
+        backbone: any timm model without a head.
         optimizer: in the paper SGD with a trust ratio for every tensor (`larc`).
         prototypes: K.
         hidden_dim: of the projector; None for as wide as the backbone's features.
@@ -46,8 +48,6 @@ class SwAV(JointEmbedding):
         temperature: of the predictions.
         queue_size: images whose features take part in the assignments, a multiple of those of a step; 0 for no queue.
         use_queue: whether a full queue takes part; ``schedules.use_queue`` says from when on.
-        freeze_prototypes: whether the prototypes' gradients are discarded; ``schedules.freeze_prototypes`` says how
-            long.
         pool: what of the backbone's tokens is projected and evaluated.
 
     Raises:
@@ -68,7 +68,6 @@ class SwAV(JointEmbedding):
         temperature: float = 0.1,
         queue_size: int = 0,
         use_queue: bool = True,
-        freeze_prototypes: bool = False,
         pool: Pool = mean_patch,
     ) -> None:
         super().__init__(optimizer)
@@ -83,8 +82,7 @@ class SwAV(JointEmbedding):
         self.iterations = iterations
         self.temperature = temperature
         self.use_queue = use_queue
-        self.freeze_prototypes = freeze_prototypes
-        self.encoder = ImageEncoder(backbone, pool)
+        self.encoder = ImageEncoder(any_size(backbone), pool)
         width = self.encoder.dim
         self.projector = MlpHead((width, hidden_dim or width, projection_dim), hidden_bias=True)
         self.prototypes = nn.Linear(projection_dim, prototypes, bias=False)
@@ -138,8 +136,6 @@ class SwAV(JointEmbedding):
         return torch.stack(codes)[:, -images:]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.freeze_prototypes:
-            self.prototypes.weight.grad = None
         if self.queue is not None:
             self.queue.push()
 

@@ -54,8 +54,9 @@ def masked_patch_cross_entropy(targets: Tensor, logits: Tensor, mask: Tensor, te
         temperature: of the student.
     """
     each = -(targets * (logits / temperature).log_softmax(dim=-1)).sum(dim=-1)
-    weight = (mask / mask.sum(dim=1, keepdim=True).clamp(min=1))[mask]
-    return (weight.to(each.dtype) * each).sum() / len(mask)
+    hidden = mask.to(each.dtype)
+    weight = (hidden / hidden.sum(dim=1, keepdim=True).clamp(min=1))[mask]
+    return (weight * each).sum() / len(mask)
 
 
 @torch.no_grad()

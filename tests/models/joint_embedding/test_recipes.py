@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +141,9 @@ def test_swav_s_recipes_are_the_authors():
     run = Horizon(total_steps=800 * 312, steps_per_epoch=312, batch_size=4096)
     ends = [rate.value(step, run) for step in (0, 3120, run.total_steps)]
     assert ends == [pytest.approx(0.3), pytest.approx(4.8), pytest.approx(0.0048)]
-    frozen = configuration.instantiate(whole.schedules.freeze_prototypes)
-    assert [bool(frozen.value(step, run)) for step in (0, 312, 313)] == [True, True, False]
+    assert run.steps(whole.callbacks.freeze.duration) == 313
+    frozen = [name for name, _ in module.named_parameters() if re.search(whole.callbacks.freeze.pattern, name)]
+    assert frozen == ["prototypes.weight"]
 
     small = composed("experiment=swav_r50_b256", "scale=paper")
     run = Horizon(total_steps=400 * 5004, steps_per_epoch=5004, batch_size=256)
@@ -177,3 +179,29 @@ def test_views_that_do_not_suit_the_method_end_the_command_with_their_key(tmp_pa
         UserError, match=r"data\.train_view: .* 2 in train_view\.views and 6 in train_view\.local_views"
     ):
         train.main([*words, *small, *quiet, "data.train_samples=null", "data.eval_samples=null"])
+
+
+def test_ibot_is_dino_with_its_own_views_and_masks():
+    config = composed("experiment=ibot_vits", "scale=paper")
+    views = config.data.train_view
+    assert (views.local_views.local.count, views.local_views.local.crop.scale) == (10, [0.05, 0.25])
+    assert [kind.crop.scale for kind in views.views.values()] == [[0.25, 1.0]] * 2
+    assert [kind.colour.blur for kind in views.views.values()] == [1.0, 0.1]  # DINO's colours
+    assert config.optimizer.lr == pytest.approx(2e-3)
+    assert config.schedules.optimizer.weight_decay.end == 0.4
+    assert config.callbacks.gradient_clip.max_norm == 3.0
+    assert config.schedules.patch_teacher_temperature.end == 0.07
+
+
+@pytest.mark.parametrize("backbone", ["vit", "resnet"])
+def test_dino_takes_local_views_with_either_backbone(backbone):
+    config = composed("experiment=dino_r50", "scale=tiny", f"backbone={backbone}")
+    module = configuration.instantiate(config.model)
+    batch = {"views": torch.zeros(2, 2, 3, 64, 64), "local_views": torch.zeros(2, 4, 3, 32, 32)}
+    assert module.training_step(batch, 0)["embedding"].shape == (2, {"vit": 128, "resnet": 256}[backbone])
+    assert config.optimizer.algorithm == {"_target_": "torch.optim.AdamW", "_partial_": True}
+    paper = composed("experiment=dino_r50", "scale=paper")
+    optimizer = configuration.instantiate(paper.optimizer).build(torch.nn.Linear(2, 2))
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.defaults["momentum"] == 0.9
+    assert paper.schedules.optimizer.weight_decay.end == 1e-4

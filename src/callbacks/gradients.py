@@ -1,0 +1,67 @@
+"""What happens to gradients between the backward pass and the update."""
+
+from __future__ import annotations
+
+import re
+
+import lightning as L
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from src.callbacks.schedules import horizon_of
+from src.errors import SettingError
+
+
+class ClipEachParameter(L.Callback):
+    """Scales the gradient of every parameter on its own to the length ``max_norm``, where it is longer (DINO).
+
+    Lightning's ``trainer.gradient_clip_val`` scales all of them by one factor; there a single large tensor, such as
+    the prototypes, takes the step from everything else.
+
+    Raises:
+        SettingError: a length that is not positive.
+    """
+
+    def __init__(self, max_norm: float) -> None:
+        if max_norm <= 0:
+            raise SettingError(f"callbacks.gradient_clip.max_norm={max_norm} must be above 0")
+        self.max_norm = max_norm
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        for parameter in pl_module.parameters():
+            if parameter.grad is not None:
+                clip_grad_norm_(parameter, self.max_norm)
+
+
+class FreezeAtFirst(L.Callback):
+    """Leaves parameters where they are for the first part of a run: no update, no weight decay, no momentum.
+
+    Their gradients are computed and dropped, so that nothing else changes when they begin to move.
+
+    Args:
+        pattern: of the parameters' names (``re.search``).
+        duration: such as "1 epoch" (see `Horizon.steps`).
+
+    Raises:
+        SettingError: at start, where no parameter that learns matches.
+    """
+
+    def __init__(self, pattern: str, duration: int | float | str) -> None:
+        self.pattern = pattern
+        self.duration = duration
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._chosen(pl_module):
+            raise SettingError(f"callbacks.freeze.pattern: no parameter that learns matches '{self.pattern}'")
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if trainer.global_step < horizon_of(trainer).steps(self.duration):
+            for parameter in self._chosen(pl_module):
+                parameter.grad = None
+
+    def _chosen(self, pl_module: L.LightningModule) -> list[torch.nn.Parameter]:
+        return [p for name, p in pl_module.named_parameters() if p.requires_grad and re.search(self.pattern, name)]
