@@ -18,7 +18,7 @@ from src.datamodules.scenes.shapes import KINDS, Kind
 VISIBLE_AREA = 0.002  # share of the picture that must be seen of a kind for it to count as present
 _TAG_GRID = 64  # the grid on which that share is counted, whatever the picture's resolution
 _GRAIN_GRID = 64  # cells a side of the film grain: fixed, so that it stays with the scene and not with the pixel
-CARVED = 0.14  # depth of what is carved into a face, in radii
+CARVED = 0.22  # depth of what is carved into a face, in radii
 _SHADOW_BLUR = 0.35  # width of a shadow's edge, in radii of the thing
 
 
@@ -232,16 +232,13 @@ def _shading(distance: np.ndarray, patch: Patch, thing: Thing, light: Light) -> 
     pixel = patch.pixel
     slope = np.clip(distance * (1.0 / thing.bevel) + 1.0, 0.0, 1.0)
     slope *= thing.relief
-    half = slope * (0.5 / pixel)
-    nx, ny = np.zeros_like(distance), np.zeros_like(distance)
-    np.subtract(distance[:, 2:], distance[:, :-2], out=nx[:, 1:-1])
-    np.subtract(distance[2:], distance[:-2], out=ny[1:-1])
-    nx *= half
-    ny *= half
+    slope *= 1.0 / pixel
+    nx, ny = _difference(distance, 1) * slope, _difference(distance, 0) * slope
     if thing.kind.carving is not None:
-        height = thing.kind.carving(patch.x, patch.y) * (-CARVED * 0.5 / pixel)
-        nx[:, 1:-1] += height[:, 2:] - height[:, :-2]
-        ny[1:-1] += height[2:] - height[:-2]
+        depth = -CARVED / pixel
+        height = thing.kind.carving(patch.x, patch.y)
+        nx += _difference(height, 1) * depth
+        ny += _difference(height, 0) * depth
     scale = 1.0 / np.sqrt(nx * nx + ny * ny + 1.0)
     lx, ly, lz = light.direction
     facing = (nx * lx + ny * ly - lz) * scale
@@ -257,6 +254,11 @@ def _shading(distance: np.ndarray, patch: Patch, thing: Thing, light: Light) -> 
         mirror *= mirror
     mirror *= thing.gloss
     return diffuse, mirror
+
+
+def _difference(values: np.ndarray, axis: int) -> np.ndarray:
+    """Change from pixel to pixel: central, one-sided at the ends."""
+    return np.gradient(values, axis=axis) if values.shape[axis] > 1 else np.zeros_like(values)
 
 
 def _mix(texture: Texture, x: np.ndarray, y: np.ndarray, pixel: float) -> np.ndarray | None:

@@ -181,7 +181,7 @@ def _studs(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Round bumps in rows and columns."""
     x, y = x / 0.85, y / 0.85
     x, y = x - np.rint(x), y - np.rint(y)
-    return np.maximum(1.0 - (x * x + y * y) * 8.0, -1.0)
+    return 2.0 * np.exp((x * x + y * y) * -10.0) - 1.0
 
 
 def _chevrons(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -16,16 +16,17 @@ from src.randomness import fold
 
 Range = tuple[float, float]
 
-# hue, saturation and value ranges; a thing takes its own shade from them
+# hue, saturation and value ranges; a thing takes its own shade from them. Muted: a colour says nothing of the kind, and
+# strong ones are what a self-supervised encoder would compare pictures by.
 COLOURS: dict[str, tuple[Range, Range, Range]] = {
-    "red": ((-0.025, 0.02), (0.65, 1.0), (0.7, 1.0)),
-    "orange": ((0.05, 0.095), (0.75, 1.0), (0.8, 1.0)),
-    "yellow": ((0.13, 0.17), (0.65, 1.0), (0.8, 1.0)),
-    "green": ((0.28, 0.39), (0.55, 1.0), (0.5, 0.95)),
-    "cyan": ((0.47, 0.53), (0.5, 1.0), (0.65, 1.0)),
-    "blue": ((0.58, 0.66), (0.5, 0.9), (0.7, 1.0)),
-    "purple": ((0.73, 0.8), (0.4, 0.85), (0.6, 1.0)),
-    "white": ((0.0, 1.0), (0.0, 0.08), (0.85, 1.0)),
+    "red": ((-0.025, 0.02), (0.26, 0.4), (0.7, 1.0)),
+    "orange": ((0.05, 0.095), (0.3, 0.4), (0.8, 1.0)),
+    "yellow": ((0.13, 0.17), (0.26, 0.4), (0.8, 1.0)),
+    "green": ((0.28, 0.39), (0.22, 0.4), (0.5, 0.95)),
+    "cyan": ((0.47, 0.53), (0.2, 0.4), (0.65, 1.0)),
+    "blue": ((0.58, 0.66), (0.2, 0.36), (0.7, 1.0)),
+    "purple": ((0.73, 0.8), (0.16, 0.34), (0.6, 1.0)),
+    "white": ((0.0, 1.0), (0.0, 0.032), (0.85, 1.0)),
 }
 
 
@@ -39,18 +40,18 @@ class ObjectsWorld:
 
     kinds: tuple[Kind, ...] = KINDS
     patterns: tuple[Pattern, ...] = PATTERNS
-    plain: float = 0.7  # share of surfaces without a pattern
-    main_radius: Range = (0.52, 0.75)  # of the disc of equal area
-    main_place: float = 0.3  # the main thing's centre lies within ± this
+    plain: float = 0.9  # share of surfaces without a pattern
+    main_radius: Range = (0.7, 1.1)  # of the disc of equal area
+    main_place: float = 0.5  # the main thing's centre lies within ± this
     other_radius: Range = (0.1, 0.18)
     others: tuple[int, int] = (0, 1)  # how many, both ends included
-    roll: float = 0.8  # largest rotation of the main thing in its plane, radians
+    roll: float = 1.2  # largest rotation of the main thing in its plane, radians
     other_roll: float = 0.6
-    tilt: float = 0.35  # largest pitch and yaw, radians
+    tilt: float = 0.25  # largest pitch and yaw, radians
     contrast: float = 0.45  # least distance of a thing's colour from the backdrop's
     backdrop_value: Range = (0.05, 0.9)  # brightness of the backdrop's colours
     marks: tuple[int, int] = (0, 2)  # strokes on the backdrop
-    falloff: float = 0.4  # largest change of brightness from the picture's middle to its edge
+    falloff: float = 0.25  # largest change of brightness from the picture's middle to its edge
     grain: Range = (0.0, 0.008)
 
     def scene(self, seed: int, index: int) -> Scene:
@@ -159,7 +160,7 @@ def _hsv(rng: np.random.Generator, ranges: tuple[Range, Range, Range]) -> Rgb:
 
 def _paper(rng: np.random.Generator, value: Range) -> Rgb:
     """A muted colour for the backdrop."""
-    return _hsv(rng, ((0.0, 1.0), (0.0, 0.5), value))
+    return _hsv(rng, ((0.0, 1.0), (0.0, 0.12), value))
 
 
 def _colour(rng: np.random.Generator, behind: tuple[float, ...], contrast: float) -> tuple[str, Rgb]:
