@@ -1,7 +1,8 @@
 """`make bench`: measure, keep what was measured, write the page.
 
 ``only=loop,precision`` names parts, ``quick=true`` only looks whether they work (its page goes to ``cache/bench``),
-``again=true`` forgets finished runs of the learning part, ``out=<folder>`` is where page and numbers go.
+``again=true`` forgets finished runs of the parts that train for hours (learning, methods), ``out=<folder>`` is where
+page and numbers go.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from src.bench import learning, machine
+from src.bench import learning, machine, methods
 from src.bench.render import PARTS, render
 from src.configuration import PROJECT, UserError, nearest, run_main
 from src.loggers import write_atomically
 from src.trained import words_of
 
 WORDS = ("only", "quick", "again", "out")
+LONG = {"learning": learning, "methods": methods}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -35,10 +37,10 @@ def main(argv: Sequence[str]) -> int:
             results[name] = {"about": about, "quick": quick, "result": result}
             _write(folder, results)
 
-        if name == "learning":
+        if name in LONG:
             # hours of it: what is finished is kept, and not done again
             known = {} if again else results.get(name, {}).get("result", {})
-            keep(learning.measure(quick, known=known, keep=keep))
+            keep(LONG[name].measure(quick, known=known, keep=keep))
         else:
             keep(PARTS[name].measure(quick))
     print(f"bench: wrote {folder / 'benchmarks.md'}")

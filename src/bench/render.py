@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from src.bench import evaluation, input_folder, learning, loop, machine, precision, startup
+from src.bench import evaluation, input_folder, learning, loop, machine, methods, precision, startup
 from src.bench.report import Section, table
 
 
@@ -24,6 +24,7 @@ PARTS: dict[str, Part] = {
     "startup": startup,
     "evaluation": evaluation,
     "learning": learning,
+    "methods": methods,
 }
 
 

@@ -140,7 +140,7 @@ def _in_parts(model: nn.Module, images: Tensor, function: Callable[[Tensor], Ten
 
 
 def supervised(
-    train: Pictures, *, classes: int, steps: int, batch: int = 64, rate: float = 1e-3, seed: int = 0
+    train: Pictures, *, classes: int, steps: int, batch: int = 64, rate: float = 2e-3, seed: int = 0
 ) -> nn.Module:
     """A tiny ViT trained from scratch on random crops and flips: AdamW, short warm-up, cosine to zero."""
     with seeded(seed):

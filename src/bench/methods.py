@@ -1,0 +1,217 @@
+"""Every joint-embedding method, given the same backbone, the same images and the same time."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from src import evaluate, runs
+from src.bench import command, machine, once
+from src.bench.report import Check, Section, table
+
+DATA = ("scenes", "emoji")
+SEEDS = (0, 1, 2)
+METRICS = {"knn_top1": "kNN", "linear_top1": "linear"}
+SECONDS = 180.0  # of training steps, data included, evaluation and start-up not
+TRIAL_STEPS = 60  # to see how many steps fit
+
+COMMON = ("scale=tiny", "backbone=vit", "trainer.max_epochs=-1", "callbacks.evaluation=null", "callbacks.pictures=null")
+FLOORS = {"random": "random initialisation", "pixels": "raw pixels (16x16)"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Args:
+        title: as the paper calls it.
+        experiment: its recipe; of a ResNet-50's the tiny ViT takes the place.
+        encoder: the one the paper evaluates.
+    """
+
+    title: str
+    experiment: str
+    encoder: str = "encoder"
+
+
+METHODS: dict[str, Method] = {
+    "supervised": Method("supervised", "supervised_vits"),
+    "simclr": Method("SimCLR", "simclr_r50"),
+    "dcl": Method("DCL", "dcl_r50"),
+    "dclw": Method("DCLW", "dclw_r50"),
+    "moco_v2": Method("MoCo v2", "moco_v2_r50", "student"),
+    "mochi": Method("MoCHi", "mochi_r50", "student"),
+    "moco_v3": Method("MoCo v3", "moco_v3_vits", "student"),
+    "byol": Method("BYOL", "byol_r50", "student"),
+    "barlow_twins": Method("Barlow Twins", "barlow_twins_r50"),
+    "vicreg": Method("VICReg", "vicreg_r50"),
+    "swav": Method("SwAV", "swav_r50"),
+    "dino": Method("DINO", "dino_vits", "teacher"),
+    "ibot": Method("iBOT", "ibot_vits", "teacher"),
+}
+
+
+def measure(
+    quick: bool = False,
+    *,
+    known: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+    overrides: Sequence[str] = (),
+    methods: Sequence[str] = tuple(METHODS),
+    data: Sequence[str] = DATA,
+    seeds: Sequence[int] = SEEDS,
+    seconds: float | None = None,
+) -> dict[str, Any]:
+    """Train each method for as many steps as fit into ``seconds`` here, and judge the encoder its paper judges: the
+    whole training split against the whole test split. Seed by seed, so that an unfinished table is of whole rows.
+
+    How many steps fit is tried once for each method and data set, on the machine that trains it.
+
+    Returns:
+        ``runs``: for "<method>/<data>/<seed>" the ``scores`` by encoder and metric, ``steps``, ``batch``,
+        ``images_per_second``, ``memory`` in GB, ``wait`` (share of the time spent waiting for data), the ``seconds`` of
+        the training command, and where it was measured.
+    """
+    budget = seconds or (2.0 if quick else SECONDS)
+    words = {
+        f"{name}/{source}/{seed}": [
+            f"experiment={METHODS[name].experiment}",
+            *COMMON,
+            f"data={source}",
+            f"seed={seed}",
+            *(_quick(source) if quick else ()),
+            *overrides,
+        ]
+        for seed in ((0,) if quick else seeds)
+        for source in (data[:1] if quick else data)
+        for name in methods
+    }
+    jobs = {key: once.Job(each, also={"seconds": budget}) for key, each in words.items()}
+    earlier = dict((known or {}).get("runs", {}))
+    rates = {key.rpartition("/")[0]: each["rate"] for key, each in earlier.items()}  # seeds share the trial
+
+    def learn(job: once.Job, config: DictConfig) -> dict[str, Any]:
+        key = next(key for key, each in jobs.items() if each is job)
+        trial = key.rpartition("/")[0]
+        if trial not in rates:
+            rates[trial] = rate_of([*job.words, f"trainer.max_steps={TRIAL_STEPS if not quick else 12}"], config)
+        return judged(job.words, config, rates[trial], budget)
+
+    found = once.measure_missing(jobs, learn, known=earlier, keep=lambda each: keep({"runs": each}))
+    return {"runs": found}
+
+
+def _quick(source: str) -> list[str]:
+    return ["data.source.count={train: 512, val: 64, test: 64}"] if source == "scenes" else []
+
+
+def rate_of(words: Sequence[str], config: DictConfig) -> float:
+    """Images a second of a short run."""
+    with tempfile.TemporaryDirectory() as folder:
+        command.train([*words, "run.name=trial"], runs=Path(folder))
+        logged = runs.Run(Path(folder, config.run.experiment, "trial")).metrics()["train"]
+    return float(logged["speed/images_per_second"])
+
+
+def judged(words: Sequence[str], config: DictConfig, rate: float, budget: float) -> dict[str, Any]:
+    """One run, as long as ``budget`` allows at ``rate``, trained and judged."""
+    batch = int(config.data.batch_size)
+    steps = steps_within(budget, rate, batch)
+    with once.trained([*words, f"trainer.max_steps={steps}"], config) as finished:
+        run = finished.run
+        logged = run.metrics()["train"]
+        settings = ["evaluate.bank_samples=null", "evaluate.query_samples=null", "evaluate.split=test"]
+        scores = evaluate.evaluate(evaluate.settle(run, None, settings), run.last, ["knn", "linear", *FLOORS])
+    return {
+        "scores": {encoder: {metric: values[metric] for metric in METRICS} for encoder, values in scores.items()},
+        "steps": steps,
+        "batch": batch,
+        "rate": rate,
+        "images_per_second": float(logged["speed/images_per_second"]),
+        "wait": float(logged["speed/data_wait_share"]),
+        "memory": float(logged["speed/peak_memory_gb"]),
+        "seconds": finished.seconds,
+    }
+
+
+def steps_within(seconds: float, images_per_second: float, batch: int) -> int:
+    """Optimizer steps, at least ten: fewer are not logged."""
+    return max(10, int(seconds * images_per_second / batch))
+
+
+def report(result: dict[str, Any]) -> Section:
+    parts, checks = [], []
+    for source in DATA:
+        mine = _of(result, source)
+        if mine:
+            parts.append(_part(source, mine))
+            checks.append(_check(source, mine))
+    body = (
+        "The tiny ViT (width 128, depth 4, patches of 8 at 64 px) trained by every method for the same "
+        f"{SECONDS / 60:.0f} minutes of steps, on all cores of the machine; how many steps that makes was tried "
+        "beforehand. Top-1 of the test split by the whole training split, of the encoder that the paper judges (the "
+        "teacher of DINO and iBOT). Memory is the training process's at its peak. Mean and standard deviation over "
+        "seeds.\n\n" + "\n\n".join(parts)
+    )
+    return Section("Methods at equal time", checks, body)
+
+
+def _part(source: str, mine: Mapping[str, Mapping[int, Any]]) -> str:
+    rows = []
+    for name, method in METHODS.items():
+        if name in mine:
+            each = list(mine[name].values())
+            rows.append(
+                [
+                    method.title,
+                    *(_mean([run["scores"][method.encoder][metric] for run in each]) for metric in METRICS),
+                    f"{statistics.fmean(run['images_per_second'] for run in each):.0f}",
+                    f"{statistics.fmean(run['steps'] * run['batch'] for run in each):,.0f}",
+                    f"{max(run['memory'] for run in each):.2f}",
+                ]
+            )
+    some = [run for each in mine.values() for run in each.values()]
+    for floor, title in FLOORS.items():
+        rows.append([title, *(_mean([run["scores"][floor][metric] for run in some]) for metric in METRICS), "", "", ""])
+    head = ["", *(f"{said}, top-1 %" for said in METRICS.values()), "images/s", "images seen", "memory, GB"]
+    seeds = sorted({seed for each in mine.values() for seed in each})
+    where = "\n".join(sorted({f"- {machine.line(run['about'])}" for run in some}))
+    return f"### {source}\n\n{table(head, rows)}\n\nSeeds {', '.join(map(str, seeds))}.\n\n{where}"
+
+
+def _check(source: str, mine: Mapping[str, Mapping[int, Any]]) -> Check:
+    below = []
+    for name, seeds in mine.items():
+        scores = [run["scores"] for run in seeds.values()]
+        for metric, said in METRICS.items():
+            ours = statistics.fmean(each[METHODS[name].encoder][metric] for each in scores)
+            if ours <= statistics.fmean(each["random"][metric] for each in scores):
+                below.append(f"{METHODS[name].title} by {said}")
+    whole = set(METHODS) <= set(mine) and all(set(SEEDS) <= set(seeds) for seeds in mine.values())
+    runs_of = sum(map(len, mine.values()))
+    return Check(
+        f"every method on {source} ends above its random initialisation",
+        f"{len(METHODS)} methods, {len(SEEDS)} seeds",
+        f"below: {', '.join(below)}" if below else f"all of {runs_of} runs above",
+        False if below else (True if whole else None),
+    )
+
+
+def _of(result: Mapping[str, Any], source: str) -> dict[str, dict[int, Any]]:
+    found: dict[str, dict[int, Any]] = {}
+    for key, run in result["runs"].items():
+        name, data, seed = key.split("/")
+        if data == source and name in METHODS:
+            found.setdefault(name, {})[int(seed)] = run
+    return found
+
+
+def _mean(values: Sequence[float]) -> str:
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.fmean(values):.1f}{spread}"
