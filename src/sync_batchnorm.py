@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from torch import Tensor, nn
@@ -9,15 +11,24 @@ from torch import Tensor, nn
 from src.collectives import all_reduce, is_distributed, world_size
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """torch's, which refuses tensors on the CPU: there mean and variance are summed over processes here.
 
     Every process must hold as many values as the others (training batches do).
     """
 
+    process_group: Any
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        nn.SyncBatchNorm._check_input_dim(cast(nn.SyncBatchNorm, self), input)
+
+    def _check_non_zero_input_channels(self, input: Tensor) -> None:
+        nn.SyncBatchNorm._check_non_zero_input_channels(cast(nn.SyncBatchNorm, self), input)
+
     def forward(self, input: Tensor) -> Tensor:
+        # no subclass of torch's: for those DistributedDataParallel refuses modules on the CPU
         if input.device.type != "cpu":
-            return super().forward(input)
+            return nn.SyncBatchNorm.forward(cast(nn.SyncBatchNorm, self), input)
         if not (self.training and is_distributed()):
             return nn.modules.batchnorm._BatchNorm.forward(self, input)
         axes = [axis for axis in range(input.ndim) if axis != 1]
@@ -51,5 +62,5 @@ class SyncBatchNormPlugin(TorchSyncBatchNorm):
         model = super().apply(model)
         for module in model.modules():
             if type(module) is nn.SyncBatchNorm:
-                module.__class__ = SyncBatchNorm
+                module.__class__ = SyncBatchNorm  # type: ignore[assignment]
         return model
