@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from src.optim import OptimizerRecipe, Rule, layer_decay_rules
+from src.optim import OptimizerRecipe, Rule, adamw, layer_decay_rules
 
 
 def model() -> nn.Module:
@@ -78,3 +78,35 @@ def test_a_rule_that_matches_nothing_and_a_model_with_nothing_to_train_are_refus
         recipe(rules=[Rule("blocks.3", frozen=True)]).build(model())
     with pytest.raises(ValueError, match="frozen"):
         recipe(rules=[Rule("", frozen=True)]).build(model())
+
+
+def test_adamw_takes_the_papers_steps():
+    """Two steps against the equations, in float64."""
+    weight = nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
+    group = {"params": [weight], "lr": 0.1, "weight_decay": 0.2}
+    optimizer = adamw([group], lr=0.1, betas=(0.8, 0.9), eps=1e-6)
+    expected, first, second = weight.detach().clone(), torch.zeros(3).double(), torch.zeros(3).double()
+    for step, gradient in enumerate(([0.3, -1.0, 0.0], [0.1, 2.0, 4.0]), start=1):
+        weight.grad = torch.tensor(gradient, dtype=torch.float64)
+        optimizer.step()
+        first = 0.8 * first + 0.2 * weight.grad
+        second = 0.9 * second + 0.1 * weight.grad**2
+        root = (second / (1 - 0.9**step)).sqrt() + 1e-6
+        expected = expected * (1 - 0.1 * 0.2) - 0.1 * first / (1 - 0.8**step) / root
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-12, atol=0)
+
+
+def test_adamw_leaves_unscaling_to_the_scaler():
+    """Whoever looks at gradients between unscaling and the step has to see the true ones."""
+    weight = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = adamw([{"params": [weight]}], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((weight**2).sum()).backward()
+    scaler.unscale_(optimizer)
+    torch.testing.assert_close(weight.grad, torch.tensor([2.0, -4.0]))
+    scaler.step(optimizer)
+    torch.testing.assert_close(weight.detach(), torch.tensor([0.899, -1.898]))  # by lr and decay 0.01
+    weight.grad = torch.tensor([float("inf"), 0.0])
+    scaler.update()
+    scaler.step(optimizer)
+    torch.testing.assert_close(weight.detach(), torch.tensor([0.899, -1.898]))

@@ -199,7 +199,7 @@ def test_dino_takes_local_views_with_either_backbone(backbone):
     module = configuration.instantiate(config.model)
     batch = {"views": torch.zeros(2, 2, 3, 64, 64), "local_views": torch.zeros(2, 4, 3, 32, 32)}
     assert module.training_step(batch, 0)["embedding"].shape == (2, {"vit": 128, "resnet": 256}[backbone])
-    assert config.optimizer.algorithm == {"_target_": "torch.optim.AdamW", "_partial_": True}
+    assert config.optimizer.algorithm == {"_target_": "src.optim.adamw", "_partial_": True}
     paper = composed("experiment=dino_r50", "scale=paper")
     optimizer = configuration.instantiate(paper.optimizer).build(torch.nn.Linear(2, 2))
     assert isinstance(optimizer, torch.optim.SGD)
