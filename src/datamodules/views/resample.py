@@ -40,14 +40,19 @@ def resample_boxes(images: Tensor, boxes: np.ndarray, size: int, flip: np.ndarra
 def _weights(start: np.ndarray, length: np.ndarray, source: int, size: int) -> np.ndarray:
     """Interpolation matrices [B, size, source]: row o holds the weights of the source pixels for output pixel o."""
     scale = (length / size)[:, None, None]
-    support = 2.0 * np.maximum(scale, 1.0)
+    stretch = np.maximum(scale, 1.0)
+    support = 2.0 * stretch
     centre = start[:, None, None] + (np.arange(size)[None, :, None] + 0.5) * scale
     # PIL looks at whole pixels between these bounds only, which matters at the support's rim
     first = np.maximum(np.floor(centre - support + 0.5), 0)
     last = np.minimum(np.floor(centre + support + 0.5), source)
-    pixel = np.arange(source)[None, None, :]
-    weight = _bicubic((pixel + 0.5 - centre) / np.maximum(scale, 1.0)) * ((pixel >= first) & (pixel < last))
-    return (weight / weight.sum(axis=-1, keepdims=True)).astype(np.float32)
+    taps = int(np.ceil(2 * support.max())) + 1  # no row has more weights than these
+    pixel = first + np.arange(taps)
+    weight = _bicubic((pixel + 0.5 - centre) / stretch) * (pixel < last)
+    weight /= weight.sum(axis=-1, keepdims=True)
+    matrix = np.zeros((len(start), size, source + taps), np.float32)  # zeros may fall behind the picture's end
+    np.put_along_axis(matrix, pixel.astype(np.int64), weight.astype(np.float32), axis=-1)
+    return matrix[..., :source]
 
 
 def _bicubic(x: np.ndarray) -> np.ndarray:
