@@ -12,7 +12,7 @@ TRAIN  := $(if $(EXP),experiment=$(EXP)) $(if $(SCALE),scale=$(SCALE)) $(if $(DA
           $(if $(DATA_DIR),paths.data='"$(DATA_DIR)"') $(if $(CKPT),checkpoint='"$(CKPT)"') \
           $(if $(TYPED_NAME),run.name='"$(TYPED_NAME)"') $(COMMON)
 
-.PHONY: help setup train resume evaluate export list new bench claim claims tensorboard test lint format clean
+.PHONY: help setup train submit resume evaluate export list new bench claim claims tensorboard test lint format clean
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,9 @@ setup: ## make .venv (the other targets do it themselves)
 
 train: setup ## train an experiment: EXP=mae_vitb (without EXP: the list)
 	@$(PY) -m src.train $(TRAIN) $(ARGS)
+
+submit: setup ## train under SLURM, as EXP=... but with NODES=2 DEVICES=8 ARGS="cluster.slurm_partition=gpu"
+	@$(PY) -m src.submit $(TRAIN) $(if $(NODES),trainer.num_nodes=$(NODES)) $(ARGS)
 
 resume: setup ## continue a run, to the same bits: RUN=runs/<experiment>/<name>
 	@$(PY) -m src.resume run='$(RUN)' $(if $(DEVICES),trainer.devices=$(DEVICES)) $(ARGS)

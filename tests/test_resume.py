@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import resume, runs
+from src import configuration, resume, runs, submit
 from src.configuration import UserError
 from src.train import compose, fit
 from tests.commands import SECONDS, run, train
@@ -88,6 +88,21 @@ def test_sigterm_saves_ends_with_143_and_the_run_goes_on_to_the_same_bits(tmp_pa
     assert_same_run(directory, uninterrupted)
 
 
+def test_a_job_whose_time_is_up_queues_again_and_goes_on_to_the_same_bits(tmp_path, uninterrupted):
+    """As a cluster does it: the signal comes first, and the job that starts again is the same one."""
+    up = "+callbacks.kill={_target_: tests.commands.KillAt, step: 5, signum: SIGUSR2}"
+    config = compose([*SECONDS, f"paths.runs={tmp_path}", "run.name=queued", "trainer.devices=1", up])
+    cluster = configuration.compose("submit", ["cluster.kind=local"]).cluster
+    made = runs.create(config)
+    job = submit.submit(made, cluster, submit.resources(config, cluster) | {"gpus_per_node": 0})
+    job._process.wait(timeout=300)
+    assert job.result() is None
+    said = job.stdout()
+    assert "stopped by a signal at step 6" in said
+    assert "Requeued job" in said
+    assert_same_run(made.dir, uninterrupted)
+
+
 def test_a_finished_run_is_extended_by_naming_the_new_horizon(tmp_path, monkeypatch):
     """With a constant learning rate the longer horizon changes nothing but the length: 1 + 1 epochs equal 2."""
     constant = ["schedules.optimizer.lr=null", f"paths.runs={tmp_path}"]
@@ -122,3 +137,21 @@ def test_what_cannot_be_resumed_is_answered_in_a_line(tmp_path):
         resume.main([f"run={directory}"])
     with pytest.raises(UserError, match=r"there is no key 'trainer.max_epoch'; did you mean trainer.max_epochs"):
         resume.main([f"run={directory}", "trainer.max_epoch=3"])
+
+
+def test_prototypes_queue_and_frozen_beginning_are_taken_up_to_the_same_bits(tmp_path):
+    """SwAV, killed after its queue came into use and its prototypes began to move."""
+    words = [word for word in SECONDS[1:] if not word.startswith("model.")]
+    words += ["experiment=swav_r50", "scale=tiny", "backbone=vit", "local_image_size=16", f"paths.runs={tmp_path}"]
+    words += ["model.prototypes=6", "model.hidden_dim=16", "model.projection_dim=8", "model.queue_size=8"]
+    words += ["callbacks.freeze.duration=2", "schedules.use_queue.at=3", "callbacks.checkpoints.every_steps=5"]
+    killed = run("src.train", *words, "run.name=killed", "+callbacks.kill={_target_: tests.commands.KillAt, step: 11}")
+    assert killed.returncode == -9, killed.stderr
+    directory = tmp_path / "swav_r50" / "killed"
+    assert 0 < state(directory)["global_step"] < 11
+    assert resume.main([f"run={directory}", "callbacks.kill=null"]) == 0
+    whole = run("src.train", *words, "run.name=whole")
+    assert whole.returncode == 0, whole.stderr
+    assert_same_run(directory, tmp_path / "swav_r50" / "whole")
+    weights = state(directory)["state_dict"]
+    assert int(weights["queue.filled"]) == 8

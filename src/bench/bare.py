@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
+from src.datamodules.batch import MultiViewBatch
+from src.datamodules.decoding import EncodedImage
 from src.datamodules.image import IMAGENET_MEAN, IMAGENET_STD
 from src.datamodules.sources.source import Sample, Split
+from src.datamodules.views.image import to_tensor
 from src.evaluation.features import autocast
 from src.models.pretrain_module import PretrainModule
 from src.schedules import Horizon, WarmupCosine
+
+_NO_NUMBERS = np.zeros((0, 0), np.float32)
 
 
 class MemorySource:
@@ -54,8 +62,37 @@ class _Repeated:
         return self.rows[np.asarray(positions) % len(self.rows)]
 
 
+@dataclass(frozen=True)
+class Copies:
+    """A view that makes a `MultiViewBatch` of pictures as they are, for what would otherwise cost more than the step.
+
+    Args:
+        views: copies of a picture.
+        local_views: copies of its corner; 0 for none.
+        local_size: side of that corner.
+    """
+
+    views: int
+    local_views: int = 0
+    local_size: int = 0
+
+    batch_type: ClassVar[type] = MultiViewBatch
+    draws: ClassVar[int] = 0
+
+    def decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
+        batch = {"views": images.unsqueeze(1).repeat(1, self.views, 1, 1, 1)}
+        if self.local_views:
+            corner = images[..., : self.local_size, : self.local_size].unsqueeze(1)
+            batch["local_views"] = corner.repeat(1, self.local_views, 1, 1, 1)
+        return batch
+
+    def encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.decoded(to_tensor(image.decode())[None], uniform).items()}
+
+
 class BareLoop:
-    """Nothing but the work: index, normalise, forward, backward, optimizer step with a scheduled learning rate.
+    """Nothing but the work: index, normalise, forward, backward, optimizer step with a scheduled learning rate, and
+    what the method needs besides: its teacher's moving average, its clipping.
 
     The model's own ``training_step`` is the forward pass, its own recipe the optimizer; there is no Trainer, callback
     or logger.
@@ -65,13 +102,26 @@ class BareLoop:
         pictures: uint8 [N, 3, H, W].
         batch_size: images a step.
         precision: as the Trainer calls it; may be set between two runs.
+        copies: how a batch of several views is made of them; None for an `ImageBatch`.
+        clip: length to which the gradient of each parameter is cut; None for no clipping.
     """
 
-    def __init__(self, module: PretrainModule, pictures: np.ndarray, *, batch_size: int, precision: str) -> None:
+    def __init__(
+        self,
+        module: PretrainModule,
+        pictures: np.ndarray,
+        *,
+        batch_size: int,
+        precision: str,
+        copies: Copies | None = None,
+        clip: float | None = None,
+    ) -> None:
         self.module = module.train()
         self.device = next(module.parameters()).device
         self.precision = precision
         self.batch_size = batch_size
+        self.copies = copies
+        self.clip = clip
         self._pictures = torch.from_numpy(pictures)
         self._optimizer = module.configure_optimizers()
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "16-mixed")
@@ -92,9 +142,10 @@ class BareLoop:
 
     def _take_step(self) -> None:
         index = torch.randint(len(self._pictures), (self.batch_size,))
-        image = self._pictures[index].to(self.device)
+        images = self._pictures[index]
+        views = {"image": images} if self.copies is None else self.copies.decoded(images, _NO_NUMBERS)
         batch = {
-            "image": (image.to(torch.float32) / 255 - self._mean) / self._std,
+            **{name: (value.to(self.device).float() / 255 - self._mean) / self._std for name, value in views.items()},
             "label": torch.zeros_like(index).to(self.device),
             "index": index.to(self.device),
         }
@@ -103,8 +154,16 @@ class BareLoop:
             group["lr"] = lr * group["lr_multiplier"]
         self._optimizer.zero_grad()
         self._scaler.scale(self._loss(batch)).backward()
+        if self.clip is not None:
+            self._scaler.unscale_(self._optimizer)
+            for parameter in self.module.parameters():
+                if parameter.grad is not None:
+                    clip_grad_norm_(parameter, self.clip)
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        with torch.no_grad():
+            for student, teacher in self.module.teacher_pairs():
+                torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 0.01)
         self._step += 1
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 
 from src.bench import command
-from src.bench.bare import BareLoop, wait_for
+from src.bench.bare import BareLoop, Copies, wait_for
 from src.bench.pairs import paired_ratio
 from src.bench.precision import SMALL
 from src.bench.report import Check, Section, percent, table
@@ -39,37 +39,57 @@ def measure(quick: bool = False) -> dict[str, Any]:
         By experiment what `Interleaved` writes.
     """
     return {
-        name: _measure(name, size, steps, rounds, SMALL if quick and name == "mae_vitb" else [])
+        name: interleaved(
+            [f"experiment={name}", *([] if name == "mae_tiny" else ["scale=smoke"]), *(SMALL if small else [])],
+            "{_target_: src.datamodules.views.image.CentreCrop, size: ${image_size}, share: 1.0}",
+            size=size,
+            steps=steps,
+            rounds=rounds,
+        )
         for name, (size, (steps, rounds)) in (_QUICK if quick else _ARMS).items()
+        for small in [quick and name == "mae_vitb"]
     }
 
 
-def _measure(name: str, size: int, steps: int, rounds: int, overrides: list[str]) -> dict[str, Any]:
+def interleaved(words: list[str], view: str, *, size: int, steps: int, rounds: int, more: str = "") -> dict[str, Any]:
+    """Run `make train` with ``words`` on pictures in memory and an `Interleaved` among its callbacks.
+
+    Args:
+        view: how the pictures become a batch, in Hydra's grammar.
+        size: side of a picture.
+        steps, rounds, more: arguments of `Interleaved`, the last in Hydra's grammar.
+    """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "loop.json")
-        length = 1_000_000  # no epoch ends within the measurement
-        words = [
-            f"experiment={name}",
-            *([] if name == "mae_tiny" else ["scale=smoke"]),
-            "run.name=loop",
-            "trainer.max_epochs=1",
-            "~data.source",
-            f"+data.source={{_target_: src.bench.bare.MemorySource, _partial_: true, size: {size}, length: {length}}}",
-            "~data.train_view",
-            "+data.train_view={_target_: src.datamodules.views.image.CentreCrop, size: ${image_size}, share: 1.0}",
-            "data.eval_view.share=1.0",
-            "data.num_workers=0",
-            "data.train_samples=null",
-            # one short evaluation after the last segment
-            "data.eval_samples=16",
-            "callbacks.evaluation.bank_samples=32",
-            "callbacks.evaluation.query_samples=16",
-            "+callbacks.interleaved={_target_: src.bench.loop.Interleaved, bare: '${model}', "
-            f"steps: {steps}, rounds: {rounds}, out: '{out}'}}",
-            *overrides,
-        ]
-        command.train(words, runs=Path(folder, "runs"))
+        callback = f"_target_: src.bench.loop.Interleaved, bare: '${{model}}', steps: {steps}, rounds: {rounds}{more}"
+        command.train(
+            [
+                *words,
+                *in_memory(view, size),
+                "run.name=loop",
+                "trainer.max_epochs=1",
+                # one short evaluation after the last segment
+                "data.eval_samples=16",
+                "callbacks.evaluation.bank_samples=32",
+                "callbacks.evaluation.query_samples=16",
+                f"+callbacks.interleaved={{{callback}, out: '{out}'}}",
+            ],
+            runs=Path(folder, "runs"),
+        )
         return json.loads(out.read_text())
+
+
+def in_memory(view: str, size: int) -> list[str]:
+    """Words for pictures in memory, taken by the process that trains; no epoch of them ends within a measurement."""
+    return [
+        "~data.source",
+        f"+data.source={{_target_: src.bench.bare.MemorySource, _partial_: true, size: {size}, length: 1000000}}",
+        "~data.train_view",
+        f"+data.train_view={view}",
+        "data.eval_view.share=1.0",
+        "data.num_workers=0",
+        "data.train_samples=null",
+    ]
 
 
 class Interleaved(L.Callback):
@@ -81,13 +101,25 @@ class Interleaved(L.Callback):
         steps: of a segment.
         rounds: pairs that count.
         out: JSON file.
+        copies, clip: of the bare loop.
     """
 
-    def __init__(self, bare: PretrainModule, *, steps: int, rounds: int, out: str | Path) -> None:
+    def __init__(
+        self,
+        bare: PretrainModule,
+        *,
+        steps: int,
+        rounds: int,
+        out: str | Path,
+        copies: Copies | None = None,
+        clip: float | None = None,
+    ) -> None:
         self.bare = bare
         self.steps = steps
         self.rounds = rounds
         self.out = Path(out)
+        self.copies = copies
+        self.clip = clip
         self._loop: BareLoop | None = None
         self._began = 0.0
         self._whole_seconds: list[float] = []
@@ -100,6 +132,8 @@ class Interleaved(L.Callback):
             datamodule.train_source.pictures,
             batch_size=datamodule.batch_size,
             precision=str(trainer.precision),
+            copies=self.copies,
+            clip=self.clip,
         )
 
     def on_train_batch_start(

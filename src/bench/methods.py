@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
-from src import evaluate, runs
-from src.bench import command, machine, once
+from src import evaluate
+from src.bench import machine, once
 from src.bench.report import Check, Section, table
 
 DATA = ("scenes", "emoji")
@@ -71,52 +69,61 @@ def measure(
     """Train each method for as many steps as fit into ``seconds`` here, and judge the encoder its paper judges: the
     whole training split against the whole test split. Seed by seed, so that an unfinished table is of whole rows.
 
-    How many steps fit is tried once for each method and data set, on the machine that trains it.
+    How many steps fit is tried first, once for each method and data set and all in a row: only these minutes need a
+    machine that does nothing else.
 
     Returns:
-        ``runs``: for "<method>/<data>/<seed>" the ``scores`` by encoder and metric, ``steps``, ``batch``,
-        ``images_per_second``, ``memory`` in GB, ``wait`` (share of the time spent waiting for data), the ``seconds`` of
-        the training command, and where it was measured.
+        ``rates``: for "<method>/<data>" the ``rate`` in images a second, its ``wait`` (share of the time spent waiting
+        for data) and ``memory`` in GB. ``runs``: for "<method>/<data>/<seed>" the ``scores`` by encoder and metric,
+        ``steps``, ``batch`` and the ``seconds`` of the training command. For all of them where they were measured.
     """
     budget = seconds or (2.0 if quick else SECONDS)
-    words = {
-        f"{name}/{source}/{seed}": [
-            f"experiment={METHODS[name].experiment}",
-            *COMMON,
-            f"data={source}",
-            f"seed={seed}",
-            *(_quick(source) if quick else ()),
-            *overrides,
-        ]
-        for seed in ((0,) if quick else seeds)
-        for source in (data[:1] if quick else data)
+    data, seeds = (data[:1], (0,)) if quick else (data, seeds)
+
+    def words(name: str, source: str, *more: str) -> list[str]:
+        small = _quick(source) if quick else []
+        return [f"experiment={METHODS[name].experiment}", *COMMON, f"data={source}", *more, *small, *overrides]
+
+    steps = f"trainer.max_steps={12 if quick else TRIAL_STEPS}"
+    trials = {f"{name}/{source}": once.Job(words(name, source, steps)) for source in data for name in methods}
+    known = known or {}
+    runs_before = dict(known.get("runs", {}))
+    rates = once.measure_missing(
+        trials,
+        lambda job, config: tried(job.words, config),
+        known=known.get("rates", {}),
+        keep=lambda each: keep({"rates": each, "runs": runs_before}),
+    )
+    jobs = {
+        f"{name}/{source}/{seed}": once.Job(
+            words(name, source, f"seed={seed}"), also={"seconds": budget, "rate": rates[f"{name}/{source}"]["rate"]}
+        )
+        for seed in seeds
+        for source in data
         for name in methods
     }
-    jobs = {key: once.Job(each, also={"seconds": budget}) for key, each in words.items()}
-    earlier = dict((known or {}).get("runs", {}))
-    rates = {key.rpartition("/")[0]: each["rate"] for key, each in earlier.items()}  # seeds share the trial
-
-    def learn(job: once.Job, config: DictConfig) -> dict[str, Any]:
-        key = next(key for key, each in jobs.items() if each is job)
-        trial = key.rpartition("/")[0]
-        if trial not in rates:
-            rates[trial] = rate_of([*job.words, f"trainer.max_steps={TRIAL_STEPS if not quick else 12}"], config)
-        return judged(job.words, config, rates[trial], budget)
-
-    found = once.measure_missing(jobs, learn, known=earlier, keep=lambda each: keep({"runs": each}))
-    return {"runs": found}
+    found = once.measure_missing(
+        jobs,
+        lambda job, config: judged(job.words, config, job.also["rate"], budget),
+        known=runs_before,
+        keep=lambda each: keep({"rates": rates, "runs": each}),
+    )
+    return {"rates": rates, "runs": found}
 
 
 def _quick(source: str) -> list[str]:
     return ["data.source.count={train: 512, val: 64, test: 64}"] if source == "scenes" else []
 
 
-def rate_of(words: Sequence[str], config: DictConfig) -> float:
-    """Images a second of a short run."""
-    with tempfile.TemporaryDirectory() as folder:
-        command.train([*words, "run.name=trial"], runs=Path(folder))
-        logged = runs.Run(Path(folder, config.run.experiment, "trial")).metrics()["train"]
-    return float(logged["speed/images_per_second"])
+def tried(words: Sequence[str], config: DictConfig) -> dict[str, float]:
+    """How fast a short run is, and what it takes."""
+    with once.trained(words, config) as finished:
+        logged = finished.run.metrics()["train"]
+    return {
+        "rate": float(logged["speed/images_per_second"]),
+        "wait": float(logged["speed/data_wait_share"]),
+        "memory": float(logged["speed/peak_memory_gb"]),
+    }
 
 
 def judged(words: Sequence[str], config: DictConfig, rate: float, budget: float) -> dict[str, Any]:
@@ -125,17 +132,12 @@ def judged(words: Sequence[str], config: DictConfig, rate: float, budget: float)
     steps = steps_within(budget, rate, batch)
     with once.trained([*words, f"trainer.max_steps={steps}"], config) as finished:
         run = finished.run
-        logged = run.metrics()["train"]
         settings = ["evaluate.bank_samples=null", "evaluate.query_samples=null", "evaluate.split=test"]
         scores = evaluate.evaluate(evaluate.settle(run, None, settings), run.last, ["knn", "linear", *FLOORS])
     return {
         "scores": {encoder: {metric: values[metric] for metric in METRICS} for encoder, values in scores.items()},
         "steps": steps,
         "batch": batch,
-        "rate": rate,
-        "images_per_second": float(logged["speed/images_per_second"]),
-        "wait": float(logged["speed/data_wait_share"]),
-        "memory": float(logged["speed/peak_memory_gb"]),
         "seconds": finished.seconds,
     }
 
@@ -150,7 +152,7 @@ def report(result: dict[str, Any]) -> Section:
     for source in DATA:
         mine = _of(result, source)
         if mine:
-            parts.append(_part(source, mine))
+            parts.append(_part(source, mine, result["rates"]))
             checks.append(_check(source, mine))
     body = (
         "The tiny ViT (width 128, depth 4, patches of 8 at 64 px) trained by every method for the same "
@@ -162,18 +164,18 @@ def report(result: dict[str, Any]) -> Section:
     return Section("Methods at equal time", checks, body)
 
 
-def _part(source: str, mine: Mapping[str, Mapping[int, Any]]) -> str:
+def _part(source: str, mine: Mapping[str, Mapping[int, Any]], rates: Mapping[str, Any]) -> str:
     rows = []
     for name, method in METHODS.items():
         if name in mine:
-            each = list(mine[name].values())
+            each, tried_out = list(mine[name].values()), rates[f"{name}/{source}"]
             rows.append(
                 [
                     method.title,
                     *(_mean([run["scores"][method.encoder][metric] for run in each]) for metric in METRICS),
-                    f"{statistics.fmean(run['images_per_second'] for run in each):.0f}",
+                    f"{tried_out['rate']:.0f}",
                     f"{statistics.fmean(run['steps'] * run['batch'] for run in each):,.0f}",
-                    f"{max(run['memory'] for run in each):.2f}",
+                    f"{tried_out['memory']:.2f}",
                 ]
             )
     some = [run for each in mine.values() for run in each.values()]
@@ -181,7 +183,8 @@ def _part(source: str, mine: Mapping[str, Mapping[int, Any]]) -> str:
         rows.append([title, *(_mean([run["scores"][floor][metric] for run in some]) for metric in METRICS), "", "", ""])
     head = ["", *(f"{said}, top-1 %" for said in METRICS.values()), "images/s", "images seen", "memory, GB"]
     seeds = sorted({seed for each in mine.values() for seed in each})
-    where = "\n".join(sorted({f"- {machine.line(run['about'])}" for run in some}))
+    trials = [each for key, each in rates.items() if key.endswith(f"/{source}")]
+    where = "\n".join(sorted({f"- {machine.line(run['about'])}" for run in [*trials, *some]}))
     return f"### {source}\n\n{table(head, rows)}\n\nSeeds {', '.join(map(str, seeds))}.\n\n{where}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from src.bench import evaluation, input_folder, learning, loop, machine, methods, precision, startup
+from src.bench import evaluation, input_folder, joint_embedding, learning, loop, machine, methods, precision, startup
 from src.bench.report import Section, table
 
 
@@ -23,6 +23,7 @@ PARTS: dict[str, Part] = {
     "input": input_folder,
     "startup": startup,
     "evaluation": evaluation,
+    "joint_embedding": joint_embedding,
     "learning": learning,
     "methods": methods,
 }

@@ -19,7 +19,7 @@ class BatchCheck(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if not self._checked:
-            validate(batch, batch_type_of(pl_module))
+            validate(batch, batch_type_of(pl_module), pl_module.dtype)
             self._checked = True
 
 

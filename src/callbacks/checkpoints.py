@@ -433,11 +433,11 @@ class StopOnSignal(Checkpoint):
     still change state in this step.)
 
     Args:
-        signals: what to listen to.
+        signals: names of what to listen to.
     """
 
-    def __init__(self, signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> None:
-        self.signals = tuple(signals)
+    def __init__(self, signals: Sequence[str] = ("SIGTERM",)) -> None:
+        self.signals = tuple(signal.Signals[name] for name in signals)
         self.requested = False
         self._step = 0
         self._handlers: dict[signal.Signals, Any] = {}

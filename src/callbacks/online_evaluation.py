@@ -17,6 +17,7 @@ from src.evaluation.features import NoLabels
 from src.evaluation.knn import KNN
 from src.evaluation.run import BANK_SAMPLES, QUERY_SAMPLES, Evaluator, feature_sets, score, takes_shards
 from src.models.pretrain_module import PretrainModule
+from src.sharding import gathered
 
 log = logging.getLogger(__name__)
 
@@ -82,15 +83,16 @@ class OnlineEvaluation(L.Callback):
             return {}
         begin = time.perf_counter()
         try:
-            sets = feature_sets(
-                cast(PretrainModule, pl_module).encoders(),
-                datamodule,
-                pl_module.device,
-                bank_samples=self.bank_samples,
-                query_samples=self.query_samples,
-                precision=str(trainer.precision),
-                shard_bank=any(map(takes_shards, self.evaluators)),
-            )
+            with gathered(pl_module):
+                sets = feature_sets(
+                    cast(PretrainModule, pl_module).encoders(),
+                    datamodule,
+                    pl_module.device,
+                    bank_samples=self.bank_samples,
+                    query_samples=self.query_samples,
+                    precision=str(trainer.precision),
+                    shard_bank=any(map(takes_shards, self.evaluators)),
+                )
         except NoLabels:
             self._rest()
             return {}

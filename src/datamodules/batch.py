@@ -39,8 +39,8 @@ class BatchError(ValueError):
     """A batch is not what its type says; the message names the field."""
 
 
-def validate(batch: Any, kind: type) -> None:
-    """Check ``batch`` against the TypedDict ``kind``.
+def validate(batch: Any, kind: type, floats: torch.dtype = torch.float32) -> None:
+    """Check ``batch`` against the TypedDict ``kind``; ``floats`` is what a run computes in where not in float32.
 
     Raises:
         BatchError: a field is missing, has another type or shape than stated, or is not finite.
@@ -56,7 +56,8 @@ def validate(batch: Any, kind: type) -> None:
         if name not in batch:
             raise BatchError(f"{kind.__name__} needs the field '{name}'; the batch has {', '.join(sorted(batch))}")
         for field in getattr(hint, "__metadata__", ()):
-            _check(name, batch[name], field, sizes)
+            expected = floats if field.dtype == torch.float32 else field.dtype
+            _check(name, batch[name], field._replace(dtype=expected), sizes)
 
 
 def _check(name: str, value: Any, field: Field, sizes: dict[str, int]) -> None:

@@ -167,8 +167,10 @@ class ImageDataModule(L.LightningDataModule):
         return torch.stack(shares).to(torch.float32) / 255
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
-        """uint8 pictures become normalised float32, on the device."""
-        return {name: self._normalise(value) if value.dtype == torch.uint8 else value for name, value in batch.items()}
+        """uint8 pictures become normalised float32, or what the trainer's precision computes in, on the device."""
+        batch = {name: self._normalise(value) if value.dtype == torch.uint8 else value for name, value in batch.items()}
+        trainer: Any = self.trainer
+        return batch if trainer is None else trainer.precision_plugin.convert_input(batch)
 
     def denormalise(self, image: Tensor) -> Tensor:
         """[..., 3, H, W] back to values in [0, 1], for pictures."""

@@ -14,6 +14,7 @@ from src.callbacks.ema_teacher import EMATeacher
 from src.errors import SettingError
 from src.models.backbones.image_encoder import ImageEncoder
 from src.optim import OptimizerRecipe
+from src.sharding import FullySharded
 
 
 class StepOutput(TypedDict):
@@ -57,6 +58,10 @@ class PretrainModule(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer_recipe.build(self)
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, FullySharded):
+            self.trainer.strategy.shard(self)
 
     def on_fit_start(self) -> None:
         """

@@ -8,8 +8,9 @@ from functools import partial
 import numpy as np
 import timm
 import torch
+from torch import nn
 
-from src.bench.bare import BareLoop, MemorySource
+from src.bench.bare import BareLoop, Copies, MemorySource
 from src.datamodules.dataset import Draw, ViewedDataset
 from src.datamodules.image import IMAGENET_MEAN, IMAGENET_STD
 from src.datamodules.views.image import CentreCrop
@@ -60,3 +61,46 @@ def test_memory_source_repeats_its_pictures_under_all_indices() -> None:
     assert not torch.equal(batch["image"][0], batch["image"][2])
     assert batch["label"][0] == batch["label"][1] == source[5]["label"]
     assert torch.equal(source[12]["image"], batch["image"][0])
+
+
+def test_copies_are_the_picture_and_its_corner() -> None:
+    source = MemorySource("train", size=8, length=3)
+    batch = ViewedDataset(source, Copies(2, 3, 4), seed=0)[[Draw(0, 2), Draw(0, 0)]]
+    assert batch["views"].shape == (2, 2, 3, 8, 8)
+    assert batch["local_views"].shape == (2, 3, 3, 4, 4)
+    for view in range(2):
+        assert np.array_equal(batch["views"][0, view], source.pictures[2])
+    for view in range(3):
+        assert np.array_equal(batch["local_views"][1, view], source.pictures[0][:, :4, :4])
+
+
+def test_a_bare_step_clips_and_moves_the_teacher() -> None:
+    """On a loss whose gradient is 4 everywhere, clipped to length 1, by SGD with rate 0 + teachers at 0.99."""
+
+    class Method(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student = nn.Parameter(torch.full((4,), 2.0))
+            self.teacher = nn.Linear(4, 1, bias=False).requires_grad_(False)
+            self.follower = nn.Linear(4, 1, bias=False)
+            nn.init.zeros_(self.teacher.weight)
+            self.optimizer_recipe = OptimizerRecipe(torch.optim.SGD, lr=1.0)
+            self.shapes: list[torch.Size] = []
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return self.optimizer_recipe.build(self)
+
+        def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+            return [(self.follower, self.teacher)]
+
+        def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> dict[str, torch.Tensor]:
+            self.shapes.append(batch["views"].shape)
+            return {"loss": 4 * self.student.sum()}
+
+    method = Method()
+    pictures = MemorySource("train", size=8, length=4).pictures
+    loop = BareLoop(method, pictures, batch_size=2, precision="32-true", copies=Copies(2), clip=1.0)  # type: ignore[arg-type]
+    loop.run(2)  # the first at rate 0, the second at 1 / 100, of a warm-up of 100 steps
+    torch.testing.assert_close(method.student.detach(), torch.full((4,), 2 - 0.01 * 0.5))  # length 1 over four axes
+    torch.testing.assert_close(method.teacher.weight, (1 - 0.99**2) * method.follower.weight.detach())
+    assert method.shapes == [(2, 2, 3, 8, 8)] * 2

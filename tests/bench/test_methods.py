@@ -20,13 +20,13 @@ def run(**knn: float) -> dict[str, Any]:
         "recipe": "r",
         "steps": 1000,
         "batch": 128,
-        "rate": 700.0,
-        "images_per_second": 711.0,
-        "wait": 0.1,
-        "memory": 1.5,
         "seconds": 200.0,
         "scores": {name: {"knn_top1": value, "linear_top1": value + 0.1} for name, value in knn.items()},
     }
+
+
+def rates(*keys: str) -> dict[str, Any]:
+    return {key: {"about": ABOUT, "recipe": "r", "rate": 711.0, "wait": 0.1, "memory": 1.5} for key in keys}
 
 
 def test_as_many_steps_as_fit() -> None:
@@ -39,7 +39,7 @@ def test_the_encoder_that_the_paper_judges_is_the_one_in_the_table() -> None:
         f"dino/scenes/{seed}": run(student=0.3, teacher=0.5 + shift, random=0.1, pixels=0.2)
         for seed, shift in enumerate((-0.02, 0.0, 0.02))
     }
-    section = methods.report({"runs": runs})
+    section = methods.report({"rates": rates("dino/scenes"), "runs": runs})
     assert "| DINO | 50.0 ± 2.0 | 60.0 ± 2.0 | 711 | 128,000 | 1.50 |" in section.body
     assert "| random initialisation | 10.0 ± 0.0 | 20.0 ± 0.0 |" in section.body
     (check,) = section.checks
@@ -48,7 +48,7 @@ def test_the_encoder_that_the_paper_judges_is_the_one_in_the_table() -> None:
 
 def test_a_method_below_its_beginning_is_named() -> None:
     low = {"byol/emoji/0": run(student=0.1, teacher=0.4, random=0.2, pixels=0.3)}
-    (check,) = methods.report({"runs": low}).checks
+    (check,) = methods.report({"rates": rates("byol/emoji"), "runs": low}).checks
     assert (check.met, check.measured) == (False, "below: BYOL by kNN, BYOL by linear")
 
 
@@ -58,7 +58,8 @@ def test_a_whole_table_of_good_methods_is_met() -> None:
         for name, method in methods.METHODS.items()
         for seed in methods.SEEDS
     }
-    (check,) = methods.report({"runs": runs}).checks
+    tried = rates(*(f"{name}/scenes" for name in methods.METHODS))
+    (check,) = methods.report({"rates": tried, "runs": runs}).checks
     assert check.met is True
 
 
@@ -75,7 +76,8 @@ def test_a_small_run_from_the_command_to_its_scores(tmp_path: Path) -> None:
         keep=lambda each: kept.append(each),
     )
     found = result["runs"]["byol/scenes/3"]
-    assert kept == [result]
+    assert [each["runs"] for each in kept] == [{}, result["runs"]]
+    assert {each["rates"]["byol/scenes"]["rate"] for each in kept} == {result["rates"]["byol/scenes"]["rate"]}
     assert found["steps"] == 10  # the least there can be
     assert set(found["scores"]) == {"student", "teacher", "random", "pixels"}
 
@@ -84,6 +86,7 @@ def test_a_small_run_from_the_command_to_its_scores(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(methods, "judged", no_run)
+        patch.setattr(methods, "tried", no_run)
         again = methods.measure(
             overrides=words,
             methods=["byol"],

@@ -92,6 +92,15 @@ RESULTS = {
             "share": 0.0022,
         }
     ),
+    "joint_embedding": entry(
+        {
+            "loops": {"DINO": loop_arm(0.93) | {"memory": 1.25, "bare_memory": 1.1}},
+            "contrastive": {
+                "512": {"one": 12.0, "of_eight": 6.0, "matrix": 4.2},
+                "1024": {"one": 16.0, "of_eight": 9.0, "matrix": 16.8},
+            },
+        }
+    ),
 }
 
 
@@ -106,6 +115,10 @@ def test_every_threshold_is_answered() -> None:
     assert "differ by 2.4 of 255 levels on average, by 16 at most" in page
     assert "| mae_vitb | 10.0 | 9.0 to 11.0 | 6.5 | torch 3.0, transformers 1.5 |" in page
     assert "Evaluated every epoch it would be 1.10 %" in page
+    assert "| DINO | 128 | 158 ms | 155 ms | 0.930 (0.975 to 0.990) | 1.25 GB | 1.10 GB |" in page
+    assert (
+        "| memory of a contrastive loss, 1024 images | < 17 MB, the matrix of all similarities | 16 MB | yes |" in page
+    )
 
 
 def test_what_is_missing_and_what_was_only_a_look_is_said() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -150,3 +152,13 @@ def test_a_real_clock_agrees_with_the_time_a_run_took(tmp_path: Path) -> None:
     fit(tmp_path, Throughput(every_n_steps=4), collect, module=Sleepy())
     assert 0.02 <= collect.logged[12]["speed/step_seconds"] <= 0.2
     assert collect.logged[12]["speed/data_wait_share"] < 0.5
+
+
+def test_peak_memory_is_not_that_of_whoever_started_the_process() -> None:
+    held = torch.ones(150_000_000)  # 0.6 GB, in the process that starts
+    code = (
+        "from src.callbacks.throughput import peak_memory_gb; import torch; print(peak_memory_gb(torch.device('cpu')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) + 0.3 < peak_memory_gb(torch.device("cpu"))
+    del held

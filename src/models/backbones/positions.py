@@ -17,7 +17,8 @@ def any_size(backbone: M) -> M:
     """``backbone`` itself, made to take pictures of other sizes than its own, of whole patches: a ViT of timm
     interpolates its positions, as it does where it is built with ``dynamic_img_size``. A ConvNet does so anyway.
 
-    A method says so, not a recipe, because the method knows its views, and only a ViT would know the option.
+    A method says so, not a recipe, because the method knows its views, and only a ViT would know the option. A picture
+    that is no whole number of patches is then a SettingError.
     """
     if hasattr(backbone, "dynamic_img_size"):
         vit: Any = backbone
@@ -25,7 +26,17 @@ def any_size(backbone: M) -> M:
         vit.patch_embed.strict_img_size = False
         vit.patch_embed.flatten = False
         vit.patch_embed.output_fmt = Format.NHWC
+        vit.patch_embed.register_forward_pre_hook(_whole_patches)
     return backbone
+
+
+def _whole_patches(patch_embed: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    size, patch = tuple(arguments[0].shape[-2:]), tuple(patch_embed.patch_size)  # type: ignore[arg-type]
+    if size[0] % patch[0] or size[1] % patch[1]:
+        raise SettingError(
+            f"image_size, local_image_size: a view of {size[0]}x{size[1]} pixels is no whole number of patches of "
+            f"{patch[0]}x{patch[1]} (backbone.patch_size)"
+        )
 
 
 def sincos_2d(dim: int, grid: tuple[int, int], *, prefix_tokens: int = 0) -> Tensor:
