@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import lightning as L
+import torch
 
 from src.datamodules.batch import validate
 
@@ -19,7 +20,7 @@ class BatchCheck(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if not self._checked:
-            validate(batch, batch_type_of(pl_module), pl_module.dtype)
+            validate(batch, batch_type_of(pl_module), cast(torch.dtype, pl_module.dtype))
             self._checked = True
 
 

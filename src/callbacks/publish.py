@@ -21,3 +21,9 @@ def publish(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
     tensors = {name: torch.tensor(value) for name, value in metrics.items()}
     trainer.callback_metrics.update(tensors)
     trainer.logged_metrics.update(tensors)
+
+
+def logs_now(trainer: L.Trainer) -> bool:
+    """Whether this step is one of every ``log_every_n_steps``: what is logged at others costs a millisecond and is not
+    written."""
+    return bool(trainer._logger_connector.should_update_logs)

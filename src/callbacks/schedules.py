@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 
+from src.callbacks.publish import logs_now
 from src.errors import SettingError
 from src.schedules import Horizon, Schedule
 
@@ -35,7 +36,7 @@ class Schedules(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        horizon = horizon_of(trainer)
+        horizon, logs = horizon_of(trainer), logs_now(trainer)
         for path, schedule in self.schedules.items():
             value = schedule.value(trainer.global_step, horizon)
             if path == "optimizer.lr":
@@ -48,7 +49,8 @@ class Schedules(L.Callback):
             else:
                 owner, name = _resolve(pl_module, path)
                 setattr(owner, name, value)
-            pl_module.log(f"schedule/{path}", value)
+            if logs:
+                pl_module.log(f"schedule/{path}", value)
 
 
 def horizon_of(trainer: L.Trainer) -> Horizon:

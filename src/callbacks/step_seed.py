@@ -29,4 +29,7 @@ class StepSeed(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        torch.manual_seed(fold(self.seed, rank(), trainer.current_epoch, batch_idx))
+        seed = fold(self.seed, rank(), trainer.current_epoch, batch_idx)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for every kind of device, at every step
+        if pl_module.device.type != "cpu":
+            torch.get_device_module(pl_module.device).manual_seed(seed)

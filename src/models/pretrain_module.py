@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from src.callbacks.ema_teacher import EMATeacher
+from src.callbacks.publish import logs_now
 from src.errors import SettingError
 from src.models.backbones.image_encoder import ImageEncoder
 from src.optim import OptimizerRecipe
@@ -80,6 +81,8 @@ class PretrainModule(L.LightningModule, ABC):
         checkpoint["encoders"] = {name: f"{names[id(each.backbone)]}." for name, each in self.encoders().items()}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not logs_now(self.trainer):
+            return
         # Lightning hands on the loss as it is differentiated, already divided by the number of micro-batches
         self.log("loss/total", outputs["loss"] * self.trainer.accumulate_grad_batches)
         self.log_dict({f"loss/{name}": value for name, value in outputs.get("logs", {}).items()})
