@@ -62,7 +62,7 @@ def sigmoid_loss(
 
 @full_precision
 def ring_sigmoid_loss(image: Tensor, text: Tensor, *, scale: Tensor, bias: Tensor, block: int = BLOCK) -> Tensor:
-    """`sigmoid_loss` without gathering: texts go round from process to process, and each holds one other's at a time."""
+    """`sigmoid_loss` without gathering: texts go round the processes, and each holds those of one other at a time."""
     nowhere = torch.full((len(image),), -1, device=image.device)
     total = _pairs(image, text, torch.arange(len(image), device=image.device), scale, bias, block)
     for _ in range(world_size() - 1):
@@ -72,7 +72,7 @@ def ring_sigmoid_loss(image: Tensor, text: Tensor, *, scale: Tensor, bias: Tenso
 
 
 def _pairs(image: Tensor, texts: Tensor, positive: Tensor, scale: Tensor, bias: Tensor, block: int) -> Tensor:
-    """-log sigmoid(z * logit) summed over texts, z being 1 at ``positive`` and -1 elsewhere, and averaged over images."""
+    """-log sigmoid(z * logit), z being 1 at ``positive`` and -1 elsewhere: summed over texts, averaged over images."""
 
     def rows(image: Tensor, positive: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         logits = scale * image @ texts.T + bias
