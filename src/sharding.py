@@ -12,9 +12,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-# what calls a method's networks from outside of its training step
-ENTRIES = ("training_step", "pictures")
-
 
 class FullySharded(ModelParallelStrategy):
     """``trainer=fsdp``: every process keeps its part of each tensor and has a block whole only while it is at work.
@@ -42,9 +39,7 @@ def deal(module: nn.Module, mesh: DeviceMesh) -> None:
     for block in blocks(module):
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
-    for entry in ENTRIES:
-        if hasattr(module, entry):
-            register_fsdp_forward_method(module, entry)
+    register_fsdp_forward_method(module, "training_step")
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:

@@ -51,7 +51,7 @@ def test_dealt_out_parameters_are_trained_saved_and_taken_up_as_whole_ones(tmp_p
     assert done.returncode == 0, done.stderr
     assert furthest(saved(directory), whole) < 1e-6
     metrics = [runs.find(str(tmp_path / "moco_v2_r50" / name)).metrics()["train"] for name in ("dealt", "whole")]
-    for name in ("eval/student/knn_top1", "eval/teacher/knn_top1"):
+    for name in ("eval/knn_top1", "eval/knn_top1_teacher"):
         assert metrics[0][name] == metrics[1][name]
 
 

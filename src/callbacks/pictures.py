@@ -17,6 +17,7 @@ from src.errors import SettingError
 from src.models.backbones.image_encoder import inference
 from src.models.pretrain_module import PretrainModule
 from src.randomness import fold, seeded
+from src.sharding import gathered
 
 
 class Pictures(L.Callback):
@@ -74,6 +75,7 @@ class Pictures(L.Callback):
             inference(pl_module),
             _seeded_everywhere(self.seed, pl_module.device),
             trainer.precision_plugin.forward_context(),
+            gathered(pl_module),
         ):
             return dict(pl_module.pictures(batch))  # type: ignore[operator]
 
