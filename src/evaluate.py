@@ -139,7 +139,9 @@ def evaluate_pairs(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -
     """
     device, module = device_of(config), trained.load(config, checkpoint)
     if not isinstance(module, TwoTowers):
-        raise UserError(f"EVAL={','.join(asked)} needs a method with a text tower, which {type(module).__name__} is not")
+        raise UserError(
+            f"EVAL={','.join(asked)} needs a method with a text tower, which {type(module).__name__} is not"
+        )
     evaluation: ImageTextEvaluation = configuration.instantiate(config.evaluate.pairs)
     try:
         datamodule: ImageTextDataModule = configuration.instantiate(config.data)

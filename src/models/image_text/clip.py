@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from src.collectives import gather, gather_rows
 from src.datamodules.batch import ImageTextBatch
-from src.models.backbones.image_encoder import ImageEncoder, Pool, cls_token_or_mean
-from src.models.image_text.text_tower import TextTower
+from src.models.backbones.image_encoder import Pool, cls_token_or_mean
+from src.models.image_text.base import ImageTextModule
+from src.models.image_text.text_tower import Tower
 from src.models.joint_embedding.base import unit
 from src.models.losses.image_text import clip_loss
-from src.models.pretrain_module import PretrainModule, StepOutput
+from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
 
 
-class CLIP(PretrainModule):
+class CLIP(ImageTextModule):
     """Learning Transferable Visual Models From Natural Language Supervision (Radford et al., 2021). Deviations: equal
     texts of a batch are no negatives of each other (``mask_equal_texts``).
 
@@ -39,7 +40,7 @@ class CLIP(PretrainModule):
     def __init__(
         self,
         backbone: nn.Module,
-        text: TextTower,
+        text: Tower,
         optimizer: OptimizerRecipe,
         *,
         embed_dim: int = 512,
@@ -48,15 +49,11 @@ class CLIP(PretrainModule):
         mask_equal_texts: bool = True,
         pool: Pool = cls_token_or_mean,
     ) -> None:
-        super().__init__(optimizer)
+        super().__init__(backbone, pool, text, optimizer, embed_dim=embed_dim)
         if not 1 / max_scale <= temperature <= 1:
             raise ValueError(f"CLIP: temperature must lie in [1 / max_scale, 1], got {temperature}")
         self.max_scale = max_scale
         self.mask_equal_texts = mask_equal_texts
-        self.image_encoder = ImageEncoder(backbone, pool)
-        self.text_encoder = text
-        self.image_projection = _projection(self.image_encoder.dim, embed_dim)
-        self.text_projection = _projection(text.dim, embed_dim)
         # one axis of one number: what has no axis cannot be dealt out over processes
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
 
@@ -72,29 +69,12 @@ class CLIP(PretrainModule):
         logs = {"scale": scale.detach(), "gap": (image.mean(dim=0) - text.mean(dim=0)).norm().detach()}
         return {"loss": loss, "logs": logs, "embedding": features.detach().float()}
 
-    def encode_image(self, image: Tensor) -> Tensor:
-        """Unit vectors [B, E] of pictures [B, 3, H, W]."""
-        return unit(self.image_projection(self.image_encoder(image).embedding))
-
-    def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
-        """Unit vectors [B, E] of token ids [B, L], the mask saying which are no filling."""
-        return unit(self.text_projection(self.text_encoder(text, mask).embedding))
-
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
         with torch.no_grad():  # not in the forward pass: beyond the limit there would be no gradient to come back by
             self.logit_scale.clamp_(0, math.log(self.max_scale))
 
-    def encoders(self) -> dict[str, ImageEncoder]:
-        return {"encoder": self.image_encoder}
-
 
 def equal_texts(text: Tensor) -> Tensor:
     """One number for all rows of token ids that are equal: [N, L] -> [N]."""
     return torch.unique(text, dim=0, return_inverse=True)[1]
-
-
-def _projection(width: int, embed_dim: int) -> nn.Linear:
-    projection = nn.Linear(width, embed_dim, bias=False)
-    nn.init.normal_(projection.weight, std=width**-0.5)
-    return projection
