@@ -41,6 +41,12 @@ def all_reduce(local: Tensor) -> Tensor:
     return _AllReduce.apply(local) if is_distributed() else local
 
 
+def shift(local: Tensor) -> Tensor:
+    """What the process before this one holds, the last one's for the first; gradients go the way back. After as many
+    shifts as there are other processes each has seen what all others hold. Every shape must be the same."""
+    return _Shift.apply(local, 1) if is_distributed() else local
+
+
 def gather_rows(local: Tensor) -> Tensor:
     """Rows of all processes in rank order, without gradient; the number of rows may differ between processes."""
     if not is_distributed():
@@ -91,3 +97,25 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return reduce_sum(grad)
+
+
+class _Shift(torch.autograd.Function):
+    """To the process ``by`` places on, from the one as many places before."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, by: int) -> Tensor:
+        ctx.by = by
+        return _exchange(local, by)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _exchange(grad, -ctx.by), None
+
+
+def _exchange(local: Tensor, by: int) -> Tensor:
+    local, received = local.contiguous(), torch.empty_like(local, memory_format=torch.contiguous_format)
+    onto, before = ((rank() + step) % world_size() for step in (by, -by))
+    work = dist.batch_isend_irecv([dist.P2POp(dist.isend, local, onto), dist.P2POp(dist.irecv, received, before)])
+    for each in work:
+        each.wait()
+    return received

@@ -17,8 +17,10 @@ from src import configuration, runs, train, trained
 from src.callbacks.checkpoints import load_checkpoint
 from src.configuration import CONFIGS, UserError, nearest
 from src.datamodules.image import ImageDataModule
+from src.datamodules.image_text import ImageTextDataModule
 from src.errors import SettingError
 from src.evaluation.features import BadFeatures, NoLabels
+from src.evaluation.image_text import ImageTextEvaluation, TwoTowers
 from src.evaluation.pixels import PixelEncoder
 from src.evaluation.run import feature_sets, score
 from src.loggers import write_atomically
@@ -26,6 +28,10 @@ from src.loggers import write_atomically
 WORDS = ("run", "eval", "checkpoint", "data")
 FLOORS = ("random", "pixels")
 FINETUNE = "finetune"
+PAIRS = ("zeroshot", "retrieval")  # of methods with two towers
+
+# a run's own whatever data it is judged on: what its method was built for
+KEPT = ("_target_", "train_view", "batch_size", "tokenizer", "tokenizer_file", "vocabulary", "text_length")
 
 Scores = dict[str, dict[str, float]]  # encoder -> metric -> value
 
@@ -49,7 +55,9 @@ def main(argv: Sequence[str]) -> int:
         data = f"{data}_{config.evaluate.split}"
     scores: Scores = {}
     if set(asked) - {FINETUNE}:
-        scores = evaluate(config, checkpoint, asked)
+        scores = evaluate(config, checkpoint, [name for name in asked if name not in PAIRS])
+        if set(asked) & set(PAIRS):
+            scores["pairs"] = evaluate_pairs(config, checkpoint, [name for name in PAIRS if name in asked])
         store(run, data, scores)  # a fine-tuning that ends badly takes nothing along
     if FINETUNE in asked:
         first = next(iter(load_checkpoint(checkpoint).get("encoders", {})), "encoder")
@@ -68,7 +76,7 @@ def settle(run: runs.Run, data: str | None, overrides: Sequence[str]) -> DictCon
             other = configuration.compose(
                 "train", [f"experiment={config.run.experiment}", f"scale={config.run.scale}", f"data={data}"]
             )
-            kept = {key: config.data._get_node(key) for key in ("train_view", "batch_size")}
+            kept = {key: config.data._get_node(key) for key in KEPT if key in config.data}
             config.data = other.data
             for key, value in kept.items():
                 config.data[key] = value
@@ -85,7 +93,7 @@ def protocols(asked: str, evaluators: Sequence[str]) -> list[str]:
     Raises:
         UserError: a name that does not exist.
     """
-    known = [*evaluators, FINETUNE, *FLOORS]
+    known = [*evaluators, FINETUNE, *PAIRS, *FLOORS]
     names = [name for name in re.split(r"[,\s]+", asked.strip("[] ")) if name]
     for name in names:
         if name not in known:
@@ -121,6 +129,27 @@ def evaluate(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -> Scor
     except (NoLabels, BadFeatures, SettingError) as problem:
         raise UserError(str(problem)) from problem
     return {name: score({name: mine}, evaluators, device) for name, mine in sets.items()}
+
+
+def evaluate_pairs(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -> dict[str, float]:
+    """What an `ImageTextEvaluation` says of the run's towers, as far as it is asked for.
+
+    Raises:
+        UserError: the method has no text tower, or the data no texts.
+    """
+    device, module = device_of(config), trained.load(config, checkpoint)
+    if not isinstance(module, TwoTowers):
+        raise UserError(
+            f"EVAL={','.join(asked)} needs a method with a text tower, which {type(module).__name__} is not"
+        )
+    evaluation: ImageTextEvaluation = configuration.instantiate(config.evaluate.pairs)
+    try:
+        datamodule: ImageTextDataModule = configuration.instantiate(config.data)
+        datamodule.prepare_data()
+        scores = evaluation(module.to(device), datamodule, device, precision=precision_of(config, device))
+    except SettingError as problem:
+        raise UserError(str(problem)) from problem
+    return {name: value for name, value in scores.items() if name.startswith((*asked, "gap"))}
 
 
 def finetune(run: runs.Run, config: DictConfig, checkpoint: Path, data: str, overrides: Sequence[str] = ()) -> float:
@@ -211,7 +240,7 @@ def precision_of(config: DictConfig, device: torch.device) -> str:
 def _shown(metric: str, value: float | None) -> str:
     if value is None:
         return ""
-    return f"{100 * value:.2f} %" if re.search(r"top\d", metric) else f"{value:.4g}"
+    return f"{100 * value:.2f} %" if re.search(r"top\d|_r\d", metric) else f"{value:.4g}"
 
 
 if __name__ == "__main__":

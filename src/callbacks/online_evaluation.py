@@ -66,7 +66,7 @@ class OnlineEvaluation(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.received_sigterm:
             return
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0 or _ends_training(trainer):
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0 or ends_training(trainer):
             # all processes hold the same numbers; the reduction only says so to Lightning
             pl_module.log_dict(self._evaluate(trainer, pl_module), batch_size=1, sync_dist=True)
 
@@ -108,7 +108,7 @@ class OnlineEvaluation(L.Callback):
         self._unlabelled = True
 
 
-def _ends_training(trainer: L.Trainer) -> bool:
+def ends_training(trainer: L.Trainer) -> bool:
     """Whether the epoch that ends is the last, as far as can be known now."""
     by_steps = 0 <= trainer.max_steps <= trainer.global_step
     by_epochs = trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch + 1

@@ -35,6 +35,17 @@ class MultiViewBatch(TypedDict):
     replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
 
 
+class ImageTextBatch(TypedDict):
+    """Pairs of an image and a text."""
+
+    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalised with the DataModule's mean and std
+    text: Annotated[Tensor, Field("B L", torch.int64)]  # token ids, filled up to one length
+    text_mask: Annotated[Tensor, Field("B L", torch.bool)]  # what of it is no filling
+    label: Annotated[Tensor, Field("B", torch.int64)]  # class, -1 where the source has none
+    index: Annotated[Tensor, Field("B", torch.int64)]  # position in the source
+    replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
+
+
 class BatchError(ValueError):
     """A batch is not what its type says; the message names the field."""
 

@@ -69,46 +69,64 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
         if images is not None:
             labels = list(self.source.labels[positions])  # type: ignore[attr-defined]
             fields = self.view.decoded(torch.from_numpy(np.asarray(images[positions])), numbers)
-            replaced = torch.zeros(len(draws), dtype=torch.bool)
+            used = positions
         else:
-            rows, labels, replaced = self._rows(positions, numbers)
+            rows, labels, used = self._rows(positions, numbers)
             fields = stack(rows) if isinstance(rows, list) else rows
+        replaced = torch.tensor([mine != asked for mine, asked in zip(used, positions, strict=True)], dtype=torch.bool)
         return {
             **fields,
+            **self.further(used, draws),
             "label": torch.as_tensor(labels, dtype=torch.int64),
             "index": torch.tensor(positions, dtype=torch.int64),
             "replaced": replaced,
         }
 
-    def _rows(self, positions: list[int], numbers: np.ndarray) -> tuple[Any, list[int], Tensor]:
+    def further(self, positions: list[int], draws: list[Draw]) -> dict[str, Tensor]:
+        """Fields of a batch that do not come out of the pictures.
+
+        Args:
+            positions: in the source, of the samples that are in the batch, stand-ins included.
+            draws: what was asked for.
+        """
+        return {}
+
+    def check(self, position: int) -> None:
+        """
+        Raises:
+            BadSample: what ``further`` needs of a sample cannot be had.
+        """
+
+    def _rows(self, positions: list[int], numbers: np.ndarray) -> tuple[Any, list[int], list[int]]:
         samples: list[Sample] = []
         rows: list[dict[str, Tensor]] = []
-        replaced = []
+        used = []
         for position, row in zip(positions, numbers, strict=True):
-            sample, view, standby = self._usable(position, row)
+            sample, view, candidate = self._usable(position, row)
             samples.append(sample)
-            replaced.append(standby)
+            used.append(candidate)
             if view is not None:
                 rows.append(view)
         labels = [sample["label"] for sample in samples]
-        flags = torch.tensor(replaced, dtype=torch.bool)
         if rows:
-            return rows, labels, flags
+            return rows, labels, used
         pictures = [sample["image"] for sample in samples]
         if len({picture.shape for picture in pictures}) == 1:  # type: ignore[union-attr]
-            return self.view.decoded(torch.stack(pictures), numbers), labels, flags  # type: ignore[arg-type]
+            return self.view.decoded(torch.stack(pictures), numbers), labels, used  # type: ignore[arg-type]
         single = [self.view.decoded(p[None], n[None]) for p, n in zip(pictures, numbers, strict=True)]  # type: ignore[index]
-        return [{name: value[0] for name, value in fields.items()} for fields in single], labels, flags
+        return [{name: value[0] for name, value in fields.items()} for fields in single], labels, used
 
-    def _usable(self, position: int, numbers: np.ndarray) -> tuple[Sample, dict[str, Tensor] | None, bool]:
-        """The sample at ``position`` or its stand-in, and its view where the picture had to be decoded for it."""
+    def _usable(self, position: int, numbers: np.ndarray) -> tuple[Sample, dict[str, Tensor] | None, int]:
+        """The sample at ``position`` or its stand-in, its view where the picture had to be decoded for it, and its own
+        position."""
         candidate = position
         for attempt in range(_REPLACEMENTS):
             try:
+                self.check(candidate)
                 sample = self.source[candidate]
                 image = sample["image"]
                 view = None if isinstance(image, Tensor) else self.view.encoded(image, numbers)
-                return sample, view, attempt > 0
+                return sample, view, candidate
             except BadSample as problem:
                 self._report(candidate, problem)
                 candidate = fold(self.seed, position, attempt) % len(self.source)

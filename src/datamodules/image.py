@@ -180,11 +180,14 @@ class ImageDataModule(L.LightningDataModule):
         return (image.to(torch.float32) / 255 - self.mean.to(image.device)) / self.std.to(image.device)
 
     def _dataset(self, source: ImageSource, view: View, limit: int | None) -> ViewedDataset:
-        subset = None
-        if limit is not None and limit < len(source):
-            # chosen without the run's seed: every seed of a comparison trains on the same images
-            subset = np.sort(np.random.default_rng(len(source)).permutation(len(source))[:limit])
+        subset = self._subset(source, limit)
         return ViewedDataset(source, view, seed=self.seed, subset=subset, bad_log=self.bad_log)
+
+    def _subset(self, source: ImageSource, limit: int | None) -> np.ndarray | None:
+        if limit is None or limit >= len(source):
+            return None
+        # chosen without the run's seed: every seed of a comparison trains on the same images
+        return np.sort(np.random.default_rng(len(source)).permutation(len(source))[:limit])
 
     def _eval_loader(self, source: ImageSource, limit: int | None) -> DataLoader[dict[str, Tensor]]:
         rank, world_size, _ = self._launch()

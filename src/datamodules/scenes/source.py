@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
-from src.datamodules.scenes import render
+from src.datamodules.scenes import captions, render
 from src.datamodules.scenes.cache import Recipe, open_or_build
 from src.datamodules.scenes.scene import Scene
 from src.datamodules.scenes.world import ObjectsWorld
@@ -19,6 +20,37 @@ from src.randomness import fold
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 FIELDS = ("labels", "boxes", "box_labels", "instance_masks", "depth")
+
+
+@dataclass(frozen=True)
+class SceneTexts:
+    """How scenes are described.
+
+    Args:
+        style: "short", "long", or "alt": short as the web has it.
+        wordings: ways of a short text that training may use, positions in `captions.SHORT`; None for all.
+        mismatched, dropped, junk: of "alt", see `captions.alt_text`.
+        judged: texts of each picture that retrieval is judged with.
+    """
+
+    style: Literal["short", "long", "alt"] = "short"
+    wordings: tuple[int, ...] | None = None
+    mismatched: float = 0.0
+    dropped: float = 0.0
+    junk: float = 0.0
+    judged: int = 5
+
+    def __post_init__(self) -> None:
+        if self.style not in ("short", "long", "alt"):
+            raise SettingError(f"scenes are described in the style short, long or alt, not '{self.style}'")
+        unknown = [each for each in self.wordings or () if not 0 <= each < len(captions.SHORT)]
+        if unknown or self.wordings == ():
+            raise SettingError(f"scenes have the wordings 0 to {len(captions.SHORT) - 1}, not {self.wordings}")
+        for name in ("mismatched", "dropped", "junk"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingError(f"the share {name}={getattr(self, name)} of scenes' texts must be in [0, 1]")
+        if self.judged < 1:
+            raise SettingError(f"retrieval needs at least one text a picture, got judged={self.judged}")
 
 
 class ScenesSource:
@@ -50,6 +82,7 @@ class ScenesSource:
         fields: Sequence[str] = (),
         cache_dir: str | Path | None = None,
         world: ObjectsWorld | None = None,
+        texts: SceneTexts | None = None,
     ) -> None:
         """
         Raises:
@@ -68,6 +101,7 @@ class ScenesSource:
         self.split, self.count, self.resolution, self.seed = split, count, resolution, seed
         self.fields = tuple(fields)
         self.world = world or ObjectsWorld()
+        self.texts = texts or SceneTexts()
         self.classes: tuple[str, ...] = tuple(kind.name for kind in self.world.kinds)
         self._scene_seed = fold(seed, SPLITS.index(split))
         self.cache_dir = cache_dir
@@ -110,6 +144,29 @@ class ScenesSource:
         masks = render.instance_masks(scene, self.resolution)
         kinds = 1 + render.box_labels(scene, self.world.kinds)
         return torch.from_numpy((masks * kinds[:, None, None]).sum(axis=0).astype(np.uint8))
+
+    def caption(self, index: int, choice: float) -> str:
+        """One of the ways of describing scene ``index``, in the style that was asked for."""
+        return self._described(index, int(choice * 2**31))
+
+    def captions(self, index: int) -> Sequence[str]:
+        """True short texts, whatever training is told: the first wordings that differ."""
+        what, found = captions.facts(self.scene(index)), dict[str, None]()
+        for wording in range(20 * self.texts.judged):
+            found.setdefault(captions.short(what, fold(index, wording)).text)
+            if len(found) == self.texts.judged:
+                break
+        return tuple(found)
+
+    def _described(self, index: int, wording: int) -> str:
+        what, wording = captions.facts(self.scene(index)), fold(index, wording)
+        if self.texts.style == "long":
+            return captions.long(what, wording).text
+        if self.texts.style == "short":
+            return captions.short(what, wording, wordings=self.texts.wordings).text
+        other = captions.facts(self.scene(wording % self.count))
+        shares = {"mismatched": self.texts.mismatched, "dropped": self.texts.dropped, "junk": self.texts.junk}
+        return captions.alt_text(what, wording, other=other, **shares).text
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the mapped arrays: a pickled one would be a copy of all pictures."""

@@ -6,7 +6,7 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from PIL import Image
 from src.datamodules.decoding import DataError
 from src.datamodules.sources.source import Sample, Split
 from src.datamodules.sources.splits import hashed_split
+from src.errors import SettingError
 
 try:
     import emoji
@@ -84,6 +85,7 @@ class EmojiSource:
         resolution: side in pixels.
         skin_tones: with the about 1,900 variants in skin tone, which make "People & Body" three fifths of the set.
         background: CSS colour behind the drawing.
+        languages: of the texts, as the package `emoji` names them: "en", "de", "es", "fr", "ja", "zh" …
         cache_dir: where the rendered pictures are kept (one file a split and setting); None to render every time, about
             6 ms each.
 
@@ -94,6 +96,7 @@ class EmojiSource:
 
     Raises:
         DataError: the packages of the extra ``emoji`` are not installed.
+        SettingError: a language that the package does not have.
     """
 
     classes = CLASSES
@@ -105,11 +108,13 @@ class EmojiSource:
         resolution: int = 64,
         skin_tones: bool = False,
         background: str = "white",
+        languages: Sequence[str] = ("en",),
         cache_dir: str | Path | None = None,
     ) -> None:
         self.drawings = [drawing for drawing in list_drawings(skin_tones=skin_tones) if split_of(drawing) == split]
         self.labels = np.array([drawing.label for drawing in self.drawings], np.int64)
         codes = [drawing.code for drawing in self.drawings]
+        self._names = _names(languages)
         if cache_dir is None:
             self.images = _render(codes, resolution, background)
         else:
@@ -123,6 +128,14 @@ class EmojiSource:
 
     def name(self, index: int) -> str:
         return f"{self.drawings[index].code} {self.drawings[index].name}"
+
+    def caption(self, index: int, choice: float) -> str:
+        """One of the drawing's names and aliases, in any of the languages."""
+        texts = self.captions(index)
+        return texts[int(choice * len(texts))]
+
+    def captions(self, index: int) -> Sequence[str]:
+        return self._names[_without_presentation(self.drawings[index].code)]
 
 
 def list_drawings(*, skin_tones: bool) -> list[Drawing]:
@@ -200,6 +213,22 @@ def _without_presentation(code: str) -> str:
 def _words(name: str) -> str:
     """ ":man_cook:" as "man cook"."""
     return name.strip(":").replace("_", " ")
+
+
+def _names(languages: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """What each emoji is called, by its code: each name once, aliases where English is asked for."""
+    unknown = [language for language in languages if language not in emoji.LANGUAGES]
+    if unknown or not languages:
+        raise SettingError(f"emoji have names in {', '.join(emoji.LANGUAGES)}; not in {', '.join(unknown) or 'none'}")
+    for language in languages:
+        emoji.config.load_language(language)
+    found = {}
+    for characters, entry in emoji.EMOJI_DATA.items():
+        names = [entry[language] for language in languages if language in entry]
+        names += entry.get("alias", ()) if "en" in languages else ()
+        names = names or [entry["en"]]  # what has no name in a language keeps its English one
+        found[_code(characters)] = tuple(dict.fromkeys(_words(name).lower() for name in names))
+    return found
 
 
 def _render(codes: list[str], resolution: int, background: str) -> np.ndarray:

@@ -9,7 +9,16 @@ import torch
 
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
 
-__all__ = ["BadSample", "DataError", "EncodedImage", "ImageSource", "Sample", "SegmentedSource", "Split"]
+__all__ = [
+    "BadSample",
+    "CaptionedSource",
+    "DataError",
+    "EncodedImage",
+    "ImageSource",
+    "Sample",
+    "SegmentedSource",
+    "Split",
+]
 
 Split = Literal["train", "val", "test"]
 
@@ -44,4 +53,17 @@ class SegmentedSource(ImageSource, Protocol):
 
     def segmentation(self, index: int) -> torch.Tensor:
         """uint8 [H, W], the size of the picture: 0 for background, 1 + class elsewhere."""
+        ...
+
+
+@runtime_checkable
+class CaptionedSource(ImageSource, Protocol):
+    """A source that says what its pictures show."""
+
+    def caption(self, index: int, choice: float) -> str:
+        """One text of the picture; ``choice`` in [0, 1) says which. Empty where there is none."""
+        ...
+
+    def captions(self, index: int) -> Sequence[str]:
+        """The texts of the picture that retrieval is judged with, the same every time."""
         ...

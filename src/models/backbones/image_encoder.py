@@ -45,6 +45,18 @@ def cls_token_or_mean(prefix: Tensor, patches: Tensor) -> Tensor:
     return cls_token(prefix, patches) if prefix.shape[1] else mean_patch(prefix, patches)
 
 
+def attention_pool(backbone: nn.Module) -> Pool:
+    """What a ViT of timm with ``global_pool: map`` has for a pool: a learned query attends to all tokens.
+
+    Raises:
+        SettingError: the backbone has none.
+    """
+    if getattr(backbone, "attn_pool", None) is None:
+        raise SettingError("this backbone has no attention to pool by: backbone.global_pool=map makes one")
+    head: nn.Module = backbone.attn_pool  # type: ignore[assignment]
+    return lambda prefix, patches: head(torch.cat([prefix, patches], dim=1))
+
+
 class ImageEncoder(nn.Module):
     """A timm backbone seen through `Features`.
 

@@ -11,18 +11,12 @@ of keys, not with its square, and the gradients are exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from src.errors import SettingError
+from src.models.losses.blocks import BLOCK, by_rows
 from src.models.losses.precision import full_precision
-
-# similarities at a time: 4 MB in float32 and a few times that at the peak; the C library keeps what it is given back in
-# pieces as large as the blocks were, so that larger ones cost several times more than they hold
-_BLOCK = 2**20
 
 
 def contrast(logits: Tensor, positive: Tensor, denominator: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -40,7 +34,7 @@ def contrast(logits: Tensor, positive: Tensor, denominator: Tensor, weight: Tens
 
 
 @full_precision
-def nt_xent(z: Tensor, keys: Tensor, offset: int, *, temperature: float, block: int = _BLOCK) -> Tensor:
+def nt_xent(z: Tensor, keys: Tensor, offset: int, *, temperature: float, block: int = BLOCK) -> Tensor:
     """SimCLR's loss (Chen et al., 2020): each view is to recognise the other views of its image among all others.
 
     Args:
@@ -55,16 +49,14 @@ def nt_xent(z: Tensor, keys: Tensor, offset: int, *, temperature: float, block: 
 
 
 @full_precision
-def dcl(z: Tensor, keys: Tensor, offset: int, *, temperature: float, block: int = _BLOCK) -> Tensor:
+def dcl(z: Tensor, keys: Tensor, offset: int, *, temperature: float, block: int = BLOCK) -> Tensor:
     """Decoupled contrastive learning (Yeh et al., 2021): `nt_xent` with the views of the own image out of the
     denominator. Arguments and errors as there. Can be negative."""
     return _among_images(z, keys, offset, temperature, block, decoupled=True).mean()
 
 
 @full_precision
-def dclw(
-    z: Tensor, keys: Tensor, offset: int, *, temperature: float, sigma: float = 0.5, block: int = _BLOCK
-) -> Tensor:
+def dclw(z: Tensor, keys: Tensor, offset: int, *, temperature: float, sigma: float = 0.5, block: int = BLOCK) -> Tensor:
     """`dcl` whose positives are weighted by how hard they are: 2 - exp(s / sigma) / its mean over all images, s being
     the similarity of the two views. The weights are 1 on average and carry no gradient.
 
@@ -80,34 +72,45 @@ def dclw(
 
 @torch.no_grad()
 @full_precision
-def coupling(z: Tensor, keys: Tensor, offset: int, *, temperature: float, block: int = _BLOCK) -> Tensor:
+def coupling(z: Tensor, keys: Tensor, offset: int, *, temperature: float, block: int = BLOCK) -> Tensor:
     """The mean factor by which `nt_xent`'s gradients are smaller than `dcl`'s: 1 minus the positive's probability."""
     return 1 - (-_among_images(z, keys, offset, temperature, block, decoupled=False)).exp().mean()
 
 
 @full_precision
-def info_nce(query: Tensor, keys: Tensor, offset: int, *, temperature: float, block: int = _BLOCK) -> Tensor:
+def info_nce(
+    query: Tensor,
+    keys: Tensor,
+    offset: int,
+    *,
+    temperature: float = 1.0,
+    same: Tensor | None = None,
+    block: int = BLOCK,
+) -> Tensor:
     """Each query is to recognise its own key among the keys of all images.
 
     Args:
         query: [B, D].
         keys: [N, D], of all processes; query b belongs to key ``offset + b``.
+        same: int64 [N], one number for all keys that say the same; what says the same as a query's own key is no
+            negative of it. None where none do.
 
     Raises:
         SettingError: one image in all.
     """
     _refuse_one(len(keys))
+    same = torch.arange(len(keys), device=keys.device) if same is None else same
 
-    def rows(own: Tensor, query: Tensor, keys: Tensor) -> Tensor:
-        columns = torch.arange(len(keys), device=keys.device)
+    def rows(own: Tensor, query: Tensor, keys: Tensor, same: Tensor) -> Tensor:
+        itself = own[:, None] == torch.arange(len(keys), device=keys.device)
         logits = query @ keys.T / temperature
-        return contrast(logits, own[:, None] == columns, torch.ones_like(columns, dtype=torch.bool))
+        return contrast(logits, itself, itself | (same[own][:, None] != same))
 
     own = torch.arange(offset, offset + len(query), device=query.device)
-    return _by_rows(rows, [own, query], [keys], columns=len(keys), block=block).mean()
+    return by_rows(rows, [own, query], [keys, same], columns=len(keys), block=block).mean()
 
 
-def ctr(query: Tensor, keys: Tensor, offset: int, *, temperature: float, block: int = _BLOCK) -> Tensor:
+def ctr(query: Tensor, keys: Tensor, offset: int, *, temperature: float, block: int = BLOCK) -> Tensor:
     """MoCo v3's form (Chen et al., 2021): `info_nce` times 2 T, which keeps the gradient's size for any temperature."""
     return 2 * temperature * info_nce(query, keys, offset, temperature=temperature, block=block)
 
@@ -122,7 +125,7 @@ def queue_info_nce(
     synthetic: Tensor | None = None,
     excluded: Tensor | None = None,
     decoupled: bool = False,
-    block: int = _BLOCK,
+    block: int = BLOCK,
 ) -> Tensor:
     """MoCo's loss (He et al., 2020): each query is to recognise its own key among old ones.
 
@@ -151,7 +154,7 @@ def queue_info_nce(
         return contrast(logits, positive, denominator)
 
     columns = 1 + len(negatives) + (0 if synthetic is None else synthetic.shape[1])
-    return _by_rows(rows, each, [negatives], columns=columns, block=block).mean()
+    return by_rows(rows, each, [negatives], columns=columns, block=block).mean()
 
 
 @torch.no_grad()
@@ -237,51 +240,7 @@ def _among_images(
     anchors, everything = z.flatten(0, 1), keys.flatten(0, 1)
     own = torch.arange(offset * views, offset * views + len(anchors), device=z.device)
     weight = torch.ones_like(anchors[:, 0]) if weight is None else weight
-    return _by_rows(rows, [own, anchors, weight], [everything], columns=len(everything), block=block)
-
-
-def _by_rows(
-    function: Callable[..., Tensor], each: Sequence[Tensor], shared: Sequence[Tensor], *, columns: int, block: int
-) -> Tensor:
-    """``function(*each, *shared)`` for as many rows of ``each`` at a time as ``block`` entries of ``columns`` allow."""
-    rows = max(1, block // columns)
-    if len(each[0]) <= rows:
-        return function(*each, *shared)
-    return _Recomputed.apply(function, rows, len(each), *each, *shared)
-
-
-class _Recomputed(torch.autograd.Function):
-    """Keeps the arguments alone and evaluates the function again, block by block, in the backward pass. What
-    torch.utils.checkpoint does for any module, less the compiler that it imports on its first call, which takes longer
-    than many a run's steps; and what the blocks find for the shared arguments is added up in one place."""
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., Tensor], rows: int, split: int, *tensors: Tensor) -> Tensor:
-        ctx.function, ctx.rows, ctx.split = function, rows, split
-        ctx.save_for_backward(*tensors)
-        parts = zip(*(tensor.split(rows) for tensor in tensors[:split]), strict=True)
-        return torch.cat([function(*part, *tensors[split:]) for part in parts])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[3:]
-        totals = [torch.zeros_like(tensor) if w else None for tensor, w in zip(tensors, wanted, strict=True)]
-
-        def add(start: int) -> None:  # a function, so that nothing of a block outlives it
-            def cut(values: Sequence[Tensor | None]) -> list[Any]:
-                own = [value if value is None else value[start : start + ctx.rows] for value in values[: ctx.split]]
-                return [*own, *values[ctx.split :]]
-
-            inputs = [part.detach().requires_grad_(w) for part, w in zip(cut(tensors), wanted, strict=True)]
-            with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-                value = ctx.function(*inputs)
-            found = torch.autograd.grad(value, [x for x in inputs if x.requires_grad], grad[start : start + ctx.rows])
-            for total, part in zip([total for total in cut(totals) if total is not None], found, strict=True):
-                total.add_(part)
-
-        for start in range(0, len(grad), ctx.rows):
-            add(start)
-        return (None, None, None, *totals)
+    return by_rows(rows, [own, anchors, weight], [everything], columns=len(everything), block=block)
 
 
 def _refuse_one(images: int) -> None:

@@ -190,3 +190,18 @@ def test_missing_packages_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(emoji, "_missing", ImportError("No module named 'resvg_py'"))
     with pytest.raises(DataError, match=r"extra 'emoji' \(pip install -e '\.\[emoji\]'\): No module named 'resvg_py'"):
         EmojiSource("train")
+
+
+def test_texts_are_names_and_aliases_in_the_languages_asked_for(few: list[Drawing]) -> None:
+    source = EmojiSource("val", resolution=8)
+    for index, drawing in enumerate(source.drawings):
+        texts = source.captions(index)
+        assert texts[0] == drawing.name.lower()
+        assert {source.caption(index, choice / 50) for choice in range(50)} == set(texts)
+    several = EmojiSource("val", resolution=8, languages=["de", "fr"])
+    german = EmojiSource("val", resolution=8, languages=["de"])
+    assert all(german.captions(i)[0] == several.captions(i)[0] for i in range(12))
+    assert any(len(several.captions(i)) == 2 for i in range(12))
+    assert emoji._names(["de", "ja"])["1F98A"] == ("fuchs", "キツネの顔")
+    with pytest.raises(ValueError, match="not in xx"):
+        EmojiSource("val", resolution=8, languages=["xx"])

@@ -11,6 +11,7 @@ from src.models.joint_embedding.centre import Centre
 from src.models.joint_embedding.queue import FeatureQueue
 from src.models.losses.contrastive import ctr, dcl, dclw, info_nce, nt_xent
 from src.models.losses.distillation import cross_view_cross_entropy, sharpen
+from src.models.losses.image_text import clip_loss, ring_sigmoid_loss, sigmoid_loss
 from src.models.losses.redundancy import barlow_twins, cross_correlation, vicreg
 from src.models.losses.swapped import sinkhorn, swapped_prediction
 from tests.distributed import in_two_processes
@@ -56,6 +57,27 @@ def dino(z1: Tensor, z2: Tensor) -> Tensor:
     return cross_view_cross_entropy(sharpen(torch.stack([z1, z2]), centre(), 0.5), torch.stack([z2, z1]), 0.1)
 
 
+def clip(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
+    image, text = normalize(z1, dim=-1), normalize(z2, dim=-1)
+    images, offset = gather(image)
+    return clip_loss(image, text, images, gather(text)[0], offset, scale=scale, block=20)
+
+
+def siglip(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
+    texts, offset = gather(normalize(z2, dim=-1))
+    return sigmoid_loss(normalize(z1, dim=-1), texts, offset, scale=scale, bias=-scale, block=20)
+
+
+def siglip_ring(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
+    return ring_sigmoid_loss(normalize(z1, dim=-1), normalize(z2, dim=-1), scale=scale, bias=-scale)
+
+
+# with a scale that is learned
+OF_PAIRS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "clip": clip,
+    "siglip": siglip,
+    "siglip ring": siglip_ring,
+}
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "nt_xent": lambda z1, z2: pair(z1, z2, nt_xent),
     "dcl": lambda z1, z2: pair(z1, z2, dcl),
@@ -74,9 +96,10 @@ def parameter_gradients(rows: slice) -> dict[str, Tensor]:
     x1, x2 = torch.randn(2, IMAGES, 6, generator=generator, dtype=torch.float64)
     start = torch.randn(6, 5, generator=generator, dtype=torch.float64)
     results = {}
-    for name, loss in LOSSES.items():
+    for name in (*LOSSES, *OF_PAIRS):
         weight = start.clone().requires_grad_(True)
-        value = loss(x1[rows] @ weight, x2[rows] @ weight)
+        z1, z2 = x1[rows] @ weight, x2[rows] @ weight
+        value = LOSSES[name](z1, z2) if name in LOSSES else OF_PAIRS[name](z1, z2, weight[0, 0].exp())
         value.backward()
         results[name], results[f"{name} value"] = weight.grad, value.detach()
     return results
@@ -116,3 +139,5 @@ def test_two_processes_have_the_gradients_and_the_state_of_one():
                 assert torch.allclose(each[name].double(), value.double(), rtol=0, atol=1e-12), name
     assert torch.equal(torch.cat([first["share"], second["share"]]), alone["queue features"])
     assert alone["queue column_index"].tolist() == [*range(8), *range(100, 108)]
+    for name in ("siglip", "siglip ring"):
+        torch.testing.assert_close(gradients[name], gradients["siglip"], rtol=1e-12, atol=0)

@@ -1,0 +1,97 @@
+"""A method with two towers, judged: classes by their names, and what belongs together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from src.collectives import gather_rows
+from src.datamodules.image_text import ImageTextDataModule
+from src.datamodules.sources.source import CaptionedSource, Split
+from src.evaluation.features import autocast
+from src.evaluation.retrieval import retrieval
+from src.evaluation.run import query_loader
+from src.evaluation.zero_shot import TEMPLATES, classifier, top_k
+from src.models.backbones.image_encoder import inference
+from src.randomness import seeded
+
+_TEXTS = 256  # a forward pass
+
+
+@runtime_checkable
+class TwoTowers(Protocol):
+    """What a method must answer to be judged here; both give unit vectors of one width."""
+
+    def encode_image(self, image: Tensor) -> Tensor: ...
+
+    def encode_text(self, text: Tensor, mask: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ImageTextEvaluation:
+    """Zero-shot classification by ``templates`` and retrieval among the same pictures.
+
+    Reports ``zeroshot_top1`` and, of more than five classes, ``zeroshot_top5`` where there are labels;
+    ``retrieval_i2t_r1`` … ``retrieval_rsum`` by the texts that the source has for judging; ``gap``, the distance
+    between the mean image and the mean text.
+
+    Args:
+        templates: prompts of a class, each with one ``{}``.
+        samples: pictures at most, a fixed random choice; None for all.
+        split: "val" or "test".
+    """
+
+    templates: Sequence[str] = TEMPLATES
+    samples: int | None = 5000
+    split: Split = "val"
+
+    def __call__(
+        self, module: nn.Module, datamodule: ImageTextDataModule, device: torch.device, *, precision: str = "32-true"
+    ) -> dict[str, float]:
+        """
+        Args:
+            module: has `TwoTowers`' methods; left in the modes it was in.
+        """
+        assert isinstance(module, TwoTowers)
+        towers: TwoTowers = module
+
+        def encode(texts: Sequence[str]) -> Tensor:
+            parts = []
+            for start in range(0, len(texts), _TEXTS):
+                ids, mask = datamodule.tokenizer(texts[start : start + _TEXTS])
+                parts.append(towers.encode_text(ids.to(device), mask.to(device)).float())
+            return torch.cat(parts)
+
+        with seeded(0), inference(module), autocast(precision, device):
+            images, labels, index = self._images(towers, datamodule, device)
+            source = datamodule.test_source if self.split == "test" else datamodule.val_source
+            assert isinstance(source, CaptionedSource)
+            texts = [source.captions(position) for position in index.tolist()]
+            text = encode([text for each in texts for text in each])
+            owner = torch.tensor([row for row, each in enumerate(texts) for _ in each], device=device)
+            scores = {f"retrieval_{name}": value for name, value in retrieval(images, text, owner).items()}
+            scores["gap"] = (images.mean(dim=0) - text.mean(dim=0)).norm().item()
+            known = labels >= 0
+            if len(datamodule.classes) and bool(known.any()):
+                weights = classifier(datamodule.classes, encode, self.templates)
+                scores["zeroshot_top1"] = top_k(images[known], weights, labels[known])
+                if len(weights) > 5:
+                    scores["zeroshot_top5"] = top_k(images[known], weights, labels[known], k=5)
+        return scores
+
+    def _images(
+        self, towers: TwoTowers, datamodule: ImageTextDataModule, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors, labels and positions in the source of every picture that could be read, in the source's order."""
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for loaded in query_loader(datamodule, self.split, self.samples):
+            batch = {name: loaded[name][~loaded["replaced"]] for name in ("image", "label", "index")}
+            batch = datamodule.on_after_batch_transfer(datamodule.transfer_batch_to_device(batch, device, 0), 0)
+            found.append((towers.encode_image(batch["image"]).float(), batch["label"], batch["index"]))
+        images, labels, index = (gather_rows(torch.cat(column)) for column in zip(*found, strict=True))
+        order = index.argsort()
+        return images[order], labels[order], index[order]

@@ -1,0 +1,80 @@
+"""CLIP: recognise which text of the batch belongs to an image, and which image to a text."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src.collectives import gather, gather_rows
+from src.datamodules.batch import ImageTextBatch
+from src.models.backbones.image_encoder import Pool, cls_token_or_mean
+from src.models.image_text.base import ImageTextModule
+from src.models.image_text.text_tower import Tower
+from src.models.joint_embedding.base import unit
+from src.models.losses.image_text import clip_loss
+from src.models.pretrain_module import StepOutput
+from src.optim import OptimizerRecipe
+
+
+class CLIP(ImageTextModule):
+    """Learning Transferable Visual Models From Natural Language Supervision (Radford et al., 2021). Deviations: equal
+    texts of a batch are no negatives of each other (``mask_equal_texts``).
+
+    Args:
+        backbone: any timm model without a head.
+        text: the text tower.
+        optimizer: AdamW in the paper.
+        embed_dim: width of what is compared.
+        temperature: similarities are divided by it; learned from this start.
+        max_scale: the temperature's inverse is held at or below it, after every step.
+        mask_equal_texts: in 400 M pairs of the web equal texts hardly meet, in a small vocabulary they do.
+        pool: what of the backbone's tokens is projected and evaluated.
+
+    Raises:
+        SettingError: in a step, of one pair.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        text: Tower,
+        optimizer: OptimizerRecipe,
+        *,
+        embed_dim: int = 512,
+        temperature: float = 0.07,
+        max_scale: float = 100.0,
+        mask_equal_texts: bool = True,
+        pool: Pool = cls_token_or_mean,
+    ) -> None:
+        super().__init__(backbone, pool, text, optimizer, embed_dim=embed_dim)
+        if not 1 / max_scale <= temperature <= 1:
+            raise ValueError(f"CLIP: temperature must lie in [1 / max_scale, 1], got {temperature}")
+        self.max_scale = max_scale
+        self.mask_equal_texts = mask_equal_texts
+        # one axis of one number: what has no axis cannot be dealt out over processes
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
+
+    def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
+        features = self.image_encoder(batch["image"]).embedding
+        image = unit(self.image_projection(features))
+        text = self.encode_text(batch["text"], batch["text_mask"])
+        images, offset = gather(image)
+        texts, _ = gather(text)
+        same = equal_texts(gather_rows(batch["text"])) if self.mask_equal_texts else None
+        scale = self.logit_scale.exp().squeeze()
+        loss = clip_loss(image, text, images, texts, offset, scale=scale, same=same)
+        logs = {"scale": scale.detach(), "gap": (image.mean(dim=0) - text.mean(dim=0)).norm().detach()}
+        return {"loss": loss, "logs": logs, "embedding": features.detach().float()}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        with torch.no_grad():  # not in the forward pass: beyond the limit there would be no gradient to come back by
+            self.logit_scale.clamp_(0, math.log(self.max_scale))
+
+
+def equal_texts(text: Tensor) -> Tensor:
+    """One number for all rows of token ids that are equal: [N, L] -> [N]."""
+    return torch.unique(text, dim=0, return_inverse=True)[1]

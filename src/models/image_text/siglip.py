@@ -1,0 +1,67 @@
+"""SigLIP: judge every pair of an image and a text alone, as one that belongs together or not."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from src.collectives import gather
+from src.datamodules.batch import ImageTextBatch
+from src.models.backbones.image_encoder import attention_pool
+from src.models.image_text.base import ImageTextModule
+from src.models.image_text.text_tower import Tower
+from src.models.joint_embedding.base import unit
+from src.models.losses.image_text import ring_sigmoid_loss, sigmoid_loss
+from src.models.pretrain_module import StepOutput
+from src.optim import OptimizerRecipe
+
+
+class SigLIP(ImageTextModule):
+    """Sigmoid Loss for Language Image Pre-Training (Zhai et al., 2023). Deviations: none in the method.
+
+    Args:
+        backbone: a timm ViT with ``global_pool: map`` and no head.
+        text: the text tower, whose features are as wide as the backbone's.
+        optimizer: Adafactor in the paper.
+        temperature, bias: a similarity s is judged by sigmoid(s / temperature + bias); learned from this start.
+        ring: texts go round the processes, which then hold those of one other at a time; otherwise all are gathered.
+            The gradients are the same.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        text: Tower,
+        optimizer: OptimizerRecipe,
+        *,
+        temperature: float = 0.1,
+        bias: float = -10.0,
+        ring: bool = True,
+    ) -> None:
+        super().__init__(backbone, attention_pool(backbone), text, optimizer, embed_dim=None)
+        if temperature <= 0:
+            raise ValueError(f"SigLIP: temperature must be above 0, got {temperature}")
+        self.ring = ring
+        # one axis of one number: what has no axis cannot be dealt out over processes
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
+        self.logit_bias = nn.Parameter(torch.full((1,), bias))
+
+    def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
+        features = self.image_encoder(batch["image"]).embedding
+        image, text = unit(features), self.encode_text(batch["text"], batch["text_mask"])
+        scale, bias = self.logit_scale.exp().squeeze(), self.logit_bias.squeeze()
+        loss = self._loss(image, text, scale, bias)
+        logs = {
+            "scale": scale.detach(),
+            "bias": bias.detach(),
+            "gap": (image.mean(dim=0) - text.mean(dim=0)).norm().detach(),
+        }
+        return {"loss": loss, "logs": logs, "embedding": features.detach().float()}
+
+    def _loss(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        if self.ring:
+            return ring_sigmoid_loss(image, text, scale=scale, bias=bias)
+        texts, offset = gather(text)
+        return sigmoid_loss(image, texts, offset, scale=scale, bias=bias)

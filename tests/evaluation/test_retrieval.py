@@ -1,0 +1,58 @@
+"""Ranks by hand, ties, several texts an image."""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from src.evaluation.retrieval import ranks, retrieval
+from src.evaluation.zero_shot import classifier, top_k
+
+
+def test_ranks_by_hand():
+    keys = torch.eye(3)
+    query = torch.tensor([[0.9, 0.5, 0.1], [0.9, 0.5, 0.1]])
+    # the first query owns key 1: one is before it; the second owns keys 0 and 2, of which the better is first
+    assert ranks(query, keys, torch.tensor([1, 0]), torch.tensor([0, 1, 0])).tolist() == [1, 0]
+
+
+def test_an_earlier_tied_key_comes_before():
+    same = torch.ones(4, 2)
+    rows = torch.arange(4)
+    assert ranks(same, same, rows, rows).tolist() == [0, 1, 2, 3]
+    assert retrieval(same, same, rows, ks=(1,))["i2t_r1"] == 0.25
+
+
+def test_any_of_an_image_s_texts_counts_and_each_text_on_its_own():
+    image = torch.eye(2)
+    text = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 0.9], [0.6, 0.8]])
+    found = retrieval(image, text, torch.tensor([0, 0, 1, 1]), ks=(1, 2))
+    # image 0's own first text is best; image 1's best is of image 0 (1.0), its own 0.9 comes second
+    assert (found["i2t_r1"], found["i2t_r2"]) == (0.5, 1.0)
+    # texts 0, 2 and 3 find their image, text 1 finds the other
+    assert (found["t2i_r1"], found["t2i_r2"]) == (0.75, 1.0)
+    assert found["rsum"] == pytest.approx(325)
+
+
+def test_chunks_change_nothing():
+    generator = torch.Generator().manual_seed(0)
+    image, text = (normalize(torch.randn(n, 6, generator=generator, dtype=torch.float64), dim=1) for n in (20, 60))
+    owner = torch.arange(60) % 20
+    assert retrieval(image, text, owner, chunk=7) == retrieval(image, text, owner)
+
+
+def test_what_belongs_nowhere_is_refused():
+    for owner in ([0, 0], [0, 2]):
+        with pytest.raises(ValueError, match="every image needs a text"):
+            retrieval(torch.eye(2), torch.eye(2), torch.tensor(owner))
+
+
+def test_prompts_are_normalised_before_and_after_their_mean():
+    vectors = {"a cat": [3.0, 0.0], "the cat": [0.0, 1.0], "a dog": [-1.0, 0.0], "the dog": [-1.0, 0.0]}
+    weights = classifier(["cat", "dog"], lambda texts: torch.tensor([vectors[t] for t in texts]), ["a {}", "the {}"])
+    torch.testing.assert_close(weights, torch.tensor([[0.5**0.5, 0.5**0.5], [-1.0, 0.0]]))
+    image, labels = torch.tensor([[1.0, 0.0], [-1.0, 0.1], [0.0, 1.0]]), torch.tensor([0, 0, 1])
+    assert top_k(image, weights, labels) == pytest.approx(1 / 3)
+    assert top_k(image, weights, labels, k=2) == 1
+    assert top_k(torch.zeros(3, 2), weights, labels) == pytest.approx(2 / 3)  # ties: class 0 is nearer
+    with pytest.raises(ValueError, match=r"one \{\} for the name"):
+        classifier(["cat"], lambda texts: torch.eye(1), ["a cat"])

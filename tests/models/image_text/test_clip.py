@@ -1,0 +1,130 @@
+"""CLIP's towers, its step by hand, and what happens to the temperature."""
+
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from src import configuration
+from src.models.image_text.clip import CLIP, equal_texts
+from src.models.image_text.text_tower import TextTower
+from src.optim import OptimizerRecipe, adamw
+from src.train import compose
+
+
+def tower(**options) -> TextTower:
+    torch.manual_seed(0)
+    return TextTower(**{"vocabulary": 20, "length": 6, "width": 16, "depth": 2, "heads": 2, **options})
+
+
+def clip(**options) -> CLIP:
+    torch.manual_seed(0)
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
+    vit = timm.create_model("vit_tiny_patch16_224", **small)
+    recipe = OptimizerRecipe(partial(adamw, betas=(0.9, 0.98)), lr=0.1, weight_decay=0.2)
+    return CLIP(vit, tower(), recipe, **{"embed_dim": 8, **options})
+
+
+TEXT = torch.tensor([[2, 7, 8, 1, 0, 0], [2, 9, 1, 0, 0, 0], [2, 7, 8, 9, 5, 1], [2, 7, 8, 1, 0, 0]])
+MASK = TEXT != 0
+
+
+def batch() -> dict[str, torch.Tensor]:
+    image = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    rows = torch.arange(4)
+    return {"image": image, "text": TEXT, "text_mask": MASK, "label": rows, "index": rows, "replaced": rows < 0}
+
+
+def test_a_text_is_read_at_its_end_and_filling_does_not_matter():
+    texts = tower().eval()
+    found = texts(TEXT, MASK)
+    torch.testing.assert_close(found.embedding, found.tokens[range(4), [3, 2, 5, 3]])
+    filled = TEXT.clone()
+    filled[~MASK] = 13
+    torch.testing.assert_close(texts(filled, MASK).embedding, found.embedding)  # causal: it stands behind
+    other = TEXT.clone()
+    other[:, 1] = 3
+    assert (texts(other, MASK).embedding - found.embedding).abs().amax(dim=1).min() > 1e-4
+
+
+def test_the_towers_begin_as_the_authors_code_does():
+    large = tower(vocabulary=2000, width=256, depth=3, heads=4, length=32).transformer
+    stds = {name: parameter.std().item() for name, parameter in large.named_parameters() if parameter.ndim > 1}
+    width, residual = 256**-0.5, 256**-0.5 * 6**-0.5
+    expected = {"token_embedding": 0.02, "position_embedding": 0.01, "q_proj": width, "k_proj": width, "v_proj": width}
+    expected |= {"out_proj": residual, "fc1": 512**-0.5, "fc2": residual}
+    for name, std in stds.items():
+        part = next(part for part in expected if part in name)
+        assert std == pytest.approx(expected[part], rel=0.03), name
+    assert len(stds) == 2 + 3 * 6
+    assert clip().logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+
+
+def test_a_step_is_the_paper_s_pseudocode():
+    method, given = clip().train(), batch()
+    output = method.training_step(given, 0)
+    image = method.image_encoder(given["image"]).embedding @ method.image_projection.weight.T
+    text = method.text_encoder(TEXT, MASK).embedding @ method.text_projection.weight.T
+    image, text = (x / x.norm(dim=1, keepdim=True) for x in (image, text))
+    logits = (image @ text.T) / 0.07
+    # texts 0 and 3 are equal
+    logits[0, 3] = logits[3, 0] = -math.inf
+    labels = torch.arange(4)
+    expected = (nn.functional.cross_entropy(logits, labels) + nn.functional.cross_entropy(logits.T, labels)) / 2
+    torch.testing.assert_close(output["loss"], expected)
+    output["loss"].backward()
+    assert method.logit_scale.grad.abs() > 0
+    for name, parameter in method.named_parameters():
+        assert parameter.grad is not None, name
+    assert equal_texts(TEXT).tolist()[0] == equal_texts(TEXT).tolist()[3]
+    assert len(set(equal_texts(TEXT).tolist())) == 3
+
+
+def test_equal_texts_are_negatives_where_that_is_asked_for():
+    as_in_the_paper, masked = (
+        clip(mask_equal_texts=value).training_step(batch(), 0)["loss"] for value in (False, True)
+    )
+    assert as_in_the_paper > masked
+
+
+def test_the_scale_is_held_after_the_step_and_not_decayed(monkeypatch):
+    method = clip()
+    groups = method.configure_optimizers().param_groups
+    assert next(g["weight_decay"] for g in groups if "logit_scale" in g["names"]) == 0
+    monkeypatch.setattr(method, "log", lambda *a, **k: None)
+    monkeypatch.setattr(method, "log_dict", lambda *a, **k: None)
+    method._trainer = SimpleNamespace(accumulate_grad_batches=1)  # type: ignore[assignment]
+    for start, expected in ((6.0, math.log(100)), (-1.0, 0.0), (3.0, 3.0)):
+        method.logit_scale.data.fill_(start)
+        method.on_train_batch_end({"loss": torch.zeros(())}, batch(), 0)
+        assert method.logit_scale.item() == pytest.approx(expected)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(
+        ValueError, match=r"texts of 6 tokens with ids up to 9 do not fit a tower of 6 tokens and 9 ids"
+    ):
+        tower(vocabulary=9)(TEXT, MASK)
+    with pytest.raises(ValueError, match=r"texts of 6 tokens .* tower of 5 tokens"):
+        tower(length=5)(TEXT, MASK)
+    with pytest.raises(ValueError, match="temperature must lie in"):
+        clip(temperature=0.001)
+    with pytest.raises(ValueError, match=r"data.batch_size: a contrastive loss needs at least 2"):
+        clip().training_step({name: value[:1] for name, value in batch().items()}, 0)
+
+
+@pytest.mark.parametrize("scale", ["paper", "smoke", "tiny"])
+def test_the_recipe_composes_with_any_captioned_data(scale):
+    for data in ("scenes", "emoji"):
+        config = compose(["experiment=clip_vitb32", f"data={data}", f"scale={scale}", "run.dir=/tmp/run"])
+        assert config.data._target_.endswith("ImageTextDataModule")
+        assert config.model.text.vocabulary == config.data.vocabulary
+    if scale == "paper":
+        assert (config.optimizer.lr, config.optimizer.weight_decay, config.data.batch_size) == (5e-4, 0.2, 32768)
+        assert config.schedules.optimizer.lr.warmup == "2000 steps"
+    if scale == "tiny":
+        assert isinstance(configuration.instantiate(config.model), CLIP)

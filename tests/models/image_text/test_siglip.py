@@ -1,0 +1,80 @@
+"""SigLIP's towers and its step by hand."""
+
+import math
+from functools import partial
+
+import pytest
+import timm
+import torch
+
+from src import configuration
+from src.models.image_text.siglip import SigLIP
+from src.models.image_text.text_tower import SigmoidTextTower
+from src.optim import OptimizerRecipe, adamw
+from src.train import compose
+from tests.models.image_text.test_clip import MASK, TEXT, batch
+
+
+def siglip(**options) -> SigLIP:
+    torch.manual_seed(0)
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
+    vit = timm.create_model("vit_tiny_patch16_224", **small, global_pool="map", class_token=False)
+    text = SigmoidTextTower(vocabulary=20, length=6, width=8, depth=2, heads=2, embed_dim=16)
+    return SigLIP(vit, text, OptimizerRecipe(partial(adamw), lr=0.1, weight_decay=0.2), **options)
+
+
+def test_a_step_is_the_paper_s_pseudocode():
+    method, given = siglip(), batch()
+    output = method.training_step(given, 0)
+    image = method.image_encoder.backbone.forward_head(method.image_encoder.backbone.forward_features(given["image"]))
+    text = method.text_encoder.transformer(input_ids=TEXT).pooler_output
+    image, text = (x / x.norm(dim=1, keepdim=True) for x in (image, text))
+    logits = image @ text.T * 10 - 10
+    labels = 2 * torch.eye(4) - 1
+    expected = -torch.nn.functional.logsigmoid(labels * logits).sum() / 4
+    torch.testing.assert_close(output["loss"], expected)
+    gathered = siglip(ring=False).training_step(given, 0)["loss"]
+    torch.testing.assert_close(gathered, expected)
+    output["loss"].backward()
+    for name, parameter in method.named_parameters():
+        assert parameter.grad is not None, name
+
+
+def test_scale_and_bias_begin_as_in_the_paper_and_are_not_decayed():
+    method = siglip()
+    assert method.logit_scale.item() == pytest.approx(math.log(10))
+    assert method.logit_bias.item() == -10
+    groups = method.configure_optimizers().param_groups
+    assert {g["weight_decay"] for g in groups for name in g["names"] if name.startswith("logit_")} == {0}
+
+
+def test_every_token_is_seen_by_every_other():
+    """The feature stands behind the filling, so that what comes last matters as much as what comes first."""
+    text = siglip().text_encoder.eval()
+    found = text(TEXT, MASK).embedding
+    for place in range(6):
+        other = TEXT.clone()
+        other[:, place] = 11
+        assert (text(other, MASK).embedding - found).abs().amax(dim=1).min() > 1e-6
+
+
+def test_what_does_not_fit_is_refused():
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2)
+    text = SigmoidTextTower(vocabulary=20, length=6, width=8, depth=1, heads=2, embed_dim=16)
+    recipe = OptimizerRecipe(partial(adamw), lr=0.1)
+    with pytest.raises(ValueError, match=r"backbone.global_pool=map makes one"):
+        SigLIP(vit, text, recipe)
+    pooled = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2, global_pool="map"
+    )
+    with pytest.raises(ValueError, match=r"features of 32 and 16 numbers need a common width"):
+        SigLIP(pooled, text, recipe)
+
+
+@pytest.mark.parametrize("scale", ["paper", "tiny"])
+def test_the_recipe_composes(scale):
+    config = compose(["experiment=siglip_vitb16", f"scale={scale}", "run.dir=/tmp/run"])
+    if scale == "tiny":
+        assert isinstance(configuration.instantiate(config.model), SigLIP)
+    else:
+        assert (config.optimizer.lr, config.optimizer.weight_decay, config.data.text_length) == (1e-3, 1e-4, 64)

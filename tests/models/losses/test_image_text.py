@@ -1,0 +1,102 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from src.models.losses.image_text import clip_loss, ring_sigmoid_loss, sigmoid_loss
+
+
+def unit(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def dot(x: Tensor, y: Tensor) -> float:
+    return sum(float(a) * float(b) for a, b in zip(x, y, strict=True))
+
+
+def clip_by_loops(image: Tensor, text: Tensor, scale: float, same: list[int]) -> float:
+    total = 0.0
+    for anchors, keys in ((image, text), (text, image)):
+        for i in range(len(image)):
+            others = [j for j in range(len(image)) if j == i or same[j] != same[i]]
+            total += math.log(sum(math.exp(scale * dot(anchors[i], keys[j])) for j in others))
+            total -= scale * dot(anchors[i], keys[i])
+    return total / (2 * len(image))
+
+
+def sigmoid_by_loops(image: Tensor, text: Tensor, scale: float, bias: float) -> float:
+    total = 0.0
+    for i in range(len(image)):
+        for j in range(len(text)):
+            z = 1 if i == j else -1
+            total -= math.log(1 / (1 + math.exp(-z * (scale * dot(image[i], text[j]) + bias))))
+    return total / len(image)
+
+
+def test_clip_is_the_mean_of_both_directions():
+    image, text = unit(5, 4, seed=1), unit(5, 4, seed=2)
+    scale = torch.tensor(3.0, dtype=torch.float64)
+    value = clip_loss(image, text, image, text, 0, scale=scale)
+    assert value.item() == pytest.approx(clip_by_loops(image, text, 3.0, [0, 1, 2, 3, 4]), rel=1e-12)
+
+
+def test_equal_texts_are_no_negatives_of_each_other():
+    image, text = unit(5, 4, seed=1), unit(5, 4, seed=2)
+    same = [0, 1, 0, 3, 1]
+    scale = torch.tensor(3.0, dtype=torch.float64)
+    value = clip_loss(image, text, image, text, 0, scale=scale, same=torch.tensor(same))
+    assert value.item() == pytest.approx(clip_by_loops(image, text, 3.0, same), rel=1e-12)
+
+
+def test_a_pair_of_orthogonal_pairs_by_hand():
+    eye = torch.eye(2, dtype=torch.float64)
+    scale = torch.tensor(math.log(3.0), dtype=torch.float64)
+    # an own similarity of 1, another's of 0: the own one has 3 of 4 parts
+    assert clip_loss(eye, eye, eye, eye, 0, scale=scale).item() == pytest.approx(math.log(4 / 3))
+    # sigmoid(log 3) = 3/4 belongs, sigmoid(0) = 1/2 does not
+    value = sigmoid_loss(eye, eye, 0, scale=scale, bias=torch.zeros((), dtype=torch.float64))
+    assert value.item() == pytest.approx(math.log(4 / 3) + math.log(2))
+
+
+def test_sigmoid_judges_every_pair_alone_and_divides_by_images():
+    image, text = unit(4, 3, seed=1), unit(4, 3, seed=2)
+    scale, bias = torch.tensor(5.0, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
+    expected = sigmoid_by_loops(image, text, 5.0, -2.0)
+    assert sigmoid_loss(image, text, 0, scale=scale, bias=bias).item() == pytest.approx(expected, rel=1e-12)
+    assert ring_sigmoid_loss(image, text, scale=scale, bias=bias).item() == pytest.approx(expected, rel=1e-12)
+    shares = [sigmoid_loss(image[i : i + 2], text, i, scale=scale, bias=bias).item() for i in (0, 2)]
+    assert sum(shares) / 2 == pytest.approx(expected, rel=1e-12)
+
+
+def test_in_blocks_values_and_gradients_are_the_same():
+    leaves = [unit(6, 3, seed=1), unit(6, 3, seed=2), torch.tensor(4.0).double(), torch.tensor(-1.0).double()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    image, text, scale, bias = leaves
+    same = torch.tensor([0, 1, 2, 0, 4, 5])
+    losses = [
+        lambda block: clip_loss(image, text, image, text, 0, scale=scale, same=same, block=block),
+        lambda block: sigmoid_loss(image, text, 0, scale=scale, bias=bias, block=block),
+    ]
+    for loss in losses:
+        whole, blocks = loss(10**6), loss(6)
+        torch.testing.assert_close(blocks, whole)
+        used = leaves if loss is losses[1] else leaves[:3]
+        for a, b in zip(torch.autograd.grad(whole, used), torch.autograd.grad(blocks, used), strict=True):
+            torch.testing.assert_close(b, a)
+
+
+def test_half_precision_and_autocast_do_not_reach_the_similarities():
+    image, text = unit(4, 64, seed=1).bfloat16(), unit(4, 64, seed=2).bfloat16()
+    scale, bias = torch.tensor(50.0), torch.tensor(-10.0)
+    wide = [sigmoid_loss(image.float(), text.float(), 0, scale=scale, bias=bias)]
+    wide += [clip_loss(image.float(), text.float(), image.float(), text.float(), 0, scale=scale)]
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = [sigmoid_loss(image, text, 0, scale=scale, bias=bias)]
+        narrow += [clip_loss(image, text, image, text, 0, scale=scale)]
+    for a, b in zip(wide, narrow, strict=True):
+        assert b.dtype == torch.float32
+        assert torch.equal(a, b)
