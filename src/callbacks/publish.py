@@ -24,6 +24,6 @@ def publish(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
 
 
 def logs_now(trainer: L.Trainer) -> bool:
-    """Whether this step is one of every ``log_every_n_steps``: what is logged at others costs a millisecond and is not
-    written."""
-    return bool(trainer._logger_connector.should_update_logs)
+    """Whether this step is one of every ``log_every_n_steps``, or the last of an epoch, which callbacks may look at:
+    what is logged at others costs a millisecond and is not written."""
+    return bool(trainer._logger_connector.should_update_logs or trainer.is_last_batch)

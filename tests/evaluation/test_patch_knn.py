@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -132,7 +133,9 @@ def test_two_processes_read_what_one_does() -> None:
     parts = []
     for rank in range(2):
         data = bands(15)
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=2, accumulate_grad_batches=1)  # type: ignore[assignment]
+        data.trainer = SimpleNamespace(
+            global_rank=rank, world_size=2, accumulate_grad_batches=1, precision_plugin=Precision()
+        )  # type: ignore[assignment]
         parts.append(patch_sets({"": Colours()}, data, CPU)[""].query)
     together = torch.cat([torch.cat([part.features, part.labels[:, None]], dim=1) for part in parts])
     one = torch.cat([whole.features, whole.labels[:, None]], dim=1)

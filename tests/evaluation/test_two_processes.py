@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins.precision import Precision
 
 from src.callbacks.online_probe import OnlineProbe
 from src.callbacks.representation_health import RepresentationHealth
@@ -24,7 +25,9 @@ CPU = torch.device("cpu")
 
 def observe(rank: int, world_size: int) -> dict[str, object]:
     """Everything here must come out alike for every number of processes."""
-    launch = SimpleNamespace(global_rank=rank, world_size=world_size, accumulate_grad_batches=1)
+    launch = SimpleNamespace(
+        global_rank=rank, world_size=world_size, accumulate_grad_batches=1, precision_plugin=Precision()
+    )
     data = squares(length=29)
     # every odd sample has no label, so that the second of two processes holds nothing
     sparse = make_data(partial(PatchySquares, length=7, unreadable=set(), unlabelled={1, 3, 5}))

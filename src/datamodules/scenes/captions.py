@@ -130,7 +130,7 @@ def mistaken(what: Facts, mistake: Mistake, choice: int) -> Facts | None:
         wrong = replace(what.things[0], colour=others[choice % len(others)])
         return replace(what, things=(wrong, *what.things[1:]))
     if mistake == "relation":
-        if what.relation not in OPPOSITE:
+        if what.relation is None or what.relation not in OPPOSITE:
             return None
         return replace(what, relation=OPPOSITE[what.relation])
     if len(what.things) > 2 and choice % 2:
@@ -182,7 +182,7 @@ def _counted(what: Facts, rng: np.random.Generator) -> list[_Part]:
 
 def _turned(what: Facts, rng: np.random.Generator) -> list[_Part]:
     """The second first: the relation from its side."""
-    if what.relation not in OPPOSITE:
+    if what.relation is None or what.relation not in OPPOSITE:
         return _bare(what, rng)
     seen_from = _one(rng, _RELATIONS[OPPOSITE[what.relation]])
     return [_noun(what, 1, rng), f" {seen_from} ", _noun(what, 0, rng)]

@@ -97,7 +97,8 @@ def test_the_scale_is_held_after_the_step_and_not_decayed(monkeypatch):
     assert next(g["weight_decay"] for g in groups if "logit_scale" in g["names"]) == 0
     monkeypatch.setattr(method, "log", lambda *a, **k: None)
     monkeypatch.setattr(method, "log_dict", lambda *a, **k: None)
-    method._trainer = SimpleNamespace(accumulate_grad_batches=1)  # type: ignore[assignment]
+    logs = SimpleNamespace(should_update_logs=True)
+    method._trainer = SimpleNamespace(accumulate_grad_batches=1, _logger_connector=logs)  # type: ignore[assignment]
     for start, expected in ((6.0, math.log(100)), (-1.0, 0.0), (3.0, 3.0)):
         method.logit_scale.data.fill_(start)
         method.on_train_batch_end({"loss": torch.zeros(())}, batch(), 0)
