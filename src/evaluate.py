@@ -28,6 +28,7 @@ from src.loggers import write_atomically
 WORDS = ("run", "eval", "checkpoint", "data")
 FLOORS = ("random", "pixels")
 FINETUNE = "finetune"
+_COLUMNS = 6  # of the printed table
 PAIRS = ("zeroshot", "retrieval")  # of methods with two towers
 
 # a run's own whatever data it is judged on: what its method was built for
@@ -206,11 +207,14 @@ def show(run: runs.Run, checkpoint: Path, data: str, scores: Scores) -> None:
     """The table."""
     columns = list(dict.fromkeys(metric for metrics in scores.values() for metric in metrics))
     table = Table(title=f"{run.title} ({checkpoint.name}) on {data}", title_justify="left")
-    table.add_column("encoder")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for encoder, metrics in scores.items():
-        table.add_row(encoder, *(_shown(column, metrics.get(column)) for column in columns))
+    # an encoder a row, or a column where there are more numbers than fit beside each other
+    across = len(columns) <= _COLUMNS
+    table.add_column("encoder" if across else "")
+    for name in columns if across else scores:
+        table.add_column(name, justify="right")
+    for name in scores if across else columns:
+        pairs = [(column, scores[name]) for column in columns] if across else [(name, each) for each in scores.values()]
+        table.add_row(name, *(_shown(metric, values.get(metric)) for metric, values in pairs))
     Console().print(table)
 
 

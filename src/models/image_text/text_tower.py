@@ -70,6 +70,9 @@ class TextTower(Tower):
             num_attention_heads=heads,
             max_position_embeddings=length,
             hidden_act="gelu",
+            # read by transformers alone, where it looks for a text's end; here the mask says where that is
+            bos_token_id=0,
+            eos_token_id=1,
         )
         self.transformer = CLIPTextModel(config)
         self._initialise(width, depth)
@@ -121,6 +124,8 @@ class SigmoidTextTower(Tower):
             num_attention_heads=heads,
             max_position_embeddings=length,
             projection_size=embed_dim,
+            bos_token_id=0,
+            eos_token_id=1,
         )
         self.transformer = SiglipTextModel(config)
 
