@@ -56,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
         data = f"{data}_{config.evaluate.split}"
     scores: Scores = {}
     if set(asked) - {FINETUNE}:
-        scores = evaluate(config, checkpoint, [name for name in asked if name not in PAIRS])
+        if set(asked) - {FINETUNE, *PAIRS}:
+            scores = evaluate(config, checkpoint, asked)
         if set(asked) & set(PAIRS):
             scores["pairs"] = evaluate_pairs(config, checkpoint, [name for name in PAIRS if name in asked])
         store(run, data, scores)  # a fine-tuning that ends badly takes nothing along

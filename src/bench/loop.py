@@ -6,7 +6,7 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,23 @@ from src.models.pretrain_module import PretrainModule
 
 WANTED = 0.97
 
-# experiment -> side of a picture, and (steps a segment, rounds): representation health, the rarest of what the default
-# callbacks do in a step, has its turn every 50 steps
-_ARMS = {"mae_tiny": (64, (50, 10)), "mae_vitb": (224, (10, 10))}
-_QUICK = {"mae_tiny": (64, (2, 2)), "mae_vitb": (224, (1, 1))}
+
+@dataclass(frozen=True)
+class Arm:
+    """What is trained on pictures of ``size`` pixels, and for how long: representation health, the rarest of what the
+    default callbacks do in a step, has its turn every 50 steps. ``small`` makes a quick look quick."""
+
+    words: tuple[str, ...]
+    size: int
+    steps: int
+    rounds: int
+    small: tuple[str, ...] = ()
+
+
+_ARMS = {
+    "mae_tiny": Arm(("experiment=mae_tiny",), size=64, steps=50, rounds=10),
+    "mae_vitb": Arm(("experiment=mae_vitb", "scale=smoke"), size=224, steps=10, rounds=10, small=tuple(SMALL)),
+}
 
 
 def measure(quick: bool = False) -> dict[str, Any]:
@@ -40,14 +53,13 @@ def measure(quick: bool = False) -> dict[str, Any]:
     """
     return {
         name: interleaved(
-            [f"experiment={name}", *([] if name == "mae_tiny" else ["scale=smoke"]), *(SMALL if small else [])],
+            [*arm.words, *(arm.small if quick else ())],
             "{_target_: src.datamodules.views.image.CentreCrop, size: ${image_size}, share: 1.0}",
-            size=size,
-            steps=steps,
-            rounds=rounds,
+            size=arm.size,
+            steps=2 if quick else arm.steps,
+            rounds=1 if quick else arm.rounds,
         )
-        for name, (size, (steps, rounds)) in (_QUICK if quick else _ARMS).items()
-        for small in [quick and name == "mae_vitb"]
+        for name, arm in _ARMS.items()
     }
 
 

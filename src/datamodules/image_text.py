@@ -47,7 +47,7 @@ class ImageTextDataModule(ImageDataModule):
     Args:
         tokenizer: of the Hugging Face hub or a folder; None for one that is learned from the training texts.
         tokenizer_file: where the learned one is kept, with the run.
-        vocabulary: of the learned one, ids at most.
+        vocabulary: ids at most, what the text tower has vectors for.
         text_length: tokens of a text, start and end included.
         options: of `ImageDataModule`.
 
@@ -89,6 +89,12 @@ class ImageTextDataModule(ImageDataModule):
                 assert self.tokenizer_file is not None
                 self._tokenizer = tokenizers.kept(
                     self.tokenizer_file, self._texts(), vocabulary=self.vocabulary, length=self.text_length
+                )
+            # once, here: a tower that looked at every batch's largest id would wait for the device at every step
+            if self._tokenizer.vocabulary > self.vocabulary:
+                raise SettingError(
+                    f"data.vocabulary={self.vocabulary}: the tokenizer has {self._tokenizer.vocabulary} ids, and the "
+                    "text tower would not know all of them"
                 )
         return self._tokenizer
 

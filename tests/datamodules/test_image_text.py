@@ -133,6 +133,8 @@ def test_what_cannot_be_is_refused_by_its_key(tmp_path):
 
     with pytest.raises(ValueError, match=r"data.source: Mute has no texts"):
         module(tmp_path, source=Mute).train_dataloader()
+    with pytest.raises(ValueError, match=r"data.vocabulary=100: the tokenizer has 2\d\d ids"):
+        module(tmp_path, vocabulary=100).prepare_data()  # the bytes alone are more
     with pytest.raises(ValueError, match=r"data.tokenizer: name one"):
         module(tmp_path, tokenizer_file=None)
     views = MultiView({"one": Augmented(RandomResizedCrop(16), Colour())})

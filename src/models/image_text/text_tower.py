@@ -39,12 +39,11 @@ class Tower(nn.Module, ABC):
         """Token ids [B, L] and which are no filling, bool [B, L]; filling stands at the end.
 
         Raises:
-            SettingError: a text is longer than ``length``, or has a token beyond ``vocabulary``.
+            SettingError: a text is longer than ``length``.
         """
-        if text.shape[1] > self.length or int(text.max()) >= self.vocabulary:
+        if text.shape[1] > self.length:
             raise SettingError(
-                f"data.text_length, model.text: texts of {text.shape[1]} tokens with ids up to {int(text.max())} do "
-                f"not fit a tower of {self.length} tokens and {self.vocabulary} ids"
+                f"data.text_length, model.text: texts of {text.shape[1]} tokens do not fit a tower of {self.length}"
             )
         return self.read(text, mask)
 

@@ -106,11 +106,7 @@ def test_the_scale_is_held_after_the_step_and_not_decayed(monkeypatch):
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(
-        ValueError, match=r"texts of 6 tokens with ids up to 9 do not fit a tower of 6 tokens and 9 ids"
-    ):
-        tower(vocabulary=9)(TEXT, MASK)
-    with pytest.raises(ValueError, match=r"texts of 6 tokens .* tower of 5 tokens"):
+    with pytest.raises(ValueError, match=r"texts of 6 tokens do not fit a tower of 5"):
         tower(length=5)(TEXT, MASK)
     with pytest.raises(ValueError, match="temperature must lie in"):
         clip(temperature=0.001)
