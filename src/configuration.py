@@ -19,6 +19,8 @@ from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src.memory import keep_freed_memory
+
 PROJECT = Path(__file__).resolve().parent.parent
 CONFIGS = PROJECT / "configs"
 
@@ -123,6 +125,8 @@ def nearest(word: str, options: Sequence[str]) -> str:
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """Run a command's ``main`` on the command line; a UserError ends with its message and exit code 2."""
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     try:
         code = main(sys.argv[1:])
     except UserError as problem:

@@ -18,6 +18,7 @@ from src.bench.bare import BareLoop, Copies, MemorySource
 from src.bench.report import Check, Section, table
 from src.callbacks.throughput import peak_memory_gb
 from src.configuration import PROJECT
+from src.memory import keep_freed_memory
 from src.models.losses.contrastive import nt_xent
 from src.train import compose
 
@@ -91,6 +92,7 @@ def _memory(words: list[str], arm: Arm, steps: int) -> float:
 
 def bare_peak(title: str, words: list[str], steps: int) -> float:
     """GB at the peak of this process after some steps of the bare loop."""
+    keep_freed_memory()  # as a command does
     arm, config = ARMS[title], compose(words)
     bare = BareLoop(
         configuration.instantiate(config.model),
