@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,7 +26,7 @@ _NO_NUMBERS = np.zeros((0, 0), np.float32)
 
 class MemorySource:
     """Random pictures in memory, ``distinct`` different ones under ``length`` indices: an epoch can be as long as a
-    measurement needs.
+    measurement needs. Each has a text of its own.
 
     Args:
         split: without influence.
@@ -50,6 +51,12 @@ class MemorySource:
 
     def name(self, index: int) -> str:
         return f"memory/{index}"
+
+    def caption(self, index: int, choice: float) -> str:
+        return self.captions(index)[0]
+
+    def captions(self, index: int) -> Sequence[str]:
+        return (f"noise of {len(self.pictures)} kinds, the one called number {index % len(self.pictures)}",)
 
 
 class _Repeated:
@@ -104,6 +111,7 @@ class BareLoop:
         precision: as the Trainer calls it; may be set between two runs.
         copies: how a batch of several views is made of them; None for an `ImageBatch`.
         clip: length to which the gradient of each parameter is cut; None for no clipping.
+        texts: token ids and mask [N, L] of the pictures; None where the method reads none.
     """
 
     def __init__(
@@ -115,6 +123,7 @@ class BareLoop:
         precision: str,
         copies: Copies | None = None,
         clip: float | None = None,
+        texts: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.module = module.train()
         self.device = next(module.parameters()).device
@@ -122,6 +131,7 @@ class BareLoop:
         self.batch_size = batch_size
         self.copies = copies
         self.clip = clip
+        self.texts = texts
         self._pictures = torch.from_numpy(pictures)
         self._optimizer = module.configure_optimizers()
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "16-mixed")
@@ -149,6 +159,8 @@ class BareLoop:
             "label": torch.zeros_like(index).to(self.device),
             "index": index.to(self.device),
         }
+        if self.texts is not None:
+            batch["text"], batch["text_mask"] = (each[index].to(self.device) for each in self.texts)
         lr = self._schedule.value(self._step, self._horizon)
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +11,10 @@ import torch
 
 from src import configuration, runs
 from src.bench import command, loop
+from src.bench.apart import in_a_process, megabytes_of
 from src.bench.bare import BareLoop, Copies, MemorySource
 from src.bench.report import Check, Section, table
 from src.callbacks.throughput import peak_memory_gb
-from src.configuration import PROJECT
 from src.memory import keep_freed_memory
 from src.models.losses.contrastive import nt_xent
 from src.train import compose
@@ -66,14 +63,14 @@ def measure(quick: bool = False) -> dict[str, Any]:
         found = loop.interleaved(words, arm.view, size=SIDE, steps=steps, rounds=rounds, more=more)
         found["memory"], found["bare_memory"] = (
             _memory(words, arm, steps),
-            _in_a_process("bare_peak", title, words, steps),
+            in_a_process(bare_peak, title, words, steps),
         )
         loops[title] = found
     batches = BATCHES[:1] if quick else BATCHES
     contrastive = {
         str(batch): {
-            "one": _in_a_process("loss_megabytes", batch, 1),
-            "of_eight": _in_a_process("loss_megabytes", batch, 8),
+            "one": in_a_process(loss_megabytes, batch, 1),
+            "of_eight": in_a_process(loss_megabytes, batch, 8),
             "matrix": (2 * batch) ** 2 * 4 / 1e6,
         }
         for batch in batches
@@ -112,21 +109,7 @@ def loss_megabytes(batch: int, processes: int) -> float:
     keys = torch.nn.functional.normalize(torch.randn(batch, 2, DIM), dim=-1)
     z = keys[:own].clone().requires_grad_()
     keys[:own] = z.detach()
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")  # the peak of what came before, such as the imports, would hide a part of the growth
-    before = peak_memory_gb(torch.device("cpu"))
-    nt_xent(z, torch.cat([z, keys[own:]]), 0, temperature=0.1).backward()
-    return 1e3 * (peak_memory_gb(torch.device("cpu")) - before)
-
-
-def _in_a_process(function: str, *arguments: Any) -> float:
-    """A function of this module in a process of its own: a peak of memory never falls again."""
-    code = "import json, sys; from src.bench import joint_embedding as here; "
-    code += "name, arguments = json.loads(sys.argv[1]); print(getattr(here, name)(*arguments))"
-    asked = [sys.executable, "-c", code, json.dumps([function, arguments])]
-    done = subprocess.run(asked, cwd=PROJECT, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    return megabytes_of(lambda: nt_xent(z, torch.cat([z, keys[own:]]), 0, temperature=0.1).backward())
 
 
 def report(result: dict[str, Any]) -> Section:

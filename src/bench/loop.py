@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
 from src.bench import command
 from src.bench.bare import BareLoop, Copies, wait_for
 from src.bench.pairs import paired_ratio
 from src.bench.precision import SMALL
 from src.bench.report import Check, Section, percent, table
+from src.datamodules.image_text import ImageTextDataModule
 from src.loggers import write_atomically
 from src.models.pretrain_module import PretrainModule
 
@@ -146,6 +148,7 @@ class Interleaved(L.Callback):
             precision=str(trainer.precision),
             copies=self.copies,
             clip=self.clip,
+            texts=_texts(datamodule) if isinstance(datamodule, ImageTextDataModule) else None,
         )
 
     def on_train_batch_start(
@@ -175,6 +178,12 @@ class Interleaved(L.Callback):
             "checkpoint_seconds": checkpoint_seconds,
         }
         write_atomically(self.out, json.dumps(result))
+
+
+def _texts(datamodule: ImageTextDataModule) -> tuple[Tensor, Tensor]:
+    """Ids and mask of each picture's text."""
+    source: Any = datamodule.train_source
+    return datamodule.tokenizer([source.caption(index, 0.0) for index in range(len(source.pictures))])
 
 
 def compare(whole_seconds: list[float], bare_seconds: list[float], *, images: int) -> dict[str, Any]:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from src.bench import evaluation, input_folder, joint_embedding, learning, loop, machine, methods, precision, startup
+from src.bench import (
+    evaluation,
+    image_text,
+    input_folder,
+    joint_embedding,
+    learning,
+    loop,
+    machine,
+    methods,
+    precision,
+    startup,
+)
 from src.bench.report import Section, table
 
 
@@ -24,6 +35,7 @@ PARTS: dict[str, Part] = {
     "startup": startup,
     "evaluation": evaluation,
     "joint_embedding": joint_embedding,
+    "image_text": image_text,
     "learning": learning,
     "methods": methods,
 }

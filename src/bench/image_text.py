@@ -1,0 +1,156 @@
+"""What image-text training costs: its loop beside a bare one, its losses by the size of the batch, its tokens."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.bench import loop
+from src.bench.apart import in_a_process, megabytes_of
+from src.bench.bare import MemorySource
+from src.bench.report import Check, Section, percent, table
+from src.datamodules.text import tokenizer as tokenizers
+from src.models.joint_embedding.base import unit
+from src.models.losses.image_text import clip_loss, sigmoid_loss
+
+SIDE = 64
+STEPS, ROUNDS = 25, 4
+BATCHES = (1024, 2048, 4096, 8192, 16384, 32768)
+PROCESSES = 8  # of which one is measured
+DIM = 512
+TEXTS = 20_000
+VOCABULARY, LENGTH = 1024, 32
+
+_ARMS = {"CLIP": "clip_vitb32", "SigLIP": "siglip_vitb16"}
+
+
+def measure(quick: bool = False) -> dict[str, Any]:
+    """
+    Returns:
+        ``loops``: for each method what `loop.Interleaved` writes. ``losses``: for each loss and size of the global
+        batch the ``megabytes`` and ``seconds`` that one of eight processes needs for its share, forward and backward.
+        ``tokens``: texts a second, tokenised one batch after the other.
+    """
+    steps, rounds = (2, 1) if quick else (STEPS, ROUNDS)
+    view = "{_target_: src.datamodules.views.image.CentreCrop, size: ${image_size}, share: 1.0}"
+    small = ["data.batch_size=16"] if quick else []
+    loops = {
+        title: loop.interleaved(
+            [f"experiment={name}", "scale=tiny", "callbacks.image_text=null", *small],
+            view,
+            size=SIDE,
+            steps=steps,
+            rounds=rounds,
+        )
+        for title, name in _ARMS.items()
+    }
+    losses = {
+        title: {str(batch): in_a_process(loss_cost, title, batch) for batch in BATCHES[: 1 if quick else None]}
+        for title in _LOSSES
+    }
+    return {"loops": loops, "losses": losses, "tokens": texts_per_second(200 if quick else TEXTS)}
+
+
+def _clip(image: Tensor, text: Tensor, images: Tensor, texts: Tensor) -> Tensor:
+    return clip_loss(image, text, images, texts, 0, scale=torch.tensor(14.3, requires_grad=True))
+
+
+def _sigmoid(image: Tensor, text: Tensor, images: Tensor, texts: Tensor) -> Tensor:
+    scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+    return sigmoid_loss(image, texts, 0, scale=scale, bias=bias)
+
+
+_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {"CLIP": _clip, "SigLIP": _sigmoid}
+
+
+def loss_cost(title: str, batch: int) -> dict[str, float]:
+    """What the loss of one process's share of ``batch`` pairs takes in this process, both passes."""
+    own = batch // PROCESSES
+    images, texts = (unit(torch.randn(batch, DIM)) for _ in range(2))
+    image, text = (rows[:own].clone().requires_grad_() for rows in (images, texts))
+
+    def both_passes() -> None:
+        _LOSSES[title](image, text, torch.cat([image, images[own:]]), torch.cat([text, texts[own:]])).backward()
+
+    begin = time.perf_counter()
+    megabytes = megabytes_of(both_passes)
+    return {"megabytes": megabytes, "seconds": time.perf_counter() - begin}
+
+
+def texts_per_second(count: int, batch: int = 128) -> float:
+    """Of a tokenizer that was learned from them."""
+    source = MemorySource("train", size=1, length=count)
+    texts = [source.caption(index, 0.0) for index in range(count)]
+    with tempfile.TemporaryDirectory() as folder:
+        learned = tokenizers.kept(Path(folder, "tokenizer.json"), texts, vocabulary=VOCABULARY, length=LENGTH)
+    begin = time.perf_counter()
+    for start in range(0, count, batch):
+        learned(texts[start : start + batch])
+    return count / (time.perf_counter() - begin)
+
+
+def report(result: dict[str, Any]) -> Section:
+    rows, checks = [], []
+    for title, arm in result["loops"].items():
+        ratio, batch = arm["ratio"], arm["batch_size"]
+        step = batch / arm["images_per_second"]
+        rows.append(
+            [
+                title,
+                str(batch),
+                f"{1e3 * step:.0f} ms",
+                f"{1e3 * batch / arm['bare_images_per_second']:.0f} ms",
+                f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})",
+                percent(batch / result["tokens"] / step),
+            ]
+        )
+        checks.append(
+            Check(
+                f"whole loop over a bare loop, {title}",
+                f"≥ {loop.WANTED}",
+                f"{ratio['median']:.3f}",
+                ratio["median"] >= loop.WANTED,
+            )
+        )
+    body = (
+        f"Tiny towers, pictures of {SIDE} pixels in memory with texts of a few words: a step of `make train` with "
+        "every default callback, tokenising as it goes, next to one of a loop written by hand on the same pictures and "
+        f"tokens made beforehand. Tokenising, {result['tokens']:,.0f} texts a second, is the last column's share of a "
+        "step.\n\n"
+        + table(["", "pairs", "step", "bare step", "rate over bare (quartiles)", "tokenising"], rows)
+    )
+    batches = list(next(iter(result["losses"].values())))
+    head = ["pairs in all", *(f"{title}, {unit}" for title in result["losses"] for unit in ("MB", "s"))]
+    cost = [
+        [
+            f"{int(batch):,}",
+            *(
+                cell
+                for each in result["losses"].values()
+                for cell in (f"{each[batch]['megabytes']:.0f}", f"{each[batch]['seconds']:.2f}")
+            ),
+        ]
+        for batch in batches
+    ]
+    body += (
+        f"\n\nWhat a loss takes of one of {PROCESSES} processes, forward and backward, for its share of the pairs "
+        f"({DIM} numbers each) against all of them:\n\n" + table(head, cost)
+    )
+    for title, each in result["losses"].items():
+        most = batches[-1]
+        matrix = int(most) ** 2 / PROCESSES * 4 / 1e6
+        checks.append(
+            Check(
+                f"memory of {title}'s loss, {int(most):,} pairs",
+                f"< {matrix:.0f} MB, its rows of similarities",
+                f"{each[most]['megabytes']:.0f} MB",
+                each[most]["megabytes"] < matrix,
+            )
+        )
+    return Section("Image-text beside a bare loop", checks, body)
