@@ -48,11 +48,11 @@ new: setup ## start a method of your own from one that is here: METHOD=mine FROM
 bench: setup ## measure speed and write docs/benchmarks.md
 	@$(PY) -m src.bench $(ARGS)
 
-claim: setup ## measure what a paper claims: CLAIM=mae_mask_ratio (without CLAIM: the list)
-	@$(PY) -m src.claims $(if $(CLAIM),claim='$(CLAIM)') $(ARGS)
+claim: setup ## measure what a paper claims: CLAIM=mae_mask_ratio [DATA=scenes] (without CLAIM: the list)
+	@$(PY) -m src.claims $(if $(CLAIM),claim='$(CLAIM)') $(if $(DATA),data=$(DATA)) $(ARGS)
 
-claims: setup ## measure every claim that is not yet, and write docs/claims.md
-	@$(PY) -m src.claims all=true $(ARGS)
+claims: setup ## measure every claim that is not yet [DATA=scenes], and write docs/claims.md
+	@$(PY) -m src.claims all=true $(if $(DATA),data=$(DATA)) $(ARGS)
 
 tensorboard: setup ## dashboards of all runs, on this machine only
 	@$(PY) -m tensorboard.main --logdir runs --host 127.0.0.1 --port $(or $(PORT),6006)

@@ -122,8 +122,7 @@ def report(result: dict[str, Any]) -> Section:
         f"Tiny towers, pictures of {SIDE} pixels in memory with texts of a few words: a step of `make train` with "
         "every default callback, tokenising as it goes, next to one of a loop written by hand on the same pictures and "
         f"tokens made beforehand. Tokenising, {result['tokens']:,.0f} texts a second, is the last column's share of a "
-        "step.\n\n"
-        + table(["", "pairs", "step", "bare step", "rate over bare (quartiles)", "tokenising"], rows)
+        "step.\n\n" + table(["", "pairs", "step", "bare step", "rate over bare (quartiles)", "tokenising"], rows)
     )
     batches = list(next(iter(result["losses"].values())))
     head = ["pairs in all", *(f"{title}, {unit}" for title in result["losses"] for unit in ("MB", "s"))]

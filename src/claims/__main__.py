@@ -1,7 +1,8 @@
 """`make claim` and `make claims`: measure what papers claim, keep it, write the page.
 
 ``claim=<name>`` measures one (without it, and without ``all=true``, they are listed), ``again=failed`` or ``again=all``
-forgets runs of it first, ``out=<folder>`` is where page and numbers go, ``--write`` only writes the page anew.
+forgets runs of it first, ``data=<data set>`` leaves its other data sets for another time, ``out=<folder>`` is where page
+and numbers go, ``--write`` only writes the page anew.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from src.configuration import PROJECT, UserError, nearest, run_main
 from src.loggers import write_atomically
 from src.trained import words_of
 
-WORDS = ("claim", "all", "again", "out")
+WORDS = ("claim", "all", "again", "out", "data")
 FORGET: dict[str, tuple[str, ...]] = {"failed": ("failed",), "all": ("failed", "value")}  # runs that have one of these
 
 
@@ -40,12 +41,15 @@ def main(argv: Sequence[str]) -> int:
     again = words.get("again")
     if again is not None and again not in FORGET:
         raise UserError(f"again is {' or '.join(FORGET)}, not '{again}'{nearest(again, list(FORGET))}")
+    data = words.get("data")
     chosen = [load(name) for name in (configuration.names("claim") if everything else [words["claim"]])]
+    if everything and data is not None:
+        chosen = [claim for claim in chosen if data in claim.data]
     refused = []
     for claim in chosen:
         print(f"claim: {claim.name}: {claim.title}", flush=True)
         try:
-            measure(claim, folder, again)
+            measure(claim, folder, again, data)
         except UserError as problem:
             if len(chosen) == 1:
                 raise
@@ -55,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def measure(claim: Claim, folder: Path, again: str | None = None) -> None:
+def measure(claim: Claim, folder: Path, again: str | None = None, data: str | None = None) -> None:
     """One claim, its entry written after every run."""
     results = _read(folder)
     known = results.get(claim.name, {})
@@ -66,13 +70,13 @@ def measure(claim: Claim, folder: Path, again: str | None = None) -> None:
         # read anew: another claim may be under way beside this one
         _write(folder, _read(folder) | {claim.name: entry})
 
-    for data in claim.data:
-        for key, (ours, theirs) in claim.difference(data).items():
-            print(f"  {data}: {key}: {ours} in '{claim.arms[0].name}', {theirs} in '{claim.arms[1].name}'", flush=True)
-    entry = ledger.measure(claim, known=known | {"runs": kept}, keep=keep)
-    for data in claim.data:
-        known_now = ledger.outcome(claim, entry["runs"], data)
-        print(f"  {data}: {known_now.verdict}{f' ({known_now.note})' if known_now.note else ''}", flush=True)
+    for each in claim.data:
+        for key, (ours, theirs) in claim.difference(each).items():
+            print(f"  {each}: {key}: {ours} in '{claim.arms[0].name}', {theirs} in '{claim.arms[1].name}'", flush=True)
+    entry = ledger.measure(claim, known=known | {"runs": kept}, keep=keep, data=data)
+    for each in claim.data:
+        known_now = ledger.outcome(claim, entry["runs"], each)
+        print(f"  {each}: {known_now.verdict}{f' ({known_now.note})' if known_now.note else ''}", flush=True)
     print(f"claim: wrote {folder / 'claims.md'}")
 
 

@@ -32,10 +32,12 @@ def measure(
     *,
     known: Mapping[str, Any] | None = None,
     keep: Callable[[dict[str, Any]], None] = lambda entry: None,
+    data: str | None = None,
 ) -> dict[str, Any]:
     """Both arms with every seed on every data set, pair by pair.
 
     Args:
+        data: the data set to measure on now, the others another time; None for all.
         known: the claim's earlier entry; a run of the same recipe, judged alike, is not done again.
         keep: is given the entry after each run.
 
@@ -44,18 +46,21 @@ def measure(
         was ``spent``, or why it ``failed``; with where it was measured.
 
     Raises:
-        UserError: the arms differ in more than the claim says, or a training was stopped.
+        UserError: the arms differ in more than the claim says, the claim is not about ``data``, or a training was
+            stopped.
     """
+    if data not in (None, *claim.data):
+        raise UserError(f"claim '{claim.name}' is about {', '.join(claim.data)}, not about {data}")
     # before anything is trained
-    differences = {data: claim.difference(data) for data in claim.data}
+    differences = {each: claim.difference(each) for each in claim.data}
     metric: Metric = configuration.instantiate(dict(claim.metric))
     if claim.split not in metric.splits:
         judges = f"judges on {' or '.join(metric.splits)}"
         raise UserError(f"claim '{claim.name}': {claim.measured} {judges}, but split is {claim.split}")
     judged = {"metric": plain(claim)["metric"], "split": claim.split}
     jobs = {
-        key_of(data, seed, arm.name): once.Job([*claim.words(arm, data, seed), COUNT], judged)
-        for data in claim.data
+        key_of(each, seed, arm.name): once.Job([*claim.words(arm, each, seed), COUNT], judged)
+        for each in claim.data
         for seed in claim.seeds
         for arm in claim.arms
     }
@@ -63,12 +68,12 @@ def measure(
     def entry(runs: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "claim": plain(claim),
-            "difference": {data: {key: list(pair) for key, pair in each.items()} for data, each in differences.items()},
+            "difference": {each: {key: list(pair) for key, pair in of.items()} for each, of in differences.items()},
             "runs": {key: runs[key] for key in jobs if key in runs},
         }
 
     found = once.measure_missing(
-        jobs,
+        {key: job for key, job in jobs.items() if data in (None, key.split("/")[0])},
         lambda job, config: _one_run(job, config, metric, claim),
         known=(known or {}).get("runs", {}),
         keep=lambda runs: keep(entry(runs)),

@@ -164,6 +164,16 @@ class TestMeasure:
     def of(self, **changes: Any) -> Claim:
         return claim(seeds=[0, 3], **changes)
 
+    def test_one_data_set_now_and_the_other_later(self) -> None:
+        both = self.of(data={"scenes": [], "emoji": []})
+        first = ledger.measure(both, data="emoji")
+        assert list(first["runs"]) == [f"emoji/{seed}/{arm.name}" for seed in (0, 3) for arm in both.arms]
+        second = ledger.measure(both, known=first, data="scenes")
+        assert len(self.done) == len(second["runs"]) == 8
+        assert second["runs"].items() >= first["runs"].items()
+        with pytest.raises(UserError, match="is about scenes, emoji, not about stl10"):
+            ledger.measure(both, data="stl10")
+
     def test_pair_by_pair_and_on_where_it_was_killed(self) -> None:
         kept: list[dict[str, Any]] = []
         self.stop_after = 3
@@ -270,7 +280,7 @@ def test_without_a_name_they_are_listed(capsys: pytest.CaptureFixture[str]) -> N
 def test_forgetting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[str]] = []
 
-    def measure(of: Claim, *, known: dict[str, Any], keep: Any) -> dict[str, Any]:
+    def measure(of: Claim, *, known: dict[str, Any], keep: Any, data: None) -> dict[str, Any]:
         seen.append(set(known["runs"]))
         return entry(of, known["runs"])
 
