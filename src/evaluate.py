@@ -179,10 +179,9 @@ def finetune_config(config: DictConfig, checkpoint: Path, overrides: Sequence[st
     with open_dict(recipe):
         pooled = {key: recipe.backbone[key] for key in ("global_pool", "drop_path_rate") if key in recipe.backbone}
         recipe.backbone = {**OmegaConf.to_container(config.backbone, resolve=False), **pooled}  # type: ignore[dict-item]
-        mine = {key: recipe.data._get_node(key) for key in ("train_view", "batch_size")}
-        recipe.data = config.data.copy()
-        for key, value in mine.items():
-            recipe.data[key] = value
+        # what is not the method's: neither its views nor its texts
+        for key in set(map(str, config.data)) - set(KEPT):
+            recipe.data[key] = config.data._get_node(key)
     recipe.image_size, recipe.seed, recipe.paths = config.image_size, config.seed, config.paths
     recipe.checkpoint = str(checkpoint)
     recipe.run.experiment = experiment

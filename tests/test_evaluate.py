@@ -152,3 +152,28 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name(run, tmp_path):
     (tmp_path / "odd.ckpt").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"odd.ckpt is refused as a checkpoint"):
         evaluate.main([f"run={run.dir}", f"checkpoint={tmp_path / 'odd.ckpt'}"])
+
+
+def test_an_image_tower_that_learned_from_texts_is_fine_tuned_on_images_alone(tmp_path):
+    words = ["experiment=clip_vitb32", "scale=tiny", *SECONDS[1:], "data.train_samples=48", "data.batch_size=8"]
+    words = [word for word in words if not word.startswith(("experiment=mae", "model.", "optimizer", "scale=smoke"))]
+    words += ["model.text.width=32", "model.text.depth=1", "model.text.heads=2", "callbacks.image_text=null"]
+    assert train.main([*words, f"paths.runs={tmp_path}", "run.name=pairs", "callbacks.pictures=null"]) == 0
+    run = runs.Run(tmp_path / "clip_vitb32" / "pairs")
+    found = scores(
+        run,
+        "eval=finetune",
+        "finetune.trainer.max_epochs=1",
+        "finetune.data.batch_size=8",
+        "finetune.optimizer.lr=0.0",
+        "finetune.schedules.optimizer.lr.end=0.0",
+    )
+    sub = runs.find(str(run.dir / "evaluate" / "finetune_scenes"))
+    recipe = sub.config()
+    assert found["encoder"]["finetune_top1"] == sub.metrics()["train"]["eval/top1"]
+    assert recipe.data._target_.endswith("ImageDataModule")
+    assert recipe.data.mean == run.config().data.mean  # CLIP's own, which its tower has learned from
+    assert "tokenizer" not in recipe.data
+    ours, theirs = (torch.load(path, weights_only=True)["state_dict"] for path in (run.last, sub.last))
+    name = "blocks.0.mlp.fc2.weight"
+    assert torch.equal(ours[f"image_encoder.backbone.{name}"], theirs[f"backbone.{name}"])
