@@ -1,8 +1,8 @@
 """`make bench`: measure, keep what was measured, write the page.
 
 ``only=loop,precision`` names parts, ``quick=true`` only looks whether they work (its page goes to ``cache/bench``),
-``again=true`` forgets finished runs of the parts that train for hours (learning, methods), ``out=<folder>`` is where
-page and numbers go.
+``again=true`` forgets finished runs of the parts that train for hours (learning, methods), ``data=<data set>`` leaves
+their other data sets for another time, ``out=<folder>`` is where page and numbers go.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from src.bench import learning, machine, methods
+from src.bench.learning import DATA
 from src.bench.render import PARTS, render
 from src.configuration import PROJECT, UserError, nearest, run_main
 from src.loggers import write_atomically
 from src.trained import words_of
 
-WORDS = ("only", "quick", "again", "out")
+WORDS = ("only", "quick", "again", "out", "data")
 LONG = {"learning": learning, "methods": methods}
 
 
@@ -27,6 +28,9 @@ def main(argv: Sequence[str]) -> int:
     if rest:
         raise UserError(f"make bench knows no '{rest[0]}'{nearest(rest[0].partition('=')[0], WORDS)}")
     quick, again = (_flag(words, name) for name in ("quick", "again"))
+    data = (words["data"],) if "data" in words else DATA
+    if not set(data) <= set(DATA):
+        raise UserError(f"data is {' or '.join(DATA)}, not '{data[0]}'{nearest(data[0], DATA)}")
     folder = Path(words.get("out") or PROJECT / ("cache/bench" if quick else "docs"))
     results = _read(folder)
     for name in _chosen(words.get("only") or ",".join(PARTS)):
@@ -40,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         if name in LONG:
             # hours of it: what is finished is kept, and not done again
             known = {} if again else results.get(name, {}).get("result", {})
-            keep(LONG[name].measure(quick, known=known, keep=keep))
+            keep(LONG[name].measure(quick, known=known, keep=keep, data=data))
         else:
             keep(PARTS[name].measure(quick))
     print(f"bench: wrote {folder / 'benchmarks.md'}")

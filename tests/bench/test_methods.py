@@ -26,7 +26,7 @@ def run(**knn: float) -> dict[str, Any]:
 
 
 def rates(*keys: str) -> dict[str, Any]:
-    return {key: {"about": ABOUT, "recipe": "r", "rate": 711.0, "wait": 0.1, "memory": 1.5} for key in keys}
+    return {key: {"about": ABOUT, "recipe": "r", "rate": 711.0, "memory": 1.5} for key in keys}
 
 
 def test_as_many_steps_as_fit() -> None:
