@@ -105,7 +105,10 @@ class ImageTextDataModule(ImageDataModule):
     def _texts(self) -> Iterator[str]:
         source = _captioned(self.train_source)
         for position in np.linspace(0, len(source), min(len(source), _LEARNED_FROM), endpoint=False).astype(int):
-            yield source.caption(int(position), 0.5)
+            try:
+                yield source.caption(int(position), 0.5)
+            except BadSample:
+                continue  # it is replaced, and reported, when it is drawn
 
     def _dataset(self, source: ImageSource, view: View, limit: int | None) -> ViewedDataset:
         return ImageTextDataset(
