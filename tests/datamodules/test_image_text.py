@@ -20,6 +20,7 @@ from src.datamodules.scenes.shapes import KINDS
 from src.datamodules.scenes.source import ScenesSource, SceneTexts
 from src.datamodules.sources.captioned_files import CaptionListSource
 from src.datamodules.sources.source import BadSample, CaptionedSource
+from src.datamodules.sources.text_filter import TextFilter
 from src.datamodules.sources.webdataset import CaptionedWebDatasetSource
 from src.datamodules.text.tokenizer import trained
 from src.datamodules.views.colour import Colour
@@ -234,6 +235,20 @@ def test_shards_with_texts_are_taken_up_where_they_were_left(tmp_path):
     assert len(rest) == 3
     for mine, other in zip(rest, batches[2:], strict=True):
         assert all(torch.equal(mine[name], other[name]) for name in other)
+
+
+def test_training_goes_without_filtered_texts_and_judging_does_not(tmp_path):
+    texts = SceneTexts(style="alt", dropped=0.8, variants=1)
+    source = partial(ScenesSource, count=24, resolution=16, texts=texts)
+    data = module(tmp_path, source, text_filter=TextFilter(max_images=None, min_words=2), batch_size=2)
+    told = [source("train").all_texts(index)[0] for index in range(24)]
+    expected = {text.lower() for text in told if len(text.split()) >= 2}
+    assert 2 <= len(data.train_source) < 24
+    seen = [text for batch in data.train_dataloader() for text in data.tokenizer.decode(batch["text"])]
+    assert len(seen) == len(data.train_source) // 2 * 2
+    assert set(seen) <= expected
+    assert isinstance(data.val_source, ScenesSource)
+    assert len(data.val_source) == 24
 
 
 def test_every_set_with_texts_can_be_named_beside_an_experiment(tmp_path):
