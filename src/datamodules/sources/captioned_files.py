@@ -6,11 +6,11 @@ import codecs
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeGuard
 
 import numpy as np
 
@@ -239,7 +239,7 @@ class _Rows:
     problems: Problems
 
     def __iter__(self) -> Iterator[tuple[str, list[object]]]:
-        readers = {
+        readers: dict[str, Callable[[TextIO], Iterator[tuple[int, Any, list[object]]]]] = {
             ".csv": partial(self._cells, delimiter=","),
             ".tsv": partial(self._cells, delimiter="\t"),
             ".jsonl": self._objects,
@@ -257,7 +257,7 @@ class _Rows:
 
     def _cells(self, file: TextIO, *, delimiter: str) -> Iterator[tuple[int, Any, list[object]]]:
         # strict: a quote out of place costs its own lines and not, unseen, all that come before the next quote
-        quoting = csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE
+        quoting: Any = csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE
         rows = self._readable(csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True))
         keys: dict[str, Sequence[str | int]] = {"image_key": [self.image_key], "text_key": self.text_keys}
         positions = {name: [key for key in mine if isinstance(key, int)] for name, mine in keys.items()}
@@ -341,7 +341,7 @@ def _json(path: str, *lists: str) -> dict[str, list[dict[str, Any]]]:
     return content
 
 
-def _is_path(value: object) -> bool:
+def _is_path(value: object) -> TypeGuard[str]:
     if not isinstance(value, str) or not value.strip():
         return False
     try:

@@ -160,9 +160,9 @@ class CaptionedWebDatasetSource(WithTexts, WebDatasetSource):
 
     def told(self, index: int) -> Sequence[object]:
         offset, length = (int(value) for value in self._places[index, 4:6])
-        text = self._member(index, offset, length) if length > 0 else b""
+        data = self._member(index, offset, length) if length > 0 else b""
         # what is no UTF-8 stays recognisable, and is refused as such
-        text = text.decode("utf-8-sig", "surrogateescape")
+        text = data.decode("utf-8-sig", "surrogateescape")
         if self._text_keys is None or not text:
             return [text]
         try:
