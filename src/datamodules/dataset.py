@@ -139,7 +139,8 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
         name = self.source.name(index)
         log.warning("replaced %s: %s", name, problem)
         if self.bad_log is not None:
-            with self.bad_log.open("a") as file:
+            # a name may be in an encoding of its own
+            with self.bad_log.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{name}\t{problem}\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from src.datamodules.batch import ImageBatch, ImageTextBatch
 from src.datamodules.dataset import Draw, ViewedDataset
 from src.datamodules.image import ImageDataModule
 from src.datamodules.sources.source import BadSample, CaptionedSource, ImageSource
+from src.datamodules.sources.text_filter import TextFilter
 from src.datamodules.text import tokenizer as tokenizers
 from src.datamodules.text.tokenizer import Tokenizer
 from src.datamodules.views.view import View
@@ -49,6 +51,7 @@ class ImageTextDataModule(ImageDataModule):
         tokenizer_file: where the learned one is kept, with the run.
         vocabulary: ids at most, what the text tower has vectors for.
         text_length: tokens of a text, start and end included.
+        text_filter: which texts training goes without; None for all. Those that are judged with stay as they are.
         options: of `ImageDataModule`.
 
     Raises:
@@ -62,6 +65,7 @@ class ImageTextDataModule(ImageDataModule):
         tokenizer_file: str | Path | None = None,
         vocabulary: int = 1024,
         text_length: int = 77,
+        text_filter: TextFilter | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -71,6 +75,7 @@ class ImageTextDataModule(ImageDataModule):
         self.tokenizer_file = None if tokenizer_file is None else Path(tokenizer_file)
         self.vocabulary = vocabulary
         self.text_length = text_length
+        self.text_filter = text_filter
         self._tokenizer: Tokenizer | None = None
 
     @property
@@ -79,6 +84,11 @@ class ImageTextDataModule(ImageDataModule):
         if made is not ImageBatch:
             raise SettingError(f"data.train_view: a text goes with one view of an image, not with a {made.__name__}")
         return ImageTextBatch
+
+    @cached_property
+    def train_source(self) -> ImageSource:
+        source = self.make_source("train")
+        return source if self.text_filter is None else self.text_filter(_captioned(source))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -105,7 +115,10 @@ class ImageTextDataModule(ImageDataModule):
     def _texts(self) -> Iterator[str]:
         source = _captioned(self.train_source)
         for position in np.linspace(0, len(source), min(len(source), _LEARNED_FROM), endpoint=False).astype(int):
-            yield source.caption(int(position), 0.5)
+            try:
+                yield source.caption(int(position), 0.5)
+            except BadSample:
+                continue  # it is replaced, and reported, when it is drawn
 
     def _dataset(self, source: ImageSource, view: View, limit: int | None) -> ViewedDataset:
         return ImageTextDataset(

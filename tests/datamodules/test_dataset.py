@@ -88,6 +88,16 @@ def test_a_bad_sample_is_replaced_by_the_same_other_one_named_and_marked(tmp_pat
     assert log.read_text() == "arrays/3\tcut off\n"  # once a process, however often it is met
 
 
+def test_a_bad_sample_may_have_a_name_that_no_encoding_has(tmp_path):
+    class Foreign(OneByOne):
+        def name(self, index: int) -> str:
+            return b"gr\xfc\xdfe".decode("utf-8", "surrogateescape")
+
+    log = tmp_path / "bad.tsv"
+    ViewedDataset(Foreign(bad=(3,)), VIEW, seed=0, bad_log=log)[draws(0, [3])]
+    assert log.read_text(encoding="utf-8") == "gr\\udcfc\\udcdfe\tcut off\n"
+
+
 def test_when_nothing_can_be_read_the_run_stops_naming_the_last_file():
     dataset = ViewedDataset(OneByOne(bad=tuple(range(24))), VIEW, seed=0)
     with pytest.raises(BadSample, match=r"16 samples in a row.*arrays/"):

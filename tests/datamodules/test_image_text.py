@@ -1,17 +1,27 @@
 """Texts go with the picture they belong to, whatever had to be replaced."""
 
+import io
+import json
+import logging
+import tarfile
 from functools import partial
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from PIL import Image
 
+from src import configuration, train
 from src.datamodules.batch import ImageTextBatch, validate
 from src.datamodules.dataset import Draw
 from src.datamodules.image_text import ImageTextDataModule, ImageTextDataset
 from src.datamodules.scenes import captions
 from src.datamodules.scenes.shapes import KINDS
 from src.datamodules.scenes.source import ScenesSource, SceneTexts
-from src.datamodules.sources.source import BadSample
+from src.datamodules.sources.captioned_files import CaptionListSource
+from src.datamodules.sources.source import BadSample, CaptionedSource
+from src.datamodules.sources.text_filter import TextFilter
+from src.datamodules.sources.webdataset import CaptionedWebDatasetSource
 from src.datamodules.text.tokenizer import trained
 from src.datamodules.views.colour import Colour
 from src.datamodules.views.image import CentreCrop, RandomResizedCrop
@@ -148,3 +158,143 @@ def test_what_cannot_be_is_refused_by_its_key(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             SceneTexts(**wrong)
+
+
+def encoded(grey: int, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (grey, grey, grey)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Twelve pictures of one grey each and what is said of them: one is missing, one is cut, one has no text, one a
+    text of another encoding, one a text that is too long."""
+    for number in (0, *range(2, 12)):
+        data = encoded(number)
+        (tmp_path / f"{number}.png").write_bytes(data[:40] if number == 2 else data)
+    texts = [f"number {number}".encode() for number in range(12)]
+    texts[3], texts[4], texts[5] = b"", "fünf".encode("latin-1"), b"number 5 " + b"and more " * 200
+    rows = [f"{number}.png,".encode() + text for number, text in enumerate(texts)]
+    (tmp_path / "pairs.csv").write_bytes(b"\n".join([b"image,caption", *rows]))
+    return partial(CaptionListSource, root=tmp_path, files="pairs.csv", val_share=0.0)
+
+
+def test_what_is_bad_in_a_list_is_replaced_by_name_and_ends_nothing(tmp_path, pairs, caplog):
+    log = tmp_path / "bad.tsv"
+    data = module(tmp_path, pairs, train_view=CentreCrop(8, share=1.0), batch_size=12, bad_log=log, text_length=24)
+    with caplog.at_level(logging.WARNING):
+        batch = next(iter(data.train_dataloader()))
+    assert sorted(batch["index"][batch["replaced"]].tolist()) == [1, 2, 3, 4]
+    for grey, text in zip(batch["image"][:, 0, 0, 0].tolist(), data.tokenizer.decode(batch["text"]), strict=True):
+        assert text.startswith(f"number {grey}")
+    listed = dict(line.split("\t") for line in log.read_text().splitlines())
+    said = {1: "the file does not exist", 2: "not a picture", 3: "it has no text", 4: "its text is not valid UTF-8"}
+    assert set(listed) == {str(tmp_path / f"{number}.png") for number in said}
+    for number, reason in said.items():
+        assert reason in listed[str(tmp_path / f"{number}.png")]
+        assert f"replaced {tmp_path}/{number}.png" in caplog.text
+
+
+def test_a_text_longer_than_the_context_is_cut_and_still_ends(tmp_path, pairs):
+    data = module(tmp_path, pairs, train_view=CentreCrop(8, share=1.0), batch_size=12, text_length=16)
+    batch = next(iter(data.train_dataloader()))
+    (row,) = [row for row, index in enumerate(batch["index"].tolist()) if index == 5]
+    ids, mask = batch["text"][row], batch["text_mask"][row]
+    whole = data.tokenizer.inner("number 5 " + "and more " * 200)["input_ids"]
+    assert len(whole) > 16
+    assert ids.tolist() == [*whole[:15], data.tokenizer.end]
+    assert mask.all()
+
+
+def test_shards_with_texts_are_taken_up_where_they_were_left(tmp_path):
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard:05d}.tar", "w") as tar:
+            for number in range(10 * shard, 10 * shard + 10):
+                for name, content in ((f"{number}.jpg", encoded(10 * number)), (f"{number}.txt", b"is %d" % number)):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    source = partial(CaptionedWebDatasetSource, shards=f"{tmp_path}/*.tar", val_share=0.0)
+    data = module(tmp_path, source, train_view=CentreCrop(8, share=1.0), batch_size=4, text_length=24)
+    loader = data.train_dataloader()
+    batches, states = [], []
+    for batch in loader:
+        batches.append(batch)
+        states.append(loader.state_dict())
+    assert sorted(torch.cat([batch["index"] for batch in batches]).tolist()) == list(range(20))
+    assert any(batch["index"].min() < 10 <= batch["index"].max() for batch in batches)  # of both shards
+    for batch in batches:
+        texts = data.tokenizer.decode(batch["text"])
+        assert texts == [f"is {int(grey) // 10}" for grey in batch["image"][:, 0, 0, 0]]
+    again = module(
+        tmp_path, source, train_view=CentreCrop(8, share=1.0), batch_size=4, text_length=24
+    ).train_dataloader()
+    again.load_state_dict(states[1])
+    rest = list(again)
+    assert len(rest) == 3
+    for mine, other in zip(rest, batches[2:], strict=True):
+        assert all(torch.equal(mine[name], other[name]) for name in other)
+
+
+def test_training_goes_without_filtered_texts_and_judging_does_not(tmp_path):
+    texts = SceneTexts(style="alt", dropped=0.8, variants=1)
+    source = partial(ScenesSource, count=24, resolution=16, texts=texts)
+    data = module(tmp_path, source, text_filter=TextFilter(max_images=None, min_words=2), batch_size=2)
+    told = [source("train").all_texts(index)[0] for index in range(24)]
+    expected = {text.lower() for text in told if len(text.split()) >= 2}
+    assert 2 <= len(data.train_source) < 24
+    seen = [text for batch in data.train_dataloader() for text in data.tokenizer.decode(batch["text"])]
+    assert len(seen) == len(data.train_source) // 2 * 2
+    assert set(seen) <= expected
+    assert isinstance(data.val_source, ScenesSource)
+    assert len(data.val_source) == 24
+
+
+def test_every_set_with_texts_can_be_named_beside_an_experiment(tmp_path):
+    (tmp_path / "train2017").mkdir()
+    (tmp_path / "val2017").mkdir()
+    (tmp_path / "annotations").mkdir()
+    for folder in ("train2017", "val2017", "flickr30k-images", "train2014"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "1.png").write_bytes(encoded(1))
+    coco = {"images": [{"id": 1, "file_name": "1.png"}], "annotations": [{"image_id": 1, "caption": "a thing"}]}
+    for split in ("train", "val"):
+        (tmp_path / "annotations" / f"captions_{split}2017.json").write_text(json.dumps(coco))
+    entry = {"filename": "1.png", "split": "train", "sentences": [{"raw": "a thing"}]}
+    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": [entry]}))
+    (tmp_path / "dataset_coco.json").write_text(json.dumps({"images": [{**entry, "filepath": "train2014"}]}))
+    (tmp_path / "pairs.csv").write_text("image,caption\ntrain2017/1.png,a thing")
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for name, content in (("1.jpg", encoded(1)), ("1.txt", b"a thing")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "1.png").write_bytes(encoded(1))
+    (tmp_path / "hub" / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a thing"}')
+    settings = {
+        "pairs": {"files": "pairs.csv", "val_share": 0.0},
+        "coco": {},
+        "coco_karpathy": {},
+        "flickr30k": {},
+        "img2dataset": {"cache_dir": None, "val_share": 0.0},
+        "huggingface_text": {"path": str(tmp_path / "hub"), "text_key": "text", "val_share": 0.0},
+    }
+    words = [
+        "experiment=clip_vitb32",
+        "scale=tiny",
+        "data=pairs",
+        "data.source.files=a.csv",
+        f"paths.data='{tmp_path}'",
+    ]
+    config = train.compose(words)
+    configuration.check_complete(config)
+    assert config.data._target_ == "src.datamodules.image_text.ImageTextDataModule"
+    for name, chosen in settings.items():
+        config.data.source = OmegaConf.load(configuration.CONFIGS / "data" / f"{name}.yaml").source
+        config.data.source.update(chosen)
+        source = configuration.instantiate(config.data).train_source
+        assert isinstance(source, CaptionedSource), name
+        assert [source.captions(index) for index in range(len(source))] == [["a thing"]], name
+        assert source[0]["label"] == -1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,7 +13,7 @@ import torch
 from src.datamodules.scenes import captions, render
 from src.datamodules.scenes.cache import Recipe, open_or_build
 from src.datamodules.scenes.scene import Scene
-from src.datamodules.scenes.world import ObjectsWorld
+from src.datamodules.scenes.world import Combinations, ObjectsWorld
 from src.datamodules.sources.source import Sample, Split
 from src.errors import SettingError
 from src.randomness import fold
@@ -31,6 +31,8 @@ class SceneTexts:
         wordings: ways of a short text that training may use, positions in `captions.SHORT`; None for all.
         mismatched, dropped, junk: of "alt", see `captions.alt_text`.
         judged: texts of each picture that retrieval is judged with.
+        variants: different texts of a picture that training may see, as a picture of the web has one; None for as many
+            as the style has words for.
     """
 
     style: Literal["short", "long", "alt"] = "short"
@@ -39,6 +41,7 @@ class SceneTexts:
     dropped: float = 0.0
     junk: float = 0.0
     judged: int = 5
+    variants: int | None = None
 
     def __post_init__(self) -> None:
         if self.style not in ("short", "long", "alt"):
@@ -51,6 +54,8 @@ class SceneTexts:
                 raise SettingError(f"the share {name}={getattr(self, name)} of scenes' texts must be in [0, 1]")
         if self.judged < 1:
             raise SettingError(f"retrieval needs at least one text a picture, got judged={self.judged}")
+        if self.variants is not None and self.variants < 1:
+            raise SettingError(f"training needs at least one text a picture, got variants={self.variants}")
 
 
 class ScenesSource:
@@ -67,6 +72,9 @@ class ScenesSource:
 
     With ``cache_dir`` the pictures and labels are rendered once into memory-mapped arrays, then also found whole in
     ``images`` (uint8 [N, 3, H, W]) and ``labels`` (int64 [N]); the other fields are rendered when asked for.
+
+    ``combinations`` (one, or one a split) are the world's: ``{train: seen, val: unseen, test: unseen}`` asks whether
+    what was learned of kinds and of colours holds where they meet for the first time.
     """
 
     images: np.ndarray | None
@@ -83,6 +91,7 @@ class ScenesSource:
         cache_dir: str | Path | None = None,
         world: ObjectsWorld | None = None,
         texts: SceneTexts | None = None,
+        combinations: Combinations | Mapping[Split, Combinations] | None = None,
     ) -> None:
         """
         Raises:
@@ -101,6 +110,11 @@ class ScenesSource:
         self.split, self.count, self.resolution, self.seed = split, count, resolution, seed
         self.fields = tuple(fields)
         self.world = world or ObjectsWorld()
+        if combinations is not None:
+            shown = combinations if isinstance(combinations, str) else combinations.get(split)
+            if shown is None:
+                raise SettingError(f"data.source.combinations has nothing for the split '{split}'")
+            self.world = replace(self.world, combinations=shown)
         self.texts = texts or SceneTexts()
         self.classes: tuple[str, ...] = tuple(kind.name for kind in self.world.kinds)
         self._scene_seed = fold(seed, SPLITS.index(split))
@@ -147,7 +161,23 @@ class ScenesSource:
 
     def caption(self, index: int, choice: float) -> str:
         """One of the ways of describing scene ``index``, in the style that was asked for."""
-        return self._described(index, int(choice * 2**31))
+        return self._described(index, int(choice * (self.texts.variants or 2**31)))
+
+    def all_texts(self, index: int) -> Sequence[str]:
+        """All that `caption` may say.
+
+        Raises:
+            SettingError: that is endless.
+        """
+        if self.texts.variants is None:
+            raise SettingError("scenes are described anew every time; data.source.texts.variants gives them a list")
+        return tuple(self._described(index, wording) for wording in range(self.texts.variants))
+
+    def regions(self, index: int, choice: float) -> Sequence[str]:
+        """A text of each thing alone, in the order of the fields ``boxes`` and ``instance_masks``; ``choice`` in [0, 1)
+        chooses the words."""
+        what, wording = captions.facts(self.scene(index)), fold(index, int(choice * 2**31))
+        return tuple(captions.region(what, each, fold(wording, each)).text for each in range(len(what.things)))
 
     def captions(self, index: int) -> Sequence[str]:
         """True short texts, whatever training is told: the first wordings that differ."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import colorsys
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -12,9 +14,11 @@ from src.datamodules.scenes.patterns import PATTERNS, PLAIN, Pattern
 from src.datamodules.scenes.render import axes
 from src.datamodules.scenes.scene import Background, Camera, Light, Mark, Rgb, Scene, Texture, Thing
 from src.datamodules.scenes.shapes import KINDS, Kind
+from src.errors import SettingError
 from src.randomness import fold
 
 Range = tuple[float, float]
+Combinations = Literal["all", "seen", "unseen"]
 
 # hue, saturation and value ranges; a thing takes its own shade from them. Muted: a colour says nothing of the kind, and
 # strong ones are what a self-supervised encoder would compare pictures by.
@@ -29,6 +33,8 @@ COLOURS: dict[str, tuple[Range, Range, Range]] = {
     "white": ((0.0, 1.0), (0.0, 0.032), (0.85, 1.0)),
 }
 
+_HELD_OUT = 4  # of a kind's colours every so many is never "seen"
+
 
 @dataclass(frozen=True)
 class ObjectsWorld:
@@ -36,6 +42,11 @@ class ObjectsWorld:
 
     Lengths are in half picture widths unless stated. The numbers below are the measured difficulty; changing a range
     changes it.
+
+    ``combinations`` says which kinds come in which colours. The combination of kind i and colour j, counted in
+    ``kinds`` and `COLOURS`, is held out where i + j is a multiple of four: two of each kind's eight colours, so that
+    every kind and every colour is still met in others. No thing of a "seen" world is in a held-out combination, every
+    thing of an "unseen" one is.
     """
 
     kinds: tuple[Kind, ...] = KINDS
@@ -53,6 +64,19 @@ class ObjectsWorld:
     marks: tuple[int, int] = (0, 2)  # strokes on the backdrop
     falloff: float = 0.25  # largest change of brightness from the picture's middle to its edge
     grain: Range = (0.0, 0.008)
+    combinations: Combinations = "all"
+
+    def __post_init__(self) -> None:
+        if self.combinations not in ("all", "seen", "unseen"):
+            raise SettingError(f"the combinations of a world are all, seen or unseen, not '{self.combinations}'")
+
+    def colours(self, kind: Kind) -> tuple[str, ...]:
+        """What things of a kind may be called."""
+        position = [each.name for each in self.kinds].index(kind.name)
+        held_out = {name: (position + number) % _HELD_OUT == 0 for number, name in enumerate(COLOURS)}
+        if self.combinations == "all":
+            return tuple(held_out)
+        return tuple(name for name, is_so in held_out.items() if is_so == (self.combinations == "unseen"))
 
     def scene(self, seed: int, index: int) -> Scene:
         """Scene ``index`` of ``seed``; nothing else enters."""
@@ -101,7 +125,7 @@ class ObjectsWorld:
         roll: float,
     ) -> Thing:
         scale = z / camera.focal
-        colour, rgb = _colour(rng, behind, self.contrast)
+        colour, rgb = _colour(rng, self.colours(kind), behind, self.contrast)
         return Thing(
             kind=kind,
             colour=colour,
@@ -163,9 +187,11 @@ def _paper(rng: np.random.Generator, value: Range) -> Rgb:
     return _hsv(rng, ((0.0, 1.0), (0.0, 0.12), value))
 
 
-def _colour(rng: np.random.Generator, behind: tuple[float, ...], contrast: float) -> tuple[str, Rgb]:
+def _colour(
+    rng: np.random.Generator, names: Sequence[str], behind: tuple[float, ...], contrast: float
+) -> tuple[str, Rgb]:
     """Any of the named colours, in a shade that stands out from ``behind``; the best of eight shades if none does."""
-    name = list(COLOURS)[int(rng.integers(len(COLOURS)))]
+    name = names[int(rng.integers(len(names)))]
     best, best_distance = (0.0, 0.0, 0.0), -1.0
     for _ in range(8):
         rgb = _hsv(rng, COLOURS[name])

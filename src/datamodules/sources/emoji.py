@@ -18,6 +18,7 @@ from PIL import Image
 from src.datamodules.decoding import DataError
 from src.datamodules.sources.source import Sample, Split
 from src.datamodules.sources.splits import hashed_split
+from src.datamodules.sources.texts import WithTexts
 from src.errors import SettingError
 
 try:
@@ -72,7 +73,7 @@ class Drawing(NamedTuple):
     label: int
 
 
-class EmojiSource:
+class EmojiSource(WithTexts):
     """OpenMoji's drawings (CC BY-SA 4.0) of Unicode's emoji, on a plain background; classes are its nine groups.
 
     About 70 % of the families of emoji are in "train", 15 % each in "val" and "test", by a hash of the family's name.
@@ -129,12 +130,8 @@ class EmojiSource:
     def name(self, index: int) -> str:
         return f"{self.drawings[index].code} {self.drawings[index].name}"
 
-    def caption(self, index: int, choice: float) -> str:
-        """One of the drawing's names and aliases, in any of the languages."""
-        texts = self.captions(index)
-        return texts[int(choice * len(texts))]
-
-    def captions(self, index: int) -> Sequence[str]:
+    def told(self, index: int) -> Sequence[str]:
+        """The drawing's names and aliases, in all of the languages."""
         return self._names[_without_presentation(self.drawings[index].code)]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
 from src.datamodules.sources.source import Sample, Split
 from src.datamodules.sources.splits import hashed_split
+from src.datamodules.sources.texts import WithTexts, listed
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class HuggingFaceSource:
         self._rows = rows
         self._split = title
         self.labels = labels[rows]
+        self._table = table
         self._images = table.select_columns([image_key]).cast_column(image_key, datasets.Image(decode=False))
 
     def __len__(self) -> int:
@@ -97,6 +99,48 @@ class HuggingFaceSource:
 
     def name(self, index: int) -> str:
         return f"{self._path} {self._split}[{int(self._rows[index])}]"
+
+
+class CaptionedHuggingFaceSource(WithTexts, HuggingFaceSource):
+    """Pictures and texts of a table.
+
+    Args:
+        split, path: as `HuggingFaceSource`.
+        text_key: column of the texts, strings or lists of strings; several columns are several texts.
+        label_key: column of labels; None for none.
+        options: as `HuggingFaceSource`.
+
+    Raises:
+        DataError: as `HuggingFaceSource`; or a column of texts does not exist or holds something else.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        path: str | Path,
+        text_key: str | Sequence[str] = "caption",
+        label_key: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(split, path=path, label_key=label_key, **options)
+        self._text_keys = [text_key] if isinstance(text_key, str) else list(text_key)
+        for key in self._text_keys:
+            if key not in self._table.column_names:
+                names = ", ".join(self._table.column_names)
+                raise DataError(f"{path} has no column data.source.text_key='{key}', only {names}")
+            feature = self._table.features[key]
+            inner = getattr(feature, "feature", feature)
+            if getattr(inner, "dtype", "") not in ("string", "large_string"):
+                raise DataError(f"the column data.source.text_key='{key}' of {path} holds {feature}, not strings")
+        self._texts = self._table.select_columns(self._text_keys)
+
+    def told(self, index: int) -> Sequence[object]:
+        try:
+            row = self._texts[int(self._rows[index])]
+        except UnicodeDecodeError as error:
+            raise BadSample(f"{self.name(index)}: its text is not valid UTF-8") from error
+        return [text for key in self._text_keys for text in listed(row[key])]
 
 
 def _load(path: str, **options: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ __all__ = [
     "DataError",
     "EncodedImage",
     "ImageSource",
+    "ListedTexts",
     "Sample",
     "SegmentedSource",
     "Split",
@@ -66,4 +67,17 @@ class CaptionedSource(ImageSource, Protocol):
 
     def captions(self, index: int) -> Sequence[str]:
         """The texts of the picture that retrieval is judged with, the same every time."""
+        ...
+
+
+@runtime_checkable
+class ListedTexts(CaptionedSource, Protocol):
+    """A source whose pictures have a finite list of texts each, all of which can be looked at beforehand."""
+
+    def all_texts(self, index: int) -> Sequence[str]:
+        """All that ``caption`` may say of the picture.
+
+        Raises:
+            BadSample: they cannot be read.
+        """
         ...

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from src.datamodules.decoding import DataError
 from src.datamodules.sources.source import Split
 
 
@@ -28,11 +29,38 @@ def hashed_split(key: str, *, val_share: float, test_share: float = 0.0) -> Spli
     return "test" if position < val_share + test_share else "train"
 
 
+class Files(NamedTuple):
+    """Paths, and whether "train" and "val" share them."""
+
+    paths: list[str]
+    shared: bool
+
+
+def files_of(split: Split, files: str | Sequence[str] | Mapping[str, str | Sequence[str] | None], *, key: str) -> Files:
+    """Which files hold ``split``: of files by split its own, of files without a split those of "train".
+
+    Args:
+        key: what the files are called in a message.
+
+    Raises:
+        DataError: there are none.
+    """
+    by_split = {str(name): value for name, value in files.items()} if isinstance(files, Mapping) else {"train": files}
+    shared = split in ("train", "val") and not by_split.get("val")
+    chosen = by_split.get("train" if shared else split)
+    if not chosen:
+        raise DataError(f"{key} has nothing for the split '{split}', only {', '.join(by_split)}")
+    return Files([chosen] if isinstance(chosen, str) else [str(path) for path in chosen], shared)
+
+
 class PackedNames:
-    """Many strings in two arrays: a million paths as Python objects would be copied into every loader process."""
+    """Many strings in two arrays: a million paths as Python objects would be copied into every loader process.
+
+    Any string comes back as it was, what no encoding has (half a pair of surrogates) included.
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
-        encoded = [os.fsencode(name) for name in names]
+        encoded = [name.encode("utf-8", "surrogatepass") for name in names]
         self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
         self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
 
@@ -44,4 +72,4 @@ class PackedNames:
             raise IndexError(f"{index} of {len(self)}")
         index %= len(self)
         begin = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._bytes[begin : int(self._ends[index])].tobytes())
+        return self._bytes[begin : int(self._ends[index])].tobytes().decode("utf-8", "surrogatepass")

@@ -18,12 +18,13 @@ import numpy as np
 
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
 from src.datamodules.sources.source import Sample, Split
-from src.datamodules.sources.splits import PackedNames, hashed_split
+from src.datamodules.sources.splits import PackedNames, files_of, hashed_split
+from src.datamodules.sources.texts import WithTexts, listed
 
 log = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
 
 
 class WebDatasetSource:
@@ -44,9 +45,11 @@ class WebDatasetSource:
         cache_dir: where the lists of members are kept (JSON, one file a shard), so that the next start need not read
             the shards; valid as long as the shard's size and time stay the same. None: not kept.
         val_share: as above.
+        text: extension of the member with the text, listed for `CaptionedWebDatasetSource`; None for none.
 
     Samples without a picture, members without a key and labels that are missing or unreadable (label -1) are counted
-    and logged. A shard that ends too early gives its whole samples; one that is no tar is left out.
+    and logged. Of members or samples of one name in a shard the first counts. A shard that ends too early gives its
+    whole samples; one that is no tar is left out.
 
     Raises:
         DataError: a shard does not exist, an address is not a local path, or no sample is readable.
@@ -63,21 +66,22 @@ class WebDatasetSource:
         image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
         cache_dir: str | Path | None = None,
         val_share: float = 0.1,
+        text: str | None = None,
     ) -> None:
         self.classes: Sequence[str] = list(classes)
-        patterns, shared = _patterns(shards, split)
-        reader = _Reader(label, json_key, list(self.classes), list(image_extensions))
+        patterns, shared = files_of(split, shards, key="shards")
+        reader = _Reader(label, json_key, list(self.classes), list(image_extensions), text)
         self._shards = expand(patterns)
         keys, places, problems = [], [], dict.fromkeys(_PROBLEMS, 0)
         for number, shard in enumerate(self._shards):
             index = reader.read(shard, Path(cache_dir) if cache_dir is not None else None)
             for problem, count in index["problems"].items():
                 problems[problem] += count
-            for key, offset, length, value in index["samples"]:
+            for key, *place in index["samples"]:
                 name = f"{os.path.basename(shard)}/{key}"
                 if not shared or hashed_split(name, val_share=val_share) == split:
                     keys.append(key)
-                    places.append((number, offset, length, value))
+                    places.append((number, *place))
         self.problems = {problem: count for problem, count in problems.items() if count}
         for problem, count in self.problems.items():
             log.warning("%s: %d in %d shards", problem, count, len(self._shards))
@@ -85,7 +89,7 @@ class WebDatasetSource:
             raise DataError(
                 f"no sample for '{split}' in {len(self._shards)} shards ({self._shards[0]} …), {self.problems}; "
                 f"expected uncompressed tars with members like 0001.{image_extensions[0]}"
-                + (f" and 0001.{label}" if label else "")
+                + "".join(f" and 0001.{wanted}" for wanted in (label, text) if wanted)
             )
         self._keys = PackedNames(keys)
         self._places = np.array(places, np.int64)
@@ -95,19 +99,78 @@ class WebDatasetSource:
         return len(self._places)
 
     def __getitem__(self, index: int) -> Sample:
-        number, offset, length, label = (int(value) for value in self._places[index])
+        _, offset, length, label, *_ = (int(value) for value in self._places[index])
+        return {"image": EncodedImage(self._member(index, offset, length)), "label": label}
+
+    def name(self, index: int) -> str:
+        return f"{self._shards[int(self._places[index, 0])]}#{self._keys[index]}"
+
+    def _member(self, index: int, offset: int, length: int) -> bytes:
         try:
-            with open(self._shards[number], "rb") as file:
+            with open(self._shards[int(self._places[index, 0])], "rb") as file:
                 file.seek(offset)
                 data = file.read(length)
         except OSError as error:
             raise BadSample(f"{self.name(index)}: {error.strerror}") from error
         if len(data) != length:
             raise BadSample(f"{self.name(index)}: the shard ends before the sample (changed since it was listed?)")
-        return {"image": EncodedImage(data), "label": label}
+        return data
 
-    def name(self, index: int) -> str:
-        return f"{self._shards[int(self._places[index, 0])]}#{self._keys[index]}"
+
+class CaptionedWebDatasetSource(WithTexts, WebDatasetSource):
+    """Shards with texts, as img2dataset writes them: ``key.jpg``, ``key.txt``, ``key.json``.
+
+    As in `WebDatasetSource`, samples are read by offset, in any order, so nothing special is needed for these shards:
+    an epoch is one permutation of all samples of all shards, dealt to processes and workers like any other data, and a
+    run that is taken up again goes on with the sample it had come to.
+
+    A picture without a text stays in the list and is replaced when it is drawn; texts without a picture are left out.
+    Texts are read when they are drawn: only their places are held.
+
+    Args:
+        split, shards: as `WebDatasetSource`.
+        text: extension of the member with the text: "txt", or "json" (an object with ``text_key``).
+        text_key: key of the text, or list of texts; several keys are several texts.
+        label, options: as `WebDatasetSource`.
+
+    Raises:
+        DataError: as `WebDatasetSource`; or no sample has a text.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        shards: str | Sequence[str] | Mapping[str, str | Sequence[str]],
+        text: str = "txt",
+        text_key: str | Sequence[str] = "caption",
+        label: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(split, shards=shards, label=label, text=text, **options)
+        self._text_keys = None if text != "json" else [text_key] if isinstance(text_key, str) else list(text_key)
+        without = int((self._places[:, 5] <= 0).sum())
+        if without == len(self):
+            raise DataError(
+                f"data.source.text={text}: none of the {without} samples of {len(self._shards)} shards has a member "
+                f"such as 0001.{text} that is not empty"
+            )
+        if without:
+            log.warning("samples without a text (replaced when drawn): %d of %d", without, len(self))
+
+    def told(self, index: int) -> Sequence[object]:
+        offset, length = (int(value) for value in self._places[index, 4:6])
+        data = self._member(index, offset, length) if length > 0 else b""
+        # what is no UTF-8 stays recognisable, and is refused as such
+        text = data.decode("utf-8-sig", "surrogateescape")
+        if self._text_keys is None or not text:
+            return [text]
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BadSample(f"{self.name(index)}: its text is no JSON: {error}") from error
+        found = content if isinstance(content, dict) else {}
+        return [each for key in self._text_keys for each in listed(found.get(key))]
 
 
 _NO_TAR = "shards that are not an uncompressed tar (left out)"
@@ -115,16 +178,19 @@ _CUT = "shards that end too early"
 _NO_IMAGE = "samples without a picture (left out)"
 _NO_KEY = "members without a key (left out)"
 _NO_LABEL = "samples without a readable label (label -1)"
-_PROBLEMS = (_NO_TAR, _CUT, _NO_IMAGE, _NO_KEY, _NO_LABEL)
+_TWICE = "members or samples of a name that was there before (left out)"
+_PROBLEMS = (_NO_TAR, _CUT, _NO_IMAGE, _NO_KEY, _NO_LABEL, _TWICE)
 
 
 class _Reader(NamedTuple):
-    """Lists the samples of a shard: [key, offset, length, label] of each picture, and what was wrong."""
+    """Lists the samples of a shard: [key, offset, length, label, offset and length of the text] of each picture, the
+    last two -1 where there is none, and what was wrong."""
 
     label: str | None
     json_key: str
     classes: list[str]
     image_extensions: list[str]
+    text: str | None
 
     def read(self, shard: str, cache_dir: Path | None) -> dict[str, Any]:
         status = os.stat(shard)
@@ -150,21 +216,31 @@ class _Reader(NamedTuple):
         return index
 
     def _list(self, shard: str, size: int) -> dict[str, Any]:
-        samples, problems = [], dict.fromkeys(_PROBLEMS, 0)
+        samples, seen, problems = [], set(), dict.fromkeys(_PROBLEMS, 0)
         with open(shard, "rb") as file:
             for key, members in itertools.groupby(_members(file, size, problems), key=lambda member: member[0]):
                 if not key:
                     problems[_NO_KEY] += len(list(members))
                     continue
-                parts = {extension: place for _, extension, *place in members}
+                parts: dict[str, list[int]] = {}
+                for _, extension, *place in members:
+                    if parts.setdefault(extension, place) is not place:
+                        problems[_TWICE] += 1
+                if key in seen:
+                    problems[_TWICE] += 1
+                    continue
+                seen.add(key)
                 image = next((place for extension, place in parts.items() if extension in self.image_extensions), None)
                 if image is None:
                     problems[_NO_IMAGE] += 1
                     continue
+                text = parts.get(self.text, [-1, -1]) if self.text is not None else [-1, -1]
+                if self.text is not None and self.text not in parts and problems[_CUT]:
+                    continue  # the last one, and its text would have come behind the cut
                 value = self._label(file, parts)
                 if value is None:
                     problems[_NO_LABEL] += 1
-                samples.append([key, *image, -1 if value is None else value])
+                samples.append([key, *image, -1 if value is None else value, *text])
         return {"samples": samples, "problems": problems}
 
     def _label(self, file: Any, parts: Mapping[str, list[int]]) -> int | None:
@@ -246,16 +322,3 @@ def _braces(pattern: str) -> list[str]:
     else:
         options = match[1].split(",")
     return [path for option in options for path in _braces(pattern[: match.start()] + option + pattern[match.end() :])]
-
-
-def _patterns(shards: str | Sequence[str] | Mapping[str, str | Sequence[str]], split: Split) -> tuple[list[str], bool]:
-    """The paths for ``split``, and whether "train" and "val" share them."""
-    if not isinstance(shards, Mapping):
-        by_split: dict[str, str | Sequence[str]] = {"train": shards}
-    else:
-        by_split = {str(key): value for key, value in shards.items()}
-    shared = split in ("train", "val") and "val" not in by_split
-    chosen = by_split.get("train" if shared else split)
-    if not chosen:
-        raise DataError(f"shards has nothing for the split '{split}', only {', '.join(by_split)}")
-    return [chosen] if isinstance(chosen, str) else [str(path) for path in chosen], shared

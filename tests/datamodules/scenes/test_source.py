@@ -19,8 +19,9 @@ import torch
 
 from src.datamodules.scenes import cache, render
 from src.datamodules.scenes.cache import Recipe, folder_of, open_or_build
+from src.datamodules.scenes.captions import _SYNONYMS
 from src.datamodules.scenes.source import FIELDS, ScenesSource
-from src.datamodules.scenes.world import ObjectsWorld
+from src.datamodules.scenes.world import COLOURS, ObjectsWorld
 
 
 def _image(source: ScenesSource, index: int) -> np.ndarray:
@@ -204,3 +205,53 @@ def test_failing_worker_is_an_error_and_not_a_cache(tmp_path: Path, monkeypatch:
     with pytest.raises(RuntimeError, match="ended with code 3"):
         open_or_build(recipe, tmp_path, processes=2)
     assert not folder_of(recipe, tmp_path).exists()
+
+
+def _shown(source: ScenesSource) -> list[set[tuple[str, str]]]:
+    return [{(thing.kind.name, thing.colour) for thing in source.scene(index).things} for index in range(len(source))]
+
+
+def test_held_out_combinations_are_met_where_they_are_asked_for_and_nowhere_else() -> None:
+    world = ObjectsWorld(others=(3, 3))
+    kinds, colours = [kind.name for kind in world.kinds], list(COLOURS)
+    unseen = {(kind, colour) for i, kind in enumerate(kinds) for j, colour in enumerate(colours) if (i + j) % 4 == 0}
+    assert len(unseen) == 20
+    count, combinations = {"train": 150, "val": 40, "test": 40}, {"train": "seen", "val": "unseen", "test": "all"}
+    train, val, test = (
+        _shown(ScenesSource(split, count=count, resolution=16, world=world, combinations=combinations))
+        for split in ("train", "val", "test")
+    )
+    assert not any(shown & unseen for shown in train)
+    assert all(shown <= unseen for shown in val)
+    # every kind and every colour is learned, in other combinations
+    assert set.union(*train) == {(kind, colour) for kind in kinds for colour in colours} - unseen
+    assert set.union(*val) == unseen
+    assert set.union(*test) & unseen
+    assert set.union(*test) - unseen
+
+
+def test_scenes_in_all_combinations_are_what_they_were(tmp_path: Path) -> None:
+    plain, named = (ScenesSource("val", count=9, resolution=16, combinations=each) for each in (None, "all"))
+    assert [plain.scene(index) for index in range(9)] == [named.scene(index) for index in range(9)]
+    recipes = [Recipe(ObjectsWorld(combinations=each), 1, 4, 16) for each in ("all", "seen", "unseen")]
+    assert len({folder_of(recipe, tmp_path) for recipe in recipes}) == 3
+    with pytest.raises(ValueError, match="all, seen or unseen, not 'new'"):
+        ScenesSource("val", count=9, combinations="new")
+    with pytest.raises(ValueError, match=r"data.source.combinations has nothing for the split 'val'"):
+        ScenesSource("val", count=9, combinations={"train": "seen"})
+
+
+def test_each_region_is_told_in_the_order_of_the_boxes() -> None:
+    source = ScenesSource("val", count=10, resolution=16, world=ObjectsWorld(others=(0, 3)), fields=("boxes",))
+    wordings = set()
+    for index in range(10):
+        things = source.scene(index).things
+        for choice in (0.1, 0.8):
+            told = source.regions(index, choice)
+            assert told == source.regions(index, choice)
+            assert len(told) == len(things) == len(source[index]["fields"]["boxes"])
+            for text, thing in zip(told, things, strict=True):
+                assert any(text.endswith(f" {kind}") for kind in _SYNONYMS[thing.kind.name])
+                assert any(colour in text for colour in _SYNONYMS[thing.colour])
+        wordings.add(source.regions(index, 0.1) != source.regions(index, 0.8))
+    assert True in wordings

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from src.datamodules.decoding import BadSample, EncodedImage
-from src.datamodules.sources.huggingface import HuggingFaceSource
-from src.datamodules.sources.source import DataError
+from src.datamodules.sources.huggingface import CaptionedHuggingFaceSource, HuggingFaceSource
+from src.datamodules.sources.source import CaptionedSource, DataError
 
 PINNED_VAL = [2, 6, 17, 18, 23, 29]  # rows
 
@@ -146,3 +148,50 @@ class TestBad:
         files = {"train": str(tmp_path / "gone.parquet")}
         with pytest.raises(DataError, match="cannot load the data set 'parquet'"):
             HuggingFaceSource("train", path="parquet", data_files=files, cache_dir=cache)
+
+
+class TestTexts:
+    def test_strings_lists_and_several_columns(self, tmp_path: Path) -> None:
+        features = datasets.Features(
+            {
+                "image": datasets.Image(),
+                "caption": datasets.Value("string"),
+                "more": datasets.List(datasets.Value("string")),
+            }
+        )
+        rows = {
+            "image": [{"bytes": png(grey), "path": None} for grey in range(20)],
+            "caption": [f" text {grey}" for grey in range(18)] + [None, ""],
+            "more": [[f"more {grey}", f"most {grey}"] for grey in range(18)] + [[], None],
+        }
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+        seen = {}
+        for split in ("train", "val"):
+            source = CaptionedHuggingFaceSource(split, path=tmp_path / "saved", val_share=0.3)
+            assert isinstance(source, CaptionedSource)
+            assert not isinstance(HuggingFaceSource(split, path=tmp_path / "saved"), CaptionedSource)
+            for index in range(len(source)):
+                seen[grey_of(source[index]["image"])] = source.captions(index)
+        assert seen == {grey: [f"text {grey}"] if grey < 18 else [] for grey in range(20)}
+        both = CaptionedHuggingFaceSource("train", path=tmp_path / "saved", text_key=["more", "caption"], val_share=0.0)
+        assert both.captions(3) == ["more 3", "most 3", "text 3"]
+        assert both.caption(3, 0.5) == "most 3"
+        assert both.caption(19, 0.5) == ""
+
+    def test_a_text_that_is_no_utf_8(self, tmp_path: Path, cache: Path) -> None:
+        offsets, letters = np.array([0, 2, 4], np.int32), b"ok" + b"\xfc\xdf"
+        texts = pa.StringArray.from_buffers(2, pa.py_buffer(offsets), pa.py_buffer(letters))
+        images = pa.array([{"bytes": png(1), "path": None}] * 2)
+        pq.write_table(pa.table({"image": images, "caption": texts}), tmp_path / "a.parquet")
+        files = {"train": str(tmp_path / "a.parquet")}
+        source = CaptionedHuggingFaceSource("train", path="parquet", data_files=files, cache_dir=cache, val_share=0.0)
+        assert source.captions(0) == ["ok"]
+        with pytest.raises(BadSample, match=r"train\[1\]: its text is not valid UTF-8"):
+            source.captions(1)
+
+    def test_a_column_that_is_missing_or_holds_no_texts(self, tmp_path: Path) -> None:
+        table([1], [2], datasets.Value("int64")).save_to_disk(tmp_path / "saved")
+        with pytest.raises(DataError, match=r"no column data.source.text_key='caption', only image, label"):
+            CaptionedHuggingFaceSource("train", path=tmp_path / "saved")
+        with pytest.raises(DataError, match=r"the column data.source.text_key='label' of .* not strings"):
+            CaptionedHuggingFaceSource("train", path=tmp_path / "saved", text_key="label")

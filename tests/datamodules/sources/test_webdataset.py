@@ -18,8 +18,8 @@ from PIL import Image
 
 from src.datamodules.decoding import BadSample, EncodedImage
 from src.datamodules.sources import webdataset
-from src.datamodules.sources.source import DataError
-from src.datamodules.sources.webdataset import WebDatasetSource, expand
+from src.datamodules.sources.source import CaptionedSource, DataError
+from src.datamodules.sources.webdataset import CaptionedWebDatasetSource, WebDatasetSource, expand
 
 PINNED_VAL = [0, 6, 7, 9, 13, 14, 16, 28]  # numbers of the samples
 
@@ -239,3 +239,108 @@ class TestBad:
         shard.unlink()
         with pytest.raises(BadSample, match=r"a\.tar#0000: No such file"):
             source[0]
+
+    def test_the_first_of_a_name_counts(self, tmp_path: Path) -> None:
+        members = [
+            ("0001.png", encoded(1)),
+            ("0001.png", encoded(2)),
+            ("0001.cls", b"5"),
+            ("0002.png", encoded(3)),
+            ("0002.cls", b"6"),
+            ("0001.png", encoded(4)),
+            ("0001.cls", b"7"),
+        ]
+        source = WebDatasetSource("train", shards=str(write(tmp_path / "a.tar", members)), val_share=0.0)
+        assert [grey_of(source[index]["image"]) for index in range(len(source))] == [1, 3]
+        assert source.labels.tolist() == [5, 6]
+        assert source.problems == {"members or samples of a name that was there before (left out)": 2}
+
+
+def told(numbers: range | list[int], text: bytes = b"text %d") -> list[tuple[str, bytes]]:
+    """As img2dataset writes them."""
+    members = []
+    for number in numbers:
+        members += [
+            (f"{number:09d}.jpg", encoded(number, "JPEG")),
+            (f"{number:09d}.json", json.dumps({"caption": f"of json {number}", "width": 6}).encode()),
+            (f"{number:09d}.txt", text % number if b"%" in text else text),
+        ]
+    return members
+
+
+class TestTexts:
+    def load(self, shard: Path, **options: object) -> CaptionedWebDatasetSource:
+        return CaptionedWebDatasetSource("train", shards=str(shard), **{"val_share": 0.0, **options})  # type: ignore[arg-type]
+
+    def test_a_text_belongs_to_its_picture_in_any_order_and_split(self, tmp_path: Path) -> None:
+        for shard in range(3):
+            write(tmp_path / f"{shard:05d}.tar", told(range(10 * shard, 10 * shard + 10)))
+        shards = str(tmp_path / "{00000..00002}.tar")
+        seen = {}
+        for split in ("train", "val"):
+            for cache in (None, tmp_path / "cache", tmp_path / "cache"):
+                source = CaptionedWebDatasetSource(split, shards=shards, val_share=0.3, cache_dir=cache)
+                assert isinstance(source, CaptionedSource)
+                for index in np.random.default_rng(0).permutation(len(source)):
+                    number = grey_of(source[index]["image"])
+                    assert source.captions(index) == [f"text {number}"]
+                    assert source.caption(index, 0.9) == f"text {number}"
+                    assert source[index]["label"] == -1
+                    seen[number] = source.name(index)
+        assert sorted(seen) == list(range(30))
+        assert seen[12] == f"{tmp_path}/00001.tar#000000012"
+
+    def test_texts_of_json(self, tmp_path: Path) -> None:
+        entries = [{"caption": "a", "more": ["b", "c"]}, {"more": "d"}, {"caption": 5}, [1]]
+        members = []
+        for number, entry in enumerate(entries):
+            members += [(f"{number}.jpg", encoded(number)), (f"{number}.json", json.dumps(entry).encode())]
+        members += [("4.jpg", encoded(4)), ("4.json", b"{cut")]
+        source = self.load(write(tmp_path / "a.tar", members), text="json", text_key=["caption", "more"])
+        assert [source.captions(index) for index in range(4)] == [["a", "b", "c"], ["d"], [], []]
+        with pytest.raises(BadSample, match=r"a\.tar#4: its text is no JSON"):
+            source.caption(4, 0.0)
+
+    def test_one_without_the_other(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        members = [*told([0]), ("1.jpg", encoded(1)), ("2.txt", b"of nothing"), ("3.jpg", encoded(3)), ("3.txt", b"")]
+        with caplog.at_level(logging.WARNING):
+            source = self.load(write(tmp_path / "a.tar", members))
+        assert [source.captions(index) for index in range(len(source))] == [["text 0"], [], []]
+        assert source.problems == {"samples without a picture (left out)": 1}
+        assert "samples without a text (replaced when drawn): 2 of 3" in caplog.text
+        with pytest.raises(DataError, match=r"data.source.text=txt: none of the 1 samples of 1 shards has a member"):
+            self.load(write(tmp_path / "a.tar", [("1.jpg", encoded(1))]))
+
+    def test_a_text_that_is_no_utf_8(self, tmp_path: Path) -> None:
+        members = [
+            *told([0], b"\xef\xbb\xbfwith a mark\n"),
+            *told([1], "süß".encode("latin-1")),
+            *told([2], "süß".encode()),
+        ]
+        source = self.load(write(tmp_path / "a.tar", members))
+        assert source.captions(0) == ["with a mark"]
+        assert source.captions(2) == ["süß"]
+        with pytest.raises(BadSample, match="its text is not valid UTF-8"):
+            source.captions(1)
+
+    def test_a_cut_shard_gives_its_whole_samples_and_says_so_once(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        shard = write(tmp_path / "a.tar", told(range(6)))
+        with tarfile.open(shard) as tar:
+            places = [tar.getmember(f"000000003.{end}") for end in ("jpg", "json", "txt")]
+        whole = shard.read_bytes()
+        for cut in (places[0].offset_data + 9, places[1].offset, places[2].offset, places[2].offset_data + 1):
+            shard.write_bytes(whole[:cut])
+            caplog.clear()
+            with caplog.at_level(logging.WARNING):
+                source = self.load(shard)
+            assert [source.captions(index) for index in range(len(source))] == [[f"text {n}"] for n in range(3)], cut
+            assert [record.getMessage() for record in caplog.records] == ["shards that end too early: 1 in 1 shards"]
+
+    def test_a_text_that_vanishes_meanwhile(self, tmp_path: Path) -> None:
+        shard = write(tmp_path / "a.tar", told(range(2)))
+        source = self.load(shard)
+        shard.write_bytes(shard.read_bytes()[:3000])
+        with pytest.raises(BadSample, match="ends before the sample"):
+            source.caption(1, 0.0)
