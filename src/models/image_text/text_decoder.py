@@ -58,6 +58,7 @@ class Block(nn.Module):
         x = x + self.self_attention(y, memory.text, mask=mask, causal=first and mask is None)
         if self.looks:
             if memory.image is None:
+                assert image is not None
                 memory.image = self.cross_attention.keys_values(image)
             x = x + self.cross_attention(self.norm_cross(x), memory.image)
         return x + self.mlp(self.norm2(x))
@@ -137,7 +138,8 @@ class MultimodalDecoder(nn.Module):
             memory: of each block, which is added to.
         """
         x = tokens
-        for block, own in zip(self.blocks, memory or [None] * len(self.blocks), strict=True):
+        memory = memory or [Memory() for _ in self.blocks]
+        for block, own in zip(self.blocks, memory, strict=True):
             x = block(x, image, memory=own)
         return self.head(self.norm(x))
 
@@ -177,5 +179,6 @@ def begin_as_clip(blocks: nn.ModuleList, width: int) -> None:
         for attention in attentions:
             scales += [(attention.query, within), (attention.key_value, within), (attention.out, out)]
         for layer, scale in scales:
+            assert layer.bias is not None
             nn.init.normal_(layer.weight, std=scale)
             nn.init.zeros_(layer.bias)
