@@ -1,20 +1,24 @@
 """Captions are judged as the formulas say, and as COCO's code does."""
 
 import math
+from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 
 from src import evaluate, trained
+from src.callbacks.online_image_text import OnlineImageText
 from src.configuration import CONFIGS, UserError
 from src.datamodules.image_text import ImageTextDataModule
 from src.errors import SettingError
 from src.evaluation.captions import Captioner, CaptionEvaluation, bleu4, cider_d, words
+from src.evaluation.image_text import ImageTextEvaluation
 from src.train import compose
 from tests.datamodules.test_image_text import NUMBERS
-from tests.evaluation.test_image_text import data
+from tests.evaluation.test_image_text import Reader, data
 
 CANDIDATES = [
     "a red ring left of a blue star",
@@ -106,6 +110,36 @@ def test_what_is_said_is_compared_with_the_picture_s_own_texts(tmp_path):
             CaptionEvaluation()(teller, made, torch.device("cpu"))
     finally:
         made.tokenizer.inner.bos_token = "<start>"
+
+
+class Both(L.LightningModule):
+    """Two towers, and one who tells."""
+
+    def __init__(self, made: ImageTextDataModule) -> None:
+        super().__init__()
+        self.reader, self.teller = Reader(made), Teller(made)
+        self.encode_image, self.encode_text, self.caption = (
+            self.reader.encode_image,
+            self.reader.encode_text,
+            self.teller.caption,
+        )
+        self.logged: dict[str, float] = {}
+
+    def log_dict(self, dictionary, **options) -> None:
+        self.logged |= dictionary
+
+
+def test_captions_are_judged_while_training_runs_where_that_is_asked_for(tmp_path):
+    made = data(tmp_path)
+    trainer = SimpleNamespace(received_sigterm=False, current_epoch=0, datamodule=made, precision="32-true")
+    names = {}
+    for captions in (None, CaptionEvaluation()):
+        module = Both(made)
+        OnlineImageText(ImageTextEvaluation(["{}"]), captions=captions).on_train_epoch_end(trainer, module)
+        names[captions is not None] = set(module.logged)
+        assert module.logged["eval/zeroshot_top1"] == 1
+    assert names[True] - names[False] == {"eval/captions_bleu4", "eval/captions_cider"}
+    assert module.logged["eval/captions_cider"] == CaptionEvaluation()(module, made, module.device)["captions_cider"]
 
 
 def test_captions_are_asked_for_beside_pairs_or_alone(tmp_path, monkeypatch):
