@@ -29,7 +29,14 @@ WORDS = ("run", "eval", "checkpoint", "data")
 FLOORS = ("random", "pixels")
 FINETUNE = "finetune"
 _COLUMNS = 6  # of the printed table
-PAIRS = ("zeroshot", "retrieval")  # of methods with two towers
+PAIRS = ("zeroshot", "retrieval", "hardnegatives", "geometry")  # of methods with two towers
+
+_NEEDS = {
+    "zeroshot": "it needs labels with names",
+    "retrieval": "it needs texts",
+    "hardnegatives": "it needs texts that are wrong in one thing, which scenes have",
+    "geometry": "it needs two pictures with texts at least",
+}
 
 # a run's own whatever data it is judged on: what its method was built for
 KEPT = ("_target_", "train_view", "batch_size", "tokenizer", "tokenizer_file", "vocabulary", "text_length")
@@ -137,7 +144,7 @@ def evaluate_pairs(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -
     """What an `ImageTextEvaluation` says of the run's towers, as far as it is asked for.
 
     Raises:
-        UserError: the method has no text tower, or the data no texts.
+        UserError: the method has no text tower, or the data has no texts or nothing of what is asked for.
     """
     device, module = device_of(config), trained.load(config, checkpoint)
     if not isinstance(module, TwoTowers):
@@ -151,6 +158,9 @@ def evaluate_pairs(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -
         scores = evaluation(module.to(device), datamodule, device, precision=precision_of(config, device))
     except SettingError as problem:
         raise UserError(str(problem)) from problem
+    for name in asked:
+        if not any(score.startswith(name) for score in scores):
+            raise UserError(f"EVAL={name}: {data_name(config)} has nothing to judge that by: {_NEEDS[name]}")
     return {name: value for name, value in scores.items() if name.startswith((*asked, "gap"))}
 
 
@@ -245,7 +255,7 @@ def precision_of(config: DictConfig, device: torch.device) -> str:
 def _shown(metric: str, value: float | None) -> str:
     if value is None:
         return ""
-    return f"{100 * value:.2f} %" if re.search(r"top\d|_r\d", metric) else f"{value:.4g}"
+    return f"{100 * value:.2f} %" if re.search(r"top\d|_r\d|hardnegatives|separability", metric) else f"{value:.4g}"
 
 
 if __name__ == "__main__":

@@ -196,6 +196,12 @@ def _listed(what: Facts, rng: np.random.Generator) -> list[_Part]:
 
 
 SHORT: tuple[_Way, ...] = (_photo, _bare, _seen, _counted, _turned, _listed)
+# ways of a short text that say what a mistake would change, positions in SHORT
+SHOWN_BY: Mapping[Mistake, tuple[int, ...]] = {
+    "attribute": tuple(map(SHORT.index, (_photo, _bare, _seen, _turned))),
+    "relation": tuple(map(SHORT.index, (_photo, _bare, _seen, _turned))),
+    "count": (SHORT.index(_counted),),
+}
 COLOUR_NAMES = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
 
 
