@@ -19,6 +19,7 @@ from src.configuration import CONFIGS, UserError, nearest
 from src.datamodules.image import ImageDataModule
 from src.datamodules.image_text import ImageTextDataModule
 from src.errors import SettingError
+from src.evaluation.captions import Captioner, CaptionEvaluation
 from src.evaluation.features import BadFeatures, NoLabels
 from src.evaluation.image_text import ImageTextEvaluation, TwoTowers
 from src.evaluation.pixels import PixelEncoder
@@ -29,13 +30,16 @@ WORDS = ("run", "eval", "checkpoint", "data")
 FLOORS = ("random", "pixels")
 FINETUNE = "finetune"
 _COLUMNS = 6  # of the printed table
-PAIRS = ("zeroshot", "retrieval", "hardnegatives", "geometry")  # of methods with two towers
+CAPTIONS = "captions"
+# of methods with two towers; captions, of those that say what they see
+PAIRS = ("zeroshot", "retrieval", "hardnegatives", "geometry", CAPTIONS)
 
 _NEEDS = {
     "zeroshot": "it needs labels with names",
     "retrieval": "it needs texts",
     "hardnegatives": "it needs texts that are wrong in one thing, which scenes have",
     "geometry": "it needs two pictures with texts at least",
+    CAPTIONS: "it needs texts",
 }
 
 # a run's own whatever data it is judged on: what its method was built for
@@ -141,21 +145,30 @@ def evaluate(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -> Scor
 
 
 def evaluate_pairs(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -> dict[str, float]:
-    """What an `ImageTextEvaluation` says of the run's towers, as far as it is asked for.
+    """What an `ImageTextEvaluation` says of the run's towers, and a `CaptionEvaluation` of its captions, as far as that
+    is asked for.
 
     Raises:
-        UserError: the method has no text tower, or the data has no texts or nothing of what is asked for.
+        UserError: the method has no text tower, or says nothing of an image, or the data has no texts or nothing of
+            what is asked for.
     """
     device, module = device_of(config), trained.load(config, checkpoint)
+    what = f"EVAL={','.join(asked)} needs a method"
+    if CAPTIONS in asked and not isinstance(module, Captioner):
+        raise UserError(f"{what} that writes captions, which {type(module).__name__} does not")
     if not isinstance(module, TwoTowers):
-        raise UserError(
-            f"EVAL={','.join(asked)} needs a method with a text tower, which {type(module).__name__} is not"
-        )
-    evaluation: ImageTextEvaluation = configuration.instantiate(config.evaluate.pairs)
+        raise UserError(f"{what} with a text tower, which {type(module).__name__} is not")
+    evaluations: list[ImageTextEvaluation | CaptionEvaluation] = []
+    if set(asked) - {CAPTIONS}:
+        evaluations.append(configuration.instantiate(config.evaluate.pairs))
+    if CAPTIONS in asked:
+        evaluations.append(configuration.instantiate(config.evaluate.captions))
     try:
         datamodule: ImageTextDataModule = configuration.instantiate(config.data)
         datamodule.prepare_data()
-        scores = evaluation(module.to(device), datamodule, device, precision=precision_of(config, device))
+        scores: dict[str, float] = {}
+        for evaluation in evaluations:
+            scores |= evaluation(module.to(device), datamodule, device, precision=precision_of(config, device))
     except SettingError as problem:
         raise UserError(str(problem)) from problem
     for name in asked:

@@ -133,6 +133,22 @@ class WarmupCosine:
         return _half_cosine(self.peak, self.end, _progress(step, warmup, horizon.total_steps))
 
 
+@dataclass(frozen=True)
+class WarmupLinear:
+    """A line from ``start`` to ``peak`` over ``warmup``, then another one to ``end`` at the end of the run."""
+
+    peak: float
+    warmup: int | float | str = 0
+    start: float = 0.0
+    end: float = 0.0
+
+    def value(self, step: int, horizon: Horizon) -> float:
+        warmup = min(horizon.steps(self.warmup), horizon.total_steps)
+        if step < warmup:
+            return self.start + (self.peak - self.start) * step / warmup
+        return self.peak + (self.end - self.peak) * _progress(step, warmup, horizon.total_steps)
+
+
 def _progress(step: float, begin: float, end: float) -> float:
     return 1.0 if end <= begin else min(1.0, max(0.0, (step - begin) / (end - begin)))
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from src.schedules import Constant, Cosine, Horizon, Linear, Switch, WarmupCosine
+from src.schedules import Constant, Cosine, Horizon, Linear, Switch, WarmupCosine, WarmupLinear
 
 RUN = Horizon(total_steps=1000, steps_per_epoch=50.0, batch_size=256)
 
@@ -41,6 +41,13 @@ def test_warmup_cosine_at_hand_worked_points():
     assert schedule.value(600, RUN) == pytest.approx(1.1)  # half of the way down
     assert schedule.value(1000, RUN) == pytest.approx(0.2)
     assert schedule.value(1200, RUN) == pytest.approx(0.2)
+
+
+def test_warmup_linear_at_hand_worked_points():
+    schedule = WarmupLinear(peak=2.0, warmup="20%", start=0.4, end=0.2)
+    steps = {0: 0.4, 100: 1.2, 200: 2.0, 400: 1.55, 600: 1.1, 1000: 0.2, 1200: 0.2}
+    assert {step: schedule.value(step, RUN) for step in steps} == pytest.approx(steps)
+    assert WarmupLinear(peak=1.0, warmup="40 epochs").value(500, RUN) == pytest.approx(0.5)
 
 
 def test_a_warmup_longer_than_the_run_ends_below_the_peak_without_dividing_by_zero():

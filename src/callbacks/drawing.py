@@ -124,6 +124,18 @@ def texts_of_pictures(
     return sheet.image
 
 
+def captions_of_pictures(pictures: Sequence[Image.Image], texts: Sequence[str], said: Sequence[str]) -> Image.Image:
+    """A row a picture: what is said of it, and below one of the texts that it comes with."""
+    side, beside = 96, 560
+    sheet = _Sheet(3 * _MARGIN + side + beside, _MARGIN + (side + _MARGIN) * len(said))
+    for row, (picture, text, words) in enumerate(zip(pictures, texts, said, strict=False)):
+        y, left = _MARGIN + (side + _MARGIN) * row, 2 * _MARGIN + side
+        sheet.paste(picture, _MARGIN, y, side)
+        sheet.write(left, y, words or "(nothing)", 15, INK, width=beside, height=60)
+        sheet.write(left, y + side - 34, text, 13, FAINT, width=beside, height=34)
+    return sheet.image
+
+
 def tile(picture: Image.Image, side: int, *, text: bool) -> Image.Image:
     """A point of the projector: a picture with a blue edge, or, of its text, the faded picture with an orange one."""
     made = picture.resize((side, side), Image.Resampling.BILINEAR)

@@ -13,10 +13,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from src.callbacks.drawing import Ranked, pictures_of_texts, similarities, texts_of_pictures, tile
+from src.callbacks.drawing import (
+    Ranked,
+    captions_of_pictures,
+    pictures_of_texts,
+    similarities,
+    texts_of_pictures,
+    tile,
+)
 from src.callbacks.pictures import Shown, seeded_everywhere, writers
 from src.datamodules.dataset import Draw
 from src.errors import SettingError
+from src.evaluation.captions import Captioner
 from src.evaluation.image_text import TwoTowers
 from src.evaluation.retrieval import ranks
 from src.models.backbones.image_encoder import inference
@@ -28,7 +36,7 @@ _THUMBNAIL = 112  # pixels, the largest that is drawn
 _POINT = 48  # pixels of a picture in the projector
 
 
-Act = Callable[[Any, "Gallery", Tensor, Tensor, int], None]
+Act = Callable[[Any, "Gallery", "Made"], None]
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,16 @@ class Gallery:
     classes: list[str]
 
 
+@dataclass(frozen=True)
+class Made:
+    """What the method makes of a gallery, on the CPU."""
+
+    step: int  # of the run
+    image: Tensor  # float32 [N, D]
+    text: Tensor  # float32 [N, D]
+    said: list[str]  # of the first pictures; of none where the method does not caption
+
+
 class ImageTextPictures(Shown):
     """Writes to TensorBoard what the towers make of a fixed choice of validation pictures, each with the first text
     that its source judges by: at the start, every so many epochs, and at the end.
@@ -51,6 +69,7 @@ class ImageTextPictures(Shown):
     - ``pictures/similarities``: every text of a few against every picture of them
     - ``pictures/pictures_of_texts``, ``pictures/texts_of_pictures``: the surest and the worst retrievals among all
       ``count``, with the rank of what should have been found
+    - ``pictures/captions``: what a method that captions says of some, and below the text they come with
     - at the end the projector: the vectors of all pictures and texts, with names, classes and sprites
 
     Costs a forward pass of ``count`` pictures and texts; the pictures are kept in memory. What goes wrong here is
@@ -61,6 +80,7 @@ class ImageTextPictures(Shown):
         table: of them so many have their similarities shown.
         rows: of the best and of the worst retrievals, each.
         nearest: results of a retrieval that are shown.
+        captions: pictures that are captioned, where the method can.
         every_n_epochs: how often.
         projector: whether the vectors are written at the end.
     """
@@ -71,21 +91,28 @@ class ImageTextPictures(Shown):
         table: int = 10,
         rows: int = 4,
         nearest: int = 5,
+        captions: int = 8,
         every_n_epochs: int = 5,
         projector: bool = True,
     ) -> None:
         super().__init__(every_n_epochs)
-        least = {"count": 2, "table": 1, "rows": 1, "nearest": 1}
-        for name, value in {"count": count, "table": table, "rows": rows, "nearest": nearest}.items():
-            if value < least[name]:
-                raise SettingError(f"ImageTextPictures: {name} must be at least {least[name]}, got {value}")
+        for name, value, least in (
+            ("count", count, 2),
+            ("table", table, 1),
+            ("rows", rows, 1),
+            ("nearest", nearest, 1),
+            ("captions", captions, 1),
+        ):
+            if value < least:
+                raise SettingError(f"ImageTextPictures: {name} must be at least {least}, got {value}")
         self.count = count
         self.table = table
         self.rows = rows
         self.nearest = nearest
+        self.captions = captions
         self.projector = projector
         self._gallery: Gallery | None = None
-        self._vectors: tuple[int, Tensor, Tensor] | None = None  # the step they are of
+        self._made: Made | None = None
         self._warned = False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -100,12 +127,10 @@ class ImageTextPictures(Shown):
         if not isinstance(pl_module, TwoTowers):
             return
         try:
-            self._encode(trainer, pl_module)
+            made = self._make(trainer, pl_module)
             assert self._gallery is not None
-            assert self._vectors is not None
-            step, image, text = self._vectors
-            for writer in writers(trainer) if len(image) > 1 else ():
-                act(writer, self._gallery, image, text, step)
+            for writer in writers(trainer) if len(made.image) > 1 else ():
+                act(writer, self._gallery, made)
                 writer.flush()
         except Exception as problem:  # a run of days must not end for want of something to look at
             # tried again next time: were it this process alone that stopped, the others would wait for it
@@ -113,14 +138,16 @@ class ImageTextPictures(Shown):
                 log.warning("no pictures of images and texts: %s: %s", type(problem).__name__, problem)
             self._warned = True
 
-    def _encode(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _make(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Made:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         if self._gallery is None:
             self._gallery = _gallery(datamodule, self.count)
-        if self._vectors is None or self._vectors[0] != trainer.global_step:
-            self._vectors = (trainer.global_step, *_vectors(pl_module, datamodule, self._gallery))
+        if self._made is None or self._made.step != trainer.global_step:
+            self._made = _make(pl_module, datamodule, self._gallery, self.captions)
+        return self._made
 
-    def _draw(self, writer: Any, gallery: Gallery, image: Tensor, text: Tensor, step: int) -> None:
+    def _draw(self, writer: Any, gallery: Gallery, made: Made) -> None:
+        image, text = made.image, made.text
         count = min(self.table, len(image))
         shown = [place * len(image) // count for place in range(count)]  # sources may be sorted by class
         sheets = {
@@ -136,19 +163,21 @@ class ImageTextPictures(Shown):
         ):
             best, worst = extremes(query, keys, rows=self.rows, nearest=self.nearest)
             sheets[name] = draw(gallery.pictures, gallery.texts, {"found most clearly": best, "found last": worst})
+        if made.said:
+            sheets["captions"] = captions_of_pictures(gallery.pictures, gallery.texts, made.said)
         for name, sheet in sheets.items():
-            writer.add_image(f"pictures/{name}", np.asarray(sheet), step, dataformats="HWC")
+            writer.add_image(f"pictures/{name}", np.asarray(sheet), made.step, dataformats="HWC")
 
-    def _project(self, writer: Any, gallery: Gallery, image: Tensor, text: Tensor, step: int) -> None:
+    def _project(self, writer: Any, gallery: Gallery, made: Made) -> None:
         tiles = [tile(picture, _POINT, text=each) for each in (False, True) for picture in gallery.pictures]
         rows = zip(gallery.classes, gallery.texts, gallery.names, strict=True)
         said = [[" ".join(word.split()) for word in row] for row in rows]  # a tab would begin another column
         writer.add_embedding(
-            torch.cat([image, text]),
+            torch.cat([made.image, made.text]),
             metadata=[[kind, *row] for kind in ("picture", "text") for row in said],
             metadata_header=["is", "class", "text", "name"],
             label_img=torch.from_numpy(np.stack([np.asarray(each) for each in tiles])).permute(0, 3, 1, 2) / 255,
-            global_step=step,
+            global_step=made.step,
             tag="images_and_texts",
         )
 
@@ -192,10 +221,13 @@ def _gallery(datamodule: Any, count: int) -> Gallery:
     )
 
 
-def _vectors(pl_module: L.LightningModule, datamodule: Any, gallery: Gallery) -> tuple[Tensor, Tensor]:
-    """Of pictures and texts, float32 [N, D] on the CPU."""
-    device, size = pl_module.device, datamodule.eval_batch_size
-    images, texts = [], []
+def _make(pl_module: L.LightningModule, datamodule: Any, gallery: Gallery, captions: int) -> Made:
+    device, size, tokenizer = pl_module.device, datamodule.eval_batch_size, datamodule.tokenizer
+    images, texts, said = [], [], []
+
+    def pictures(image: Tensor) -> Tensor:
+        return datamodule.on_after_batch_transfer({"image": image.to(device)}, 0)["image"]
+
     with (
         inference(pl_module),
         seeded_everywhere(0, device),
@@ -204,11 +236,14 @@ def _vectors(pl_module: L.LightningModule, datamodule: Any, gallery: Gallery) ->
     ):
         parts = zip(*(each.split(size) for each in (gallery.image, gallery.text, gallery.mask)), strict=True)
         for image, text, mask in parts:
-            batch = datamodule.on_after_batch_transfer({"image": image.to(device)}, 0)
-            images.append(pl_module.encode_image(batch["image"]))  # type: ignore[operator]
+            images.append(pl_module.encode_image(pictures(image)))  # type: ignore[operator]
             texts.append(pl_module.encode_text(text.to(device), mask.to(device)))  # type: ignore[operator]
+        if isinstance(pl_module, Captioner) and None not in (tokenizer.start, tokenizer.end):
+            marks = {"start": tokenizer.start, "end": tokenizer.end}
+            ids = pl_module.caption(pictures(gallery.image[:captions]), **marks, length=tokenizer.length)
+            said = tokenizer.decode(ids.cpu())
     image, text = (torch.cat(parts).float().cpu() for parts in (images, texts))
-    return image, text
+    return Made(pl_module.trainer.global_step, image, text, said)
 
 
 def _thumbnail(image: Tensor) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy and retrieval while training runs."""
+"""Zero-shot accuracy, retrieval and captions while training runs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import lightning as L
 
 from src.callbacks.online_evaluation import ends_training
 from src.datamodules.image_text import ImageTextDataModule
+from src.evaluation.captions import CaptionEvaluation
 from src.evaluation.image_text import ImageTextEvaluation
 from src.models.pretrain_module import PretrainModule
 from src.sharding import gathered
@@ -20,13 +21,21 @@ class OnlineImageText(L.Callback):
     Args:
         evaluation: what is asked.
         every_n_epochs: epochs between evaluations.
+        captions: what is asked besides of a method that says what it sees.
     """
 
-    def __init__(self, evaluation: ImageTextEvaluation | None = None, *, every_n_epochs: int = 1) -> None:
+    def __init__(
+        self,
+        evaluation: ImageTextEvaluation | None = None,
+        *,
+        every_n_epochs: int = 1,
+        captions: CaptionEvaluation | None = None,
+    ) -> None:
         if every_n_epochs < 1:
             raise ValueError(f"OnlineImageText: every_n_epochs must be at least 1, got {every_n_epochs}")
         self.evaluation = evaluation or ImageTextEvaluation()
         self.every_n_epochs = every_n_epochs
+        self.captions = captions
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.received_sigterm:
@@ -34,9 +43,10 @@ class OnlineImageText(L.Callback):
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0 or ends_training(trainer):
             begin = time.perf_counter()
             datamodule = cast(ImageTextDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+            module, precision = cast(PretrainModule, pl_module), str(trainer.precision)
             with gathered(pl_module):
-                scores = self.evaluation(
-                    cast(PretrainModule, pl_module), datamodule, pl_module.device, precision=str(trainer.precision)
-                )
+                scores = self.evaluation(module, datamodule, pl_module.device, precision=precision)
+                if self.captions is not None:
+                    scores |= self.captions(module, datamodule, pl_module.device, precision=precision)
             scores["image_text_seconds"] = time.perf_counter() - begin
             pl_module.log_dict({f"eval/{name}": value for name, value in scores.items()}, batch_size=1, sync_dist=True)

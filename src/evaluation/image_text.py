@@ -17,7 +17,7 @@ from src.evaluation.features import autocast
 from src.evaluation.geometry import geometry
 from src.evaluation.hard_negatives import preference
 from src.evaluation.retrieval import retrieval
-from src.evaluation.run import exact_products, query_loader
+from src.evaluation.run import exact_products, readable
 from src.evaluation.zero_shot import PHOTOS, classifier, top_k
 from src.models.backbones.image_encoder import inference
 from src.randomness import seeded
@@ -122,9 +122,7 @@ class ImageTextEvaluation:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors, labels and positions in the source of every picture that could be read, in the source's order."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for loaded in query_loader(datamodule, self.split, self.samples):
-            batch = {name: loaded[name][~loaded["replaced"]] for name in ("image", "label", "index")}
-            batch = datamodule.on_after_batch_transfer(datamodule.transfer_batch_to_device(batch, device, 0), 0)
+        for batch in readable(datamodule, self.split, self.samples, device):
             found.append((towers.encode_image(batch["image"]).float(), batch["label"], batch["index"]))
         images, labels, index = (gather_rows(torch.cat(column)) for column in zip(*found, strict=True))
         order = index.argsort()

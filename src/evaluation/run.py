@@ -114,6 +114,16 @@ def query_loader(
     return datamodule.test_dataloader(samples) if split == "test" else datamodule.val_dataloader(samples)
 
 
+def readable(
+    datamodule: ImageDataModule, split: Split, samples: int | None, device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
+    """``image``, ``label`` and ``index`` of the held-out images that could be read, this process's share in batches on
+    ``device``; arguments and errors as `query_loader`."""
+    for loaded in query_loader(datamodule, split, samples):
+        batch = {name: loaded[name][~loaded["replaced"]] for name in ("image", "label", "index")}
+        yield datamodule.on_after_batch_transfer(datamodule.transfer_batch_to_device(batch, device, 0), 0)
+
+
 def score(sets: Mapping[str, FeatureSets], evaluators: Sequence[Evaluator], device: torch.device) -> dict[str, float]:
     """The evaluators' numbers, named as `run_evaluators` says."""
     scores: dict[str, float] = {}

@@ -96,6 +96,32 @@ def test_the_projector_holds_a_point_for_each_picture_and_text(tmp_path: Path) -
     assert folder.name in (tmp_path / "projector_config.pbtxt").read_text()
 
 
+def test_what_a_captioner_says_is_written_under_its_pictures(tmp_path: Path) -> None:
+    class Captioning(Counting):
+        """Says the number that the picture shows, and lists what it was asked."""
+
+        lengths: list[int] = []
+
+        def caption(self, image: Tensor, *, start: int, end: int, length: int, beams: int = 1) -> Tensor:
+            self.lengths.append(length)
+            ids, _ = self.made.tokenizer([NUMBERS[number] for number in self.encode_image(image).argmax(dim=1)])
+            assert (ids[:, 0] == start).all()
+            assert (ids == end).any(dim=1).all()
+            return ids
+
+    module = Captioning(data(tmp_path))
+    callback = ImageTextPictures(captions=3)
+    events = train(tmp_path, module, callback, max_epochs=1)
+    [first, last] = events.Images("pictures/captions")
+    assert (first.step, last.step) == (0, 5)
+    assert callback._made is not None
+    assert callback._made.said == ["zero", "one", "two"]
+    assert module.lengths == [12, 12]
+    drawn = Image.open(io.BytesIO(last.encoded_image_string)).convert("RGB")
+    assert drawn.size == (3 * 12 + 96 + 560, 12 + 3 * (96 + 12))
+    assert pixels(drawn, (2, 2, 2)) == 96**2  # the third picture
+
+
 def test_what_goes_wrong_is_said_once_and_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Counting):
         def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
@@ -179,7 +205,7 @@ def test_sheets_of_retrievals_show_own_and_found() -> None:
     assert pixels(tile(pictures[0], 48, text=True), (10, 1, 2)) == 0
 
 
-@pytest.mark.parametrize("name", ["count", "table", "rows", "nearest", "every_n_epochs"])
+@pytest.mark.parametrize("name", ["count", "table", "rows", "nearest", "captions", "every_n_epochs"])
 def test_what_cannot_be_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least"):
         ImageTextPictures(**{name: 0})

@@ -44,6 +44,10 @@ class Tokenizer:
         return len(self.inner)
 
     @property
+    def start(self) -> int | None:
+        return self.inner.bos_token_id
+
+    @property
     def end(self) -> int | None:
         return self.inner.eos_token_id
 

@@ -61,13 +61,17 @@ class CLIP(ImageTextModule):
         features = self.image_encoder(batch["image"]).embedding
         image = unit(self.image_projection(features))
         text = self.encode_text(batch["text"], batch["text_mask"])
+        loss, logs = self.contrast(image, text, batch["text"])
+        return {"loss": loss, "logs": logs, "embedding": features.detach().float()}
+
+    def contrast(self, image: Tensor, text: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and what is logged of it: unit vectors [B, E] of images and texts, the texts' token ids [B, L]."""
         images, offset = gather(image)
         texts, _ = gather(text)
-        same = equal_texts(gather_rows(batch["text"])) if self.mask_equal_texts else None
+        same = equal_texts(gather_rows(ids)) if self.mask_equal_texts else None
         scale = self.logit_scale.exp().squeeze()
         loss = clip_loss(image, text, images, texts, offset, scale=scale, same=same)
-        logs = {"scale": scale.detach(), "gap": (image.mean(dim=0) - text.mean(dim=0)).norm().detach()}
-        return {"loss": loss, "logs": logs, "embedding": features.detach().float()}
+        return loss, {"scale": scale.detach(), "gap": (image.mean(dim=0) - text.mean(dim=0)).norm().detach()}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)

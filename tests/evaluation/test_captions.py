@@ -1,0 +1,125 @@
+"""Captions are judged as the formulas say, and as COCO's code does."""
+
+import math
+
+import pytest
+import torch
+from omegaconf import OmegaConf, open_dict
+from torch import Tensor, nn
+
+from src import evaluate, trained
+from src.configuration import CONFIGS, UserError
+from src.datamodules.image_text import ImageTextDataModule
+from src.errors import SettingError
+from src.evaluation.captions import Captioner, CaptionEvaluation, bleu4, cider_d, words
+from src.train import compose
+from tests.datamodules.test_image_text import NUMBERS
+from tests.evaluation.test_image_text import data
+
+CANDIDATES = [
+    "a red ring left of a blue star",
+    "this is a photo of a photo of a photo of a heart",
+    "two things, the largest a striped cyan cross",
+    "",
+]
+REFERENCES = [
+    ["A red hoop left of a blue star.", "there is a crimson ring to the left of a star", "a red ring"],
+    ["a photo of a heart", "this is a purple heart"],
+    ["three things, the largest a striped turquoise plus sign", "two things, the largest a striped cyan cross"],
+    ["a four-sided tile", "one can see a square"],
+]
+
+
+def test_texts_are_cut_into_words():
+    assert words("A four-sided tile's edge, left (of it).") == ["a", "four-sided", "tile's", "edge", "left", "of", "it"]
+
+
+def test_bleu_at_a_hand_worked_point():
+    """Over both texts 8 of 8 words, and 4 of 6, 2 of 4 and 1 of 3 runs of two, three and four."""
+    candidates = ["A red ring, left of it.", "a star"]
+    references = [["a red ring left it of", "there is a red ring left"], ["a star", "a blue star is there"]]
+    expected = ((8 / 8) * (4 / 6) * (2 / 4) * (1 / 3)) ** 0.25
+    assert bleu4(candidates, references) == pytest.approx(expected)
+    # too short, and nothing else
+    assert bleu4(["a red ring left"], [["a red ring left of it."]]) == pytest.approx(math.exp(1 - 6 / 4))
+
+
+def test_cider_at_a_hand_worked_point():
+    """Two pictures, each word and pair in the texts of one of them, but for "a", which says nothing: its weight is 0.
+
+    In units of log 2, the first candidate's words are (2 red, 1 ring) against (1, 1), clipped to (1, 1): a product of
+    2 over the norms sqrt(5) and sqrt(2). Two of its three pairs are the two of the reference. It shares no longer run,
+    and is a word longer.
+    """
+    candidates, references = ["a red red ring", "nothing"], [["a red ring"], ["a star"]]
+    of_words = 2 / math.sqrt(5 * 2)
+    of_pairs = 2 / math.sqrt(3 * 2)
+    expected = 10 * (of_words + of_pairs + 0 + 0) / 4 * math.exp(-1 / 72) / 2
+    assert cider_d(candidates, references) == pytest.approx(expected)
+
+
+def test_cider_is_what_coco_s_code_says():
+    """The number is that of the class CiderScorer of pycocoevalcap 1.2, on the same words."""
+    assert cider_d(CANDIDATES, REFERENCES) == pytest.approx(2.971378923612959, abs=1e-12)
+
+
+def test_cider_of_perfect_captions_and_of_one_picture():
+    said = [each[0] for each in REFERENCES if len(words(each[0])) >= 4]  # with runs of every length
+    assert cider_d(said, [[text] for text in said]) == pytest.approx(10)
+    assert cider_d(said[:1], [said[:1]]) == 0  # words that every picture's texts have say nothing
+    for wrong in ([], REFERENCES[:1], [*REFERENCES[:-1], []]):
+        with pytest.raises(ValueError, match="every picture needs a reference"):
+            cider_d(CANDIDATES, wrong)
+
+
+class Teller(nn.Module):
+    """Reads a picture's grey value and says what such pictures are said to be."""
+
+    def __init__(self, made: ImageTextDataModule, mute: bool = False) -> None:
+        super().__init__()
+        self.made, self.mute = made, mute
+        self.dropout = nn.Dropout()
+
+    def caption(self, image: Tensor, *, start: int, end: int, length: int, beams: int = 1) -> Tensor:
+        assert not self.training
+        grey = (self.made.denormalise(image)[:, 0, 0, 0] * 255).round().long()
+        texts = [f"{NUMBERS[0 if self.mute else value]} said once and twice" for value in grey.tolist()]
+        ids, mask = self.made.tokenizer(texts)
+        assert ids.shape[1] == length
+        assert (ids[:, 0] == start).all()
+        return ids.masked_fill(~mask, end)
+
+
+def test_what_is_said_is_compared_with_the_picture_s_own_texts(tmp_path):
+    made = data(tmp_path, broken=(3,))
+    teller, mute = Teller(made).train(), Teller(made, mute=True)
+    assert isinstance(teller, Captioner)
+    found, less = (CaptionEvaluation()(each, made, torch.device("cpu")) for each in (teller, mute))
+    assert teller.training
+    said = [f"{name} said once and twice" for name in NUMBERS if name != "three"]
+    texts = [[f"{name} said once", f"{name} said twice"] for name in NUMBERS if name != "three"]
+    assert found == {"captions_bleu4": bleu4(said, texts), "captions_cider": cider_d(said, texts)}
+    assert found["captions_cider"] > less["captions_cider"] + 1
+    made.tokenizer.inner.bos_token = None
+    try:
+        with pytest.raises(SettingError, match=r"data.tokenizer: captions need one that marks"):
+            CaptionEvaluation()(teller, made, torch.device("cpu"))
+    finally:
+        made.tokenizer.inner.bos_token = "<start>"
+
+
+def test_captions_are_asked_for_beside_pairs_or_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(trained, "load", lambda config, checkpoint: trained.fresh(config))
+    small = ["scale=tiny", "data.source.count={train: 16, val: 8, test: 8}", "data.source.cache_dir=null"]
+
+    def asked(experiment: str, *names: str) -> dict[str, float]:
+        words = [f"experiment={experiment}", *small, f"run.dir={tmp_path}", "image_size=16", "trainer.accelerator=cpu"]
+        config = compose(words)
+        with open_dict(config):
+            config.evaluate = OmegaConf.load(CONFIGS / "evaluate.yaml")
+        return evaluate.evaluate_pairs(config, tmp_path / "none.ckpt", names)
+
+    assert set(asked("coca_vitb32", "captions")) == {"captions_bleu4", "captions_cider"}
+    assert {"captions_cider", "zeroshot_top1", "gap"} <= set(asked("coca_vitb32", "zeroshot", "captions"))
+    with pytest.raises(UserError, match=r"EVAL=retrieval,captions needs a method that writes captions, which CLIP"):
+        asked("clip_vitb32", "retrieval", "captions")
