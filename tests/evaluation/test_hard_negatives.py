@@ -7,6 +7,7 @@ import torch
 
 from src.datamodules.scenes import captions
 from src.datamodules.scenes.source import ScenesSource
+from src.datamodules.scenes.world import ObjectsWorld
 from src.datamodules.sources.source import MistakenSource
 from src.evaluation.hard_negatives import preference
 from tests.datamodules.test_image_text import Numbered
@@ -82,6 +83,21 @@ def test_another_number_is_named():
         assert wrong.split()[0] in captions._NUMBERS
         assert wrong.split()[0] != right.split()[0]
         assert right.split("largest")[1] == wrong.split("largest")[1]
+
+
+@pytest.mark.parametrize("others", [(0, 1), (0, 3), (1, 2)])
+def test_a_number_that_no_scene_has_would_need_no_picture(others):
+    source = ScenesSource("val", count=60, resolution=16, world=ObjectsWorld(others=others))
+    told = Counter()
+    for index in range(len(source)):
+        [(right, wrong)] = [each[1:] for each in source.mistakes(index) if each.kind == "count"]
+        pair = [captions._NUMBERS.index(text.split()[0]) for text in (right, wrong)]
+        assert pair[0] == len(source.scene(index).things)
+        assert abs(pair[0] - pair[1]) == 1
+        told.update([tuple(pair)])
+    least, most = (1 + number for number in others)
+    # every number is wrong in one scene and right in another
+    assert set(told) == {pair for n in range(least, most) for pair in ((n, n + 1), (n + 1, n))}
 
 
 def test_they_are_the_same_every_time():

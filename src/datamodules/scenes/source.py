@@ -178,11 +178,16 @@ class ScenesSource:
         - "attribute": the main thing has another colour, where there is no second one of another colour
         - "swapped": otherwise the two have each other's colours; every word of the right text is in the wrong one
         - "relation": the second thing is on the other side
-        - "count": there are more or fewer things
+        - "count": there are more or fewer things, as many as there may be
         """
         what, found = captions.facts(self.scene(index)), []
         for number, (mistake, wordings) in enumerate(captions.SHOWN_BY.items()):
-            wrong = captions.mistaken(what, mistake, fold(index, number))
+            choice = fold(index, number)
+            if mistake == "count":
+                # a number that no scene has is wrong whatever the picture shows
+                fewer, more = (len(what.things) - 1 - limit for limit in self.world.others)
+                choice = choice if fewer > 0 > more else int(fewer > 0)
+            wrong = captions.mistaken(what, mistake, choice)
             if wrong is None:
                 continue
             swapped = mistake == "attribute" and len({thing.colour for thing in what.things[:2]}) == 2
