@@ -31,7 +31,16 @@ FLOORS = ("random", "pixels")
 FINETUNE = "finetune"
 _COLUMNS = 6  # of the printed table
 CAPTIONS = "captions"
-PAIRS = ("zeroshot", "retrieval", CAPTIONS)  # of methods with two towers; captions, of those that say what they see
+# of methods with two towers; captions, of those that say what they see
+PAIRS = ("zeroshot", "retrieval", "hardnegatives", "geometry", CAPTIONS)
+
+_NEEDS = {
+    "zeroshot": "it needs labels with names",
+    "retrieval": "it needs texts",
+    "hardnegatives": "it needs texts that are wrong in one thing, which scenes have",
+    "geometry": "it needs two pictures with texts at least",
+    CAPTIONS: "it needs texts",
+}
 
 # a run's own whatever data it is judged on: what its method was built for
 KEPT = ("_target_", "train_view", "batch_size", "tokenizer", "tokenizer_file", "vocabulary", "text_length")
@@ -140,7 +149,8 @@ def evaluate_pairs(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -
     is asked for.
 
     Raises:
-        UserError: the method has no text tower, or says nothing of an image, or the data has no texts.
+        UserError: the method has no text tower, or says nothing of an image, or the data has no texts or nothing of
+            what is asked for.
     """
     device, module = device_of(config), trained.load(config, checkpoint)
     what = f"EVAL={','.join(asked)} needs a method"
@@ -161,6 +171,9 @@ def evaluate_pairs(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -
             scores |= evaluation(module.to(device), datamodule, device, precision=precision_of(config, device))
     except SettingError as problem:
         raise UserError(str(problem)) from problem
+    for name in asked:
+        if not any(score.startswith(name) for score in scores):
+            raise UserError(f"EVAL={name}: {data_name(config)} has nothing to judge that by: {_NEEDS[name]}")
     return {name: value for name, value in scores.items() if name.startswith((*asked, "gap"))}
 
 
@@ -254,7 +267,7 @@ def precision_of(config: DictConfig, device: torch.device) -> str:
 def _shown(metric: str, value: float | None) -> str:
     if value is None:
         return ""
-    return f"{100 * value:.2f} %" if re.search(r"top\d|_r\d", metric) else f"{value:.4g}"
+    return f"{100 * value:.2f} %" if re.search(r"top\d|_r\d|hardnegatives|separability", metric) else f"{value:.4g}"
 
 
 if __name__ == "__main__":

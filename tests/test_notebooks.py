@@ -33,6 +33,19 @@ print(json.dumps({
 }))
 """
 
+# of the notebook of scenes and CLIP
+WORDS = """
+import json
+print(json.dumps({
+    "losses": curve.losses,
+    "scores": scores,
+    "chances": chances.tolist(),
+    "maps": list(maps.shape),
+    "error": error,
+    "similarity": list(similarity.shape),
+}))
+"""
+
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebooks_are_stored_without_outputs_and_without_this_machines_paths(path: Path) -> None:
@@ -48,17 +61,22 @@ def test_notebooks_are_stored_without_outputs_and_without_this_machines_paths(pa
     assert kinds.count("markdown") >= kinds.count("code") / 2
 
 
-@pytest.fixture(scope="module")
-def executed() -> nbformat.NotebookNode:
-    """The notebook of scenes and MAE, trained for some steps, started where its file is."""
-    notebook = nbformat.read(PROJECT / "notebooks/mae_on_scenes.ipynb", 4)
-    notebook.cells.append(nbformat.v4.new_code_cell(RESULTS))
+def run(name: str, ending: str) -> nbformat.NotebookNode:
+    """A notebook, trained for some steps, started where its file is."""
+    notebook = nbformat.read(PROJECT / "notebooks" / name, 4)
+    notebook.cells.append(nbformat.v4.new_code_cell(ending))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRETEXT_NOTEBOOK_STEPS", str(STEPS))
         patch.delenv("MPLBACKEND", raising=False)
         folder = {"metadata": {"path": str(PROJECT / "notebooks")}}
         NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder).execute()
     return notebook
+
+
+@pytest.fixture(scope="module")
+def executed() -> nbformat.NotebookNode:
+    """The notebook of scenes and MAE."""
+    return run("mae_on_scenes.ipynb", RESULTS)
 
 
 def printed(cell: nbformat.NotebookNode) -> str:
@@ -94,8 +112,12 @@ def test_the_evaluation_says_what_each_encoder_is_worth(
 
 
 def test_every_figure_shows_something(executed: nbformat.NotebookNode) -> None:
+    check_figures(executed, 5)
+
+
+def check_figures(executed: nbformat.NotebookNode, count: int) -> None:
     cells = [cell for cell in executed.cells if cell.cell_type == "code" and "plt.show()" in cell.source]
-    assert len(cells) == 5
+    assert len(cells) == count
     seen = []
     for cell in cells:
         [figure] = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
@@ -109,3 +131,20 @@ def test_every_figure_shows_something(executed: nbformat.NotebookNode) -> None:
 def test_paths_start_at_the_projects_root_wherever_it_was_opened(results: dict[str, Any]) -> None:
     assert Path(results["root"]) == PROJECT
     assert not (PROJECT / "notebooks/cache").exists()
+
+
+def test_a_clip_is_trained_and_asked_in_words() -> None:
+    notebook = run("clip_on_scenes.ipynb", WORDS)
+    check_figures(notebook, 5)
+    said = [printed(cell) for cell in notebook.cells if cell.cell_type == "code"]
+    results = json.loads(said[-1])
+    assert len(results["losses"]) == STEPS
+    assert np.mean(results["losses"][-3:]) < np.mean(results["losses"][:3])
+    assert {"zeroshot_top1", "zeroshot_single_top1", "hardnegatives_relation"} <= set(results["scores"])
+    assert "swapped    right: " in "".join(said)
+    chances = np.array(results["chances"])
+    assert chances.shape == (256, 5)
+    assert chances.sum(axis=1) == pytest.approx(1, abs=1e-5)
+    assert results["similarity"] == [4, 256]
+    assert results["maps"] == [256, 4, 64]
+    assert results["error"] < 1e-5  # what the patches add makes the similarity

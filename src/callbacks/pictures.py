@@ -20,7 +20,41 @@ from src.randomness import fold, seeded
 from src.sharding import gathered
 
 
-class Pictures(L.Callback):
+class Shown(L.Callback):
+    """Something to look at: at the start, every so many epochs, and at the end, once each.
+
+    Args:
+        every_n_epochs: how often.
+    """
+
+    def __init__(self, every_n_epochs: int) -> None:
+        if every_n_epochs < 1:
+            raise SettingError(f"{type(self).__name__}: every_n_epochs must be at least 1, got {every_n_epochs}")
+        self.every_n_epochs = every_n_epochs
+        self._shown = -1
+
+    def show(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Called in every process: a sharded module needs them all for a forward pass. One of them logs."""
+        raise NotImplementedError
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == 0:
+            self._once(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._once(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._once(trainer, pl_module)
+
+    def _once(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._shown != trainer.global_step:
+            self._shown = trainer.global_step
+            self.show(trainer, pl_module)
+
+
+class Pictures(Shown):
     """Logs what ``pl_module.pictures`` makes of the first validation images, as ``pictures/<name>``: at the start,
     every so many epochs, and at the end.
 
@@ -35,37 +69,22 @@ class Pictures(L.Callback):
     """
 
     def __init__(self, count: int = 8, every_n_epochs: int = 1, seed: int = 0) -> None:
-        if count < 1 or every_n_epochs < 1:
-            raise SettingError(f"Pictures: count and every_n_epochs must be at least 1, got {count}, {every_n_epochs}")
+        super().__init__(every_n_epochs)
+        if count < 1:
+            raise SettingError(f"Pictures: count must be at least 1, got {count}")
         self.count = count
-        self.every_n_epochs = every_n_epochs
         self.seed = seed
         self._batch: dict[str, Tensor] | None = None
-        self._shown = -1
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step == 0:
-            self._show(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._show(trainer, pl_module)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._show(trainer, pl_module)
-
-    def _show(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._shown == trainer.global_step or not _draws_pictures(pl_module):
+    def show(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not _draws_pictures(pl_module):
             return
-        self._shown = trainer.global_step
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        # every process draws, one logs: a sharded module needs them all for a forward pass
         for name, rows in self._draw(pl_module, datamodule).items():
             grid = make_grid(datamodule.denormalise(rows.float()).flatten(0, 1).cpu(), nrow=rows.shape[1])
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                    logger.experiment.add_image(f"pictures/{name}", grid, trainer.global_step)
-                    logger.experiment.flush()
+            for writer in writers(trainer):
+                writer.add_image(f"pictures/{name}", grid, trainer.global_step)
+                writer.flush()
 
     def _draw(self, pl_module: L.LightningModule, datamodule: Any) -> dict[str, Tensor]:
         batch = {name: value.to(pl_module.device) for name, value in self._fixed_batch(datamodule).items()}
@@ -73,7 +92,7 @@ class Pictures(L.Callback):
         trainer = pl_module.trainer
         with (
             inference(pl_module),
-            _seeded_everywhere(self.seed, pl_module.device),
+            seeded_everywhere(self.seed, pl_module.device),
             trainer.precision_plugin.forward_context(),
             gathered(pl_module),
         ):
@@ -91,13 +110,19 @@ class Pictures(L.Callback):
         return self._batch
 
 
+def writers(trainer: L.Trainer) -> list[Any]:
+    """Where pictures are written: TensorBoard's, in the process that logs."""
+    found = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return [logger.experiment for logger in found] if trainer.is_global_zero else []
+
+
 def _draws_pictures(pl_module: L.LightningModule) -> bool:
     """Whether the module has a ``pictures`` of its own: the base's draws none, and no batch is made for it."""
     return getattr(type(pl_module), "pictures", PretrainModule.pictures) is not PretrainModule.pictures
 
 
 @contextmanager
-def _seeded_everywhere(seed: int, device: torch.device) -> Iterator[None]:
+def seeded_everywhere(seed: int, device: torch.device) -> Iterator[None]:
     """`seeded`, and the generator of ``device`` with it."""
     on_gpu = device.type == "cuda"
     with seeded(seed), torch.random.fork_rng([device] if on_gpu else [], enabled=on_gpu):

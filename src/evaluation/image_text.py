@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 
 from src.collectives import gather_rows
 from src.datamodules.image_text import ImageTextDataModule
-from src.datamodules.sources.source import CaptionedSource, Split
+from src.datamodules.sources.source import CaptionedSource, MistakenSource, PromptedSource, Split
 from src.evaluation.features import autocast
+from src.evaluation.geometry import geometry
+from src.evaluation.hard_negatives import preference
 from src.evaluation.retrieval import retrieval
-from src.evaluation.run import readable
-from src.evaluation.zero_shot import TEMPLATES, classifier, top_k
+from src.evaluation.run import exact_products, readable
+from src.evaluation.zero_shot import PHOTOS, classifier, top_k
 from src.models.backbones.image_encoder import inference
 from src.randomness import seeded
 
@@ -35,18 +38,23 @@ class TwoTowers(Protocol):
 class ImageTextEvaluation:
     """Zero-shot classification by ``templates`` and retrieval among the same pictures.
 
-    Reports ``zeroshot_top1`` and, of more than five classes, ``zeroshot_top5`` where there are labels;
-    ``retrieval_i2t_r1`` … ``retrieval_rsum`` by the texts that the source has for judging; ``gap``, the distance
-    between the mean image and the mean text.
+    Reports ``zeroshot_top1`` and, of more than five classes, ``zeroshot_top5`` where there are labels, and beside the
+    ensemble ``zeroshot_single_top1``; ``retrieval_i2t_r1`` … ``retrieval_rsum`` by the texts that the source has for
+    judging; ``hardnegatives_<kind>`` where it also has mistaken ones (see `preference`); ``gap``, the distance between
+    the mean image and the mean text, and ``geometry_<name>`` (see `geometry`) of each picture with its first text.
 
     Args:
-        templates: prompts of a class, each with one ``{}``.
+        templates: prompts of a class, each with one ``{}``; None for the data's own, or those of natural images.
+        single: the prompt that is judged alone; None alike.
         samples: pictures at most, a fixed random choice; None for all.
+        negatives: so many of these, evenly chosen, are compared with mistaken texts too; None for all.
         split: "val" or "test".
     """
 
-    templates: Sequence[str] = TEMPLATES
+    templates: Sequence[str] | None = None
+    single: str | None = None
     samples: int | None = 5000
+    negatives: int | None = 1000
     split: Split = "val"
 
     def __call__(
@@ -77,11 +85,37 @@ class ImageTextEvaluation:
             scores["gap"] = (images.mean(dim=0) - text.mean(dim=0)).norm().item()
             known = labels >= 0
             if len(datamodule.classes) and bool(known.any()):
-                weights = classifier(datamodule.classes, encode, self.templates)
+                prompts = source.prompts if isinstance(source, PromptedSource) else PHOTOS
+                weights = classifier(datamodule.classes, encode, self.templates or prompts.templates)
                 scores["zeroshot_top1"] = top_k(images[known], weights, labels[known])
                 if len(weights) > 5:
                     scores["zeroshot_top5"] = top_k(images[known], weights, labels[known], k=5)
+                weights = classifier(datamodule.classes, encode, [self.single or prompts.single])
+                scores["zeroshot_single_top1"] = top_k(images[known], weights, labels[known])
+            if isinstance(source, MistakenSource):
+                scores |= self._hard_negatives(images, index, source, encode)
+        if len(images) > 1:
+            first = [0, *accumulate(map(len, texts))][:-1]
+            with exact_products():
+                scores |= {f"geometry_{name}": value for name, value in geometry(images, text[first]).items()}
         return scores
+
+    def _hard_negatives(
+        self, images: Tensor, index: Tensor, source: MistakenSource, encode: Callable[[Sequence[str]], Tensor]
+    ) -> dict[str, float]:
+        """The right texts against the mistaken ones: of images [N, D] at ``index`` [N]."""
+        count = min(len(index), self.negatives or len(index))
+        rows = [place * len(index) // count for place in range(count)]
+        found = [(row, each) for row in rows for each in source.mistakes(int(index[row]))]
+        if not found:
+            return {}
+        own = images[[row for row, _ in found]]
+        right, wrong = (
+            (own * encode(texts)).sum(dim=1)
+            for texts in ([each.right for _, each in found], [each.wrong for _, each in found])
+        )
+        by_kind = preference(right, wrong, [each.kind for _, each in found])
+        return {f"hardnegatives_{kind}": value for kind, value in by_kind.items()}
 
     def _images(
         self, towers: TwoTowers, datamodule: ImageTextDataModule, device: torch.device

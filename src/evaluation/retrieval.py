@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from src.models.losses.precision import full_precision
+
 
 def retrieval(
     image: Tensor, text: Tensor, owner: Tensor, *, ks: Sequence[int] = (1, 5, 10), chunk: int = 512
@@ -35,6 +37,7 @@ def retrieval(
 
 
 @torch.no_grad()
+@full_precision
 def ranks(query: Tensor, keys: Tensor, query_owner: Tensor, key_owner: Tensor, *, chunk: int = 512) -> Tensor:
     """How many keys of others come before the first of a query's own: int64 [Q]. A tied key that stands earlier comes
     before, so that a model which says the same of everything is as good as chance and not perfect."""

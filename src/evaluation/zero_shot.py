@@ -8,21 +8,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-# what CLIP's authors found to do nearly as well as their eighty
-TEMPLATES = (
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
+from src.datamodules.sources.source import Prompts
+from src.models.losses.precision import full_precision
+
+# of natural images: the ensemble is what CLIP's authors found to do nearly as well as their eighty
+PHOTOS = Prompts(
+    templates=(
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    ),
+    single="a photo of a {}.",
 )
 
 
 @torch.no_grad()
 def classifier(
-    classes: Sequence[str], encode: Callable[[list[str]], Tensor], templates: Sequence[str] = TEMPLATES
+    classes: Sequence[str], encode: Callable[[list[str]], Tensor], templates: Sequence[str] = PHOTOS.templates
 ) -> Tensor:
     """One unit vector a class, the mean of its prompts' unit vectors: [K, D].
 
@@ -43,6 +49,7 @@ def classifier(
     return normalize(torch.stack([prompts.mean(dim=0) for prompts in each]), dim=-1)
 
 
+@full_precision
 def top_k(image: Tensor, weights: Tensor, labels: Tensor, k: int = 1) -> float:
     """The share of images [N, D] whose label is among the ``k`` nearest classes [K, D]; the smaller of a tie is."""
     scores = image @ weights.T

@@ -2,11 +2,17 @@
 
 from functools import partial
 
+import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from src import configuration, evaluate
+from src import trained as trained_runs
+from src.configuration import UserError
 from src.datamodules.image_text import ImageTextDataModule
+from src.datamodules.sources.source import Mistaken, Prompts
 from src.datamodules.views.image import CentreCrop
 from src.evaluation.image_text import ImageTextEvaluation
 from tests.datamodules.test_image_text import NUMBERS, TOKENIZER, Numbered
@@ -42,10 +48,22 @@ class Named(Numbered):
         return {**super().__getitem__(index), "label": index}
 
 
-def data(tmp_path, **options) -> ImageTextDataModule:
+class Judged(Named):
+    """Says how its classes are named, and what they are not."""
+
+    prompts = Prompts(templates=("{} once", "{} twice"), single="once or twice")
+
+    def mistakes(self, index: int) -> list[Mistaken]:
+        other = NUMBERS[(index + 1) % 10]
+        named = Mistaken("number", f"{NUMBERS[index]} said", f"{other} said")
+        # the reader does not know what is said, so that both texts are the same to it
+        return [named, Mistaken("saying", f"{NUMBERS[index]} said once", f"{NUMBERS[index]} said twice")]
+
+
+def data(tmp_path, source: type = Named, **options) -> ImageTextDataModule:
     view = CentreCrop(8, share=1.0)
     made = ImageTextDataModule(
-        source=partial(Named, **options),
+        source=partial(source, **options),
         train_view=view,
         eval_view=view,
         batch_size=2,
@@ -80,3 +98,75 @@ def test_pictures_that_cannot_be_read_are_not_judged(tmp_path):
     scores = ImageTextEvaluation(templates=["{}"])(Reader(made), made, torch.device("cpu"))
     assert scores["retrieval_i2t_r1"] == 1
     assert scores["retrieval_rsum"] == 600
+
+
+def test_mistaken_texts_are_told_from_right_ones_where_there_are_any(tmp_path):
+    made, cpu = data(tmp_path, Judged), torch.device("cpu")
+    scores = ImageTextEvaluation(single="{}")(Reader(made), made, cpu)
+    assert (scores["hardnegatives_number"], scores["hardnegatives_saying"]) == (1, 0.5)
+    blind = ImageTextEvaluation(single="{}", negatives=3)(Reader(made, blind=True), made, cpu)
+    assert (blind["hardnegatives_number"], blind["hardnegatives_saying"]) == (0.5, 0.5)
+    plain = data(tmp_path)
+    assert not any(name.startswith("hardnegatives") for name in ImageTextEvaluation()(Reader(plain), plain, cpu))
+
+
+def test_so_many_pictures_are_compared_with_mistaken_texts_chosen_evenly(tmp_path):
+    made, asked = data(tmp_path, Judged), []
+    mistakes = Judged.mistakes
+    made.val_source.mistakes = lambda index: asked.append(index) or mistakes(made.val_source, index)
+    ImageTextEvaluation(single="{}", negatives=4)(Reader(made), made, torch.device("cpu"))
+    assert asked == [0, 2, 5, 7]
+
+
+def test_the_data_s_own_prompts_count_unless_others_are_named(tmp_path):
+    """The source's single prompt has no place for the name: it is used, and refused."""
+    made, cpu = data(tmp_path, Judged), torch.device("cpu")
+    with pytest.raises(ValueError, match="got 'once or twice'"):
+        ImageTextEvaluation()(Reader(made), made, cpu)
+    scores = ImageTextEvaluation(single="{} and nothing")(Reader(made), made, cpu)
+    assert (scores["zeroshot_top1"], scores["zeroshot_single_top1"]) == (1, 1)
+    with pytest.raises(ValueError, match="got 'nothing'"):
+        ImageTextEvaluation(single="{}", templates=["nothing"])(Reader(made), made, cpu)
+
+
+def test_an_ensemble_that_disagrees_with_the_single_prompt_is_reported_beside_it(tmp_path):
+    """The reader takes every class for a three; of equal classes the first one counts."""
+    made = data(tmp_path)
+    scores = ImageTextEvaluation(templates=["{}"], single="three or {}")(Reader(made), made, torch.device("cpu"))
+    assert (scores["zeroshot_top1"], scores["zeroshot_single_top1"]) == (1, 0.1)
+
+
+def test_the_geometry_is_that_of_each_picture_with_its_first_text(tmp_path):
+    class Two(Judged):
+        def captions(self, index: int) -> list[str]:
+            return [f"{NUMBERS[index]} said", "nothing"][: 1 + index % 2]
+
+    made = data(tmp_path, Two)
+    scores = ImageTextEvaluation(single="{}")(Reader(made), made, torch.device("cpu"))
+    assert scores["geometry_alignment"] == 0
+    assert scores["geometry_positive_cosine"] == 1
+    assert scores["geometry_uniformity_image"] == pytest.approx(-4)  # ten numbers, all at right angles
+    assert scores["geometry_cross_uniformity"] == pytest.approx(-4)
+
+
+def test_make_evaluate_reports_what_is_asked_for_and_refuses_what_the_data_lacks(tmp_path, monkeypatch):
+    config = OmegaConf.create(
+        {
+            "evaluate": {"pairs": {}},
+            "data": {"source": {"_target_": "somewhere.NamedSource"}},
+            "trainer": {"accelerator": "cpu", "precision": "32-true"},
+        }
+    )
+
+    def asked(source: type, *names: str) -> set[str]:
+        made, evaluation = data(tmp_path, source), ImageTextEvaluation(single="{}")
+        monkeypatch.setattr(trained_runs, "load", lambda *_: Reader(made))
+        monkeypatch.setattr(configuration, "instantiate", lambda part: made if "source" in part else evaluation)
+        return set(evaluate.evaluate_pairs(config, tmp_path, names))
+
+    assert asked(Judged, "hardnegatives") == {"hardnegatives_number", "hardnegatives_saying", "gap"}
+    names = ("alignment", "positive_cosine", "uniformity_image", "uniformity_text", "cross_uniformity", "separability")
+    assert asked(Named, "geometry") == {"gap", *(f"geometry_{name}" for name in names)}
+    with pytest.raises(UserError, match="EVAL=hardnegatives: named has nothing to judge that by"):
+        asked(Named, "zeroshot", "hardnegatives")
+    assert evaluate.protocols("hardnegatives,geometry", ["knn"]) == ["hardnegatives", "geometry"]

@@ -16,8 +16,11 @@ from lightning.pytorch.plugins.precision import Precision
 from src.callbacks.online_probe import OnlineProbe
 from src.callbacks.representation_health import RepresentationHealth
 from src.evaluation.features import FeatureSet, FeatureSets, extract
+from src.evaluation.image_text import ImageTextEvaluation
 from src.evaluation.knn import KNN
 from src.evaluation.run import run_evaluators
+from tests.evaluation.test_image_text import Judged, Reader
+from tests.evaluation.test_image_text import data as image_text_data
 from tests.evaluation.toy import PatchySquares, make_data, random_rows, squares, tiny_encoder
 
 CPU = torch.device("cpu")
@@ -38,6 +41,8 @@ def observe(rank: int, world_size: int) -> dict[str, object]:
     ties, predicted = tied_sets(rank, world_size), {}
     for k, chunk in ((7, 8), (40, 512), (500, 64)):
         predicted[f"{k}"] = KNN(k=k, temperature=0.5, bank_chunk=chunk).predict(ties, CPU)[k]
+    pairs = image_text_data(Path("nowhere"), Judged)
+    pairs.trainer = launch
     shard = extract(encoders, data.val_dataloader(), data, CPU, shard=world_size == 2)["two"]
     scores = run_evaluators(encoders, data, [KNN(k=3)], CPU)
     return {
@@ -47,6 +52,7 @@ def observe(rank: int, world_size: int) -> dict[str, object]:
         "sparse labels": half.labels,
         "scores": scores,
         "nearest": predicted,
+        "pairs": ImageTextEvaluation(single="{}")(Reader(pairs), pairs, CPU),
         "held": len(shard.features),
         "of the shards": shard.whole(CPU).features,
         "labels of the shards": shard.labels,
@@ -141,6 +147,12 @@ def test_scores_agree(seen: Any) -> None:
     alone, pair = seen
     assert set(alone["scores"]) == {"knn_top1", "knn_top1_two"}
     assert pair[0]["scores"] == pair[1]["scores"] == alone["scores"]
+
+
+def test_pairs_are_judged_alike(seen: Any) -> None:
+    alone, pair = seen
+    assert {"zeroshot_single_top1", "hardnegatives_number", "geometry_separability"} <= set(alone["pairs"])
+    assert pair[0]["pairs"] == pair[1]["pairs"] == alone["pairs"]
 
 
 def test_the_probe_learns_from_all_rows_and_stays_equal(seen: Any) -> None:

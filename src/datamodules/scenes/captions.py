@@ -118,7 +118,7 @@ def mistaken(what: Facts, mistake: Mistake, choice: int) -> Facts | None:
 
     - "attribute": two things of different colours have each other's, a single one has another colour
     - "relation": the opposite; None without an opposite one
-    - "count": the last thing is there twice or, of several, not at all
+    - "count": the last thing is there twice or, of several and by an odd choice, not at all
     """
     if mistake == "attribute":
         colours = [thing.colour for thing in what.things]
@@ -133,8 +133,9 @@ def mistaken(what: Facts, mistake: Mistake, choice: int) -> Facts | None:
         if what.relation is None or what.relation not in OPPOSITE:
             return None
         return replace(what, relation=OPPOSITE[what.relation])
-    if len(what.things) > 2 and choice % 2:
-        return replace(what, things=what.things[:-1])
+    if len(what.things) > 1 and choice % 2:
+        rest = what.things[:-1]
+        return replace(what, things=rest, relation=what.relation if len(rest) > 1 else None)
     return replace(what, things=(*what.things, what.things[-1]))
 
 
@@ -196,6 +197,12 @@ def _listed(what: Facts, rng: np.random.Generator) -> list[_Part]:
 
 
 SHORT: tuple[_Way, ...] = (_photo, _bare, _seen, _counted, _turned, _listed)
+# ways of a short text that say what a mistake would change, positions in SHORT
+SHOWN_BY: Mapping[Mistake, tuple[int, ...]] = {
+    "attribute": tuple(map(SHORT.index, (_photo, _bare, _seen, _turned))),
+    "relation": tuple(map(SHORT.index, (_photo, _bare, _seen, _turned))),
+    "count": (SHORT.index(_counted),),
+}
 COLOUR_NAMES = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
 
 

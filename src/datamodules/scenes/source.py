@@ -14,11 +14,24 @@ from src.datamodules.scenes import captions, render
 from src.datamodules.scenes.cache import Recipe, open_or_build
 from src.datamodules.scenes.scene import Scene
 from src.datamodules.scenes.world import Combinations, ObjectsWorld
-from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.source import Mistaken, Prompts, Sample, Split
 from src.errors import SettingError
 from src.randomness import fold
 
 SPLITS: tuple[Split, ...] = get_args(Split)
+PROMPTS = Prompts(
+    templates=(  # as the short texts begin
+        "a photo of a {}",
+        "a picture of a {}",
+        "an image of a {}",
+        "this is a {}",
+        "there is a {}",
+        "one can see a {}",
+        "a {}",
+    ),
+    single="a photo of a {}",
+)
+_ATTEMPTS = 64  # every other one succeeds
 FIELDS = ("labels", "boxes", "box_labels", "instance_masks", "depth")
 
 
@@ -79,6 +92,7 @@ class ScenesSource:
 
     images: np.ndarray | None
     labels: np.ndarray | None
+    prompts = PROMPTS
 
     def __init__(
         self,
@@ -188,6 +202,33 @@ class ScenesSource:
                 break
         return tuple(found)
 
+    def mistakes(self, index: int) -> Sequence[Mistaken]:
+        """One of each kind that the scene allows, in wordings that say what is wrong, and the same for right and wrong:
+
+        - "attribute": the main thing has another colour, where there is no second one of another colour
+        - "swapped": otherwise the two have each other's colours; every word of the right text is in the wrong one
+        - "relation": the second thing is on the other side
+        - "count": there are more or fewer things, as many as there may be
+        """
+        what, found = captions.facts(self.scene(index)), []
+        for number, (mistake, wordings) in enumerate(captions.SHOWN_BY.items()):
+            choice = fold(index, number)
+            if mistake == "count":
+                # a number that no scene has is wrong whatever the picture shows
+                fewer, more = (len(what.things) - 1 - limit for limit in self.world.others)
+                choice = choice if fewer > 0 > more else int(fewer > 0)
+            wrong = captions.mistaken(what, mistake, choice)
+            if wrong is None:
+                continue
+            swapped = mistake == "attribute" and len({thing.colour for thing in what.things[:2]}) == 2
+            for attempt in range(_ATTEMPTS):
+                wording = fold(index, number, attempt)
+                right, other = (captions.short(each, wording, wordings=wordings).text for each in (what, wrong))
+                if not swapped or _words(right) == _words(other):  # synonyms may have to be drawn anew
+                    found.append(Mistaken("swapped" if swapped else mistake, right, other))
+                    break
+        return found
+
     def _described(self, index: int, wording: int) -> str:
         what, wording = captions.facts(self.scene(index)), fold(index, wording)
         if self.texts.style == "long":
@@ -231,3 +272,8 @@ class ScenesSource:
     def _check(self, index: int) -> None:
         if not 0 <= index < self.count:
             raise IndexError(f"scene {index} of {self.count}")
+
+
+def _words(text: str) -> list[str]:
+    """What is said, in no order; of the articles one is as good as the other."""
+    return sorted("a" if word == "an" else word for word in text.split())

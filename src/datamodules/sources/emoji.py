@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from src.datamodules.decoding import DataError
-from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.source import Prompts, Sample, Split
 from src.datamodules.sources.splits import hashed_split
 from src.datamodules.sources.texts import WithTexts
 from src.errors import SettingError
@@ -43,6 +43,11 @@ CLASSES = (
     "Objects",
     "Symbols",
     "Flags",
+)
+# an emoji's texts are names and nothing else
+PROMPTS = Prompts(
+    templates=("{}", "{} emoji", "an emoji of {}", "a drawing of {}", "a symbol for {}"),
+    single="{}",
 )
 VAL_SHARE = TEST_SHARE = 0.15
 _PRESENTATION = "FE0F"  # asks for a picture rather than a letter; says nothing about which emoji it is
@@ -101,6 +106,7 @@ class EmojiSource(WithTexts):
     """
 
     classes = CLASSES
+    prompts = PROMPTS
 
     def __init__(
         self,

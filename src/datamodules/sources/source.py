@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NotRequired, Protocol, TypedDict, runtime_checkable
+from typing import Literal, NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import torch
 
@@ -16,6 +16,10 @@ __all__ = [
     "EncodedImage",
     "ImageSource",
     "ListedTexts",
+    "Mistaken",
+    "MistakenSource",
+    "PromptedSource",
+    "Prompts",
     "Sample",
     "SegmentedSource",
     "Split",
@@ -80,4 +84,35 @@ class ListedTexts(CaptionedSource, Protocol):
         Raises:
             BadSample: they cannot be read.
         """
+        ...
+
+
+class Prompts(NamedTuple):
+    """How the name of a class is put in words, in place of ``{}``."""
+
+    templates: tuple[str, ...]  # an ensemble
+    single: str  # what one would write without thinking of an ensemble
+
+
+@runtime_checkable
+class PromptedSource(ImageSource, Protocol):
+    """A source whose texts are no captions of photos, and which knows how they would name a class."""
+
+    prompts: Prompts
+
+
+class Mistaken(NamedTuple):
+    """A text of a picture beside one that is wrong in one thing and otherwise says the same."""
+
+    kind: str  # what is wrong, one word: "relation", "count" …
+    right: str
+    wrong: str
+
+
+@runtime_checkable
+class MistakenSource(CaptionedSource, Protocol):
+    """A source that also says what its pictures do not show."""
+
+    def mistakes(self, index: int) -> Sequence[Mistaken]:
+        """What a model should not fall for, the same every time; any number of each kind, none where none can be."""
         ...

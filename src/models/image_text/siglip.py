@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from src.collectives import gather
 from src.datamodules.batch import ImageTextBatch
-from src.models.backbones.image_encoder import attention_pool
+from src.models.backbones.image_encoder import Pool, attention_pool
 from src.models.image_text.base import ImageTextModule
 from src.models.image_text.text_tower import Tower
 from src.models.joint_embedding.base import unit
@@ -22,12 +22,14 @@ class SigLIP(ImageTextModule):
     """Sigmoid Loss for Language Image Pre-Training (Zhai et al., 2023). Deviations: none in the method.
 
     Args:
-        backbone: a timm ViT with ``global_pool: map`` and no head.
-        text: the text tower, whose features are as wide as the backbone's.
+        backbone: a timm ViT with ``global_pool: map`` and no head, unless there is another ``pool``.
+        text: the text tower, whose features are as wide as the backbone's, unless there is an ``embed_dim``.
         optimizer: Adafactor in the paper.
         temperature, bias: a similarity s is judged by sigmoid(s / temperature + bias); learned from this start.
         ring: texts go round the processes, which then hold those of one other at a time; otherwise all are gathered.
             The gradients are the same.
+        embed_dim: width that features are projected to, as CLIP's are; None in the paper.
+        pool: what of the backbone's tokens is compared and evaluated; None for its own attention.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class SigLIP(ImageTextModule):
         temperature: float = 0.1,
         bias: float = -10.0,
         ring: bool = True,
+        embed_dim: int | None = None,
+        pool: Pool | None = None,
     ) -> None:
-        super().__init__(backbone, attention_pool(backbone), text, optimizer, embed_dim=None)
+        super().__init__(backbone, pool or attention_pool(backbone), text, optimizer, embed_dim=embed_dim)
         if temperature <= 0:
             raise ValueError(f"SigLIP: temperature must be above 0, got {temperature}")
         self.ring = ring
@@ -50,7 +54,8 @@ class SigLIP(ImageTextModule):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
         features = self.image_encoder(batch["image"]).embedding
-        image, text = unit(features), self.encode_text(batch["text"], batch["text_mask"])
+        image = unit(self.image_projection(features))
+        text = self.encode_text(batch["text"], batch["text_mask"])
         scale, bias = self.logit_scale.exp().squeeze(), self.logit_bias.squeeze()
         loss = self._loss(image, text, scale, bias)
         logs = {

@@ -71,6 +71,19 @@ def ring_sigmoid_loss(image: Tensor, text: Tensor, *, scale: Tensor, bias: Tenso
     return total
 
 
+@full_precision
+def bag_of_words_loss(logits: Tensor, words: Tensor) -> Tensor:
+    """Multi-class logistic loss (Joulin et al., 2016): -log softmax of each word that the text has, averaged over these
+    words, then over images. A text without a word counts nothing.
+
+    Args:
+        logits: [B, V].
+        words: [B, V], 1 for a word that is in the text, else 0.
+    """
+    each = -(logits.log_softmax(dim=1) * words).sum(dim=1) / words.sum(dim=1).clamp(min=1)
+    return each.mean()
+
+
 def _pairs(image: Tensor, texts: Tensor, positive: Tensor, scale: Tensor, bias: Tensor, block: int) -> Tensor:
     """-log sigmoid(z * logit), z being 1 at ``positive`` and -1 elsewhere: summed over texts, averaged over images."""
 

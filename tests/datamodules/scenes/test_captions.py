@@ -104,6 +104,7 @@ def test_mistakes_change_what_they_name_and_nothing_else():
     assert [thing.kind for thing in swapped.things] == ["star", "ring"]
     assert mistaken(TWO, "relation", 0) == replace(TWO, relation="right")
     assert len(mistaken(TWO, "count", 0).things) == 3
+    assert mistaken(TWO, "count", 1) == Facts(TWO.things[:1], None)
     alone = Facts(TWO.things[:1], None)
     assert mistaken(alone, "attribute", 4).things[0].colour not in ("red",)
     assert mistaken(alone, "relation", 0) is None

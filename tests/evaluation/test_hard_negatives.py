@@ -1,0 +1,108 @@
+"""Right and wrong texts that differ in one thing."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from src.datamodules.scenes import captions
+from src.datamodules.scenes.source import ScenesSource
+from src.datamodules.scenes.world import ObjectsWorld
+from src.datamodules.sources.source import MistakenSource
+from src.evaluation.hard_negatives import preference
+from tests.datamodules.test_image_text import Numbered
+
+SCENES = ScenesSource("val", count=60, resolution=16)
+NUMBERS = ("one", "two", "three")
+
+
+def test_the_nearer_text_wins_and_equals_count_half():
+    right = torch.tensor([0.5, 0.2, 0.3, 0.4, 0.1])
+    wrong = torch.tensor([0.1, 0.3, 0.3, 0.2, 0.1])
+    kinds = ["count", "count", "count", "relation", "swapped"]
+    assert preference(right, wrong, kinds) == {"count": 0.5, "relation": 1.0, "swapped": 0.5}
+    with pytest.raises(ValueError, match="5 right texts, 4 wrong ones and 5 kinds"):
+        preference(right, wrong[:4], kinds)
+
+
+def mistakes(kind: str):
+    for index in range(len(SCENES)):
+        for each in SCENES.mistakes(index):
+            if each.kind == kind:
+                yield SCENES.scene(index), each.right, each.wrong
+
+
+def named(text: str, words: dict[str, tuple[str, ...]]) -> list[str]:
+    """Which of ``words`` stand in the text, in its order, each once."""
+    padded = f" {text} "
+    places = {padded.find(f" {said} "): name for name, each in words.items() for said in each}
+    return list(dict.fromkeys(places[place] for place in sorted(places) if place >= 0))
+
+
+COLOURS = {name: captions._SYNONYMS[name] for name in captions.COLOUR_NAMES}
+SIDES = {name: words for name, words in captions._RELATIONS.items() if name != "before"}
+
+
+def test_one_thing_gets_a_colour_that_is_nowhere():
+    seen = list(mistakes("attribute"))
+    assert len(seen) > 10
+    for scene, right, wrong in seen:
+        [colour] = {thing.colour for thing in scene.things}  # a second one of the same colour keeps it
+        assert named(right, COLOURS) == [colour]
+        [new] = set(named(wrong, COLOURS)) - {colour}
+        assert (colour in named(wrong, COLOURS)) == (len(scene.things) == 2)
+        assert new != colour
+
+
+def test_two_things_get_each_other_s_colour_and_no_word_is_new():
+    seen = list(mistakes("swapped"))
+    assert len(seen) > 10
+    for scene, right, wrong in seen:
+        assert {thing.colour for thing in scene.things} == set(named(right, COLOURS))
+        assert len(scene.things) == 2
+        assert named(wrong, COLOURS) == named(right, COLOURS)[::-1]
+        without_articles = [Counter(text.replace(" an ", " a ").split()[1:]) for text in (right, wrong)]
+        assert without_articles[0] == without_articles[1]
+        assert right != wrong
+
+
+def test_the_other_side_is_named_and_nothing_else_changes():
+    seen = list(mistakes("relation"))
+    assert len(seen) > 10
+    for _, right, wrong in seen:
+        [side], [other] = named(right, SIDES), named(wrong, SIDES)
+        assert captions.OPPOSITE[side] == other
+        assert named(right, COLOURS) == named(wrong, COLOURS)
+
+
+def test_another_number_is_named():
+    seen = list(mistakes("count"))
+    assert len(seen) == len(SCENES)
+    for scene, right, wrong in seen:
+        assert right.startswith(f"{NUMBERS[len(scene.things) - 1]} thing")
+        assert wrong.split()[0] in captions._NUMBERS
+        assert wrong.split()[0] != right.split()[0]
+        assert right.split("largest")[1] == wrong.split("largest")[1]
+
+
+@pytest.mark.parametrize("others", [(0, 1), (0, 3), (1, 2)])
+def test_a_number_that_no_scene_has_would_need_no_picture(others):
+    source = ScenesSource("val", count=60, resolution=16, world=ObjectsWorld(others=others))
+    told = Counter()
+    for index in range(len(source)):
+        [(right, wrong)] = [each[1:] for each in source.mistakes(index) if each.kind == "count"]
+        pair = [captions._NUMBERS.index(text.split()[0]) for text in (right, wrong)]
+        assert pair[0] == len(source.scene(index).things)
+        assert abs(pair[0] - pair[1]) == 1
+        told.update([tuple(pair)])
+    least, most = (1 + number for number in others)
+    # every number is wrong in one scene and right in another
+    assert set(told) == {pair for n in range(least, most) for pair in ((n, n + 1), (n + 1, n))}
+
+
+def test_they_are_the_same_every_time():
+    again = ScenesSource("val", count=60, resolution=16)
+    for index in range(10):
+        assert SCENES.mistakes(index) == again.mistakes(index)
+    assert isinstance(SCENES, MistakenSource)
+    assert not isinstance(Numbered(), MistakenSource)
