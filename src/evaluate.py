@@ -22,6 +22,7 @@ from src.errors import SettingError
 from src.evaluation.captions import Captioner, CaptionEvaluation
 from src.evaluation.features import BadFeatures, NoLabels
 from src.evaluation.image_text import ImageTextEvaluation, TwoTowers
+from src.evaluation.localisation import Localisation
 from src.evaluation.pixels import PixelEncoder
 from src.evaluation.run import feature_sets, score
 from src.loggers import write_atomically
@@ -31,14 +32,18 @@ FLOORS = ("random", "pixels")
 FINETUNE = "finetune"
 _COLUMNS = 6  # of the printed table
 CAPTIONS = "captions"
-# of methods with two towers; captions, of those that say what they see
-PAIRS = ("zeroshot", "retrieval", "hardnegatives", "geometry", CAPTIONS)
+# of methods with two towers: what answers to which word of EVAL=, by its key in evaluate.yaml; captions, of those that
+# say what they see
+PAIRS = dict.fromkeys(("zeroshot", "retrieval", "hardnegatives", "geometry"), "pairs") | {
+    each: each for each in ("localisation", CAPTIONS)
+}
 
 _NEEDS = {
     "zeroshot": "it needs labels with names",
     "retrieval": "it needs texts",
     "hardnegatives": "it needs texts that are wrong in one thing, which scenes have",
-    "geometry": "it needs two pictures with texts at least",
+    "geometry": "it needs two pictures with texts at least, and a method that compares vectors",
+    "localisation": "it needs texts whose words name what is seen, which scenes have",
     CAPTIONS: "it needs texts",
 }
 
@@ -145,8 +150,8 @@ def evaluate(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -> Scor
 
 
 def evaluate_pairs(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -> dict[str, float]:
-    """What an `ImageTextEvaluation` says of the run's towers, and a `CaptionEvaluation` of its captions, as far as that
-    is asked for.
+    """What an `ImageTextEvaluation` and a `Localisation` say of the run's towers, and a `CaptionEvaluation` of its
+    captions, as far as they are asked for.
 
     Raises:
         UserError: the method has no text tower, or says nothing of an image, or the data has no texts or nothing of
@@ -158,15 +163,14 @@ def evaluate_pairs(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -
         raise UserError(f"{what} that writes captions, which {type(module).__name__} does not")
     if not isinstance(module, TwoTowers):
         raise UserError(f"{what} with a text tower, which {type(module).__name__} is not")
-    evaluations: list[ImageTextEvaluation | CaptionEvaluation] = []
-    if set(asked) - {CAPTIONS}:
-        evaluations.append(configuration.instantiate(config.evaluate.pairs))
-    if CAPTIONS in asked:
-        evaluations.append(configuration.instantiate(config.evaluate.captions))
+    keys = dict.fromkeys(PAIRS[name] for name in asked)
+    evaluations: list[ImageTextEvaluation | Localisation | CaptionEvaluation] = [
+        configuration.instantiate(config.evaluate[key]) for key in keys
+    ]
+    scores: dict[str, float] = {}
     try:
         datamodule: ImageTextDataModule = configuration.instantiate(config.data)
         datamodule.prepare_data()
-        scores: dict[str, float] = {}
         for evaluation in evaluations:
             scores |= evaluation(module.to(device), datamodule, device, precision=precision_of(config, device))
     except SettingError as problem:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.optim.lamb import Lamb
 from timm.optim.lars import Lars
 from torch import nn
 
@@ -141,6 +142,15 @@ def larc(
     return Lars(
         [{**group} for group in groups], lr=lr, momentum=momentum, trust_coeff=trust_coefficient, always_adapt=True
     )
+
+
+def lamb(
+    groups: Sequence[dict[str, Any]], *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6
+) -> Lamb:
+    """LAMB: Adam whose direction is brought, for each tensor that is decayed, to the tensor's own length; for what is
+    not decayed it is Adam. Gradients are clipped by the trainer alone. An `OptimizerRecipe`'s algorithm:
+    ``partial(lamb, …)``."""
+    return Lamb(groups, lr=lr, betas=betas, eps=eps, max_grad_norm=None)
 
 
 def layer_decay_rules(layers: Sequence[str], decay: float) -> list[Rule]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from src.optim import OptimizerRecipe, Rule, adamw, layer_decay_rules
+from src.optim import OptimizerRecipe, Rule, adamw, lamb, layer_decay_rules
 
 
 def model() -> nn.Module:
@@ -110,3 +110,20 @@ def test_adamw_leaves_unscaling_to_the_scaler():
     scaler.update()
     scaler.step(optimizer)
     torch.testing.assert_close(weight.detach(), torch.tensor([0.899, -1.898]))
+
+
+def test_lamb_steps_as_far_as_a_weight_is_long_and_is_adam_for_what_is_not_decayed():
+    """A first step of Adam is the gradient's sign; the decay adds 0.5 of the weight, whose length is 4."""
+    module = nn.Linear(2, 2)
+    nn.init.constant_(module.weight, 2.0)
+    nn.init.constant_(module.bias, 2.0)
+    optimizer = OptimizerRecipe(partial(lamb, eps=1e-12), lr=0.1, weight_decay=0.5).build(module)
+    module.weight.grad, module.bias.grad = torch.full((2, 2), 100.0), torch.full((2,), -100.0)
+    optimizer.step()
+    # direction 1 + 0.5 * 2 = 2 everywhere, of length 4; as long as the weight itself, so the ratio is 1
+    torch.testing.assert_close(module.weight, torch.full((2, 2), 2.0 - 0.1 * 2))
+    torch.testing.assert_close(module.bias, torch.full((2,), 2.0 + 0.1))
+    nn.init.constant_(module.weight, 2.0)
+    optimizer = OptimizerRecipe(partial(lamb, eps=1e-12), lr=0.1, weight_decay=1e-6).build(module)
+    optimizer.step()  # direction 1, of length 2 against 4
+    torch.testing.assert_close(module.weight, torch.full((2, 2), 2.0 - 0.1 * 2))

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy, retrieval and captions while training runs."""
+"""Zero-shot accuracy, retrieval, localisation and captions while training runs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from src.callbacks.online_evaluation import ends_training
 from src.datamodules.image_text import ImageTextDataModule
 from src.evaluation.captions import CaptionEvaluation
 from src.evaluation.image_text import ImageTextEvaluation
+from src.evaluation.localisation import Localisation
 from src.models.pretrain_module import PretrainModule
 from src.sharding import gathered
 
 
 class OnlineImageText(L.Callback):
-    """Runs an `ImageTextEvaluation` at the end of epochs and of training, as ``eval/<name>``.
+    """Runs an `ImageTextEvaluation`, and what else is given, at the end of epochs and of training, as ``eval/<name>``.
 
     Args:
         evaluation: what is asked.
+        localisation: what is asked besides, of data that knows where things are; None for nothing.
         every_n_epochs: epochs between evaluations.
         captions: what is asked besides of a method that says what it sees.
     """
@@ -28,12 +30,14 @@ class OnlineImageText(L.Callback):
         self,
         evaluation: ImageTextEvaluation | None = None,
         *,
+        localisation: Localisation | None = None,
         every_n_epochs: int = 1,
         captions: CaptionEvaluation | None = None,
     ) -> None:
         if every_n_epochs < 1:
             raise ValueError(f"OnlineImageText: every_n_epochs must be at least 1, got {every_n_epochs}")
         self.evaluation = evaluation or ImageTextEvaluation()
+        self.localisation = localisation
         self.every_n_epochs = every_n_epochs
         self.captions = captions
 
@@ -45,8 +49,9 @@ class OnlineImageText(L.Callback):
             datamodule = cast(ImageTextDataModule, trainer.datamodule)  # type: ignore[attr-defined]
             module, precision = cast(PretrainModule, pl_module), str(trainer.precision)
             with gathered(pl_module):
-                scores = self.evaluation(module, datamodule, pl_module.device, precision=precision)
-                if self.captions is not None:
-                    scores |= self.captions(module, datamodule, pl_module.device, precision=precision)
+                asked = [each for each in (self.evaluation, self.localisation, self.captions) if each is not None]
+                scores: dict[str, float] = {}
+                for each in asked:
+                    scores |= each(module, datamodule, pl_module.device, precision=precision)
             scores["image_text_seconds"] = time.perf_counter() - begin
             pl_module.log_dict({f"eval/{name}": value for name, value in scores.items()}, batch_size=1, sync_dist=True)

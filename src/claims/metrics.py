@@ -19,6 +19,7 @@ from src.datamodules.image_text import ImageTextDataModule
 from src.datamodules.sources.source import Split
 from src.evaluation.features import FeatureSets
 from src.evaluation.image_text import ImageTextEvaluation, TwoTowers
+from src.evaluation.localisation import Localisation
 from src.evaluation.patch_knn import BANK_IMAGES, BANK_PATCHES, QUERY_IMAGES, PatchKNN, patch_sets
 from src.evaluation.run import Evaluator, feature_sets, score
 from src.models.pretrain_module import PretrainModule
@@ -170,7 +171,7 @@ class OnPatches:
 
 @dataclass(frozen=True)
 class ImageText:
-    """A number of an `ImageTextEvaluation` for a method with two towers.
+    """A number of an `ImageTextEvaluation`, or a `Localisation`, for a method with two towers.
 
     Args:
         name: which of its numbers, such as ``zeroshot_top1`` or ``retrieval_rsum``.
@@ -181,7 +182,7 @@ class ImageText:
     """
 
     name: str
-    evaluation: ImageTextEvaluation = field(default_factory=lambda: ImageTextEvaluation(samples=None))
+    evaluation: ImageTextEvaluation | Localisation = field(default_factory=lambda: ImageTextEvaluation(samples=None))
     splits: ClassVar[Sequence[Split]] = HELD_OUT
 
     def __call__(self, trained: TrainedRun) -> float:
@@ -191,7 +192,9 @@ class ImageText:
         evaluation = replace(self.evaluation, split=trained.split)
         scores = evaluation(module, datamodule, trained.device, precision=trained.precision)
         if self.name not in scores:
-            raise UserError(f"ImageTextEvaluation reports no '{self.name}'{nearest(self.name, list(scores))}")
+            raise UserError(
+                f"{type(self.evaluation).__name__} reports no '{self.name}'{nearest(self.name, list(scores))}"
+            )
         return _finite(self.name, scores[self.name])
 
 

@@ -158,13 +158,14 @@ class ImageDataModule(L.LightningDataModule):
         if not isinstance(source, SegmentedSource):
             raise SettingError(f"data.source: {type(source).__name__} has no masks; scenes have")
         kinds = torch.arange(1 + len(source.classes))[:, None, None]
-        shares = []
-        for position in index.tolist():
-            masks = (source.segmentation(position) == kinds).to(torch.uint8) * 255
-            pictures = masks[:, None].expand(-1, 3, -1, -1).contiguous()
-            no_numbers = np.zeros((len(pictures), self.eval_view.draws), np.float32)
-            shares.append(self.eval_view.decoded(pictures, no_numbers)["image"][:, 0])
-        return torch.stack(shares).to(torch.float32) / 255
+        return torch.stack([self.as_viewed(source.segmentation(each) == kinds) for each in index.tolist()])
+
+    def as_viewed(self, masks: Tensor) -> Tensor:
+        """Masks as the evaluation view shows their picture: bool [K, H, W] -> how much of each pixel is covered,
+        float32 [K, h, w] in [0, 1]."""
+        pictures = (masks.to(torch.uint8) * 255)[:, None].expand(-1, 3, -1, -1).contiguous()
+        no_numbers = np.zeros((len(pictures), self.eval_view.draws), np.float32)
+        return self.eval_view.decoded(pictures, no_numbers)["image"][:, 0].to(torch.float32) / 255
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         """uint8 pictures become normalised float32, or what the trainer's precision computes in, on the device."""

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from src.collectives import gather_rows
 from src.datamodules.image_text import ImageTextDataModule
 from src.datamodules.sources.source import CaptionedSource, MistakenSource, PromptedSource, Split
+from src.evaluation.comparison import Comparing, Similarity, dot, pairwise, similarity_of
 from src.evaluation.features import autocast
 from src.evaluation.geometry import geometry
 from src.evaluation.hard_negatives import preference
 from src.evaluation.retrieval import retrieval
 from src.evaluation.run import exact_products, readable
-from src.evaluation.zero_shot import PHOTOS, classifier, top_k
+from src.evaluation.zero_shot import PHOTOS, class_scores, classifier, within
 from src.models.backbones.image_encoder import inference
 from src.randomness import seeded
 
@@ -27,7 +28,8 @@ _TEXTS = 256  # a forward pass
 
 @runtime_checkable
 class TwoTowers(Protocol):
-    """What a method must answer to be judged here; both give unit vectors of one width."""
+    """What a method must answer to be judged here; both give unit vectors of one width, unless the method is
+    `Comparing` and says itself how what they give is compared."""
 
     def encode_image(self, image: Tensor) -> Tensor: ...
 
@@ -41,7 +43,9 @@ class ImageTextEvaluation:
     Reports ``zeroshot_top1`` and, of more than five classes, ``zeroshot_top5`` where there are labels, and beside the
     ensemble ``zeroshot_single_top1``; ``retrieval_i2t_r1`` … ``retrieval_rsum`` by the texts that the source has for
     judging; ``hardnegatives_<kind>`` where it also has mistaken ones (see `preference`); ``gap``, the distance between
-    the mean image and the mean text, and ``geometry_<name>`` (see `geometry`) of each picture with its first text.
+    the mean image and the mean text, and ``geometry_<name>`` (see `geometry`) of each picture with its first text. A
+    method that is `Comparing` has neither gap nor geometry, and its templates are averaged as scores and not as
+    vectors.
 
     Args:
         templates: prompts of a class, each with one ``{}``; None for the data's own, or those of natural images.
@@ -66,6 +70,7 @@ class ImageTextEvaluation:
         """
         assert isinstance(module, TwoTowers)
         towers: TwoTowers = module
+        similarity = similarity_of(module)
 
         def encode(texts: Sequence[str]) -> Tensor:
             parts = []
@@ -81,29 +86,43 @@ class ImageTextEvaluation:
             texts = [source.captions(position) for position in index.tolist()]
             text = encode([text for each in texts for text in each])
             owner = torch.tensor([row for row, each in enumerate(texts) for _ in each], device=device)
-            scores = {f"retrieval_{name}": value for name, value in retrieval(images, text, owner).items()}
-            scores["gap"] = (images.mean(dim=0) - text.mean(dim=0)).norm().item()
+            scores = {
+                f"retrieval_{name}": value
+                for name, value in retrieval(images, text, owner, similarity=similarity).items()
+            }
+            if not isinstance(module, Comparing):
+                scores["gap"] = (images.mean(dim=0) - text.mean(dim=0)).norm().item()
             known = labels >= 0
             if len(datamodule.classes) and bool(known.any()):
                 prompts = source.prompts if isinstance(source, PromptedSource) else PHOTOS
-                weights = classifier(datamodule.classes, encode, self.templates or prompts.templates)
-                scores["zeroshot_top1"] = top_k(images[known], weights, labels[known])
-                if len(weights) > 5:
-                    scores["zeroshot_top5"] = top_k(images[known], weights, labels[known], k=5)
-                weights = classifier(datamodule.classes, encode, [self.single or prompts.single])
-                scores["zeroshot_single_top1"] = top_k(images[known], weights, labels[known])
+
+                def fit(templates: Sequence[str]) -> Tensor:
+                    if isinstance(module, Comparing):
+                        return class_scores(images[known], datamodule.classes, encode, similarity, templates)
+                    return dot(images[known], classifier(datamodule.classes, encode, templates))
+
+                ensemble = fit(self.templates or prompts.templates)
+                scores["zeroshot_top1"] = within(ensemble, labels[known])
+                if ensemble.shape[1] > 5:
+                    scores["zeroshot_top5"] = within(ensemble, labels[known], k=5)
+                scores["zeroshot_single_top1"] = within(fit([self.single or prompts.single]), labels[known])
             if isinstance(source, MistakenSource):
-                scores |= self._hard_negatives(images, index, source, encode)
-        if len(images) > 1:
+                scores |= self._hard_negatives(images, index, source, encode, similarity)
+        if len(images) > 1 and not isinstance(module, Comparing):
             first = [0, *accumulate(map(len, texts))][:-1]
             with exact_products():
                 scores |= {f"geometry_{name}": value for name, value in geometry(images, text[first]).items()}
         return scores
 
     def _hard_negatives(
-        self, images: Tensor, index: Tensor, source: MistakenSource, encode: Callable[[Sequence[str]], Tensor]
+        self,
+        images: Tensor,
+        index: Tensor,
+        source: MistakenSource,
+        encode: Callable[[Sequence[str]], Tensor],
+        similarity: Similarity,
     ) -> dict[str, float]:
-        """The right texts against the mistaken ones: of images [N, D] at ``index`` [N]."""
+        """The right texts against the mistaken ones: of encoded images at ``index`` [N]."""
         count = min(len(index), self.negatives or len(index))
         rows = [place * len(index) // count for place in range(count)]
         found = [(row, each) for row in rows for each in source.mistakes(int(index[row]))]
@@ -111,7 +130,7 @@ class ImageTextEvaluation:
             return {}
         own = images[[row for row, _ in found]]
         right, wrong = (
-            (own * encode(texts)).sum(dim=1)
+            pairwise(similarity, own, encode(texts))
             for texts in ([each.right for _, each in found], [each.wrong for _, each in found])
         )
         by_kind = preference(right, wrong, [each.kind for _, each in found])

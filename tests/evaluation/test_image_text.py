@@ -93,6 +93,27 @@ def test_towers_that_say_nothing_are_at_chance(tmp_path):
     assert (scores["retrieval_i2t_r1"], scores["retrieval_t2i_r1"]) == (0.1, 0.1)
 
 
+class TokenReader(Reader):
+    """Two rows each, of which one says nothing; what is compared is the greatest of both."""
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        return torch.stack([super().encode_image(image), -torch.ones(len(image), 12)], dim=1)
+
+    def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
+        return torch.stack([-torch.ones(len(text), 12), super().encode_text(text, mask)], dim=1)
+
+    def similarity(self, query: Tensor, keys: Tensor) -> Tensor:
+        return query.amax(dim=1) @ keys.amax(dim=1).T
+
+
+def test_a_method_that_compares_in_its_own_way_is_asked_for_it(tmp_path):
+    made = data(tmp_path)
+    scores = ImageTextEvaluation(templates=["{}", "once {}"])(TokenReader(made), made, torch.device("cpu"))
+    for name in ("zeroshot_top1", "zeroshot_top5", "retrieval_i2t_r1", "retrieval_t2i_r1", "retrieval_t2i_r10"):
+        assert scores[name] == 1, name
+    assert "gap" not in scores
+
+
 def test_pictures_that_cannot_be_read_are_not_judged(tmp_path):
     made = data(tmp_path, broken=(3, 7))
     scores = ImageTextEvaluation(templates=["{}"])(Reader(made), made, torch.device("cpu"))

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import normalize
 
 from src.evaluation.retrieval import ranks, retrieval
-from src.evaluation.zero_shot import classifier, top_k
+from src.evaluation.zero_shot import class_scores, classifier, top_k, within
 
 
 def test_ranks_by_hand():
@@ -56,3 +56,27 @@ def test_prompts_are_normalised_before_and_after_their_mean():
     assert top_k(torch.zeros(3, 2), weights, labels) == pytest.approx(2 / 3)  # ties: class 0 is nearer
     with pytest.raises(ValueError, match=r"one \{\} for the name"):
         classifier(["cat"], lambda texts: torch.eye(1), ["a cat"])
+
+
+def test_templates_may_be_averaged_as_scores():
+    """Two prompts of each class and a similarity that is no product: the greatest share. The mean vector of "cat" would
+    be (0.5, 0.5), with 0.5 for the first image; its scores are 1 and 0.2."""
+    vectors = {"a cat": [1.0, 0.0], "the cat": [0.0, 1.0], "a dog": [0.7, 0.0], "the dog": [0.7, 0.0]}
+
+    def similarity(query, keys):
+        return (query[:, None] * keys).amax(dim=2)
+
+    image = torch.tensor([[1.0, 0.2], [0.4, 0.1]])
+    encode = lambda texts: torch.tensor([vectors[t] for t in texts])  # noqa: E731
+    scores = class_scores(image, ["cat", "dog"], encode, similarity, ["a {}", "the {}"])
+    torch.testing.assert_close(scores, torch.tensor([[0.6, 0.7], [0.25, 0.28]]))
+    assert within(scores, torch.tensor([1, 0])) == 0.5
+    with pytest.raises(ValueError, match=r"one \{\} for the name"):
+        class_scores(image, ["cat"], encode, similarity, ["a cat"])
+
+
+def test_ranks_by_another_similarity():
+    keys = torch.eye(3)
+    query = torch.tensor([[0.9, 0.5, 0.1]])
+    opposite = ranks(query, keys, torch.tensor([0]), torch.arange(3), similarity=lambda q, k: -(q @ k.T))
+    assert opposite.tolist() == [2]

@@ -14,7 +14,7 @@ from src.datamodules.scenes import captions, render
 from src.datamodules.scenes.cache import Recipe, open_or_build
 from src.datamodules.scenes.scene import Scene
 from src.datamodules.scenes.world import Combinations, ObjectsWorld
-from src.datamodules.sources.source import Mistaken, Prompts, Sample, Split
+from src.datamodules.sources.source import Grounding, Mistaken, Prompts, Sample, Split
 from src.errors import SettingError
 from src.randomness import fold
 
@@ -228,6 +228,13 @@ class ScenesSource:
                     found.append(Mistaken("swapped" if swapped else mistake, right, other))
                     break
         return found
+
+    def grounding(self, index: int) -> Grounding:
+        """The first of `captions`, whose words for a thing are its adjectives and its noun, without the article."""
+        scene = self.scene(index)
+        said = captions.short(captions.facts(scene), fold(index, 0))
+        spans = ((said.text.index(" ", begin) + 1, end, thing) for begin, end, thing in said.spans)
+        return Grounding(said.text, tuple(spans), torch.from_numpy(render.instance_masks(scene, self.resolution)))
 
     def _described(self, index: int, wording: int) -> str:
         what, wording = captions.facts(self.scene(index)), fold(index, wording)

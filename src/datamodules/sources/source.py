@@ -14,6 +14,8 @@ __all__ = [
     "CaptionedSource",
     "DataError",
     "EncodedImage",
+    "GroundedSource",
+    "Grounding",
     "ImageSource",
     "ListedTexts",
     "Mistaken",
@@ -115,4 +117,21 @@ class MistakenSource(CaptionedSource, Protocol):
 
     def mistakes(self, index: int) -> Sequence[Mistaken]:
         """What a model should not fall for, the same every time; any number of each kind, none where none can be."""
+        ...
+
+
+class Grounding(NamedTuple):
+    """A text of a picture, and where the things are that it names."""
+
+    text: str
+    spans: tuple[tuple[int, int, int], ...]  # first character, one past the last, and which of the masks they name
+    masks: torch.Tensor  # bool [T, H, W], the size of the picture: what is seen of each thing
+
+
+@runtime_checkable
+class GroundedSource(CaptionedSource, Protocol):
+    """A source that also says which words of a text name what in the picture."""
+
+    def grounding(self, index: int) -> Grounding:
+        """The same every time."""
         ...

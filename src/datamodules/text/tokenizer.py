@@ -58,6 +58,20 @@ class Tokenizer:
         )
         return found["input_ids"], found["attention_mask"].bool()
 
+    def places(self, texts: Sequence[str]) -> Tensor:
+        """Which characters of its text each token stands for, the first and one past the last: int64 [B, length, 2].
+        Start, end and filling stand for none.
+
+        Raises:
+            SettingError: a tokenizer that does not know, one of the slow ones of transformers.
+        """
+        if not self.inner.is_fast:
+            raise SettingError(f"the tokenizer {self.inner.name_or_path} does not say where its tokens come from")
+        found = self.inner(
+            list(texts), padding="max_length", truncation=True, max_length=self.length, return_offsets_mapping=True
+        )
+        return torch.tensor(found["offset_mapping"])
+
     def longer(self, texts: Sequence[str]) -> Tensor:
         """Which texts do not fit: bool [B]."""
         return torch.tensor([len(ids) > self.length for ids in self.inner(list(texts))["input_ids"]])

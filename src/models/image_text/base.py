@@ -53,6 +53,12 @@ class ImageTextModule(PretrainModule):
         """Unit vectors [B, E] of token ids [B, L], the mask saying which are no filling."""
         return unit(self.text_projection(self.text_encoder(text, mask).embedding))
 
+    def encode_patches(self, image: Tensor) -> Tensor:
+        """Unit vectors [B, rows, columns, E] of the positions in pictures [B, 3, H, W], each projected as if it were
+        the picture's feature."""
+        features = self.image_encoder(image)
+        return unit(self.image_projection(features.patches)).unflatten(1, features.grid)
+
     def encoders(self) -> dict[str, ImageEncoder]:
         return {"encoder": self.image_encoder}
 

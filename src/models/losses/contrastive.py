@@ -19,7 +19,14 @@ from src.models.losses.blocks import BLOCK, by_rows
 from src.models.losses.precision import full_precision
 
 
-def contrast(logits: Tensor, positive: Tensor, denominator: Tensor, weight: Tensor | None = None) -> Tensor:
+def contrast(
+    logits: Tensor,
+    positive: Tensor,
+    denominator: Tensor,
+    weight: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """-weight * mean over positives + log of the sum of exp over the denominator, for each anchor: [R].
 
     Args:
@@ -27,8 +34,13 @@ def contrast(logits: Tensor, positive: Tensor, denominator: Tensor, weight: Tens
         positive: bool [R, M] or broadcastable, the keys an anchor is drawn to; at least one each.
         denominator: bool [R, M] or broadcastable, the keys that enter the sum; at least one each.
         weight: [R], of the positives; 1 if None.
+        label_smoothing: this share of an anchor's attraction is dealt out evenly to all keys of its denominator, and to
+            none that is left out of it.
     """
     attraction = torch.where(positive, logits, 0).sum(dim=1) / positive.sum(dim=1)
+    if label_smoothing:
+        even = torch.where(denominator, logits, 0).sum(dim=1) / denominator.sum(dim=1)
+        attraction = (1 - label_smoothing) * attraction + label_smoothing * even
     repulsion = logits.masked_fill(~denominator, -torch.inf).logsumexp(dim=1)
     return repulsion - (attraction if weight is None else weight * attraction)
 
@@ -85,6 +97,7 @@ def info_nce(
     *,
     temperature: float = 1.0,
     same: Tensor | None = None,
+    label_smoothing: float = 0.0,
     block: int = BLOCK,
 ) -> Tensor:
     """Each query is to recognise its own key among the keys of all images.
@@ -94,17 +107,18 @@ def info_nce(
         keys: [N, D], of all processes; query b belongs to key ``offset + b``.
         same: int64 [N], one number for all keys that say the same; what says the same as a query's own key is no
             negative of it. None where none do.
+        label_smoothing: see `contrast`.
 
     Raises:
         SettingError: one image in all.
     """
-    _refuse_one(len(keys))
+    refuse_one(len(keys))
     same = torch.arange(len(keys), device=keys.device) if same is None else same
 
     def rows(own: Tensor, query: Tensor, keys: Tensor, same: Tensor) -> Tensor:
         itself = own[:, None] == torch.arange(len(keys), device=keys.device)
         logits = query @ keys.T / temperature
-        return contrast(logits, itself, itself | (same[own][:, None] != same))
+        return contrast(logits, itself, itself | (same[own][:, None] != same), label_smoothing=label_smoothing)
 
     own = torch.arange(offset, offset + len(query), device=query.device)
     return by_rows(rows, [own, query], [keys, same], columns=len(keys), block=block).mean()
@@ -227,7 +241,7 @@ def _among_images(
     weight: Tensor | None = None,
 ) -> Tensor:
     """The loss of every own view against all views of all images: [B * V]."""
-    _refuse_one(len(keys))
+    refuse_one(len(keys))
     views = z.shape[1]
 
     def rows(own: Tensor, anchors: Tensor, weight: Tensor, keys: Tensor) -> Tensor:
@@ -243,6 +257,10 @@ def _among_images(
     return by_rows(rows, [own, anchors, weight], [everything], columns=len(everything), block=block)
 
 
-def _refuse_one(images: int) -> None:
+def refuse_one(images: int) -> None:
+    """
+    Raises:
+        SettingError: there is nothing that an image could be told from.
+    """
     if images < 2:
         raise SettingError(f"data.batch_size: a contrastive loss needs at least 2 images in a step, got {images}")

@@ -26,6 +26,7 @@ def clip_loss(
     *,
     scale: Tensor,
     same: Tensor | None = None,
+    label_smoothing: float = 0.0,
     block: int = BLOCK,
 ) -> Tensor:
     """CLIP's loss (Radford et al., 2021): each image is to recognise its text among all texts, and the other way round.
@@ -35,12 +36,13 @@ def clip_loss(
         images, texts: [N, D], of all processes: ``images, offset = gather(image)``.
         scale: scalar, the inverse temperature.
         same: int64 [N], one number for all pairs whose texts are equal, which are no negatives of each other.
+        label_smoothing: the share of the targets that is dealt out evenly to a pair and its negatives.
 
     Raises:
         SettingError: one pair in all.
     """
-    to_text = info_nce(scale * image, texts, offset, same=same, block=block)
-    to_image = info_nce(scale * text, images, offset, same=same, block=block)
+    to_text = info_nce(scale * image, texts, offset, same=same, label_smoothing=label_smoothing, block=block)
+    to_image = info_nce(scale * text, images, offset, same=same, label_smoothing=label_smoothing, block=block)
     return (to_text + to_image) / 2
 
 

@@ -103,6 +103,19 @@ def test_strongest_posterisation_keeps_a_bit():
     view.decoded(pictures(64, 16), draws(view, 0, list(range(64))))  # level 10 throughout: 0 bits would be refused
 
 
+def test_autoaugment_is_drawn_from_the_sample_s_own_numbers_and_mirrors_where_asked():
+    view = RandAugmentCrop(16, scale=(1.0, 1.0), policy="original", erase=0.0, flip=0.0)
+    given, numbers = pictures(32, 16), draws(view, 0, list(range(32)))
+    found = view.decoded(given, numbers)["image"]
+    assert torch.equal(found, view.decoded(given, numbers)["image"])
+    one = view.decoded(given[3:4], numbers[3:4])["image"]
+    assert torch.equal(found[3:4], one)
+    plain = RandAugmentCrop(16, scale=(1.0, 1.0), policy=None, erase=0.0, flip=0.0).decoded(given, numbers)["image"]
+    assert 8 < sum(not torch.equal(*pair) for pair in zip(found, plain, strict=True)) < 32
+    mirrored = RandAugmentCrop(16, scale=(1.0, 1.0), policy=None, erase=0.0, flip=1.0).decoded(given, numbers)["image"]
+    assert torch.equal(mirrored, plain.flip(-1))
+
+
 def test_a_worker_process_gets_the_same_view():
     view = RandAugmentCrop(24)
     numbers = draws(view, 1, [0, 1])

@@ -51,6 +51,16 @@ def test_equal_texts_are_no_negatives_of_each_other():
     assert value.item() == pytest.approx(clip_by_loops(image, text, 3.0, same), rel=1e-12)
 
 
+def test_smoothed_targets_by_hand():
+    """Similarities log 3 and 0: probabilities 3/4 and 1/4. With 0.2 dealt out to the two keys the targets are 0.9 and
+    0.1; where the other text is equal it has none, and the own one all."""
+    eye, scale = torch.eye(2, dtype=torch.float64), torch.tensor(math.log(3.0), dtype=torch.float64)
+    value = clip_loss(eye, eye, eye, eye, 0, scale=scale, label_smoothing=0.2)
+    assert value.item() == pytest.approx(-0.9 * math.log(3 / 4) - 0.1 * math.log(1 / 4))
+    equal = clip_loss(eye, eye, eye, eye, 0, scale=scale, same=torch.tensor([5, 5]), label_smoothing=0.2)
+    assert equal.item() == pytest.approx(0)
+
+
 def test_a_pair_of_orthogonal_pairs_by_hand():
     eye = torch.eye(2, dtype=torch.float64)
     scale = torch.tensor(math.log(3.0), dtype=torch.float64)

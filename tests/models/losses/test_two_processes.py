@@ -12,6 +12,7 @@ from src.models.joint_embedding.queue import FeatureQueue
 from src.models.losses.contrastive import ctr, dcl, dclw, info_nce, nt_xent
 from src.models.losses.distillation import cross_view_cross_entropy, sharpen
 from src.models.losses.image_text import clip_loss, ring_sigmoid_loss, sigmoid_loss
+from src.models.losses.late_interaction import late_interaction_loss
 from src.models.losses.redundancy import barlow_twins, cross_correlation, vicreg
 from src.models.losses.swapped import sinkhorn, swapped_prediction
 from tests.distributed import in_two_processes
@@ -63,6 +64,23 @@ def clip(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
     return clip_loss(image, text, images, gather(text)[0], offset, scale=scale, block=20)
 
 
+def align(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
+    """Smoothed, with texts of which two are equal, one on either process."""
+    image, text = normalize(z1, dim=-1), normalize(z2, dim=-1)
+    images, offset = gather(image)
+    same = torch.tensor([0, 1, 2, 3, 4, 1, 6, 7])
+    smoothed = {"same": same, "label_smoothing": 0.1}
+    return 2 * clip_loss(image, text, images, gather(text)[0], offset, scale=scale, block=20, **smoothed)
+
+
+def filip(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
+    """Tokens are three numbers in a row each; the third of every text is filling."""
+    image, text = (normalize(torch.stack([z[:, i : i + 3] for i in range(3)], dim=1), dim=-1) for z in (z1, z2))
+    text = text * torch.tensor([1.0, 1.0, 0.0], dtype=text.dtype)[:, None]
+    images, offset = gather(image)
+    return late_interaction_loss(image, text, images, gather(text)[0], offset, scale=scale, block=150)
+
+
 def siglip(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
     texts, offset = gather(normalize(z2, dim=-1))
     return sigmoid_loss(normalize(z1, dim=-1), texts, offset, scale=scale, bias=-scale, block=20)
@@ -75,6 +93,8 @@ def siglip_ring(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
 # with a scale that is learned
 OF_PAIRS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "clip": clip,
+    "align": align,
+    "filip": filip,
     "siglip": siglip,
     "siglip ring": siglip_ring,
 }

@@ -1,0 +1,89 @@
+"""FILIP's tokens, its step by hand, and how it answers evaluation."""
+
+import math
+from functools import partial
+
+import pytest
+import timm
+import torch
+from torch.nn.functional import cross_entropy
+
+from src import configuration
+from src.evaluation.comparison import Comparing
+from src.models.image_text.filip import FILIP
+from src.optim import OptimizerRecipe, adamw
+from src.train import compose
+from tests.models.image_text.test_clip import MASK, TEXT, batch, tower
+from tests.models.losses.test_late_interaction import by_loops
+
+
+def filip(**options) -> FILIP:
+    torch.manual_seed(0)
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
+    vit = timm.create_model("vit_tiny_patch16_224", **small)
+    return FILIP(vit, tower(), OptimizerRecipe(partial(adamw), lr=0.1), **{"embed_dim": 8, **options})
+
+
+def test_a_step_is_the_paper_s_formulas():
+    method, given = filip(), batch()
+    output = method.training_step(given, 0)
+    patches = method.image_encoder.backbone.forward_features(given["image"])[:, 1:]  # without the class token
+    image = patches @ method.image_projection.weight.T
+    text = method.text_encoder.transformer(input_ids=TEXT).last_hidden_state @ method.text_projection.weight.T
+    image, text = (x / x.norm(dim=-1, keepdim=True) for x in (image, text))
+    text = text * MASK[:, :, None]
+    to_text, to_image = by_loops(image.detach(), text.detach()) / 0.07, by_loops(text.detach(), image.detach()) / 0.07
+    for scores in (to_text, to_image):  # texts 0 and 3 are equal
+        scores[0, 3] = scores[3, 0] = -math.inf
+    labels = torch.arange(4)
+    expected = (cross_entropy(to_text, labels) + cross_entropy(to_image, labels)) / 2
+    torch.testing.assert_close(output["loss"], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output["embedding"], patches.mean(dim=1))
+    output["loss"].backward()
+    for name, parameter in method.named_parameters():
+        assert parameter.grad is not None, name
+
+
+def test_filling_changes_nothing():
+    method = filip().eval()
+    given = batch()
+    text = method.encode_text(TEXT, MASK)
+    assert torch.equal(text.any(dim=-1), MASK)
+    images, text = method.encode_image(given["image"]).detach(), text.detach()
+    assert (images.shape, text.shape) == ((4, 4, 8), (4, 6, 8))
+    other = TEXT.clone()
+    other[~MASK] = 13
+    torch.testing.assert_close(method.encode_text(other, MASK), text)
+    assert isinstance(method, Comparing)
+    torch.testing.assert_close(method.similarity(images, text), by_loops(images, text))
+    torch.testing.assert_close(method.similarity(text, images), by_loops(text, images))
+    # short texts alone are not compared by their filling
+    torch.testing.assert_close(method.similarity(images, text[1:2]), by_loops(images, text[1:2]))
+
+
+def test_patches_have_their_places():
+    method, image = filip().eval(), batch()["image"]
+    torch.testing.assert_close(method.encode_patches(image).flatten(1, 2), method.encode_image(image))
+    assert method.encode_patches(image).shape == (4, 2, 2, 8)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="kept is a share"):
+        filip(kept=0.0)
+    with pytest.raises(ValueError, match=r"data.batch_size: a contrastive loss needs at least 2"):
+        filip(kept=0.5).training_step({name: value[:1] for name, value in batch().items()}, 0)
+
+
+@pytest.mark.parametrize("scale", ["paper", "tiny"])
+def test_the_recipe_composes(scale):
+    config = compose(["experiment=filip_vitb32", f"scale={scale}", "run.dir=/tmp/run"])
+    view = configuration.instantiate(config.data.train_view)
+    picture = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8)
+    numbers = torch.rand(2, view.draws).numpy()
+    assert view.decoded(picture, numbers)["image"].shape == (2, 3, config.image_size, config.image_size)
+    if scale == "paper":
+        assert config.optimizer.lr == pytest.approx(2e-3 * (40960 / 512) ** 0.5)
+        assert (config.model.embed_dim, config.model.kept, config.optimizer.weight_decay) == (256, 0.25, 3e-3)
+    if scale == "tiny":
+        method = configuration.instantiate(config.model)
+        assert isinstance(method, FILIP)
