@@ -28,6 +28,7 @@ class SigLIP(ImageTextModule):
         temperature, bias: a similarity s is judged by sigmoid(s / temperature + bias); learned from this start.
         ring: texts go round the processes, which then hold those of one other at a time; otherwise all are gathered.
             The gradients are the same.
+        freeze_image, freeze_text, micro_batch: see `ImageTextModule`.
     """
 
     def __init__(
@@ -39,8 +40,20 @@ class SigLIP(ImageTextModule):
         temperature: float = 0.1,
         bias: float = -10.0,
         ring: bool = True,
+        freeze_image: bool = False,
+        freeze_text: bool = False,
+        micro_batch: int | None = None,
     ) -> None:
-        super().__init__(backbone, attention_pool(backbone), text, optimizer, embed_dim=None)
+        super().__init__(
+            backbone,
+            attention_pool(backbone),
+            text,
+            optimizer,
+            embed_dim=None,
+            freeze_image=freeze_image,
+            freeze_text=freeze_text,
+            micro_batch=micro_batch,
+        )
         if temperature <= 0:
             raise ValueError(f"SigLIP: temperature must be above 0, got {temperature}")
         self.ring = ring
@@ -49,7 +62,7 @@ class SigLIP(ImageTextModule):
         self.logit_bias = nn.Parameter(torch.full((1,), bias))
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
-        features = self.image_encoder(batch["image"]).embedding
+        features = self.image_features(batch["image"])
         image, text = unit(features), self.encode_text(batch["text"], batch["text_mask"])
         scale, bias = self.logit_scale.exp().squeeze(), self.logit_bias.squeeze()
         loss = self._loss(image, text, scale, bias)
