@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, Protocol
 
@@ -15,8 +15,10 @@ from torch import nn
 from src import configuration, evaluate, runs, trained
 from src.configuration import UserError, nearest
 from src.datamodules.image import ImageDataModule
+from src.datamodules.image_text import ImageTextDataModule
 from src.datamodules.sources.source import Split
 from src.evaluation.features import FeatureSets
+from src.evaluation.image_text import ImageTextEvaluation, TwoTowers
 from src.evaluation.patch_knn import BANK_IMAGES, BANK_PATCHES, QUERY_IMAGES, PatchKNN, patch_sets
 from src.evaluation.run import Evaluator, feature_sets, score
 from src.models.pretrain_module import PretrainModule
@@ -164,6 +166,33 @@ class OnPatches:
             precision=trained.precision,
         )
         return _of(self.evaluator, sets, self.name, trained.device)
+
+
+@dataclass(frozen=True)
+class ImageText:
+    """A number of an `ImageTextEvaluation` for a method with two towers.
+
+    Args:
+        name: which of its numbers, such as ``zeroshot_top1`` or ``retrieval_rsum``.
+        evaluation: what is asked, of every image of the split unless it says otherwise; the split is the claim's.
+
+    Raises:
+        UserError: the method has no two towers, or the evaluation reports no such number.
+    """
+
+    name: str
+    evaluation: ImageTextEvaluation = field(default_factory=lambda: ImageTextEvaluation(samples=None))
+    splits: ClassVar[Sequence[Split]] = HELD_OUT
+
+    def __call__(self, trained: TrainedRun) -> float:
+        module, datamodule = trained.module, trained.datamodule
+        if not isinstance(module, TwoTowers) or not isinstance(datamodule, ImageTextDataModule):
+            raise UserError(f"{self.name} needs a method with a text tower, which {type(module).__name__} is not")
+        evaluation = replace(self.evaluation, split=trained.split)
+        scores = evaluation(module, datamodule, trained.device, precision=trained.precision)
+        if self.name not in scores:
+            raise UserError(f"ImageTextEvaluation reports no '{self.name}'{nearest(self.name, list(scores))}")
+        return _finite(self.name, scores[self.name])
 
 
 def _of(evaluator: Evaluator, sets: dict[str, FeatureSets], name: str, device: torch.device) -> float:

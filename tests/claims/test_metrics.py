@@ -1,0 +1,40 @@
+"""A claim about two towers is judged by the evaluation that training and `make evaluate` use, on the claim's split."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from src.claims.metrics import ImageText
+from src.configuration import UserError
+from src.evaluation.image_text import ImageTextEvaluation
+from tests.evaluation.test_image_text import Reader, data
+
+
+def trained(tmp_path, module: nn.Module | None = None, **options: Any) -> Any:
+    made = data(tmp_path)
+    module = module or Reader(made, **options)
+    return SimpleNamespace(
+        module=module, datamodule=made, device=torch.device("cpu"), precision="32-true", split="test"
+    )
+
+
+def test_a_number_of_two_towers_is_the_evaluation_s_own(tmp_path, monkeypatch):
+    asked = []
+    images = ImageTextEvaluation._images
+    monkeypatch.setattr(ImageTextEvaluation, "_images", lambda self, *a: asked.append(self) or images(self, *a))
+    evaluation = ImageTextEvaluation(templates=["{}"], samples=None)
+    assert ImageText("zeroshot_top1", evaluation)(trained(tmp_path)) == 1
+    assert ImageText("retrieval_i2t_r1", evaluation)(trained(tmp_path, blind=True)) == 0.1
+    assert ImageText("gap")(trained(tmp_path)) < 1e-6
+    assert [each.split for each in asked] == ["test"] * 3
+    assert asked[2].samples is None  # all of what a claim is judged on
+
+
+def test_what_cannot_be_judged_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no 'zeroshot_top'.*zeroshot_top1"):
+        ImageText("zeroshot_top")(trained(tmp_path))
+    with pytest.raises(UserError, match=r"zeroshot_top1 needs a method with a text tower, which Linear is not"):
+        ImageText("zeroshot_top1")(trained(tmp_path, module=nn.Linear(1, 1)))
