@@ -32,7 +32,17 @@ _COLUMNS = 6  # of the printed table
 PAIRS = ("zeroshot", "retrieval")  # of methods with two towers
 
 # a run's own whatever data it is judged on: what its method was built for
-KEPT = ("_target_", "train_view", "batch_size", "tokenizer", "tokenizer_file", "vocabulary", "text_length")
+KEPT = (
+    "_target_",
+    "train_view",
+    "batch_size",
+    "tokenizer",
+    "tokenizer_file",
+    "tokenizer_from",
+    "vocabulary",
+    "text_length",
+    "rewrites",
+)
 
 Scores = dict[str, dict[str, float]]  # encoder -> metric -> value
 
