@@ -162,7 +162,7 @@ def _vision_config(vit: VisionTransformer) -> dict[str, Any]:
     block: Any = vit.blocks[0]
     norms = [layer for layer in vit.modules() if isinstance(layer, nn.LayerNorm)]
     _need(len({layer.eps for layer in norms}) == 1, "transformers' image tower", "one eps in all norms")
-    height, width = vit.patch_embed.img_size  # type: ignore[misc]
+    height, width = vit.patch_embed.img_size
     _need(height == width, "transformers' image tower", "square pictures")
     return {
         "hidden_size": vit.embed_dim,

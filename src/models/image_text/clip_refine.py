@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -118,13 +119,13 @@ class CLIPRefine(ImageTextModule):
         with torch.no_grad():
             taught_image, taught_text = (self._comparable(each) for each in self.taught(batch))
             taught_images, taught_texts = gather(taught_image)[0], gather(taught_text)[0]
-            scale = self.logit_scale.exp().squeeze() if self.cosine else 1.0
+            scale = self.logit_scale.exp().squeeze() if self.cosine else self.logit_scale.new_ones(())
         image, text = self._comparable(image), self._comparable(text)
         images, offset = gather(image)
         texts, _ = gather(text)
-        how = {"scale": scale, "alpha": self.alpha}
-        to_text = hybrid_distillation(image, texts, taught_image, taught_texts, offset, **how)
-        to_image = hybrid_distillation(text, images, taught_text, taught_images, offset, **how)
+        distil = partial(hybrid_distillation, scale=scale, alpha=self.alpha)
+        to_text = distil(image, texts, taught_image, taught_texts, offset)
+        to_image = distil(text, images, taught_text, taught_images, offset)
         return (to_text + to_image) / 2
 
     def _contrast(self, batch: ImageTextBatch, image: Tensor, text: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ class TransformersTower(Tower):
         config = AutoConfig.for_model(kind, **options)
         # of what reads and writes (T5) the half that reads
         reads = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
-        model_class = (MODEL_FOR_TEXT_ENCODING_MAPPING if reads else MODEL_MAPPING)[type(config)]
+        model_class: Any = (MODEL_FOR_TEXT_ENCODING_MAPPING if reads else MODEL_MAPPING)[type(config)]
         # an unused layer would have no gradient, which DDP takes for a mistake
         unpooled = {"add_pooling_layer": False} if "add_pooling_layer" in signature(model_class).parameters else {}
         try:

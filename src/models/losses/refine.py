@@ -30,7 +30,7 @@ def hybrid_distillation(
     taught_keys: Tensor,
     offset: int,
     *,
-    scale: Tensor | float,
+    scale: Tensor,
     alpha: float,
     block: int = BLOCK,
 ) -> Tensor:
@@ -40,16 +40,16 @@ def hybrid_distillation(
     Args:
         query: [B, D], own, of the student; keys: [N, D], of all processes; query b belongs to key ``offset + b``.
         taught_query, taught_keys: the teacher's, without gradient.
-        scale: of the similarities of both.
+        scale: scalar, of the similarities of both; the teacher's take no gradient from it.
         alpha: share of the pairs as they are given.
     """
 
-    def rows(own: Tensor, query: Tensor, taught: Tensor, keys: Tensor, taught_keys: Tensor) -> Tensor:
+    def rows(own: Tensor, query: Tensor, taught: Tensor, keys: Tensor, taught_keys: Tensor, scale: Tensor) -> Tensor:
         given = F.one_hot(own, len(keys)).to(query.dtype)
-        target = alpha * given + (1 - alpha) * (scale * taught @ taught_keys.T).softmax(dim=1)
+        target = alpha * given + (1 - alpha) * (scale.detach() * taught @ taught_keys.T).softmax(dim=1)
         student = (scale * query @ keys.T).log_softmax(dim=1)
         return (torch.xlogy(target, target) - target * student).sum(dim=1)
 
     own = torch.arange(offset, offset + len(query), device=query.device)
-    columns = [keys, taught_keys.detach()]
-    return by_rows(rows, [own, query, taught_query.detach()], columns, columns=len(keys), block=block).mean()
+    shared = [keys, taught_keys.detach(), scale]
+    return by_rows(rows, [own, query, taught_query.detach()], shared, columns=len(keys), block=block).mean()

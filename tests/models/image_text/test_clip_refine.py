@@ -57,11 +57,13 @@ def distilled_by_loops(query, keys, taught, taught_keys, scale, alpha) -> float:
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_distillation_is_the_divergence_from_pairing_and_teacher(alpha):
     given = [numbers(5, 3, seed=seed) for seed in range(4)]
-    value = hybrid_distillation(*given, 0, scale=1.5, alpha=alpha)
+    value = hybrid_distillation(*given, 0, scale=torch.tensor(1.5).double(), alpha=alpha)
     assert value.item() == pytest.approx(distilled_by_loops(*given, 1.5, alpha), rel=1e-10)
     query, keys, taught, taught_keys = given
     halves = [
-        hybrid_distillation(query[i:j], keys, taught[i:j], taught_keys, i, scale=1.5, alpha=alpha, block=5)
+        hybrid_distillation(
+            query[i:j], keys, taught[i:j], taught_keys, i, scale=torch.tensor(1.5).double(), alpha=alpha, block=5
+        )
         for i, j in ((0, 2), (2, 5))
     ]
     assert (2 * halves[0] + 3 * halves[1]).item() / 5 == pytest.approx(value.item(), rel=1e-10)
@@ -69,7 +71,7 @@ def test_distillation_is_the_divergence_from_pairing_and_teacher(alpha):
     if alpha == 1:  # nothing of the teacher is left: InfoNCE
         assert value.item() == pytest.approx(own.item(), rel=1e-10)
     if alpha == 0:
-        itself = hybrid_distillation(query, keys, query, keys, 0, scale=1.5, alpha=0.0)
+        itself = hybrid_distillation(query, keys, query, keys, 0, scale=torch.tensor(1.5).double(), alpha=0.0)
         assert itself.item() == pytest.approx(0, abs=1e-12)
 
 
@@ -77,7 +79,9 @@ def test_in_blocks_the_gradient_is_the_same_and_the_teacher_has_none():
     query, keys, taught, taught_keys = (numbers(6, 3, seed=seed).requires_grad_() for seed in range(4))
     found = []
     for block in (10**6, 6):
-        value = hybrid_distillation(query, keys, taught, taught_keys, 0, scale=2.0, alpha=0.5, block=block)
+        value = hybrid_distillation(
+            query, keys, taught, taught_keys, 0, scale=torch.tensor(2.0).double(), alpha=0.5, block=block
+        )
         found.append(torch.autograd.grad(value, [query, keys, taught], allow_unused=True))
     for whole, blocks in zip(*found, strict=True):
         assert (whole is None) == (blocks is None)
