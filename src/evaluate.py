@@ -32,17 +32,7 @@ _COLUMNS = 6  # of the printed table
 PAIRS = ("zeroshot", "retrieval")  # of methods with two towers
 
 # a run's own whatever data it is judged on: what its method was built for
-KEPT = (
-    "_target_",
-    "train_view",
-    "batch_size",
-    "tokenizer",
-    "tokenizer_file",
-    "tokenizer_from",
-    "vocabulary",
-    "text_length",
-    "rewrites",
-)
+KEPT = ("_target_", "train_view", "batch_size", "tokenizer", "tokenizer_file", "vocabulary", "text_length")
 
 Scores = dict[str, dict[str, float]]  # encoder -> metric -> value
 

@@ -18,6 +18,7 @@ from src.models.backbones.image_encoder import Pool, cls_token_or_mean
 from src.models.backbones.weights import WeightsError, read, some
 from src.models.image_text.base import ImageTextModule
 from src.models.image_text.clip import equal_texts
+from src.models.image_text.micro_batches import in_micro_batches
 from src.models.image_text.text_tower import Tower
 from src.models.joint_embedding.base import unit
 from src.models.losses.image_text import clip_loss
@@ -137,9 +138,10 @@ class CLIPRefine(ImageTextModule):
     @torch.no_grad()
     def taught(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
         """The start's features of images and texts: [B, E] each."""
-        teacher = self.teacher
-        image = teacher["image_encoder"](batch["image"]).embedding
-        text = teacher["text_encoder"](batch["text"], batch["text_mask"]).embedding
+        teacher, size = self.teacher, self.micro_batch
+        image = in_micro_batches(lambda part: teacher["image_encoder"](part).embedding, batch["image"], size=size)
+        texts = batch["text"], batch["text_mask"]
+        text = in_micro_batches(lambda *part: teacher["text_encoder"](*part).embedding, *texts, size=size)
         return teacher["image_projection"](image), teacher["text_projection"](text)
 
     def _comparable(self, features: Tensor) -> Tensor:

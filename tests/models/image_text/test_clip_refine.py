@@ -111,6 +111,16 @@ def test_a_step_is_the_papers_two_terms():
         assert (parameter.grad is not None) == (not name.startswith("teacher.") and name != "logit_scale"), name
 
 
+def test_in_micro_batches_the_step_is_the_same():
+    losses = []
+    for size in (None, 3):
+        method = refine(micro_batch=size, alignment=0.0).double()
+        output = method.training_step({**batch(), "image": batch()["image"].double()}, 0)
+        output["loss"].backward()
+        losses.append((output["loss"], method.text_projection.weight.grad))
+    torch.testing.assert_close(losses[1], losses[0])
+
+
 def test_the_weights_choose_the_terms_and_raw_features_have_no_scale():
     given = batch()
     for words, terms in (
