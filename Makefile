@@ -36,7 +36,7 @@ evaluate: setup ## judge a run's encoder: RUN=... EVAL=knn,linear,finetune [DATA
 	@$(PY) -m src.evaluate run='$(RUN)' $(if $(EVAL),eval=$(EVAL)) $(if $(DATA),data=$(DATA)) \
 	  $(if $(DATA_DIR),paths.data='"$(DATA_DIR)"') $(ARGS)
 
-export: setup ## write a run's encoder for others: RUN=... FORMAT=timm|hf
+export: setup ## write a run's encoder, or both its towers, for others: RUN=... FORMAT=timm|hf
 	@$(PY) -m src.export run='$(RUN)' $(if $(FORMAT),format=$(FORMAT)) $(ARGS)
 
 list: setup ## every experiment: name, family, data, paper

@@ -1,4 +1,5 @@
-"""`make export`: a run's encoder as plain timm or transformers loads it, checked before it is handed over."""
+"""`make export`: a run's encoder, or its two towers, as plain timm or transformers loads them, checked before they are
+handed over."""
 
 from __future__ import annotations
 
@@ -24,11 +25,23 @@ from torch import Tensor, nn
 
 from src import configuration, runs, trained
 from src.configuration import UserError, nearest
+from src.datamodules.image_text import ImageTextDataModule
+from src.datamodules.text.tokenizer import Tokenizer
+from src.export_pairs import as_transformers
 from src.models.backbones.image_encoder import ImageEncoder
+from src.models.image_text.base import ImageTextModule
 
 WORDS = ("run", "format", "to", "encoder", "checkpoint")
 TOLERANCE = 1e-5
 WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Towers:
+    """What reads images and texts."""
+
+    module: ImageTextModule  # in evaluation mode
+    tokenizer: Tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,7 @@ class Export:
     mean: list[float]
     std: list[float]
     classes: list[str]  # of the backbone's classifier, empty where it has none
+    towers: Towers | None = None  # of a method with two, where no single encoder was asked for
 
     @property
     def borrowed(self) -> str:
@@ -84,7 +98,8 @@ def main(argv: Sequence[str]) -> int:
     export = gather(run, words.get("encoder"), words.get("checkpoint"))
     to = Path(words["to"]) if words.get("to") else run.dir / "export" / kind
     write(export, to, WRITERS[kind])
-    lines = [f"encoder '{export.encoder}' of {run.title} ({export.checkpoint.name})", f"folder  {os.path.relpath(to)}"]
+    what = "both towers" if kind == "hf" and export.towers else f"encoder '{export.encoder}'"
+    lines = [f"{what} of {run.title} ({export.checkpoint.name})", f"folder  {os.path.relpath(to)}"]
     Console().print(Panel("\n".join(lines), title=f"exported for {kind}", expand=False, border_style="green"))
     return 0
 
@@ -108,6 +123,9 @@ def gather(run: runs.Run, encoder: str | None, checkpoint: str | None) -> Export
     datamodule = configuration.instantiate(config.data)
     view = datamodule.eval_view
     body = encoders[name].backbone.eval()
+    towers = None
+    if encoder is None and isinstance(module, ImageTextModule) and isinstance(datamodule, ImageTextDataModule):
+        towers = Towers(module, datamodule.tokenizer)
     return Export(
         run=run,
         config=config,
@@ -119,6 +137,7 @@ def gather(run: runs.Run, encoder: str | None, checkpoint: str | None) -> Export
         mean=[round(value, 6) for value in datamodule.mean.flatten().tolist()],
         std=[round(value, 6) for value in datamodule.std.flatten().tolist()],
         classes=list(getattr(module, "classes", [])) if getattr(body, "num_classes", 0) else [],
+        towers=towers,
     )
 
 
@@ -183,13 +202,15 @@ def write_timm(export: Export, folder: Path) -> str:
 
 
 def write_hf(export: Export, folder: Path) -> str:
-    """A `ViTModel` folder for ``AutoModel.from_pretrained``, with its image processor.
+    """A folder for ``AutoModel.from_pretrained`` with its image processor: `CLIPModel` or `SiglipModel` of two towers,
+    `ViTModel` of an encoder.
 
     Raises:
-        UserError: the backbone is not a ViT that `ViTModel` can express.
+        UserError: none of them can express it.
     """
+    if export.towers is not None:
+        return write_towers(export, export.towers, folder)
     from transformers import AutoModel, ViTConfig
-    from transformers.models.bit import BitImageProcessor
     from transformers.utils import logging as transformers_logging
 
     vit = _expressible(export.backbone, export.architecture)
@@ -210,13 +231,7 @@ def write_hf(export: Export, folder: Path) -> str:
         pooler_act="linear",
     ).save_pretrained(folder)
     save_file(hf_weights(vit), folder / WEIGHTS, metadata={"format": "pt"})
-    BitImageProcessor(
-        size={"shortest_edge": round(export.size / export.crop_share)},
-        crop_size={"height": export.size, "width": export.size},
-        resample=3,  # bicubic
-        image_mean=export.mean,
-        image_std=export.std,
-    ).save_pretrained(folder)
+    _image_processor(export).save_pretrained(folder)
     transformers_logging.disable_progress_bar()
     with _quiet("transformers"):
         model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
@@ -236,6 +251,54 @@ def write_hf(export: Export, folder: Path) -> str:
         'output = model(**processor(image, return_tensors="pt"))\n'
         "output.last_hidden_state[:, 1:]  # one vector a patch; their mean is what was evaluated\n"
         "output.pooler_output  # the class token: the pooler is the identity\n"
+    )
+
+
+@torch.no_grad()
+def write_towers(export: Export, towers: Towers, folder: Path) -> str:
+    """Both towers, the tokenizer and the image processor.
+
+    Raises:
+        UserError: transformers has no model for these towers, or what was written says something else than they do.
+    """
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    module, tokenizer = towers.module, towers.tokenizer
+    transformers_logging.disable_progress_bar()
+    with _quiet("transformers"):
+        as_transformers(module, tokenizer).save_pretrained(folder)
+        tokenizer.inner.model_max_length = tokenizer.length
+        tokenizer.inner.save_pretrained(folder)
+        _image_processor(export).save_pretrained(folder)
+        model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
+        reader = AutoTokenizer.from_pretrained(folder)
+    wrong = {kind: sorted(loading[kind]) for kind in ("missing_keys", "unexpected_keys") if loading[kind]}
+    if wrong:
+        raise UserError(f"not exported: transformers would not load it whole: {wrong}")
+    texts = ["a", "a photo of a red square.", "IMG_0042 " + "many words " * tokenizer.length]
+    ids, mask = tokenizer(texts)
+    theirs = reader(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+    if not torch.equal(theirs, ids):
+        raise UserError("not exported: the tokenizer that was written gives other ids than the run's own")
+    pictures = export.pictures()
+    found = model.eval()(input_ids=ids, pixel_values=pictures)
+    image, text = module.encode_image(pictures), module.encode_text(ids, mask)
+    _require_equal(found.image_embeds, image, "image_embeds")
+    _require_equal(found.text_embeds, text, "text_embeds")
+    scale: Any = module.logit_scale
+    bias: Any = getattr(module, "logit_bias", 0.0)
+    # the scale multiplies what the vectors differ in
+    _require_equal(found.logits_per_image, scale.exp() * image @ text.T + bias, "logits_per_image", float(scale.exp()))
+    return (
+        f"from transformers import AutoImageProcessor, AutoTokenizer, {type(model).__name__}\n\n"
+        'processor = AutoImageProcessor.from_pretrained("PATH_OF_THIS_FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")\n'
+        f'model = {type(model).__name__}.from_pretrained("PATH_OF_THIS_FOLDER")\n'
+        'ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]\n'
+        'output = model(input_ids=ids, **processor(images, return_tensors="pt"))\n'
+        "output.image_embeds, output.text_embeds  # unit vectors\n"
+        "output.logits_per_image  # [images, texts]\n"
     )
 
 
@@ -276,7 +339,7 @@ def hf_weights(vit: VisionTransformer) -> dict[str, Tensor]:
 
 def card(export: Export, how_to_load: str) -> str:
     """The model card."""
-    config = export.config
+    config, pair = export.config, "text_embeds" in how_to_load
     recipe = {
         "experiment": f"`{config.run.experiment}` at scale `{config.run.scale}`",
         "paper": config.about.paper,
@@ -289,21 +352,23 @@ def card(export: Export, how_to_load: str) -> str:
         "learning rate": f"{config.optimizer.lr:.4g}",
         "weight decay": config.optimizer.weight_decay,
         "seed": config.seed,
-        "weights": f"encoder `{export.encoder}` of `{export.checkpoint.name}`",
+        "weights": f"{'both towers' if pair else f'encoder `{export.encoder}`'} of `{export.checkpoint.name}`",
     }
     metrics = [f"| {stage} | {name} | {value:.4g} |" for stage, name, value in _measured(export.run.metrics())] or [
         "| | none logged | |"
     ]
+    task = "image-classification" if export.classes else "image-feature-extraction"
+    task = "zero-shot-image-classification" if pair else task
     lines = [
         "---",
         f"license: {'other' if export.borrowed else 'mit'}",
         f"library_name: {'timm' if 'import timm' in how_to_load else 'transformers'}",
-        "pipeline_tag: image-feature-extraction" if not export.classes else "pipeline_tag: image-classification",
+        f"pipeline_tag: {task}",
         "---",
         f"# {config.run.experiment}: {config.run.name}",
         "",
-        "An image encoder trained with Pretext. Its features were compared with those of the training code on random "
-        f"input when this folder was written: equal to {TOLERANCE:g}.",
+        f"{'Image and text towers' if pair else 'An image encoder'} trained with Pretext. Features were compared with "
+        f"those of the training code on random input when this folder was written: equal to {TOLERANCE:g}.",
         "",
         "## Load",
         "```python",
@@ -324,8 +389,9 @@ def card(export: Export, how_to_load: str) -> str:
         *metrics,
         "",
         "## Intended use",
-        "Image features for research: nearest neighbours, linear probes, fine-tuning. What it has learned reflects the "
-        "data above; it has not been examined for bias, safety or fitness for decisions about people.",
+        f"{'Image and text' if pair else 'Image'} features for research: nearest neighbours, linear probes, "
+        "fine-tuning. What they have learned reflects the data above; they have not been examined for bias, safety or "
+        "fitness for decisions about people.",
         "",
         "## Licence",
         "The template's code is under the MIT licence, and so are these weights unless their author says otherwise. "
@@ -369,10 +435,22 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
         ) from problem
 
 
-def _require_equal(exported: Tensor, own: Tensor, where: str) -> None:
-    difference = (exported - own).abs().max().item()
-    if not difference <= TOLERANCE:
-        raise UserError(f"not exported: features differ by {difference:.3g} ({where}), more than {TOLERANCE:g}")
+def _image_processor(export: Export) -> Any:
+    from transformers.models.bit import BitImageProcessor
+
+    return BitImageProcessor(
+        size={"shortest_edge": round(export.size / export.crop_share)},
+        crop_size={"height": export.size, "width": export.size},
+        resample=3,  # bicubic
+        image_mean=export.mean,
+        image_std=export.std,
+    )
+
+
+def _require_equal(exported: Tensor, own: Tensor, where: str, scale: float = 1.0) -> None:
+    difference, most = (exported - own).abs().max().item(), TOLERANCE * max(1.0, scale)
+    if not difference <= most:
+        raise UserError(f"not exported: features differ by {difference:.3g} ({where}), more than {most:g}")
 
 
 def _measured(metrics: Mapping[str, Any]) -> list[tuple[str, str, float]]:

@@ -81,6 +81,8 @@ def without_source(config: DictConfig) -> DictConfig:
     """The configuration of a run whose weights are its own by now: what it started from may be gone, or far away."""
     config = config.copy()
     config.checkpoint = None
+    if "text_checkpoint" in config:
+        config.text_checkpoint = None
     if config.get("backbone") is not None and "pretrained" in config.backbone:
         config.backbone.pretrained = False
     return config

@@ -80,8 +80,10 @@ def trained(words: Sequence[str], config: DictConfig) -> Iterator[Finished]:
     Raises:
         TrainingFailed: the command did not end well.
     """
-    configuration.instantiate(config.data).prepare_data()  # rendering happens once, and is no part of a run's time
     with tempfile.TemporaryDirectory() as folder:
+        ready = config.copy()
+        ready.run.dir = folder  # a tokenizer that is learned here is not the run's own
+        configuration.instantiate(ready.data).prepare_data()  # rendering happens once, and is no part of a run's time
         begin = time.perf_counter()
         command.train([*words, "run.name=measured"], runs=Path(folder))
         seconds = time.perf_counter() - begin

@@ -62,6 +62,8 @@ class Claim:
         seeds: each gives one pair of runs.
         data: data set -> overrides that come with it.
         common: overrides of both arms.
+        start: what both arms go on from: a run of its own with each seed, whose last checkpoint is their
+            ``checkpoint``.
         split: what is judged on. Recipes are chosen on val, so that test has decided nothing; train for what training
             itself logs of its batches.
     """
@@ -81,6 +83,7 @@ class Claim:
     data: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"scenes": []})
     common: Sequence[str] = ("scale=tiny",)
     split: str = "test"
+    start: Arm | None = None
 
     def words(self, arm: Arm, data: str, seed: int) -> list[str]:
         """What `make train` is given for one run; an arm has the last word."""
@@ -92,6 +95,12 @@ class Claim:
             *self.data[data],
             *arm.overrides,
         ]
+
+    def start_words(self, data: str, seed: int) -> list[str]:
+        """What `make train` is given for the run that both arms go on from; nothing where they begin anew."""
+        if self.start is None:
+            return []
+        return [f"experiment={self.start.experiment}", f"data={data}", f"seed={seed}", *self.start.overrides]
 
     def difference(self, data: str) -> Difference:
         """Everything in which the arms' composed configurations differ, besides what names a run.
@@ -136,6 +145,8 @@ def parse(name: str, content: Any) -> Claim:
     arms = values["arms"]
     _require(isinstance(arms, list) and len(arms) == 2, f"{place}: arms are two, the baseline and what is claimed of")
     values["arms"] = tuple(Arm(**_checked(f"{place}, arms", arm, Arm)) for arm in arms)
+    if values.get("start") is not None:
+        values["start"] = Arm(**_checked(f"{place}, start", values["start"], Arm))
     names = [arm.name for arm in values["arms"]]
     _require(
         names[0] != names[1] and not any("/" in str(each) for each in names),
@@ -165,7 +176,8 @@ def parse(name: str, content: Any) -> Claim:
         "common": values.get("common", []),
         **{f"data.{k}": v for k, v in data.items()},
     }
-    lists |= {f"the overrides of '{arm.name}'": arm.overrides for arm in values["arms"]}
+    given = [*values["arms"], *([values["start"]] if values.get("start") else [])]
+    lists |= {f"the overrides of '{arm.name}'": arm.overrides for arm in given}
     for where, words in lists.items():
         is_words = isinstance(words, list | tuple) and all(isinstance(word, str) for word in words)
         _require(is_words, f"{place}: {where} must be a list of words, not {words!r}")
@@ -178,9 +190,8 @@ def plain(claim: Claim) -> dict[str, Any]:
         "title": claim.title,
         "paper": claim.paper,
         "claim": claim.claim,
-        "arms": [
-            {"name": arm.name, "experiment": arm.experiment, "overrides": list(arm.overrides)} for arm in claim.arms
-        ],
+        "arms": [_plain(arm) for arm in claim.arms],
+        **({"start": _plain(claim.start)} if claim.start else {}),
         "differs": list(claim.differs),
         "metric": dict(claim.metric),
         "measured": claim.measured,
@@ -192,6 +203,10 @@ def plain(claim: Claim) -> dict[str, Any]:
         "common": list(claim.common),
         "split": claim.split,
     }
+
+
+def _plain(arm: Arm) -> dict[str, Any]:
+    return {"name": arm.name, "experiment": arm.experiment, "overrides": list(arm.overrides)}
 
 
 def difference(first: DictConfig, second: DictConfig) -> Difference:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig
 
-from src import configuration
+from src import configuration, train
 from src.bench import machine, once
 from src.bench.command import TrainingFailed
 from src.bench.report import table
@@ -18,6 +19,7 @@ from src.claims.claim import Claim, parse, plain
 from src.claims.metrics import Metric, TrainedRun
 from src.claims.verdict import Paired, paired, verdict
 from src.configuration import UserError
+from src.runs import Run
 
 # exit codes of a training that somebody stopped: it did not fail
 STOPPED = (143, -15, 130, -2)
@@ -58,12 +60,14 @@ def measure(
         judges = f"judges on {' or '.join(metric.splits)}"
         raise UserError(f"claim '{claim.name}': {claim.measured} {judges}, but split is {claim.split}")
     judged = {"metric": plain(claim)["metric"], "split": claim.split}
-    jobs = {
-        key_of(each, seed, arm.name): once.Job([*claim.words(arm, each, seed), COUNT], judged)
-        for each in claim.data
-        for seed in claim.seeds
-        for arm in claim.arms
-    }
+    jobs, starts = {}, {}
+    for each in claim.data:
+        for seed in claim.seeds:
+            start = claim.start_words(each, seed)
+            also = judged | ({"start": once.fingerprint(train.compose(start))} if start else {})
+            for arm in claim.arms:
+                job = once.Job([*claim.words(arm, each, seed), COUNT], also)
+                jobs[key_of(each, seed, arm.name)], starts[tuple(job.words)] = job, start
 
     def entry(runs: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -72,12 +76,13 @@ def measure(
             "runs": {key: runs[key] for key in jobs if key in runs},
         }
 
-    found = once.measure_missing(
-        {key: job for key, job in jobs.items() if data in (None, key.split("/")[0])},
-        lambda job, config: _one_run(job, config, metric, claim),
-        known=(known or {}).get("runs", {}),
-        keep=lambda runs: keep(entry(runs)),
-    )
+    with _Started() as started:
+        found = once.measure_missing(
+            {key: job for key, job in jobs.items() if data in (None, key.split("/")[0])},
+            lambda job, config: _one_run(job, config, metric, claim, lambda: started.by(starts[tuple(job.words)])),
+            known=(known or {}).get("runs", {}),
+            keep=lambda runs: keep(entry(runs)),
+        )
     keep(entry(found))
     return entry(found)
 
@@ -86,10 +91,35 @@ def key_of(data: str, seed: int, arm: str) -> str:
     return f"{data}/{seed}/{arm}"
 
 
-def _one_run(job: once.Job, config: DictConfig, metric: Metric, claim: Claim) -> dict[str, Any]:
+class _Started(ExitStack):
+    """The run that two arms go on from, until the next pair has its own: the arms of a pair follow each other."""
+
+    words: Sequence[str] = ()
+    run: Run
+
+    def by(self, words: Sequence[str]) -> Sequence[str]:
+        """What tells an arm where to begin; nothing where ``words`` are none."""
+        if not words:
+            return []
+        if words != self.words:
+            self.close()
+            self.words = ()
+            print(f"  {' '.join(words)}, to begin from …", flush=True)
+            self.run = self.enter_context(once.trained(words, train.compose(words))).run
+            self.words = words
+        return [f"checkpoint='{self.run.last}'"]
+
+
+def _one_run(
+    job: once.Job,
+    config: DictConfig,
+    metric: Metric,
+    claim: Claim,
+    begin: Callable[[], Sequence[str]] = lambda: (),
+) -> dict[str, Any]:
     print(f"  {' '.join(job.words)} …", flush=True)
     try:
-        with once.trained(job.words, config) as finished:
+        with once.trained([*job.words, *begin()], config) as finished:
             value = metric(TrainedRun(finished.run, claim.split))  # type: ignore[arg-type]
             metrics = finished.run.metrics()["train"]
             spent: dict[str, Any] = {
@@ -248,6 +278,9 @@ def _section(claim: Claim, entry: Mapping[str, Any]) -> list[str]:
         f"Equal {claim.budget.equal}{within}: {' '.join(claim.budget.how.split())}. "
         f"Seeds {', '.join(map(str, claim.seeds))}.",
     ]
+    if claim.start is not None:
+        how = " ".join([f"experiment={claim.start.experiment}", *claim.start.overrides])
+        lines.append(f"With each seed both go on from one run of *{claim.start.name}*: `{how}`.")
     if not entry:
         return [*lines, f"Not measured yet: `make claim CLAIM={claim.name}`."]
     for data in claim.data:

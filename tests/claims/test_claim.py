@@ -60,6 +60,19 @@ def test_what_is_not_said() -> None:
     assert claim(data={"emoji": None}).data == {"emoji": []}
 
 
+def test_what_both_arms_go_on_from() -> None:
+    start = {"name": "CLIP", "experiment": "clip_vitb32", "overrides": ["scale=tiny"]}
+    found = claim(start=start)
+    assert found.start_words("scenes", 2) == ["experiment=clip_vitb32", "data=scenes", "seed=2", "scale=tiny"]
+    assert plain(found)["start"] == start
+    assert "start" not in plain(claim())
+    assert claim().start_words("scenes", 2) == []
+    with pytest.raises(UserError, match=r"claim 'more', start knows no key 'experimnet'; did you mean experiment"):
+        claim(start=start | {"experimnet": "x"})
+    with pytest.raises(UserError, match=r"the overrides of 'CLIP' must be a list of words"):
+        claim(start=start | {"overrides": "scale=tiny"})
+
+
 def test_an_arm_has_the_last_word() -> None:
     found = claim(common=["scale=smoke", "data.batch_size=4"], data={"emoji": ["data.batch_size=8"]})
     assert found.words(found.arms[0], "emoji", 7) == [

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from src.claims import __main__ as command
 from src.claims import ledger
 from src.claims.claim import Claim, load, plain
 from src.configuration import PROJECT, UserError
+from src.runs import Run
 from tests.claims.test_claim import arms, claim
 from tests.commands import SECONDS
 
@@ -213,6 +217,45 @@ class TestMeasure:
         with pytest.raises(UserError, match="effective rank judges on train, but split is test"):
             ledger.measure(self.of(split="test"))
         assert self.done == []
+
+
+def test_both_arms_of_a_pair_go_on_from_one_run(monkeypatch: pytest.MonkeyPatch, quick: None, tmp_path: Path) -> None:
+    """Trained once a seed, before them; gone afterwards; a changed start is a changed recipe."""
+    trained: list[list[str]] = []
+    there: list[Path] = []
+
+    @contextmanager
+    def fake(words: Sequence[str], config: Any) -> Iterator[once.Finished]:
+        folder = tmp_path / str(len(trained))
+        folder.mkdir()
+        trained.append(list(words))
+        for word in words:
+            if word.startswith("checkpoint="):
+                checkpoint = Path(word.removeprefix("checkpoint=").strip("'"))
+                assert checkpoint.parent.parent.is_dir()
+                there.append(checkpoint.parent.parent)
+        (folder / "metrics.json").write_text(json.dumps({"train": {"step": 3, "health/effective_rank": 2.0}}))
+        yield once.Finished(Run(folder), 1.0)
+        shutil.rmtree(folder)
+
+    monkeypatch.setattr(once, "trained", fake)
+    start = {"name": "before", "experiment": "mae_tiny", "overrides": ["trainer.max_epochs=5"]}
+    of = claim(seeds=[0, 3], start=start)
+    found = ledger.measure(of)
+    begins = [words for words in trained if "trainer.max_epochs=5" in words]
+    assert [words[2] for words in begins] == ["seed=0", "seed=3"]
+    assert trained.index(begins[1]) == 3
+    assert [folder.name for folder in there] == ["0", "0", "3", "3"]
+    assert not any(folder.exists() for folder in there)
+    assert all("value" in run for run in found["runs"].values())
+    assert "both go on from one run of *before*: `experiment=mae_tiny trainer.max_epochs=5`" in ledger.render(
+        {"more": found}, [of]
+    )
+    trained.clear()
+    ledger.measure(claim(seeds=[0], start=start), known=found)
+    assert trained == []
+    ledger.measure(claim(seeds=[0], start=start | {"overrides": ["trainer.max_epochs=6"]}), known=found)
+    assert len(trained) == 3
 
 
 @pytest.mark.parametrize("code", ledger.STOPPED)

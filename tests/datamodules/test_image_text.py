@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import tarfile
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -29,6 +30,7 @@ from src.datamodules.views.multi import Augmented, MultiView
 
 WORDS = ["zero one two three four five six seven eight nine said once and twice"]
 TOKENIZER = trained(WORDS, vocabulary=300, length=12)
+LONGER = trained(WORDS, vocabulary=300, length=40)
 NUMBERS = WORDS[0].split()[:10]
 
 
@@ -62,8 +64,8 @@ def dataset(**options) -> ImageTextDataset:
     return ImageTextDataset(Numbered(**options), CentreCrop(8, share=1.0), tokenizer=TOKENIZER, seed=3)
 
 
-def read(batch) -> list[str]:
-    return TOKENIZER.decode(batch["text"])
+def read(batch, tokenizer=TOKENIZER) -> list[str]:
+    return tokenizer.decode(batch["text"])
 
 
 def test_a_text_says_what_its_picture_is_and_is_chosen_anew_in_every_epoch():
@@ -77,6 +79,31 @@ def test_a_text_says_what_its_picture_is_and_is_chosen_anew_in_every_epoch():
         alone = data[[Draw(epoch, 0)]]
         assert read(alone) == read(batch)[1:2]  # whatever comes with it
     assert len(seen) == 6
+
+
+class Worded(Numbered):
+    """Texts that say which number chose them."""
+
+    def caption(self, index: int, choice: float) -> str:
+        if index == 3 and choice:
+            return "three"  # one word
+        return f"{NUMBERS[index]} said {'once' if choice == 0 else f'{choice:.6f}'}"
+
+
+def test_rewrites_are_a_few_texts_of_a_picture_that_stay_the_same():
+    def texts(rewrites: int, position: int, seed: int = 3) -> list[str]:
+        data = ImageTextDataset(Worded(), CentreCrop(8, share=1.0), tokenizer=LONGER, seed=seed, rewrites=rewrites)
+        return [read(data[[Draw(epoch, position)]], LONGER)[0] for epoch in range(60)]
+
+    counts = Counter(texts(3, 4))
+    assert len(counts) == 4
+    assert counts["four said once"] > 0
+    assert min(counts.values()) > 5  # 15 are expected of each
+    assert set(texts(3, 4)) == set(counts)
+    assert set(texts(1, 4)) < set(counts)  # more rewrites are further ones
+    assert set(texts(0, 4)) == {"four said once"}
+    assert set(texts(3, 5)) != {text.replace("four", "five") for text in counts}  # each picture has its own
+    assert set(texts(3, 3)) == {"three said once"}  # a word is no rewrite
 
 
 @pytest.mark.parametrize("bad", [{"silent": (2, 5)}, {"broken": (2, 5)}])
@@ -127,6 +154,35 @@ def test_judged_texts_are_true_differ_and_stay():
         assert len(set(texts)) == len(texts) == 5
 
 
+def test_wordings_can_be_kept_for_judging():
+    texts = SceneTexts(wordings=(1,), judged_wordings=(5,))
+    source = ScenesSource("val", count=20, resolution=16, texts=texts)
+    for index in range(20):
+        several = len(source.scene(index).things) > 1
+        assert source.captions(index) == source.captions(index)
+        assert all((" and " in text) == several for text in source.captions(index))
+        assert not any(" and " in source.caption(index, choice) for choice in (0.0, 0.3, 0.9))
+
+
+def test_another_run_s_tokenizer_is_taken_over(tmp_path):
+    first = module(tmp_path / "first", tokenizer_file=tmp_path / "first" / "tokenizer.json")
+    first.prepare_data()
+    checkpoint = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    for number, origin in enumerate((tmp_path / "first", checkpoint)):
+        file = tmp_path / str(number) / "tokenizer.json"
+        other = partial(ScenesSource, count=3, resolution=16, seed=9)  # would have taught it other words
+        second = module(tmp_path, other, tokenizer_file=file, tokenizer_from=origin)
+        second.prepare_data()
+        assert file.read_text() == (tmp_path / "first" / "tokenizer.json").read_text()
+        assert torch.equal(second.tokenizer(["a red star"])[0], first.tokenizer(["a red star"])[0])
+        # once it is there, where it came from may be gone
+        module(tmp_path, tokenizer_file=file, tokenizer_from=tmp_path / "gone").prepare_data()
+    with pytest.raises(ValueError, match=r"data.tokenizer_from=.*gone: no tokenizer.json was learned there"):
+        module(
+            tmp_path, tokenizer_file=tmp_path / "new.d" / "tokenizer.json", tokenizer_from=tmp_path / "gone"
+        ).prepare_data()
+
+
 def test_what_cannot_be_is_refused_by_its_key(tmp_path):
     class Mute:
         classes = ()
@@ -147,12 +203,15 @@ def test_what_cannot_be_is_refused_by_its_key(tmp_path):
         module(tmp_path, vocabulary=100).prepare_data()  # the bytes alone are more
     with pytest.raises(ValueError, match=r"data.tokenizer: name one"):
         module(tmp_path, tokenizer_file=None)
+    with pytest.raises(ValueError, match=r"data.rewrites=-1"):
+        module(tmp_path, rewrites=-1)
     views = MultiView({"one": Augmented(RandomResizedCrop(16), Colour())})
     with pytest.raises(ValueError, match=r"data.train_view: a text goes with one view"):
         _ = module(tmp_path, train_view=views).batch_type
     for wrong, said in (
         ({"style": "loud"}, "not 'loud'"),
         ({"wordings": (99,)}, "wordings 0 to 5"),
+        ({"judged_wordings": ()}, "wordings 0 to 5"),
         ({"junk": 1.5}, "junk=1.5"),
         ({"judged": 0}, "at least one text"),
     ):

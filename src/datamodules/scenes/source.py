@@ -46,6 +46,8 @@ class SceneTexts:
         judged: texts of each picture that retrieval is judged with.
         variants: different texts of a picture that training may see, as a picture of the web has one; None for as many
             as the style has words for.
+        judged_wordings: ways of saying them, positions in `captions.SHORT`; None for all. What is not among
+            ``wordings`` is judged unseen.
     """
 
     style: Literal["short", "long", "alt"] = "short"
@@ -55,13 +57,15 @@ class SceneTexts:
     junk: float = 0.0
     judged: int = 5
     variants: int | None = None
+    judged_wordings: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.style not in ("short", "long", "alt"):
             raise SettingError(f"scenes are described in the style short, long or alt, not '{self.style}'")
-        unknown = [each for each in self.wordings or () if not 0 <= each < len(captions.SHORT)]
-        if unknown or self.wordings == ():
-            raise SettingError(f"scenes have the wordings 0 to {len(captions.SHORT) - 1}, not {self.wordings}")
+        for wordings in (self.wordings, self.judged_wordings):
+            known = range(len(captions.SHORT))
+            if wordings is not None and (len(wordings) == 0 or any(each not in known for each in wordings)):
+                raise SettingError(f"scenes have the wordings 0 to {len(known) - 1}, not {wordings}")
         for name in ("mismatched", "dropped", "junk"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingError(f"the share {name}={getattr(self, name)} of scenes' texts must be in [0, 1]")
@@ -194,10 +198,11 @@ class ScenesSource:
         return tuple(captions.region(what, each, fold(wording, each)).text for each in range(len(what.things)))
 
     def captions(self, index: int) -> Sequence[str]:
-        """True short texts, whatever training is told: the first wordings that differ."""
+        """True short texts, whatever training is told, in the ways that judging may use: the first that differ."""
         what, found = captions.facts(self.scene(index)), dict[str, None]()
         for wording in range(20 * self.texts.judged):
-            found.setdefault(captions.short(what, fold(index, wording)).text)
+            text = captions.short(what, fold(index, wording), wordings=self.texts.judged_wordings).text
+            found.setdefault(text)
             if len(found) == self.texts.judged:
                 break
         return tuple(found)

@@ -81,11 +81,11 @@ def pretrained(
         if value.shape != own[name].shape
     ]
     if wrong:
-        raise WeightsError(f"{weights.origin} is of another architecture: it has {_some(wrong)}")
+        raise WeightsError(f"{weights.origin} is of another architecture: it has {some(wrong)}")
     backbone.load_state_dict(chosen, strict=False)
     new = [name for name in own if name not in chosen]
     if new:
-        notes.append(f"not from the file: {_some(new)}")
+        notes.append(f"not from the file: {some(new)}")
     log.info("backbone: %s", "; ".join([f"{len(chosen)} tensors from {weights.origin}", *notes]))
     return backbone
 
@@ -138,8 +138,8 @@ def _without_prefix(weights: Weights, needed: Sequence[str]) -> dict[str, Tensor
         if not missing or len(lacking) < len(missing):
             missing = lacking
     raise WeightsError(
-        f"{weights.origin} lacks {len(missing)} of the backbone's {len(needed)} tensors: {_some(missing)}; "
-        f"it holds {_some(list(weights.tensors)) or 'none'}"
+        f"{weights.origin} lacks {len(missing)} of the backbone's {len(needed)} tensors: {some(missing)}; "
+        f"it holds {some(list(weights.tensors)) or 'none'}"
     )
 
 
@@ -160,6 +160,6 @@ def _classifiers(backbone: nn.Module) -> Sequence[str]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

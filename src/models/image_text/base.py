@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Self
+
+import torch
 from torch import Tensor, nn
 
 from src.models.backbones.image_encoder import ImageEncoder, Pool
+from src.models.image_text.micro_batches import check_micro_batch, in_micro_batches
 from src.models.image_text.text_tower import Tower
 from src.models.joint_embedding.base import unit
 from src.models.pretrain_module import PretrainModule
@@ -14,15 +18,22 @@ from src.optim import OptimizerRecipe
 class ImageTextModule(PretrainModule):
     """Two towers whose features are brought to one width and compared as unit vectors.
 
+    A frozen tower takes no gradient, stays in evaluation mode and keeps no activations; its projection learns.
+
     Args:
         backbone: any timm model without a head.
         pool: what of its tokens is the image's feature.
         text: the text tower.
         embed_dim: width of what is compared; None compares the towers' features as they are.
         bias: of the projections.
+        project_image: False compares the image tower's features as they are, and brings those of the text to them.
+        freeze_image, freeze_text: which towers stay as they were given.
+        micro_batch: pairs that go through a tower at a time, see `in_micro_batches`; the loss is that of the whole
+            batch. None for all at once.
 
     Raises:
         ValueError: no projection between towers of different widths.
+        SettingError: ``micro_batch`` is no number of pairs, or a tower that learns has batch norm.
     """
 
     def __init__(
@@ -34,24 +45,54 @@ class ImageTextModule(PretrainModule):
         *,
         embed_dim: int | None,
         bias: bool = False,
+        project_image: bool = True,
+        freeze_image: bool = False,
+        freeze_text: bool = False,
+        micro_batch: int | None = None,
     ) -> None:
         super().__init__(optimizer)
         self.image_encoder = ImageEncoder(backbone, pool)
         self.text_encoder = text
-        if embed_dim is None and self.image_encoder.dim != text.dim:
+        width = self.image_encoder.dim
+        if project_image and embed_dim is None and width != text.dim:
+            raise ValueError(f"model.embed_dim: features of {width} and {text.dim} numbers need a common width")
+        if not project_image and embed_dim not in (None, width):
             raise ValueError(
-                f"model.embed_dim: features of {self.image_encoder.dim} and {text.dim} numbers need a common width"
+                f"model.embed_dim={embed_dim}: without project_image what is compared has the {width} numbers of the "
+                "image's features"
             )
-        self.image_projection = _projection(self.image_encoder.dim, embed_dim, bias)
-        self.text_projection = _projection(text.dim, embed_dim, bias)
+        self.image_projection = _projection(width, embed_dim if project_image else None, bias)
+        self.text_projection = _projection(text.dim, embed_dim if project_image else width, bias)
+        self.frozen = {"image_encoder": freeze_image, "text_encoder": freeze_text}
+        for name in self._frozen():
+            self.get_submodule(name).requires_grad_(False)
+        self.train()
+        check_micro_batch(micro_batch, self)
+        self.micro_batch = micro_batch
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for name in self._frozen():
+            self.get_submodule(name).eval()
+        return self
+
+    def image_features(self, image: Tensor) -> Tensor:
+        """The image tower's own: [B, 3, H, W] -> [B, D]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen["image_encoder"]):
+            return in_micro_batches(lambda part: self.image_encoder(part).embedding, image, size=self.micro_batch)
+
+    def text_features(self, text: Tensor, mask: Tensor) -> Tensor:
+        """The text tower's own: token ids [B, L], the mask saying which are no filling -> [B, D]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen["text_encoder"]):
+            return in_micro_batches(lambda *part: self.text_encoder(*part).embedding, text, mask, size=self.micro_batch)
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Unit vectors [B, E] of pictures [B, 3, H, W]."""
-        return unit(self.image_projection(self.image_encoder(image).embedding))
+        return unit(self.image_projection(self.image_features(image)))
 
     def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
         """Unit vectors [B, E] of token ids [B, L], the mask saying which are no filling."""
-        return unit(self.text_projection(self.text_encoder(text, mask).embedding))
+        return unit(self.text_projection(self.text_features(text, mask)))
 
     def encode_patches(self, image: Tensor) -> Tensor:
         """Unit vectors [B, rows, columns, E] of the positions in pictures [B, 3, H, W], each projected as if it were
@@ -61,6 +102,9 @@ class ImageTextModule(PretrainModule):
 
     def encoders(self) -> dict[str, ImageEncoder]:
         return {"encoder": self.image_encoder}
+
+    def _frozen(self) -> list[str]:
+        return [name for name, frozen in self.frozen.items() if frozen]
 
 
 def _projection(width: int, embed_dim: int | None, bias: bool) -> nn.Module:

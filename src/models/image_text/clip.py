@@ -27,11 +27,13 @@ class CLIP(ImageTextModule):
         backbone: any timm model without a head.
         text: the text tower.
         optimizer: AdamW in the paper.
-        embed_dim: width of what is compared.
+        embed_dim: width of what is compared; None compares the towers' features as they are.
         temperature: similarities are divided by it; learned from this start.
         max_scale: the temperature's inverse is held at or below it, after every step.
         mask_equal_texts: in 400 M pairs of the web equal texts hardly meet, in a small vocabulary they do.
         pool: what of the backbone's tokens is projected and evaluated.
+        project_image, freeze_image, freeze_text, micro_batch: see `ImageTextModule`. A frozen pretrained image tower
+            whose features are not projected is LiT (Zhai et al., 2022).
 
     Raises:
         SettingError: in a step, of one pair.
@@ -43,13 +45,27 @@ class CLIP(ImageTextModule):
         text: Tower,
         optimizer: OptimizerRecipe,
         *,
-        embed_dim: int = 512,
+        embed_dim: int | None = 512,
         temperature: float = 0.07,
         max_scale: float = 100.0,
         mask_equal_texts: bool = True,
         pool: Pool = cls_token_or_mean,
+        project_image: bool = True,
+        freeze_image: bool = False,
+        freeze_text: bool = False,
+        micro_batch: int | None = None,
     ) -> None:
-        super().__init__(backbone, pool, text, optimizer, embed_dim=embed_dim)
+        super().__init__(
+            backbone,
+            pool,
+            text,
+            optimizer,
+            embed_dim=embed_dim,
+            project_image=project_image,
+            freeze_image=freeze_image,
+            freeze_text=freeze_text,
+            micro_batch=micro_batch,
+        )
         if not 1 / max_scale <= temperature <= 1:
             raise ValueError(f"CLIP: temperature must lie in [1 / max_scale, 1], got {temperature}")
         self.max_scale = max_scale
@@ -58,7 +74,7 @@ class CLIP(ImageTextModule):
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
-        features = self.image_encoder(batch["image"]).embedding
+        features = self.image_features(batch["image"])
         image = unit(self.image_projection(features))
         text = self.encode_text(batch["text"], batch["text_mask"])
         loss, logs = self.contrast(image, text, batch["text"])

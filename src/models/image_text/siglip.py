@@ -30,6 +30,7 @@ class SigLIP(ImageTextModule):
             The gradients are the same.
         embed_dim: width that features are projected to, as CLIP's are; None in the paper.
         pool: what of the backbone's tokens is compared and evaluated; None for its own attention.
+        freeze_image, freeze_text, micro_batch: see `ImageTextModule`.
     """
 
     def __init__(
@@ -43,8 +44,20 @@ class SigLIP(ImageTextModule):
         ring: bool = True,
         embed_dim: int | None = None,
         pool: Pool | None = None,
+        freeze_image: bool = False,
+        freeze_text: bool = False,
+        micro_batch: int | None = None,
     ) -> None:
-        super().__init__(backbone, pool or attention_pool(backbone), text, optimizer, embed_dim=embed_dim)
+        super().__init__(
+            backbone,
+            pool or attention_pool(backbone),
+            text,
+            optimizer,
+            embed_dim=embed_dim,
+            freeze_image=freeze_image,
+            freeze_text=freeze_text,
+            micro_batch=micro_batch,
+        )
         if temperature <= 0:
             raise ValueError(f"SigLIP: temperature must be above 0, got {temperature}")
         self.ring = ring
@@ -53,7 +66,7 @@ class SigLIP(ImageTextModule):
         self.logit_bias = nn.Parameter(torch.full((1,), bias))
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
-        features = self.image_encoder(batch["image"]).embedding
+        features = self.image_features(batch["image"])
         image = unit(self.image_projection(features))
         text = self.encode_text(batch["text"], batch["text_mask"])
         scale, bias = self.logit_scale.exp().squeeze(), self.logit_bias.squeeze()

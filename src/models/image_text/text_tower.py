@@ -1,14 +1,29 @@
-"""The text transformers of CLIP, SigLIP and ALIGN, built by transformers."""
+"""The text transformers of CLIP, SigLIP and ALIGN, and any other that transformers knows."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, SiglipTextConfig, SiglipTextModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    BertConfig,
+    BertModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    SiglipTextConfig,
+    SiglipTextModel,
+)
 
+from src.configuration import nearest
 from src.errors import SettingError
 
 
@@ -18,6 +33,25 @@ class TextFeatures:
 
     embedding: Tensor  # [B, D], one vector a text
     tokens: Tensor  # [B, L, D], one vector a token, filling included
+
+
+TextPool = Callable[[Tensor, Tensor], Tensor]
+
+
+def first_token(tokens: Tensor, mask: Tensor) -> Tensor:
+    """BERT's: [B, L, D], [B, L] -> [B, D]."""
+    return tokens[:, 0]
+
+
+def last_token(tokens: Tensor, mask: Tensor) -> Tensor:
+    """The last one that is no filling, CLIP's: [B, L, D], [B, L] -> [B, D]."""
+    return tokens[torch.arange(len(tokens), device=tokens.device), mask.sum(dim=1) - 1]
+
+
+def mean_token(tokens: Tensor, mask: Tensor) -> Tensor:
+    """The mean of all that are no filling, as T5 and sentence encoders are read: [B, L, D], [B, L] -> [B, D]."""
+    weight = mask.to(tokens.dtype)
+    return torch.einsum("bld,bl->bd", tokens, weight) / weight.sum(dim=1, keepdim=True)
 
 
 class Tower(nn.Module, ABC):
@@ -57,9 +91,19 @@ class TextTower(Tower):
     Args:
         vocabulary, length: see `Tower`.
         width, depth, heads: of the transformer.
+        activation: as transformers names it; OpenAI's weights were trained with "quick_gelu".
     """
 
-    def __init__(self, *, vocabulary: int, length: int, width: int = 512, depth: int = 12, heads: int = 8) -> None:
+    def __init__(
+        self,
+        *,
+        vocabulary: int,
+        length: int,
+        width: int = 512,
+        depth: int = 12,
+        heads: int = 8,
+        activation: str = "gelu",
+    ) -> None:
         super().__init__(vocabulary=vocabulary, length=length, dim=width)
         config = CLIPTextConfig(
             vocab_size=vocabulary,
@@ -68,7 +112,7 @@ class TextTower(Tower):
             num_hidden_layers=depth,
             num_attention_heads=heads,
             max_position_embeddings=length,
-            hidden_act="gelu",
+            hidden_act=activation,
             # read by transformers alone, where it looks for a text's end; here the mask says where that is
             bos_token_id=0,
             eos_token_id=1,
@@ -78,8 +122,7 @@ class TextTower(Tower):
 
     def read(self, text: Tensor, mask: Tensor) -> TextFeatures:
         tokens = self.transformer(input_ids=text).last_hidden_state
-        last = mask.sum(dim=1) - 1
-        return TextFeatures(tokens[torch.arange(len(tokens), device=tokens.device), last], tokens)
+        return TextFeatures(last_token(tokens, mask), tokens)
 
     @torch.no_grad()
     def _initialise(self, width: int, depth: int) -> None:
@@ -173,3 +216,48 @@ class BertTower(Tower):
     def read(self, text: Tensor, mask: Tensor) -> TextFeatures:
         tokens = self.transformer(input_ids=text, attention_mask=mask).last_hidden_state
         return TextFeatures(self.feature(tokens[:, 0]), tokens)
+
+
+class TransformersTower(Tower):
+    """Any text encoder of transformers, such as BERT (Devlin et al., 2019), with weights as created.
+
+    Its architecture is said in full, so that a run can be evaluated where what it started from is no longer there;
+    `text_weights.pretrained` fills it from a model of the same architecture.
+
+    Args:
+        architecture: ``model_type`` and what differs from that type's defaults, as a ``config.json`` has them.
+        vocabulary, length: see `Tower`.
+        pool: what of the tokens is the text's feature.
+
+    Raises:
+        SettingError: transformers knows no such architecture, or it has no place for ``length`` tokens.
+    """
+
+    def __init__(
+        self, architecture: Mapping[str, Any], *, vocabulary: int, length: int, pool: TextPool = first_token
+    ) -> None:
+        options = {**architecture, "vocab_size": vocabulary}
+        kind = str(options.pop("model_type", ""))
+        if kind not in CONFIG_MAPPING:
+            near = nearest(kind, list(CONFIG_MAPPING))
+            raise SettingError(f"model.text.architecture: transformers knows no model_type '{kind}'{near}")
+        config = AutoConfig.for_model(kind, **options)
+        # of what reads and writes (T5) the half that reads
+        reads = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+        model_class: Any = (MODEL_FOR_TEXT_ENCODING_MAPPING if reads else MODEL_MAPPING)[type(config)]
+        # an unused layer would have no gradient, which DDP takes for a mistake
+        unpooled = {"add_pooling_layer": False} if "add_pooling_layer" in signature(model_class).parameters else {}
+        try:
+            transformer = model_class(config, **unpooled)
+        except (ValueError, KeyError, TypeError) as problem:
+            raise SettingError(f"model.text.architecture: {problem}") from problem
+        places = getattr(config, "max_position_embeddings", None)
+        if places is not None and places < length:
+            raise SettingError(f"data.text_length={length}: this text tower has places for {places} tokens")
+        super().__init__(vocabulary=vocabulary, length=length, dim=int(config.hidden_size))
+        self.transformer = transformer
+        self.pool = pool
+
+    def read(self, text: Tensor, mask: Tensor) -> TextFeatures:
+        tokens = self.transformer(input_ids=text, attention_mask=mask.long()).last_hidden_state
+        return TextFeatures(self.pool(tokens, mask), tokens)

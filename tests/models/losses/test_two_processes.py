@@ -1,6 +1,6 @@
 """Every loss and state that looks beyond its process: two processes are one on the concatenated batch, in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from src.models.losses.distillation import cross_view_cross_entropy, sharpen
 from src.models.losses.image_text import clip_loss, ring_sigmoid_loss, sigmoid_loss
 from src.models.losses.late_interaction import late_interaction_loss
 from src.models.losses.redundancy import barlow_twins, cross_correlation, vicreg
+from src.models.losses.refine import hybrid_distillation
 from src.models.losses.swapped import sinkhorn, swapped_prediction
-from tests.distributed import in_two_processes
+from tests.distributed import in_processes, in_two_processes
 
 IMAGES, MICRO_BATCHES = 8, 2
 
@@ -90,6 +91,16 @@ def siglip_ring(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
     return ring_sigmoid_loss(normalize(z1, dim=-1), normalize(z2, dim=-1), scale=scale, bias=-scale)
 
 
+def refine(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
+    image, text = normalize(z1, dim=-1), normalize(z2, dim=-1)
+    images, offset = gather(image)
+    texts, _ = gather(text)
+    taught = z1.detach(), gather(z2.detach().flip(1))[0]
+    return hybrid_distillation(image, texts, *taught, offset, scale=scale, alpha=0.5, block=20) + hybrid_distillation(
+        text, images, z2.detach(), gather(z1.detach())[0], offset, scale=scale, alpha=0.5
+    )
+
+
 # with a scale that is learned
 OF_PAIRS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "clip": clip,
@@ -97,6 +108,7 @@ OF_PAIRS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "filip": filip,
     "siglip": siglip,
     "siglip ring": siglip_ring,
+    "refine": refine,
 }
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "nt_xent": lambda z1, z2: pair(z1, z2, nt_xent),
@@ -111,12 +123,14 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def parameter_gradients(rows: slice) -> dict[str, Tensor]:
+def parameter_gradients(
+    rows: slice, *, images: int = IMAGES, names: Sequence[str] = (*LOSSES, *OF_PAIRS)
+) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    x1, x2 = torch.randn(2, IMAGES, 6, generator=generator, dtype=torch.float64)
+    x1, x2 = torch.randn(2, images, 6, generator=generator, dtype=torch.float64)
     start = torch.randn(6, 5, generator=generator, dtype=torch.float64)
     results = {}
-    for name in (*LOSSES, *OF_PAIRS):
+    for name in names:
         weight = start.clone().requires_grad_(True)
         z1, z2 = x1[rows] @ weight, x2[rows] @ weight
         value = LOSSES[name](z1, z2) if name in LOSSES else OF_PAIRS[name](z1, z2, weight[0, 0].exp())
@@ -161,3 +175,18 @@ def test_two_processes_have_the_gradients_and_the_state_of_one():
     assert alone["queue column_index"].tolist() == [*range(8), *range(100, 108)]
     for name in ("siglip", "siglip ring"):
         torch.testing.assert_close(gradients[name], gradients["siglip"], rtol=1e-12, atol=0)
+
+
+def pairs_on_each(process: int) -> dict[str, Tensor]:
+    return parameter_gradients(slice(2 * process, 2 * process + 2), images=6, names=list(OF_PAIRS))
+
+
+def test_three_processes_agree_too_where_texts_go_round():
+    """Of two, a ring that forwarded its own texts again and again would do as well."""
+    alone = parameter_gradients(slice(None), images=6, names=list(OF_PAIRS))
+    each = in_processes(pairs_on_each, 3)
+    for name, value in alone.items():
+        mean = torch.stack([found[name] for found in each]).mean(dim=0)
+        assert torch.allclose(mean, value, rtol=0, atol=1e-8), name
+    for suffix in ("", " value"):
+        torch.testing.assert_close(alone[f"siglip ring{suffix}"], alone[f"siglip{suffix}"], rtol=1e-12, atol=0)

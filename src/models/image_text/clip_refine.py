@@ -1,0 +1,173 @@
+"""CLIP-Refine: a short training after pre-training that brings images and texts together and forgets nothing."""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import partial
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from src.collectives import gather, gather_rows
+from src.datamodules.batch import ImageTextBatch
+from src.errors import SettingError
+from src.models.backbones.image_encoder import Pool, cls_token_or_mean
+from src.models.backbones.weights import WeightsError, read, some
+from src.models.image_text.base import ImageTextModule
+from src.models.image_text.clip import equal_texts
+from src.models.image_text.micro_batches import in_micro_batches
+from src.models.image_text.text_tower import Tower
+from src.models.joint_embedding.base import unit
+from src.models.losses.image_text import clip_loss
+from src.models.losses.refine import hybrid_distillation, random_feature_alignment
+from src.models.pretrain_module import StepOutput
+from src.models.teacher import teacher_of
+from src.optim import OptimizerRecipe
+
+log = logging.getLogger(__name__)
+
+
+class CLIPRefine(ImageTextModule):
+    """Post-pre-training for Modality Alignment in Vision-Language Foundation Models (Yamaguchi et al., 2025).
+    Deviations: HyCD's similarities are those of unit vectors times the scale that the start had learned; the authors'
+    are products of features as they are, which for OpenAI's weights are about ten long (``cosine: false``).
+
+    The towers as they start are the teacher, which nothing moves. It is in every checkpoint: a run that goes on needs
+    it, and what it started from may be gone.
+
+    Args:
+        backbone, text: of the start's architecture.
+        optimizer: AdamW in the paper.
+        start: a run of this template with two towers, its folder or a checkpoint; None for weights as created.
+        embed_dim: width of what is compared, as in the start.
+        temperature: of the scale where there is no start.
+        alignment: weight of the random feature alignment (RaFA).
+        distillation: weight of the hybrid contrastive distillation (HyCD).
+        contrast: weight of CLIP's loss, 0 in the paper; alone it is the fine-tuning that the paper compares with.
+        alpha: share of the given pairs in HyCD's target.
+        cosine: HyCD compares unit vectors; otherwise features as they are, without a scale.
+        pool: what of the backbone's tokens is projected and evaluated.
+        micro_batch: see `ImageTextModule`.
+
+    Raises:
+        WeightsError: the start is of another architecture.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        text: Tower,
+        optimizer: OptimizerRecipe,
+        *,
+        start: str | Path | None = None,
+        embed_dim: int = 512,
+        temperature: float = 0.01,
+        alignment: float = 1.0,
+        distillation: float = 1.0,
+        contrast: float = 0.0,
+        alpha: float = 0.5,
+        cosine: bool = True,
+        pool: Pool = cls_token_or_mean,
+        micro_batch: int | None = None,
+    ) -> None:
+        super().__init__(backbone, pool, text, optimizer, embed_dim=embed_dim, micro_batch=micro_batch)
+        if temperature <= 0:
+            raise SettingError(f"model.temperature must be above 0, got {temperature}")
+        if not 0 <= alpha <= 1:
+            raise SettingError(f"model.alpha is a share, from 0 to 1, got {alpha}")
+        if min(alignment, distillation, contrast) < 0 or alignment + distillation + contrast == 0:
+            raise SettingError(
+                "model.alignment, model.distillation and model.contrast are weights from 0, one of them above; got "
+                f"{alignment}, {distillation} and {contrast}"
+            )
+        self.alignment, self.distillation, self.contrast = alignment, distillation, contrast
+        self.alpha = alpha
+        self.cosine = cosine
+        # as the start has learned it: both losses that use it compare with the teacher, or with what it was taught
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)), requires_grad=False)
+        begin_from(self, start)
+        towers = ("image_encoder", "image_projection", "text_encoder", "text_projection")
+        self.teacher = teacher_of(nn.ModuleDict({name: self.get_submodule(name) for name in towers})).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if "teacher" in self._modules:  # not while the rest is built
+            self.teacher.eval()
+        return self
+
+    def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
+        features = self.image_features(batch["image"])
+        image = self.image_projection(features)
+        text = self.text_projection(self.text_features(batch["text"], batch["text_mask"]))
+        terms = {}
+        if self.alignment:
+            # one a pair, for its image and its text
+            reference = torch.randn_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
+            terms["alignment"] = self.alignment * random_feature_alignment(image, text, reference)
+        if self.distillation:
+            terms["distillation"] = self.distillation * self._distil(batch, image, text)
+        if self.contrast:
+            terms["contrast"] = self.contrast * self._contrast(batch, unit(image), unit(text))
+        logs = {name: term.detach() for name, term in terms.items()}
+        logs["gap"] = (unit(image).mean(dim=0) - unit(text).mean(dim=0)).norm().detach()
+        return {"loss": sum(terms.values(), image.new_zeros(())), "logs": logs, "embedding": features.detach().float()}
+
+    def _distil(self, batch: ImageTextBatch, image: Tensor, text: Tensor) -> Tensor:
+        """HyCD: the teacher's soft pairing mixed with the given one."""
+        with torch.no_grad():
+            taught_image, taught_text = (self._comparable(each) for each in self.taught(batch))
+            taught_images, taught_texts = gather(taught_image)[0], gather(taught_text)[0]
+            scale = self.logit_scale.exp().squeeze() if self.cosine else self.logit_scale.new_ones(())
+        image, text = self._comparable(image), self._comparable(text)
+        images, offset = gather(image)
+        texts, _ = gather(text)
+        distil = partial(hybrid_distillation, scale=scale, alpha=self.alpha)
+        to_text = distil(image, texts, taught_image, taught_texts, offset)
+        to_image = distil(text, images, taught_text, taught_images, offset)
+        return (to_text + to_image) / 2
+
+    def _contrast(self, batch: ImageTextBatch, image: Tensor, text: Tensor) -> Tensor:
+        images, offset = gather(image)
+        texts, _ = gather(text)
+        scale = self.logit_scale.exp().squeeze()
+        return clip_loss(image, text, images, texts, offset, scale=scale, same=equal_texts(gather_rows(batch["text"])))
+
+    @torch.no_grad()
+    def taught(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
+        """The start's features of images and texts: [B, E] each."""
+        teacher, size = self.teacher, self.micro_batch
+        image = in_micro_batches(lambda part: teacher["image_encoder"](part).embedding, batch["image"], size=size)
+        texts = batch["text"], batch["text_mask"]
+        text = in_micro_batches(lambda *part: teacher["text_encoder"](*part).embedding, *texts, size=size)
+        return teacher["image_projection"](image), teacher["text_projection"](text)
+
+    def _comparable(self, features: Tensor) -> Tensor:
+        return unit(features) if self.cosine else features
+
+
+def begin_from(module: ImageTextModule, start: str | Path | None) -> None:
+    """Gives ``module`` the towers, projections and scale of a run, in place; what else the run holds is left out.
+
+    Raises:
+        WeightsError: the file cannot be read, or has not all of them in their shapes.
+    """
+    if start is None:
+        log.info("towers: weights as created (checkpoint=null): there is nothing yet to refine")
+        return
+    found = read(Path(start))
+    own = module.state_dict()
+    missing = [name for name in own if name not in found.tensors]
+    if missing:
+        raise WeightsError(f"{found.origin} lacks {len(missing)} of the towers' {len(own)} tensors: {some(missing)}")
+    wrong = [
+        f"{name} {list(found.tensors[name].shape)} instead of {list(value.shape)}"
+        for name, value in own.items()
+        if found.tensors[name].shape != value.shape
+    ]
+    if wrong:
+        raise WeightsError(f"{found.origin} is of another architecture: it has {some(wrong)}")
+    module.load_state_dict({name: found.tensors[name] for name in own})
+    log.info("towers: %d tensors from %s", len(own), found.origin)
