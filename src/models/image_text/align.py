@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.collectives import gather, gather_rows
+from src.collectives import gather
 from src.datamodules.batch import ImageTextBatch
 from src.models.backbones.image_encoder import Pool, mean_patch
 from src.models.image_text.base import ImageTextModule
@@ -78,7 +78,7 @@ class ALIGN(ImageTextModule):
     def _loss(self, image: Tensor, text: Tensor, ids: Tensor) -> Tensor:
         images, offset = gather(image)
         texts, _ = gather(text)
-        same = equal_texts(gather_rows(ids)) if self.mask_equal_texts else None
+        same = gather(equal_texts(ids))[0] if self.mask_equal_texts else None
         scale = 1 / self.temperature.squeeze()
         mean = clip_loss(
             image, text, images, texts, offset, scale=scale, same=same, label_smoothing=self.label_smoothing

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.collectives import gather, gather_rows
+from src.collectives import gather
 from src.datamodules.batch import ImageTextBatch
 from src.models.backbones.image_encoder import Pool, cls_token_or_mean
 from src.models.image_text.base import ImageTextModule
@@ -84,7 +84,7 @@ class CLIP(ImageTextModule):
         """The loss and what is logged of it: unit vectors [B, E] of images and texts, the texts' token ids [B, L]."""
         images, offset = gather(image)
         texts, _ = gather(text)
-        same = equal_texts(gather_rows(ids)) if self.mask_equal_texts else None
+        same = gather(equal_texts(ids))[0] if self.mask_equal_texts else None
         scale = self.logit_scale.exp().squeeze()
         loss = clip_loss(image, text, images, texts, offset, scale=scale, same=same)
         return loss, {"scale": scale.detach(), "gap": (image.mean(dim=0) - text.mean(dim=0)).norm().detach()}
@@ -96,5 +96,10 @@ class CLIP(ImageTextModule):
 
 
 def equal_texts(text: Tensor) -> Tensor:
-    """One number for all rows of token ids that are equal: [N, L] -> [N]."""
-    return torch.unique(text, dim=0, return_inverse=True)[1]
+    """One number for all rows of token ids that are equal: int64 [N, L] -> [N]. A hash, so that nothing is sorted and
+    nobody waits for the device: two texts that differ share one with a probability of about 2^-64."""
+    # the numbers of splitmix64 (Steele et al., 2014), one a place; whole numbers of 64 bits overflow as they should
+    weight = torch.arange(1, text.shape[1] + 1, device=text.device) * -7046029254386353131
+    weight = (weight ^ (weight >> 30)) * -4658895280553007687
+    weight = (weight ^ (weight >> 27)) * -7723592293110705685
+    return (text * (weight ^ (weight >> 31))).sum(dim=1)

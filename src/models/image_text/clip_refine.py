@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from src.collectives import gather, gather_rows
+from src.collectives import gather
 from src.datamodules.batch import ImageTextBatch
 from src.errors import SettingError
 from src.models.backbones.image_encoder import Pool, cls_token_or_mean
@@ -133,7 +133,7 @@ class CLIPRefine(ImageTextModule):
         images, offset = gather(image)
         texts, _ = gather(text)
         scale = self.logit_scale.exp().squeeze()
-        return clip_loss(image, text, images, texts, offset, scale=scale, same=equal_texts(gather_rows(batch["text"])))
+        return clip_loss(image, text, images, texts, offset, scale=scale, same=gather(equal_texts(batch["text"]))[0])
 
     @torch.no_grad()
     def taught(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:

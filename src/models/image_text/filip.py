@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from src.collectives import gather, gather_rows
+from src.collectives import gather
 from src.datamodules.batch import ImageTextBatch
 from src.models.backbones.image_encoder import mean_patch
 from src.models.image_text.clip import CLIP, equal_texts
@@ -67,7 +67,7 @@ class FILIP(CLIP):
         text = self.encode_text(batch["text"], batch["text_mask"])
         images, offset = gather(salient(image, text, self.kept))
         texts, _ = gather(salient(text, image, self.kept))
-        same = equal_texts(gather_rows(batch["text"])) if self.mask_equal_texts else None
+        same = gather(equal_texts(batch["text"]))[0] if self.mask_equal_texts else None
         scale = self.logit_scale.exp().squeeze()
         loss = late_interaction_loss(image, text, images, texts, offset, scale=scale, same=same)
         return {"loss": loss, "logs": {"scale": scale.detach()}, "embedding": features.embedding.detach().float()}

@@ -84,6 +84,17 @@ def test_a_step_is_the_paper_s_pseudocode():
     assert len(set(equal_texts(TEXT).tolist())) == 3
 
 
+def test_texts_are_equal_where_all_of_their_tokens_are():
+    """The same partition as by sorting, on many short texts of few words, which differ in order or in one token."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(0, 3, (4000, 8), generator=generator)
+    numbers, (_, expected) = equal_texts(text), torch.unique(text, dim=0, return_inverse=True)
+    assert len(set(zip(numbers.tolist(), expected.tolist(), strict=True))) == len(set(expected.tolist()))
+    assert len(set(numbers.tolist())) == len(set(expected.tolist()))
+    large = torch.tensor([[49406, 320, 49407], [320, 49406, 49407], [49406, 320, 49407]])
+    assert equal_texts(large)[0] == equal_texts(large)[2] != equal_texts(large)[1]
+
+
 def test_equal_texts_are_negatives_where_that_is_asked_for():
     as_in_the_paper, masked = (
         clip(mask_equal_texts=value).training_step(batch(), 0)["loss"] for value in (False, True)
