@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from src.datamodules.scenes import render
+from src.datamodules.scenes.patterns import PATTERNS
 from src.datamodules.scenes.scene import Camera, Scene, Thing
 from src.datamodules.scenes.world import ObjectsWorld
 from src.errors import SettingError
@@ -68,6 +69,10 @@ ACTIONS: dict[str, Mapping[str, float]] = {
 }
 
 
+# smaller than in still pictures, so that there is room to move, and patterned: a plain ring would turn unseen
+OBJECTS = ObjectsWorld(patterns=PATTERNS[1:], plain=0.0, main_radius=(0.45, 0.7), main_place=0.15)
+
+
 @dataclass(frozen=True)
 class Film:
     """A scene whose things and camera move.
@@ -117,7 +122,7 @@ class MovingWorld:
         pan_tempo: swings a second of the camera and of other things.
     """
 
-    objects: ObjectsWorld = field(default_factory=lambda: ObjectsWorld(main_radius=(0.45, 0.7), main_place=0.15))
+    objects: ObjectsWorld = OBJECTS
     actions: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: ACTIONS)
     tempo: tuple[float, float] = (0.5, 0.8)
     place: tuple[float, float] = (0.2, 0.35)
