@@ -102,7 +102,7 @@ class RandomVideoCrop:
     batch_type: ClassVar[type] = VideoBatch
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "crop", RandomResizedCrop(self.size, tuple(self.scale), tuple(self.ratio), self.flip))
+        object.__setattr__(self, "crop", RandomResizedCrop(self.size, self.scale, self.ratio, self.flip))
 
     @property
     def draws(self) -> int:
