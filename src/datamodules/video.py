@@ -15,6 +15,10 @@ class VideoDataModule(ImageDataModule):
     """
 
     @property
+    def seen(self) -> str:
+        return "video"
+
+    @property
     def batch_type(self) -> type:
         for name, view in (("train_view", self.train_view), ("eval_view", self.eval_view)):
             if view.batch_type is not VideoBatch:

@@ -13,8 +13,8 @@ from src.datamodules.batch import VideoBatch, validate
 from src.datamodules.scenes.films import FilmsSource
 from src.datamodules.sources.video_folder import VideoFolderSource
 from src.datamodules.video import VideoDataModule
-from src.datamodules.views.image import CentreCrop
-from src.datamodules.views.video import CentreVideoCrop, DenseClip, RandomVideoCrop, SegmentClip
+from src.datamodules.views.image import CentreCrop, RandomResizedCrop
+from src.datamodules.views.video import CentreVideoCrop, DenseClip, MultiScaleCrop, RandomVideoCrop, SegmentClip
 from src.errors import SettingError
 from tests.datamodules.test_footage import write
 
@@ -46,7 +46,7 @@ class Ramp:
 
 
 def test_all_frames_of_a_clip_are_cropped_and_mirrored_alike() -> None:
-    view = RandomVideoCrop(clip=DenseClip(frames=3, stride=5), size=20, scale=(1.0, 1.0), ratio=(1.5, 1.5), flip=0.5)
+    view = RandomVideoCrop(DenseClip(frames=3, stride=5), RandomResizedCrop(20, (1.0, 1.0), (1.5, 1.5), flip=0.5))
     numbers = np.full(view.draws, 0.5, np.float32)
     numbers[0] = 0.0
     for last, column in ((0.4, -1), (0.6, 0)):
@@ -55,6 +55,22 @@ def test_all_frames_of_a_clip_are_cropped_and_mirrored_alike() -> None:
         assert video.shape == (3, 3, 20, 20)
         assert [int(frame[0, 10, 10]) for frame in video] == [0, 5, 10]
         assert (video[:, :, :, column] > 100).all()
+
+
+def test_multi_scale_boxes_are_neighbouring_sides_at_thirteen_places() -> None:
+    crop = MultiScaleCrop(size=8, scales=(1.0, 0.75, 0.5))
+    draw = np.random.default_rng(0).random((4000, 3))
+    boxes = crop.boxes(40, 60, draw)
+    assert set(map(tuple, boxes[:, 2:].astype(int).tolist())) == {
+        (a, b) for a, b in ((40, 40), (40, 30), (30, 40), (30, 30), (30, 20), (20, 30), (20, 20))
+    }
+    small = boxes[(boxes[:, 2] == 20) & (boxes[:, 3] == 20)]
+    places = set(map(tuple, small[:, :2].astype(int).tolist()))
+    assert len(places) == 13
+    assert {(0, 0), (0, 40), (20, 0), (20, 40), (10, 20), (5, 10)} <= places
+    np.testing.assert_array_equal(crop.boxes(40, 60, np.array([[0.0, 0.5, 0.0]])), [[0, 20, 40, 40]])
+    with pytest.raises(SettingError, match="scales must lie in"):
+        MultiScaleCrop(8, scales=(1.2,))
 
 
 def test_the_middle_of_a_video_needs_no_randomness() -> None:
@@ -72,7 +88,7 @@ def films(**options: object) -> partial[FilmsSource]:
 
 def module(source: object, **options: object) -> VideoDataModule:
     views = {
-        "train_view": RandomVideoCrop(clip=DenseClip(frames=4, stride=2), size=16),
+        "train_view": RandomVideoCrop(DenseClip(frames=4, stride=2), MultiScaleCrop(16)),
         "eval_view": CentreVideoCrop(clip=DenseClip(frames=4, stride=2), size=16),
     }
     return VideoDataModule(**{"source": source, "batch_size": 4, "seed": 0, "num_workers": 0, **views, **options})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from src.datamodules.batch import VideoBatch
 from src.datamodules.footage import Footage
-from src.datamodules.views.image import CentreCrop, RandomResizedCrop
+from src.datamodules.views.image import CentreCrop
 from src.datamodules.views.resample import resample_boxes
 from src.errors import SettingError
 
@@ -82,27 +82,72 @@ class SegmentClip:
         return (np.arange(self.frames) + uniform[: self.frames]) * (duration / self.frames)
 
 
+class Boxes(Protocol):
+    """Which part of a frame is taken, such as `RandomResizedCrop` or `MultiScaleCrop`."""
+
+    size: int  # side of the result in pixels
+    flip: float  # probability of a left-right mirror, the last number's part
+
+    @property
+    def draws(self) -> int:
+        """Random numbers needed for one box."""
+        ...
+
+    def boxes(self, height: int, width: int, uniform: np.ndarray) -> np.ndarray:
+        """Boxes [B, 4] (top, left, height, width) for uniform [B, draws]."""
+        ...
+
+
+@dataclass(frozen=True)
+class MultiScaleCrop:
+    """A box whose sides are the frame's shorter side times two neighbours of ``scales``, at one of 13 places: the
+    augmentation of temporal segment networks (Wang et al., 2016).
+
+    Args:
+        size: side of the result in pixels.
+        scales: in falling order.
+        flip: probability of a left-right mirror; 0 where left and right are a part of the label.
+    """
+
+    size: int
+    scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
+    flip: float = 0.5
+
+    draws: ClassVar[int] = 3
+
+    def __post_init__(self) -> None:
+        if not self.scales or not 0 < min(self.scales) <= max(self.scales) <= 1:
+            raise SettingError(f"MultiScaleCrop: scales must lie in (0, 1], got {tuple(self.scales)}")
+
+    def boxes(self, height: int, width: int, uniform: np.ndarray) -> np.ndarray:
+        sides = [int(min(height, width) * scale) for scale in self.scales]
+        pairs = np.array([(a, b) for i, a in enumerate(sides) for j, b in enumerate(sides) if abs(i - j) <= 1])
+        rows, columns = pairs[(uniform[:, 0] * len(pairs)).astype(int)].T
+        # quarters of the room above and to the left: corners, middles of sides, the middle, and between them
+        top, left = _PLACES[(uniform[:, 1] * len(_PLACES)).astype(int)].T
+        return np.stack([(height - rows) // 4 * top, (width - columns) // 4 * left, rows, columns], axis=1).astype(
+            float
+        )
+
+
+_PLACES = np.array(
+    [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2), (1, 1), (1, 3), (3, 1), (3, 3)]
+)
+
+
 @dataclass(frozen=True)
 class RandomVideoCrop:
-    """A random clip in a random box, as `RandomResizedCrop` draws it, of all its frames.
+    """A random clip in a random box, the same for all of its frames.
 
     Args:
         clip: which frames.
-        size: side of the result in pixels.
-        scale, ratio, flip: see `RandomResizedCrop`. Where left and right are a part of the label, ``flip`` is 0.
+        crop: which part of them, and what becomes of it.
     """
 
     clip: Clip
-    size: int
-    scale: tuple[float, float] = (0.5, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    crop: RandomResizedCrop = field(init=False)
+    crop: Boxes
 
     batch_type: ClassVar[type] = VideoBatch
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "crop", RandomResizedCrop(self.size, self.scale, self.ratio, self.flip))
 
     @property
     def draws(self) -> int:
@@ -112,8 +157,8 @@ class RandomVideoCrop:
         frames = image.at(self.clip.times(image.duration, image.rate, uniform).tolist())
         own = uniform[self.clip.draws :]
         box = self.crop.boxes(frames.shape[-2], frames.shape[-1], own[None])
-        boxes = np.repeat(box, len(frames), axis=0)
-        return {"video": resample_boxes(frames, boxes, self.size, flip=np.full(len(frames), own[-1] < self.flip))}
+        mirrored = np.full(len(frames), own[-1] < self.crop.flip)
+        return {"video": resample_boxes(frames, np.repeat(box, len(frames), axis=0), self.crop.size, flip=mirrored)}
 
 
 @dataclass(frozen=True)
