@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from src.errors import SettingError
-from src.models.backbones.image_encoder import Features
+from src.models.backbones.image_encoder import Features, ImageEncoder, mean_patch
 
 
 class CubeEmbed(nn.Module):
@@ -71,27 +71,21 @@ class CubeEmbed(nn.Module):
         return self.projection(video.transpose(1, 2)).flatten(2).transpose(1, 2)
 
 
-class VideoEncoder(nn.Module):
-    """A video ViT seen through `Features`, its embedding the mean of all cubes.
+class VideoEncoder(ImageEncoder):
+    """An `ImageEncoder` of clips, its embedding the mean of all cubes.
 
     Args:
         backbone: a ViT with a `CubeEmbed`.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone, pool=mean_patch)
 
-    @property
-    def dim(self) -> int:
-        """D, the width of embedding and patches."""
-        return int(self.backbone.num_features)  # type: ignore[arg-type]
-
-    def forward(self, video: Tensor) -> Features:
-        """video: [B, T, 3, H, W], normalised."""
-        tokens = self.backbone.forward_features(video)  # type: ignore[operator]
+    def forward(self, image: Tensor) -> Features:
+        """image: clips [B, T, 3, H, W], normalised."""
+        tokens = self.backbone.forward_features(image)  # type: ignore[operator]
         grid: tuple[int, ...] = self.backbone.patch_embed.grid  # type: ignore[union-attr,assignment]
-        return Features(embedding=tokens.mean(dim=1), patches=tokens, grid=grid)
+        return Features(embedding=self.pool(tokens[:, :0], tokens), patches=tokens, grid=grid)
 
 
 def sinusoids(dim: int, count: int) -> nn.Parameter:

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from src.datamodules.batch import VideoBatch
+from src.models.backbones.image_encoder import ImageEncoder
 from src.models.backbones.video_vit import VideoEncoder, sinusoids
 from src.models.losses.reconstruction import masked_mse
 from src.models.masked.mae import initialise
@@ -84,7 +85,7 @@ class VideoMAE(PretrainModule):
         x = take(vit.patch_embed(video) + vit.get_parameter("pos_embed"), masking.keep)
         return vit.norm(vit.blocks(x))
 
-    def encoders(self) -> dict[str, VideoEncoder]:
+    def encoders(self) -> dict[str, ImageEncoder]:
         return {"encoder": VideoEncoder(self.backbone)}
 
     def pictures(self, batch: VideoBatch) -> Mapping[str, Tensor]:
