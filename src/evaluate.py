@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +19,7 @@ from src.callbacks.checkpoints import load_checkpoint
 from src.configuration import CONFIGS, UserError, nearest
 from src.datamodules.image import ImageDataModule
 from src.datamodules.image_text import ImageTextDataModule
+from src.datamodules.video import VideoDataModule
 from src.errors import SettingError
 from src.evaluation.captions import Captioner, CaptionEvaluation
 from src.evaluation.features import BadFeatures, NoLabels
@@ -200,8 +202,14 @@ def finetune(run: runs.Run, config: DictConfig, checkpoint: Path, data: str, ove
 
 
 def finetune_config(config: DictConfig, checkpoint: Path, overrides: Sequence[str] = ()) -> DictConfig:
-    """The fine-tuning experiment's recipe on the run's own backbone, images, scale and hardware."""
+    """The fine-tuning experiment's recipe on the run's own backbone, images, scale and hardware.
+
+    Raises:
+        UserError: the run has seen videos, for which there is no such experiment.
+    """
     experiment = config.evaluate.finetune
+    if issubclass(get_class(config.data._target_), VideoDataModule):
+        raise UserError("EVAL=finetune fine-tunes on images, and this run has seen videos: EVAL=knn,linear judges it")
     recipe = configuration.compose("train", [f"experiment={experiment}", f"scale={config.run.scale}"])
     with open_dict(recipe):
         pooled = {key: recipe.backbone[key] for key in ("global_pool", "drop_path_rate") if key in recipe.backbone}

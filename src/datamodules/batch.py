@@ -46,6 +46,15 @@ class ImageTextBatch(TypedDict):
     replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
 
 
+class VideoBatch(TypedDict):
+    """One clip a video."""
+
+    video: Annotated[Tensor, Field("B T 3 H W", torch.float32)]  # normalised with the DataModule's mean and std
+    label: Annotated[Tensor, Field("B", torch.int64)]  # class, -1 where the source has none
+    index: Annotated[Tensor, Field("B", torch.int64)]  # position in the source
+    replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
+
+
 class BatchError(ValueError):
     """A batch is not what its type says; the message names the field."""
 

@@ -83,6 +83,11 @@ class ImageDataModule(L.LightningDataModule):
         self.bad_log = Path(bad_log) if bad_log is not None else None
 
     @property
+    def seen(self) -> str:
+        """The field of a batch that encoders read."""
+        return "image"
+
+    @property
     def batch_type(self) -> type:
         """The TypedDict that ``train_dataloader`` yields once it is on the device."""
         return self.train_view.batch_type

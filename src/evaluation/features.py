@@ -107,7 +107,7 @@ def extract(
     left out. Encoders run in evaluation mode, without gradients, and are left in the modes they were in.
 
     Args:
-        encoders: by name, image [B, 3, H, W] -> `Features`, already on ``device``.
+        encoders: by name, image [B, 3, H, W] or video [B, T, 3, H, W] -> `Features`, already on ``device``.
         pool: what is taken of the `Features`: [B, D].
         precision: of the forward pass, as Lightning's Trainer calls it.
         shard: leave each process the features it has read, instead of giving all of them to all.
@@ -120,21 +120,21 @@ def extract(
     rows = {name: Rows([], [], []) for name in encoders}
     with inference(nn.ModuleList(encoders.values())), autocast(precision, device):
         for loaded in loader:
-            batch = labelled(loaded)
+            batch = labelled(loaded, datamodule.seen)
             if len(batch["label"]) == 0:
                 continue
             batch = datamodule.transfer_batch_to_device(batch, device, 0)
             batch = datamodule.on_after_batch_transfer(batch, 0)
             for name, encoder in encoders.items():
-                features = pool(encoder(batch["image"].to(weight_dtype(encoder))))
+                features = pool(encoder(batch[datamodule.seen].to(weight_dtype(encoder))))
                 rows[name].add(features.to("cpu", torch.float32).to(storage), batch)
     return {name: gathered(name, mine, device, storage, shard=shard) for name, mine in rows.items()}
 
 
-def labelled(loaded: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch without stand-ins and samples that have no label."""
+def labelled(loaded: dict[str, Tensor], seen: str) -> dict[str, Tensor]:
+    """A batch without stand-ins and samples that have no label: the field ``seen``, label and index."""
     keep = (loaded["label"] >= 0) & ~loaded["replaced"]
-    fields = {name: loaded[name] for name in ("image", "label", "index")}
+    fields = {name: loaded[name] for name in (seen, "label", "index")}
     return fields if keep.all() else {name: value[keep] for name, value in fields.items()}
 
 

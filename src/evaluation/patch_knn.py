@@ -103,7 +103,7 @@ def _extract(
     rows = {name: Rows([], [], []) for name in encoders}
     with inference(nn.ModuleList(encoders.values())), autocast(precision, device):
         for loaded in loader:
-            batch = labelled(loaded)
+            batch = labelled(loaded, datamodule.seen)
             if len(batch["label"]) == 0:
                 continue
             index = batch["index"]

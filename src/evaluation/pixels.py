@@ -9,7 +9,7 @@ from src.models.backbones.image_encoder import Features
 
 
 class PixelEncoder(nn.Module):
-    """An encoder without parameters: the image, shrunk by area averaging and flattened.
+    """An encoder without parameters: the image, or each frame of a video, shrunk by area averaging and flattened.
 
     Args:
         size: side in pixels of what is compared; an image smaller than that is enlarged by repetition.
@@ -23,12 +23,13 @@ class PixelEncoder(nn.Module):
 
     @property
     def dim(self) -> int:
-        """D of the embedding."""
+        """D of the embedding of an image."""
         return 3 * self.size**2
 
     def forward(self, image: Tensor) -> Features:
-        """image: [B, 3, H, W] -> embedding [B, 3 * size * size], patches [B, size * size, 3]."""
-        small = F.adaptive_avg_pool2d(image, self.size)
-        return Features(
-            embedding=small.flatten(1), patches=small.flatten(2).transpose(1, 2), grid=(self.size, self.size)
-        )
+        """image: [B, 3, H, W] -> embedding [B, 3 * size * size], patches [B, size * size, 3]; of a video
+        [B, T, 3, H, W] as much for each of its T frames."""
+        frames = image.shape[1:-3]
+        small = F.adaptive_avg_pool2d(image.flatten(0, -4), self.size)
+        pixels = small.flatten(2).transpose(1, 2).reshape(len(image), -1, 3)
+        return Features(embedding=small.reshape(len(image), -1), patches=pixels, grid=(*frames, self.size, self.size))

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, NotRequired, Protocol, TypedDict, runtim
 import torch
 
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
+from src.datamodules.footage import Footage
 
 __all__ = [
     "BadSample",
@@ -33,7 +34,7 @@ Split = Literal["train", "val", "test"]
 class Sample(TypedDict):
     """One item of a source, before any view is made of it."""
 
-    image: EncodedImage | torch.Tensor  # a still undecoded picture, or uint8 [3, H, W] RGB
+    image: EncodedImage | Footage | torch.Tensor  # a picture or video still in its file, or uint8 [3, H, W] RGB
     label: int  # class, -1 where there is none
     fields: NotRequired[dict[str, torch.Tensor]]  # further ground truth, by name (boxes, masks, depth …)
 

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from src.datamodules.decoding import EncodedImage
 
+class EncodedView(Protocol):
+    """Turns what is still in its file's bytes into the tensors of a batch, image fields still uint8 (the DataModule
+    normalises on the device).
 
-class View(Protocol):
-    """Turns pictures into the tensors of a batch, image fields still uint8 (the DataModule normalises on the device).
-
-    All randomness comes in as ``uniform``, one row of ``draws`` numbers in [0, 1) a picture: a view is a pure function.
+    All randomness comes in as ``uniform``, one row of ``draws`` numbers in [0, 1) a sample: a view is a pure function.
     """
 
-    batch_type: type  # the TypedDict of src.datamodules.batch this view makes
-    draws: int  # random numbers needed for one picture
-
-    def encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
-        """One still undecoded picture, uniform [draws]. Raises BadSample."""
+    @property
+    def batch_type(self) -> type:
+        """The TypedDict of src.datamodules.batch this view makes."""
         ...
+
+    @property
+    def draws(self) -> int:
+        """Random numbers needed for one sample."""
+        ...
+
+    def encoded(self, image: Any, uniform: np.ndarray) -> dict[str, Tensor]:
+        """One picture (`EncodedImage`) or video (`Footage`), uniform [draws]. Raises BadSample."""
+        ...
+
+
+class View(EncodedView, Protocol):
+    """An `EncodedView` of pictures, which may also be decoded already."""
 
     def decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
         """Pictures of one size at once: uint8 [B, 3, H, W], uniform [B, draws]."""

@@ -14,11 +14,11 @@ from src.errors import SettingError
 
 @dataclass(frozen=True)
 class Features:
-    """What an encoder says of a batch of images."""
+    """What an encoder says of a batch of images, or of videos."""
 
     embedding: Tensor  # [B, D], one vector an image
     patches: Tensor  # [B, N, D], one vector a position, raster order
-    grid: tuple[int, int]  # rows and columns of the positions, N = rows * columns
+    grid: tuple[int, ...]  # rows and columns of the positions, times before them of a video; N is their product
 
 
 Pool = Callable[[Tensor, Tensor], Tensor]

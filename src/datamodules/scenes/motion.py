@@ -1,0 +1,231 @@
+"""Scenes in motion: a film is a scene and how its parts move, and each of its times is a scene again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from src.datamodules.scenes import render
+from src.datamodules.scenes.patterns import PATTERNS
+from src.datamodules.scenes.scene import Camera, Scene, Thing
+from src.datamodules.scenes.world import ObjectsWorld
+from src.errors import SettingError
+from src.randomness import fold
+
+
+@dataclass(frozen=True)
+class Swing:
+    """``reach * cos(phase + 2 pi rate t)``: to and fro, or for ever where the phase says if the rate is 0."""
+
+    reach: float
+    phase: float  # radians
+    rate: float = 0.0  # swings a second
+
+    def at(self, time: float) -> float:
+        return self.reach * math.cos(self.phase + 2 * math.pi * self.rate * time)
+
+
+@dataclass(frozen=True)
+class Motion:
+    """How a thing moves about the place that its scene gives it."""
+
+    x: Swing  # in half picture widths, as y
+    y: Swing
+    size: Swing  # relative
+    pitch: Swing  # radians, as yaw
+    yaw: Swing
+    turns: float = 0.0  # of roll, a second; clockwise above 0
+
+    def of(self, thing: Thing, focal: float, time: float) -> Thing:
+        """The thing at ``time`` seconds, seen by a camera of ``focal``."""
+        depth = thing.position[2]
+        x, y = thing.position[0] + self.x.at(time) * depth / focal, thing.position[1] + self.y.at(time) * depth / focal
+        roll = thing.rotation[0] + 2 * math.pi * self.turns * time
+        return replace(
+            thing,
+            position=(x, y, depth),
+            rotation=(roll, self.pitch.at(time), self.yaw.at(time)),
+            size=thing.size * (1 + self.size.at(time)),
+        )
+
+
+_LARGEST = 1.5  # a thing never grows to more than that of its size at rest
+
+# What the main thing does: swings a second of what moves, in units of the film's own tempo.
+ACTIONS: dict[str, Mapping[str, float]] = {
+    "rests": {},
+    "slides": {"x": 1.0},
+    "climbs": {"y": 1.0},
+    "sweeps": {"x": 1.0, "y": 1.0},
+    "weaves": {"x": 1.0, "y": 2.0},
+    "turns clockwise": {"turns": 1.0},
+    "turns anticlockwise": {"turns": -1.0},
+    "grows and shrinks": {"size": 1.0},
+    "nods": {"pitch": 1.0},
+    "shakes": {"yaw": 1.0},
+}
+
+
+# smaller than in still pictures, so that there is room to move, and patterned: a plain ring would turn unseen
+OBJECTS = ObjectsWorld(patterns=PATTERNS[1:], plain=0.0, main_radius=(0.45, 0.7), main_place=0.15)
+
+
+@dataclass(frozen=True)
+class Film:
+    """A scene whose things and camera move.
+
+    Args:
+        scene: what there is, everything at rest in the middle of its way.
+        motions: of the scene's things, in their order.
+        pan: of the camera, metres to the right and down.
+        action: what the main thing does, as its position among the world's.
+    """
+
+    scene: Scene
+    motions: tuple[Motion, ...]
+    pan: tuple[Swing, Swing]
+    action: int
+
+    def at(self, time: float) -> Scene:
+        """What is to be seen ``time`` seconds after the beginning; its grain is that moment's own."""
+        camera, scene = self.scene.camera, self.scene
+        things = tuple(
+            motion.of(thing, camera.focal, time) for thing, motion in zip(scene.things, self.motions, strict=True)
+        )
+        x, y = (place + swing.at(time) for place, swing in zip(camera.position[:2], self.pan, strict=True))
+        return replace(
+            scene,
+            camera=replace(camera, position=(x, y, camera.position[2])),
+            things=things,
+            grain_seed=fold(scene.grain_seed, round(abs(time) * 1e6)),
+        )
+
+
+@dataclass(frozen=True)
+class MovingWorld:
+    """Films of `ObjectsWorld`'s scenes; the label is what the main thing does.
+
+    No single picture tells what that is: whatever moves in one film stands still in another at a place that is drawn
+    from the places it passes through. So each picture of a film, taken alone, is distributed as if the label had been
+    drawn afterwards. Other things and the camera move in every film.
+
+    Args:
+        objects: what the films show.
+        actions: names and rates, see `ACTIONS`.
+        tempo: swings a second.
+        place, grow, tilt: how far a main thing moves: in half picture widths, relative to its size, in radians.
+        other_place: how far the others move.
+        pan: how far the camera moves, metres.
+        pan_tempo: swings a second of the camera and of other things.
+    """
+
+    objects: ObjectsWorld = OBJECTS
+    actions: Mapping[str, Mapping[str, float]] = field(default_factory=lambda: ACTIONS)
+    tempo: tuple[float, float] = (0.5, 0.8)
+    place: tuple[float, float] = (0.2, 0.35)
+    grow: tuple[float, float] = (0.15, 0.3)
+    tilt: tuple[float, float] = (0.3, 0.5)
+    other_place: tuple[float, float] = (0.0, 0.2)
+    pan: tuple[float, float] = (0.0, 0.15)
+    pan_tempo: tuple[float, float] = (0.1, 0.6)
+
+    def __post_init__(self) -> None:
+        unknown = sorted({name for rates in self.actions.values() for name in rates} - {*Motion.__dataclass_fields__})
+        if unknown or not self.actions:
+            raise SettingError(
+                f"actions move {', '.join(Motion.__dataclass_fields__)}, not {', '.join(unknown) or 'nothing'}"
+            )
+        if not 0 <= self.grow[0] <= self.grow[1] <= _LARGEST - 1:
+            raise SettingError(f"grow must be 0 <= low <= high <= {_LARGEST - 1}, got {self.grow}")
+
+    def film(self, seed: int, index: int) -> Film:
+        """Film ``index`` of ``seed``; nothing else enters."""
+        scene = self.objects.scene(fold(seed, 0), index)
+        rng = np.random.Generator(np.random.PCG64(fold(seed, 1, index)))
+        action = int(rng.integers(len(self.actions)))
+        rates = list(self.actions.values())[action]
+        tempo = _within(rng, self.tempo)
+        # every way is drawn whether it is gone or not: that is what makes a single picture say nothing
+        main = Motion(
+            x=_swing(rng, self.place, tempo * rates.get("x", 0.0)),
+            y=_swing(rng, self.place, tempo * rates.get("y", 0.0)),
+            size=_swing(rng, self.grow, tempo * rates.get("size", 0.0)),
+            pitch=_swing(rng, self.tilt, tempo * rates.get("pitch", 0.0)),
+            yaw=_swing(rng, self.tilt, tempo * rates.get("yaw", 0.0)),
+            turns=tempo * rates.get("turns", 0.0),
+        )
+        roll = 2 * math.pi * float(rng.random())
+        first = replace(scene.things[0], rotation=(roll, 0.0, 0.0))
+        others = [self._other(rng) for _ in scene.things[1:]]
+        scene = replace(scene, things=(_in_front(first, self.tilt[1], scene.camera), *scene.things[1:]))
+        pan = (_swing(rng, self.pan, _within(rng, self.pan_tempo)), _swing(rng, self.pan, _within(rng, self.pan_tempo)))
+        return Film(scene, (main, *others), pan, action)
+
+    def _other(self, rng: np.random.Generator) -> Motion:
+        return Motion(
+            x=_swing(rng, self.other_place, _within(rng, self.pan_tempo)),
+            y=_swing(rng, self.other_place, _within(rng, self.pan_tempo)),
+            size=Swing(0.0, 0.0),
+            pitch=Swing(0.0, 0.0),
+            yaw=Swing(0.0, 0.0),
+            turns=_within(rng, self.pan_tempo) * (1 if rng.random() < 0.5 else -1),
+        )
+
+
+def flow(film: Film, start: float, end: float, resolution: int) -> np.ndarray:
+    """By how many pixels what is seen at ``start`` has moved at ``end``: float32 [2, H, W], right and down.
+
+    Of every pixel the point that its centre shows is followed, seen or hidden at the end.
+    """
+    before, after = film.at(start), film.at(end)
+    moved = np.empty((2, resolution, resolution), np.float32)
+    # the backdrop moves as its middle does
+    for axis in range(2):
+        moved[axis] = _backdrop_shift(before, axis) - _backdrop_shift(after, axis)
+    centres = (np.arange(resolution, dtype=np.float32) + np.float32(0.5)) * np.float32(2.0 / resolution) - np.float32(1)
+    order = sorted(range(len(before.things)), key=lambda number: -before.things[number].position[2])
+    for number in order:
+        patch = render.project(before.things[number], before.camera, resolution)
+        if patch is None:
+            continue
+        u, v = _seen(after.things[number], after.camera, patch.x, patch.y)
+        inside = before.things[number].kind.distance(patch.x, patch.y) < 0
+        window = moved[:, patch.rows, patch.columns]
+        np.copyto(window[0], u - centres[patch.columns], where=inside)
+        np.copyto(window[1], v - centres[patch.rows, None], where=inside)
+    return moved * np.float32(resolution / 2)
+
+
+def _backdrop_shift(scene: Scene, axis: int) -> float:
+    """By how much the backdrop's own coordinate differs from the picture's."""
+    camera = scene.camera
+    return camera.position[axis] * camera.focal / (scene.background.distance - camera.position[2])
+
+
+def _seen(thing: Thing, camera: Camera, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where in the picture the thing's points (x, y), in radii, are seen: u and v in [-1, 1] across it."""
+    right, down, _ = render.axes(thing.rotation)
+    point = [
+        thing.position[k] - camera.position[k] + thing.size * (x * np.float32(right[k]) + y * np.float32(down[k]))
+        for k in range(3)
+    ]
+    return camera.focal * point[0] / point[2], camera.focal * point[1] / point[2]
+
+
+def _in_front(thing: Thing, tilt: float, camera: Camera) -> Thing:
+    """The main thing so near that it stands before the others however it tilts; it looks as large as before."""
+    behind = thing.size * _LARGEST * thing.kind.reach * math.sin(math.hypot(tilt, tilt))
+    nearer = thing.position[2] / (thing.position[2] + behind)
+    x, y = (place + (p - place) * nearer for place, p in zip(camera.position[:2], thing.position[:2], strict=True))
+    return replace(thing, position=(x, y, thing.position[2] * nearer), size=thing.size * nearer)
+
+
+def _swing(rng: np.random.Generator, reach: tuple[float, float], rate: float) -> Swing:
+    return Swing(_within(rng, reach), 2 * math.pi * float(rng.random()), rate)
+
+
+def _within(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
+    return bounds[0] + (bounds[1] - bounds[0]) * float(rng.random())

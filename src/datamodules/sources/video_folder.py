@@ -1,0 +1,22 @@
+"""Videos in folders, one folder a class: the layout of Kinetics, UCF101 and HMDB51."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from src.datamodules.footage import EncodedVideo
+from src.datamodules.sources.image_folder import ImageFolderSource
+from src.datamodules.sources.source import Sample, Split
+
+EXTENSIONS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts")
+
+
+class VideoFolderSource(ImageFolderSource):
+    """Videos below a folder, in the layouts and with the options of `ImageFolderSource`."""
+
+    def __init__(self, split: Split, *, root: str | Path, **options: Any) -> None:
+        super().__init__(split, root=root, **{"extensions": EXTENSIONS, **options})
+
+    def __getitem__(self, index: int) -> Sample:
+        return {"image": EncodedVideo(self.name(index)), "label": int(self.labels[index])}

@@ -1,0 +1,148 @@
+"""Videos to batches: clips, crops, films and files."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from src.datamodules.batch import VideoBatch, validate
+from src.datamodules.scenes.films import FilmsSource
+from src.datamodules.sources.video_folder import VideoFolderSource
+from src.datamodules.video import VideoDataModule
+from src.datamodules.views.image import CentreCrop, RandomResizedCrop
+from src.datamodules.views.video import CentreVideoCrop, DenseClip, MultiScaleCrop, RandomVideoCrop, SegmentClip
+from src.errors import SettingError
+from tests.datamodules.test_footage import write
+
+
+def test_a_dense_clip_at_hand_worked_times() -> None:
+    clip = DenseClip(frames=4, stride=2)
+    # 3 s of 10 frames a second: the last frame begins at 2.9, three steps of 0.2 s fit before it from 2.3 on
+    np.testing.assert_allclose(clip.times(3.0, 10.0, np.array([0.0])), [0.0, 0.2, 0.4, 0.6])
+    np.testing.assert_allclose(clip.times(3.0, 10.0, np.array([0.5])), [1.15, 1.35, 1.55, 1.75])
+    np.testing.assert_allclose(DenseClip(frames=3, rate=4.0).times(3.0, 10.0, np.array([0.0])), [0.0, 0.25, 0.5])
+    assert DenseClip(frames=16, stride=4).times(1.0, 10.0, np.array([0.9]))[0] == 0.0  # longer than its video
+
+
+def test_segments_cover_the_video_evenly() -> None:
+    clip = SegmentClip(frames=4)
+    np.testing.assert_allclose(clip.times(2.0, 30.0, np.array([0.0, 0.5, 0.5, 0.9])), [0.0, 0.75, 1.25, 1.95])
+
+
+class Ramp:
+    """Frame n is n everywhere, 10 a second, with one column that tells left from right."""
+
+    duration, rate = 3.0, 10.0
+
+    def at(self, times: list[float]) -> torch.Tensor:
+        numbers = torch.tensor([int(time * 10 + 1e-6) for time in times], dtype=torch.uint8)
+        frames = numbers.view(-1, 1, 1, 1).repeat(1, 3, 20, 30)
+        frames[..., 0] = 255
+        return frames
+
+
+def test_all_frames_of_a_clip_are_cropped_and_mirrored_alike() -> None:
+    view = RandomVideoCrop(DenseClip(frames=3, stride=5), RandomResizedCrop(20, (1.0, 1.0), (1.5, 1.5), flip=0.5))
+    numbers = np.full(view.draws, 0.5, np.float32)
+    numbers[0] = 0.0
+    for last, column in ((0.4, -1), (0.6, 0)):
+        numbers[-1] = last
+        video = view.encoded(Ramp(), numbers)["video"]
+        assert video.shape == (3, 3, 20, 20)
+        assert [int(frame[0, 10, 10]) for frame in video] == [0, 5, 10]
+        assert (video[:, :, :, column] > 100).all()
+
+
+def test_multi_scale_boxes_are_neighbouring_sides_at_thirteen_places() -> None:
+    crop = MultiScaleCrop(size=8, scales=(1.0, 0.75, 0.5))
+    draw = np.random.default_rng(0).random((4000, 3))
+    boxes = crop.boxes(40, 60, draw)
+    assert set(map(tuple, boxes[:, 2:].astype(int).tolist())) == {
+        (a, b) for a, b in ((40, 40), (40, 30), (30, 40), (30, 30), (30, 20), (20, 30), (20, 20))
+    }
+    small = boxes[(boxes[:, 2] == 20) & (boxes[:, 3] == 20)]
+    places = set(map(tuple, small[:, :2].astype(int).tolist()))
+    assert len(places) == 13
+    assert {(0, 0), (0, 40), (20, 0), (20, 40), (10, 20), (5, 10)} <= places
+    np.testing.assert_array_equal(crop.boxes(40, 60, np.array([[0.0, 0.5, 0.0]])), [[0, 20, 40, 40]])
+    with pytest.raises(SettingError, match="scales must lie in"):
+        MultiScaleCrop(8, scales=(1.2,))
+
+
+def test_the_middle_of_a_video_needs_no_randomness() -> None:
+    view = CentreVideoCrop(clip=SegmentClip(frames=3), size=8, share=1.0)
+    assert view.draws == 0
+    video = view.encoded(Ramp(), np.zeros(0, np.float32))["video"]
+    assert [int(frame[0, 4, 4]) for frame in video] == [5, 15, 25]
+
+
+def films(**options: object) -> partial[FilmsSource]:
+    return partial(
+        FilmsSource, count={"train": 12, "val": 4, "test": 4}, resolution=24, duration=1.0, rate=8.0, **options
+    )
+
+
+def module(source: object, **options: object) -> VideoDataModule:
+    views = {
+        "train_view": RandomVideoCrop(DenseClip(frames=4, stride=2), MultiScaleCrop(16)),
+        "eval_view": CentreVideoCrop(clip=DenseClip(frames=4, stride=2), size=16),
+    }
+    return VideoDataModule(**{"source": source, "batch_size": 4, "seed": 0, "num_workers": 0, **views, **options})
+
+
+def test_films_become_batches_of_clips() -> None:
+    data = module(films())
+    (batch, *_) = data.train_dataloader()
+    batch = data.on_after_batch_transfer(batch, 0)
+    validate(batch, VideoBatch)
+    assert batch["video"].shape == (4, 4, 3, 16, 16)
+    assert data.batch_type is VideoBatch
+    for label, index in zip(batch["label"].tolist(), batch["index"].tolist(), strict=True):
+        assert label == data.train_source.film(index).action
+    again = next(iter(module(films()).train_dataloader()))
+    assert torch.equal(data.on_after_batch_transfer(again, 0)["video"], batch["video"])
+
+
+def test_a_films_frames_are_its_scenes_at_their_times() -> None:
+    source = films()("val")
+    footage = source[1]["image"]
+    still = footage.at([0.0, 0.26, 0.25, 9.0])
+    assert torch.equal(still[1], still[2])  # the same frame, an eighth of a second long
+    assert not torch.equal(still[0], still[1])
+    assert torch.equal(still[3], footage.at([0.99])[0])  # after the end the last one is held
+
+
+def test_splits_share_no_film() -> None:
+    assert films()("train").film(0) != films()("val").film(0)
+    with pytest.raises(SettingError, match="films need count >= 1"):
+        FilmsSource("val", count=0)
+    with pytest.raises(IndexError, match="film 4 of 4"):
+        films()("val").film(4)
+
+
+def test_files_in_folders_and_one_that_is_broken(tmp_path: Path) -> None:
+    for kind in ("dive", "run"):
+        for split, count in (("train", 3), ("val", 1)):
+            folder = tmp_path / split / kind
+            folder.mkdir(parents=True)
+            for number in range(count):
+                write(folder / f"{number}.mp4", [n / 10 for n in range(8)])
+    (tmp_path / "train" / "run" / "1.mp4").write_bytes(b"no video at all")
+    (tmp_path / "train" / "run" / "notes.txt").write_text("not counted")
+    data = module(partial(VideoFolderSource, root=tmp_path), batch_size=6, bad_log=tmp_path / "bad.tsv")
+    batch = next(iter(data.train_dataloader()))
+    assert data.classes == ["dive", "run"]
+    assert batch["video"].shape == (6, 4, 3, 16, 16)
+    assert batch["replaced"].sum() == 1
+    assert "run/1.mp4\tthe video cannot be read" in (tmp_path / "bad.tsv").read_text()
+
+
+def test_a_view_of_pictures_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"data\.eval_view: a video needs a view of clips, not of a ImageBatch"):
+        module(films(), eval_view=CentreCrop(size=16)).batch_type  # noqa: B018
+    with pytest.raises(SettingError, match="a clip needs frames"):
+        DenseClip(frames=0)

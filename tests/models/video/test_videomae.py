@@ -1,0 +1,207 @@
+"""VideoMAE against transformers' own, and its parts by hand."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import timm
+import torch
+from transformers import VideoMAEConfig, VideoMAEForPreTraining
+
+from src.errors import SettingError
+from src.models.backbones.video_vit import CubeEmbed, VideoEncoder, sinusoids
+from src.models.losses.reconstruction import masked_mse
+from src.models.video.masking import running_cells, tubes
+from src.models.video.videomae import VideoMAE, cubify, normalise_cubes, uncubify
+from src.optim import OptimizerRecipe
+
+RECIPE = OptimizerRecipe(torch.optim.AdamW, lr=1e-3)
+
+
+def vit(frames: int = 4) -> timm.models.VisionTransformer:
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+        num_classes=0,
+        class_token=False,
+        global_pool="avg",
+        fc_norm=False,
+        embed_layer=partial(CubeEmbed, frames=frames, cube_frames=2),
+    )
+
+
+def method(**options: object) -> VideoMAE:
+    torch.manual_seed(0)
+    return VideoMAE(vit(), RECIPE, **{"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, **options})
+
+
+def theirs(ours: VideoMAE) -> VideoMAEForPreTraining:
+    """transformers' model with our weights."""
+    config = VideoMAEConfig(
+        image_size=32,
+        patch_size=8,
+        num_frames=4,
+        tubelet_size=2,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=96,
+        decoder_num_attention_heads=2,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_intermediate_size=64,
+        norm_pix_loss=True,
+        layer_norm_eps=1e-6,
+        use_mean_pooling=False,  # a final norm, as the authors' encoder has
+    )
+    model = VideoMAEForPreTraining(config).eval()
+    state = model.state_dict()
+
+    def block(to: str, source: torch.nn.Module, width: int) -> None:
+        weight, bias = source.attn.qkv.weight, source.attn.qkv.bias
+        for number, name in enumerate(("query", "key", "value")):
+            state[f"{to}.attention.attention.{name}.weight"] = weight[number * width : (number + 1) * width]
+        state[f"{to}.attention.attention.query.bias"] = bias[:width]
+        state[f"{to}.attention.attention.value.bias"] = bias[2 * width :]
+        pairs = {
+            "attention.output.dense": source.attn.proj,
+            "intermediate.dense": source.mlp.fc1,
+            "output.dense": source.mlp.fc2,
+            "layernorm_before": source.norm1,
+            "layernorm_after": source.norm2,
+        }
+        for name, layer in pairs.items():
+            state[f"{to}.{name}.weight"], state[f"{to}.{name}.bias"] = layer.weight, layer.bias
+
+    backbone, decoder = ours.backbone, ours.decoder
+    projection = backbone.patch_embed.projection
+    state["videomae.embeddings.patch_embeddings.projection.weight"] = projection.weight
+    state["videomae.embeddings.patch_embeddings.projection.bias"] = projection.bias
+    for number, each in enumerate(backbone.blocks):
+        block(f"videomae.encoder.layer.{number}", each, 24)
+    for number, each in enumerate(decoder.blocks):
+        block(f"decoder.decoder_layers.{number}", each, 16)
+    state["videomae.layernorm.weight"], state["videomae.layernorm.bias"] = backbone.norm.weight, backbone.norm.bias
+    state["encoder_to_decoder.weight"], state["mask_token"] = decoder.embed.weight, decoder.mask_token
+    state["decoder.norm.weight"], state["decoder.norm.bias"] = decoder.norm.weight, decoder.norm.bias
+    state["decoder.head.weight"], state["decoder.head.bias"] = decoder.pred.weight, decoder.pred.bias
+    model.load_state_dict(state)
+    return model
+
+
+def test_loss_is_that_of_transformers_own() -> None:
+    """An independent implementation, ported from the authors' code: the same weights, clips and masks."""
+    ours = method()
+    with torch.no_grad():  # biases begin at zero, where a wrong one would not show
+        for parameter in ours.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        k_bias = slice(24, 48)
+        for each in ours.backbone.blocks:
+            each.attn.qkv.bias[k_bias] = 0  # theirs has none; it changes no attention
+        for each in ours.decoder.blocks:
+            each.attn.qkv.bias[16:32] = 0
+    model = theirs(ours)
+    torch.manual_seed(3)
+    # theirs takes the mean and deviation of ImageNet off again, ours normalises what it is given
+    unit = torch.rand(3, 4, 3, 32, 32)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    video = (unit - mean) / std
+    torch.manual_seed(5)
+    masking = tubes(3, ours.grid, ours.mask_ratio, video.device)
+    torch.manual_seed(5)
+    loss = ours.training_step({"video": video}, 0)["loss"]
+    expected = model(pixel_values=video, bool_masked_pos=masking.mask.bool()).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-5)
+
+
+def test_cubes_and_back() -> None:
+    video = torch.arange(2 * 4 * 3 * 4 * 8, dtype=torch.float32).view(2, 4, 3, 4, 8)
+    cubes = cubify(video, (2, 2, 4))
+    assert cubes.shape == (2, 2 * 2 * 2, 16, 3)
+    assert torch.equal(uncubify(cubes, (2, 2, 4), (2, 2, 2)), video)
+    # the second cube: the first two frames, upper rows, right half; pixels laid out by frame, row and column
+    expected = video[0, :2, :, :2, 4:].permute(0, 2, 3, 1).reshape(16, 3)
+    assert torch.equal(cubes[0, 1], expected)
+
+
+def test_each_channel_of_a_cube_is_normalised_alone() -> None:
+    cubes = torch.tensor([[[[0.0, 10.0], [2.0, 30.0]]]])
+    target, mean, std = normalise_cubes(cubes)
+    assert mean.flatten().tolist() == [1.0, 20.0]
+    torch.testing.assert_close(std.flatten(), torch.tensor([2**0.5, 200**0.5]))
+    torch.testing.assert_close(target.flatten(), torch.tensor([-1.0, -1.0, 1.0, 1.0]) / 2**0.5, rtol=1e-5, atol=0)
+
+
+def test_dual_masking_counts_what_is_hidden_and_decoded() -> None:
+    ours, video = method(decoded=running_cells, mask_ratio=0.5), torch.randn(2, 4, 3, 32, 32)
+    torch.manual_seed(2)
+    masking = tubes(2, ours.grid, 0.5, video.device)
+    decoded = running_cells(masking, ours.grid)
+    prediction = ours.decoder(ours.encode(video, masking), masking.keep, decoded)
+    target = normalise_cubes(cubify(video, ours.cube))[0].flatten(2)
+    errors = []
+    for clip in range(2):
+        for row, place in enumerate(decoded[clip].tolist()):
+            if masking.mask[clip, place]:
+                errors.append((prediction[clip, row] - target[clip, place]).pow(2).mean())
+    assert 0 < len(errors) < decoded.numel()
+    torch.manual_seed(2)
+    loss = ours.training_step({"video": video}, 0)["loss"]
+    torch.testing.assert_close(loss, torch.stack(errors).mean())
+
+
+def test_nothing_hidden_reaches_the_encoder() -> None:
+    ours, video = method(), torch.randn(1, 4, 3, 32, 32)
+    masking = tubes(1, ours.grid, ours.mask_ratio, video.device)
+    changed = cubify(video, ours.cube)
+    changed = torch.where(masking.mask[..., None, None] > 0, torch.randn_like(changed), changed)
+    changed = uncubify(changed, ours.cube, ours.grid)
+    assert torch.equal(ours.encode(video, masking), ours.encode(changed, masking))
+
+
+def test_pictures_show_the_clip_and_leave_visible_cubes_alone() -> None:
+    ours, video = method(), torch.randn(2, 4, 3, 32, 32)
+    torch.manual_seed(7)
+    shown = ours.pictures({"video": video})["reconstruction"]
+    torch.manual_seed(7)
+    masking = tubes(2, ours.grid, ours.mask_ratio, video.device)
+    assert shown.shape == (2 * 3, 2, 3, 32, 32)
+    assert torch.equal(shown[0::3], video[:, ::2])
+    visible = uncubify(1 - masking.mask[..., None, None].expand(-1, -1, 128, 3), ours.cube, ours.grid)[:, ::2] > 0
+    torch.testing.assert_close(shown[2::3][visible], video[:, ::2][visible])
+    assert torch.equal(shown[1::3][~visible], torch.zeros_like(shown[1::3][~visible]))
+    assert not torch.equal(shown[2::3][~visible], shown[1::3][~visible])
+
+
+def test_the_table_is_sines_and_cosines_in_turn() -> None:
+    table = sinusoids(4, 3)[0]
+    angles = torch.tensor([0.0, 1.0, 2.0])
+    expected = torch.stack([angles.sin(), angles.cos(), (angles / 100).sin(), (angles / 100).cos()], dim=1)
+    torch.testing.assert_close(table, expected)
+    assert not table.requires_grad
+
+
+def test_an_encoder_sees_the_whole_clip() -> None:
+    encoder = VideoEncoder(method().backbone.eval())
+    features = encoder(torch.randn(2, 4, 3, 32, 32))
+    assert features.grid == (2, 4, 4)
+    assert features.patches.shape == (2, 32, encoder.dim)
+    torch.testing.assert_close(features.embedding, features.patches.mean(dim=1))
+
+
+def test_clips_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(SettingError, match="a clip of 5 frames of 32x32 pixels is no whole number of cubes"):
+        vit(frames=5)
+    with pytest.raises(SettingError, match="clips of 8 frames of 32x32 pixels, where the backbone reads 4"):
+        VideoEncoder(vit())(torch.randn(1, 8, 3, 32, 32))
+
+
+def test_masked_error_is_of_the_hidden() -> None:
+    prediction, target = torch.zeros(1, 2, 3), torch.tensor([[[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]])
+    assert masked_mse(prediction, target, torch.tensor([[0.0, 1.0]])) == 4.0

@@ -1,0 +1,67 @@
+"""A video method through the commands, in seconds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from src import evaluate, export, runs, train
+from src.configuration import UserError
+from src.evaluation.pixels import PixelEncoder
+
+WORDS = [
+    "experiment=videomae_v2_vitb",
+    "scale=tiny",
+    "frames=4",
+    "data.source.count={train: 16, val: 8, test: 8}",
+    "data.train_samples=16",
+    "data.batch_size=4",
+    "data.num_workers=0",
+    "backbone.embed_dim=32",
+    "backbone.depth=1",
+    "backbone.num_heads=2",
+    "model.decoder_dim=16",
+    "trainer.max_epochs=1",
+    "trainer.log_every_n_steps=1",
+    "callbacks.progress=null",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRETEXT_RUN_DIR", "")
+        assert train.main([*WORDS, f"paths.runs={folder}", "run.name=films"]) == 0
+    return runs.Run(folder / "videomae_v2_vitb" / "films")
+
+
+def test_films_are_trained_on_and_judged(run: runs.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged = run.metrics()["train"]
+    assert logged["step"] == 4
+    assert 0 <= logged["eval/knn_top1"] <= 1
+    monkeypatch.setenv("PRETEXT_RUN_DIR", "")
+    assert evaluate.main([f"run={run.dir}", "eval=knn,pixels,random"]) == 0
+    scores = json.loads((run.dir / "evaluate" / "films.json").read_text())
+    assert set(scores) == {"encoder", "pixels", "random"}
+    # the same code on the same clips as at the end of training
+    assert scores["encoder"]["knn_top1"] == pytest.approx(logged["eval/knn_top1"])
+
+
+def test_what_videos_have_not_yet_is_said(run: runs.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRETEXT_RUN_DIR", "")
+    with pytest.raises(UserError, match="fine-tunes on images, and this run has seen videos"):
+        evaluate.main([f"run={run.dir}", "eval=finetune"])
+    with pytest.raises(UserError, match="reads clips, and timm has no ViT that does"):
+        export.main([f"run={run.dir}"])
+
+
+def test_pixels_of_a_video_are_those_of_its_frames() -> None:
+    video = torch.randn(2, 3, 3, 8, 8)
+    encoder = PixelEncoder(4)
+    features = encoder(video)
+    assert features.grid == (3, 4, 4)
+    torch.testing.assert_close(features.embedding[1].view(3, -1)[2], encoder(video[1, 2:3]).embedding[0])
+    torch.testing.assert_close(features.patches[1].view(3, 16, 3)[2], encoder(video[1, 2:3]).patches[0])
