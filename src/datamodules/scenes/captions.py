@@ -134,8 +134,8 @@ def mistaken(what: Facts, mistake: Mistake, choice: int) -> Facts | None:
             return None
         return replace(what, relation=OPPOSITE[what.relation])
     if len(what.things) > 1 and choice % 2:
-        rest = what.things[:-1]
-        return replace(what, things=rest, relation=what.relation if len(rest) > 1 else None)
+        fewer = what.things[:-1]
+        return replace(what, things=fewer, relation=what.relation if len(fewer) > 1 else None)
     return replace(what, things=(*what.things, what.things[-1]))
 
 
