@@ -37,5 +37,6 @@ class Attention(nn.Module):
         """[B, N, dim], what `keys_values` gave, and which of it may be seen (bool, broadcastable to [B, heads, N, M])
         -> [B, N, dim]."""
         query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        found = F.scaled_dot_product_attention(query, *keys_values.unbind(), attn_mask=mask, is_causal=causal)
+        keys, values = keys_values
+        found = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal)
         return self.out(found.transpose(1, 2).flatten(2))

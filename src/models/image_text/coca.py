@@ -42,7 +42,7 @@ class CoCa(CLIP):
         options: of `CLIP`.
 
     Raises:
-        SettingError: weights below 0, or both 0; and CLIP's.
+        SettingError: weights below 0, or both 0; micro-batches, which go through towers alone; and CLIP's.
     """
 
     text_encoder: UnimodalDecoder
@@ -64,6 +64,10 @@ class CoCa(CLIP):
         **options: Any,
     ) -> None:
         super().__init__(backbone, text, optimizer, pool=pool, **options)
+        if self.micro_batch is not None:
+            raise SettingError(
+                f"model.micro_batch={self.micro_batch}: the decoder reads the towers' tokens all at once"
+            )
         if min(contrastive_weight, captioning_weight) < 0 or contrastive_weight + captioning_weight == 0:
             raise SettingError(
                 f"model.contrastive_weight={contrastive_weight}, model.captioning_weight={captioning_weight}: both at "
