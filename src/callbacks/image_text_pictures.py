@@ -25,6 +25,7 @@ from src.callbacks.pictures import Shown, seeded_everywhere, writers
 from src.datamodules.dataset import Draw
 from src.errors import SettingError
 from src.evaluation.captions import Captioner
+from src.evaluation.comparison import Similarity, dot, similarity_of
 from src.evaluation.image_text import TwoTowers
 from src.evaluation.retrieval import ranks
 from src.models.backbones.image_encoder import inference
@@ -57,9 +58,10 @@ class Made:
     """What the method makes of a gallery, on the CPU."""
 
     step: int  # of the run
-    image: Tensor  # float32 [N, D]
-    text: Tensor  # float32 [N, D]
+    image: Tensor  # float32 [N, D], or what a method that is `Comparing` has instead
+    text: Tensor  # the same
     said: list[str]  # of the first pictures; of none where the method does not caption
+    similarity: Similarity
 
 
 class ImageTextPictures(Shown):
@@ -70,7 +72,8 @@ class ImageTextPictures(Shown):
     - ``pictures/pictures_of_texts``, ``pictures/texts_of_pictures``: the surest and the worst retrievals among all
       ``count``, with the rank of what should have been found
     - ``pictures/captions``: what a method that captions says of some, and below the text they come with
-    - at the end the projector: the vectors of all pictures and texts, with names, classes and sprites
+    - at the end the projector: the vectors of all pictures and texts, with names, classes and sprites, where they are
+      vectors
 
     Costs a forward pass of ``count`` pictures and texts; the pictures are kept in memory. What goes wrong here is
     logged, and never ends a run. Modes and generators are left as they were.
@@ -154,14 +157,14 @@ class ImageTextPictures(Shown):
             "similarities": similarities(
                 [gallery.pictures[row] for row in shown],
                 [gallery.texts[row] for row in shown],
-                (text[shown] @ image[shown].T).numpy(),
+                made.similarity(text[shown], image[shown]).numpy(),
             )
         }
         for name, draw, query, keys in (
             ("pictures_of_texts", pictures_of_texts, text, image),
             ("texts_of_pictures", texts_of_pictures, image, text),
         ):
-            best, worst = extremes(query, keys, rows=self.rows, nearest=self.nearest)
+            best, worst = extremes(query, keys, rows=self.rows, nearest=self.nearest, similarity=made.similarity)
             sheets[name] = draw(gallery.pictures, gallery.texts, {"found most clearly": best, "found last": worst})
         if made.said:
             sheets["captions"] = captions_of_pictures(gallery.pictures, gallery.texts, made.said)
@@ -169,6 +172,8 @@ class ImageTextPictures(Shown):
             writer.add_image(f"pictures/{name}", np.asarray(sheet), made.step, dataformats="HWC")
 
     def _project(self, writer: Any, gallery: Gallery, made: Made) -> None:
+        if made.similarity is not dot:
+            return
         tiles = [tile(picture, _POINT, text=each) for each in (False, True) for picture in gallery.pictures]
         rows = zip(gallery.classes, gallery.texts, gallery.names, strict=True)
         said = [[" ".join(word.split()) for word in row] for row in rows]  # a tab would begin another column
@@ -182,12 +187,14 @@ class ImageTextPictures(Shown):
         )
 
 
-def extremes(query: Tensor, keys: Tensor, *, rows: int, nearest: int) -> tuple[list[Ranked], list[Ranked]]:
+def extremes(
+    query: Tensor, keys: Tensor, *, rows: int, nearest: int, similarity: Similarity = dot
+) -> tuple[list[Ranked], list[Ranked]]:
     """The queries that find their own most clearly, and those whose own comes last; of equal ranks the margin between
     the own and the nearest other decides: [N, D] each, row i of both belonging together."""
     own = torch.arange(len(query))
-    scores = query @ keys.T
-    rank = ranks(query, keys, own, own)
+    scores = similarity(query, keys)
+    rank = ranks(query, keys, own, own, similarity=similarity)
     others = scores.masked_fill(own[:, None] == own, -torch.inf).amax(dim=1)
     margin = scores.diagonal() - others
     order = np.lexsort((-margin.numpy(), rank.numpy()))  # the last key counts first
@@ -243,7 +250,7 @@ def _make(pl_module: L.LightningModule, datamodule: Any, gallery: Gallery, capti
             ids = pl_module.caption(pictures(gallery.image[:captions]), **marks, length=tokenizer.length)
             said = tokenizer.decode(ids.cpu())
     image, text = (torch.cat(parts).float().cpu() for parts in (images, texts))
-    return Made(pl_module.trainer.global_step, image, text, said)
+    return Made(pl_module.trainer.global_step, image, text, said, similarity_of(pl_module))
 
 
 def _thumbnail(image: Tensor) -> Image.Image:

@@ -10,7 +10,6 @@ from torch.nn.functional import normalize
 
 from src.datamodules.sources.source import Prompts
 from src.evaluation.comparison import Similarity
-from src.models.losses.precision import full_precision
 
 # of natural images: the ensemble is what CLIP's authors found to do nearly as well as their eighty
 PHOTOS = Prompts(
@@ -44,12 +43,6 @@ def classifier(
     _check(classes, templates)
     each = [normalize(encode([template.format(name) for template in templates]), dim=-1) for name in classes]
     return normalize(torch.stack([prompts.mean(dim=0) for prompts in each]), dim=-1)
-
-
-@full_precision
-def top_k(image: Tensor, weights: Tensor, labels: Tensor, k: int = 1) -> float:
-    """The share of images [N, D] whose label is among the ``k`` nearest classes [K, D]; the smaller of a tie is."""
-    return within(image @ weights.T, labels, k)
 
 
 @torch.no_grad()

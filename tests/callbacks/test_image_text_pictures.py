@@ -96,6 +96,30 @@ def test_the_projector_holds_a_point_for_each_picture_and_text(tmp_path: Path) -
     assert folder.name in (tmp_path / "projector_config.pbtxt").read_text()
 
 
+def test_a_method_that_compares_in_its_own_way_is_drawn_by_it_and_has_no_points(tmp_path: Path) -> None:
+    class Late(Counting):
+        """The same numbers as two tokens of two numbers each, whose product alone would say something else."""
+
+        def encode_image(self, image: Tensor) -> Tensor:
+            return super().encode_image(image)[:, None].repeat(1, 2, 1)
+
+        def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
+            return super().encode_text(text, mask)[:, None].repeat(1, 2, 1)
+
+        def similarity(self, query: Tensor, keys: Tensor) -> Tensor:
+            return torch.einsum("qid,kjd->qkij", query, keys).amax(dim=3).mean(dim=2)
+
+    drawn = [
+        train(tmp_path / kind.__name__, kind(data(tmp_path)), ImageTextPictures(), max_epochs=1)
+        for kind in (Counting, Late)
+    ]
+    for name in ("similarities", "pictures_of_texts", "texts_of_pictures"):
+        vectors, late = (events.Images(f"pictures/{name}")[-1].encoded_image_string for events in drawn)
+        assert vectors == late
+    assert (tmp_path / "Counting" / "projector_config.pbtxt").exists()
+    assert not (tmp_path / "Late" / "projector_config.pbtxt").exists()
+
+
 def test_what_a_captioner_says_is_written_under_its_pictures(tmp_path: Path) -> None:
     class Captioning(Counting):
         """Says the number that the picture shows, and lists what it was asked."""
