@@ -136,11 +136,11 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
         if index in self._reported:
             return
         self._reported.add(index)
-        name = self.source.name(index)
+        # a file's name may be in an encoding of its own, which neither a terminal nor a file of text would take
+        name = self.source.name(index).encode("utf-8", "backslashreplace").decode()
         log.warning("replaced %s: %s", name, problem)
         if self.bad_log is not None:
-            # a name may be in an encoding of its own
-            with self.bad_log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            with self.bad_log.open("a", encoding="utf-8") as file:
                 file.write(f"{name}\t{problem}\n")
 
 
