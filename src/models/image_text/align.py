@@ -24,11 +24,11 @@ class ALIGN(ImageTextModule):
     There is no code of the authors. Deviations: equal texts of a batch are no negatives of each other
     (``mask_equal_texts``).
 
-    The image's feature is compared as the backbone pools it; only the text's is brought to its width, by the tower.
+    The image's feature is compared as the backbone pools it; only the text's is brought to its width.
 
     Args:
         backbone: a ConvNet of timm without a head.
-        text: the text tower, whose features are as wide as the backbone's.
+        text: the text tower, a BERT in the paper.
         optimizer: LAMB in the paper.
         temperature: similarities are divided by it; learned itself, not its logarithm, from this start.
         min_temperature: it is held at or above, after every step: beyond 0 a divisor would turn everything round.
@@ -52,7 +52,7 @@ class ALIGN(ImageTextModule):
         mask_equal_texts: bool = True,
         pool: Pool = mean_patch,
     ) -> None:
-        super().__init__(backbone, pool, text, optimizer, embed_dim=None)
+        super().__init__(backbone, pool, text, optimizer, embed_dim=None, bias=True, project_image=False)
         if not 0 < min_temperature <= temperature:
             raise ValueError(
                 f"ALIGN: 0 < min_temperature <= temperature must hold, got {min_temperature} and {temperature}"

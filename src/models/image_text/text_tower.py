@@ -1,4 +1,4 @@
-"""The text transformers of CLIP, SigLIP and ALIGN, and any other that transformers knows."""
+"""The text transformers of CLIP and SigLIP, and any other that transformers knows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from transformers import (
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
-    BertConfig,
-    BertModel,
     CLIPTextConfig,
     CLIPTextModel,
     SiglipTextConfig,
@@ -174,48 +172,6 @@ class SigmoidTextTower(Tower):
     def read(self, text: Tensor, mask: Tensor) -> TextFeatures:
         found = self.transformer(input_ids=text)
         return TextFeatures(found.pooler_output, found.last_hidden_state)
-
-
-class BertTower(Tower):
-    """ALIGN's (Jia et al., 2021): a BERT from scratch; a linear layer on the text's first token makes the feature.
-
-    Args:
-        vocabulary, length: see `Tower`.
-        width, depth, heads: of the transformer.
-        embed_dim: width of the feature.
-        dropout: within the transformer, BERT's own.
-    """
-
-    def __init__(
-        self,
-        *,
-        vocabulary: int,
-        length: int,
-        width: int = 768,
-        depth: int = 12,
-        heads: int = 12,
-        embed_dim: int = 768,
-        dropout: float = 0.1,
-    ) -> None:
-        super().__init__(vocabulary=vocabulary, length=length, dim=embed_dim)
-        config = BertConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=depth,
-            num_attention_heads=heads,
-            max_position_embeddings=length,
-            type_vocab_size=1,
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
-            pad_token_id=None,  # the mask says what is filling
-        )
-        self.transformer = BertModel(config, add_pooling_layer=False)
-        self.feature = nn.Linear(width, embed_dim)
-
-    def read(self, text: Tensor, mask: Tensor) -> TextFeatures:
-        tokens = self.transformer(input_ids=text, attention_mask=mask).last_hidden_state
-        return TextFeatures(self.feature(tokens[:, 0]), tokens)
 
 
 class TransformersTower(Tower):

@@ -13,16 +13,17 @@ from src.errors import SettingError
 from src.models.backbones.efficientnet import headless_efficientnet
 from src.models.backbones.image_encoder import ImageEncoder
 from src.models.image_text.align import ALIGN
-from src.models.image_text.text_tower import BertTower
+from src.models.image_text.text_tower import TransformersTower
 from src.optim import OptimizerRecipe, lamb
 from src.train import compose
 from tests.models.image_text.test_clip import MASK, TEXT, batch
 
 
-def bert(**options) -> BertTower:
+def bert() -> TransformersTower:
     torch.manual_seed(0)
-    small = {"vocabulary": 20, "length": 6, "width": 16, "depth": 2, "heads": 2, "embed_dim": 64, "dropout": 0.0}
-    return BertTower(**{**small, **options})
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return TransformersTower({"model_type": "bert", **small, **no_dropout}, vocabulary=20, length=6)
 
 
 def align(**options) -> ALIGN:
@@ -39,7 +40,7 @@ def given() -> dict[str, torch.Tensor]:
 def test_a_text_is_read_at_its_start_by_all_words_and_no_filling():
     texts = bert().eval()
     found = texts(TEXT, MASK)
-    torch.testing.assert_close(found.embedding, texts.feature(found.tokens[:, 0]))
+    torch.testing.assert_close(found.embedding, found.tokens[:, 0])
     filled = TEXT.clone()
     filled[~MASK] = 13
     torch.testing.assert_close(texts(filled, MASK).embedding, found.embedding)
@@ -54,7 +55,7 @@ def test_a_step_is_the_paper_s_sum_of_two_smoothed_cross_entropies():
     method = align()
     output = method.training_step(given(), 0)
     image = method.image_encoder.backbone.forward_features(given()["image"]).mean(dim=(2, 3))  # no projection
-    text = method.text_encoder(TEXT, MASK).embedding
+    text = method.text_encoder(TEXT, MASK).embedding @ method.text_projection.weight.T + method.text_projection.bias
     image, text = (x / x.norm(dim=1, keepdim=True) for x in (image, text))
     scores = image @ text.T / 1.0
     expected = 0.0
@@ -104,9 +105,6 @@ def test_what_does_not_fit_is_refused():
         align(temperature=0.0)
     with pytest.raises(ValueError, match="label_smoothing is a share"):
         align(label_smoothing=1.0)
-    backbone = headless_efficientnet("test_efficientnet", num_classes=0)
-    with pytest.raises(ValueError, match="features of 64 and 32 numbers need a common width"):
-        ALIGN(backbone, bert(embed_dim=32), OptimizerRecipe(partial(lamb), lr=0.1))
 
 
 @pytest.mark.parametrize("scale", ["paper", "tiny"])
@@ -114,7 +112,8 @@ def test_the_recipe_composes(scale):
     config = compose(["experiment=align_b7", f"scale={scale}", "run.dir=/tmp/run"])
     if scale == "paper":
         assert (config.optimizer.lr, config.optimizer.weight_decay, config.data.batch_size) == (1e-3, 1e-5, 16384)
-        assert (config.image_size, config.model.text.embed_dim, config.model.label_smoothing) == (289, 640, 0.1)
+        assert (config.image_size, config.model.text.architecture.hidden_size) == (289, 768)
+        assert config.model.label_smoothing == 0.1
         share = config.data.train_view.scale[0]
         assert math.sqrt(share) == pytest.approx(289 / 346, abs=1e-4)
     if scale == "tiny":
