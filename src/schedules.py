@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -114,8 +115,8 @@ class Cosine:
 
 
 @dataclass(frozen=True)
-class WarmupCosine:
-    """A line from ``start`` to ``peak`` over ``warmup``, then half a cosine to ``end`` at the end of the run.
+class _Warmup(ABC):
+    """A line from ``start`` to ``peak`` over ``warmup``, then to ``end`` at the end of the run.
 
     Step 0 has the value ``start``: with ``start=0`` the first update of a warmed-up run is a null step, as in the
     code of MAE and its followers.
@@ -130,23 +131,25 @@ class WarmupCosine:
         warmup = min(horizon.steps(self.warmup), horizon.total_steps)
         if step < warmup:
             return self.start + (self.peak - self.start) * step / warmup
-        return _half_cosine(self.peak, self.end, _progress(step, warmup, horizon.total_steps))
+        return self.after(_progress(step, warmup, horizon.total_steps))
+
+    @abstractmethod
+    def after(self, progress: float) -> float:
+        """What comes behind the warmup: ``peak`` at 0, ``end`` at 1."""
 
 
-@dataclass(frozen=True)
-class WarmupLinear:
+class WarmupCosine(_Warmup):
+    """A line from ``start`` to ``peak`` over ``warmup``, then half a cosine to ``end`` at the end of the run."""
+
+    def after(self, progress: float) -> float:
+        return _half_cosine(self.peak, self.end, progress)
+
+
+class WarmupLinear(_Warmup):
     """A line from ``start`` to ``peak`` over ``warmup``, then another one to ``end`` at the end of the run."""
 
-    peak: float
-    warmup: int | float | str = 0
-    start: float = 0.0
-    end: float = 0.0
-
-    def value(self, step: int, horizon: Horizon) -> float:
-        warmup = min(horizon.steps(self.warmup), horizon.total_steps)
-        if step < warmup:
-            return self.start + (self.peak - self.start) * step / warmup
-        return self.peak + (self.end - self.peak) * _progress(step, warmup, horizon.total_steps)
+    def after(self, progress: float) -> float:
+        return self.peak + (self.end - self.peak) * progress
 
 
 def _progress(step: float, begin: float, end: float) -> float:
