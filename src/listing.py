@@ -48,7 +48,7 @@ def write_readme(project: Path) -> None:
 
 
 def print_experiments() -> None:
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     table = Table(box=None, header_style="bold")
     for column in ("experiment", "family", "data", "paper"):
         table.add_column(column, no_wrap=column != "paper")

@@ -19,10 +19,12 @@ def step():
 
 for _ in range(4):
     step()  # the heap grows until everything has its place
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+faults = []
+for _ in range(9):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step()
-print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(int(kept), sorted(faults)[4])  # the median: a system short of memory may take pages back for itself
 """
 
 
@@ -35,4 +37,4 @@ def test_freed_buffers_are_used_again_without_a_page_fault():
     kept, without_maps = faults("kept")
     assert kept
     assert without_maps < 100
-    assert faults("given back")[1] > 20 * max(without_maps, 1)
+    assert faults("given back")[1] >= 16384

@@ -66,10 +66,10 @@ def clip(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
 
 
 def align(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
-    """Smoothed, with texts of which two are equal, one on either process."""
+    """Smoothed, with texts of which two are equal, one on the first process and one on the last."""
     image, text = normalize(z1, dim=-1), normalize(z2, dim=-1)
     images, offset = gather(image)
-    same = torch.tensor([0, 1, 2, 3, 4, 1, 6, 7])
+    same = torch.tensor([0, 1, 2, 3, 4, 1, 6, 7])[: len(images)]
     smoothed = {"same": same, "label_smoothing": 0.1}
     return 2 * clip_loss(image, text, images, gather(text)[0], offset, scale=scale, block=20, **smoothed)
 
