@@ -114,7 +114,7 @@ def test_a_smoke_run_has_the_papers_architecture_and_input(recipes):
             assert config.data.train_samples * config.trainer.max_epochs <= 2000, name
         if scale == "tiny":
             assert config.image_size < paper.image_size, name
-            assert config.data.source.get("cache_dir", config.paths.cache) == config.paths.cache, name
+            assert config.data.source.cache_dir == config.paths.cache, name
 
 
 def plain(node):

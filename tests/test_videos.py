@@ -16,6 +16,7 @@ WORDS = [
     "scale=tiny",
     "frames=4",
     "data.source.count={train: 16, val: 8, test: 8}",
+    "data.source.cache_dir=null",
     "data.train_samples=16",
     "data.batch_size=4",
     "data.num_workers=0",

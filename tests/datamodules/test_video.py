@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from src.datamodules.batch import VideoBatch, validate
 from src.datamodules.scenes.films import FilmsSource
+from src.datamodules.scenes.motion import MovingWorld
 from src.datamodules.sources.video_folder import VideoFolderSource
 from src.datamodules.video import VideoDataModule
 from src.datamodules.views.image import CentreCrop, RandomResizedCrop
@@ -114,6 +116,24 @@ def test_a_films_frames_are_its_scenes_at_their_times() -> None:
     assert torch.equal(still[1], still[2])  # the same frame, an eighth of a second long
     assert not torch.equal(still[0], still[1])
     assert torch.equal(still[3], footage.at([0.99])[0])  # after the end the last one is held
+
+
+def test_films_from_the_cache_are_those_that_are_drawn(tmp_path: Path) -> None:
+    drawn, kept = films()("val"), films(cache_dir=tmp_path)("val")
+    [folder] = [each for each in tmp_path.iterdir() if each.is_dir()]
+    assert folder.name.startswith("films-24px-4-")
+    times = [0.9, 0.0, 0.26, 7.0]
+    for index in range(4):
+        assert torch.equal(kept[index]["image"].at(times), drawn[index]["image"].at(times))
+        assert kept[index]["label"] == drawn[index]["label"]
+        assert (kept[index]["image"].duration, kept[index]["image"].rate) == (1.0, 8.0)
+    again = pickle.loads(pickle.dumps(kept))
+    assert len(pickle.dumps(kept)) < 20_000
+    assert torch.equal(again[2]["image"].at(times), kept[2]["image"].at(times))
+    other = films(cache_dir=tmp_path, world=MovingWorld(tempo=(0.1, 0.2)))("val")
+    assert not torch.equal(other[2]["image"].at(times), kept[2]["image"].at(times))
+    with pytest.raises(IndexError, match="film 4 of 4"):
+        kept[4]
 
 
 def test_splits_share_no_film() -> None:

@@ -14,39 +14,73 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from filelock import FileLock
 
 from src import randomness
-from src.datamodules.scenes import patterns, render, scene, shapes, world
+from src.datamodules.scenes import motion, patterns, render, scene, shapes, world
 from src.datamodules.scenes.world import ObjectsWorld
 
 log = logging.getLogger(__name__)
 
-_CODE = (patterns, render, scene, shapes, world, randomness)  # what a picture depends on
+_CODE = (motion, patterns, render, scene, shapes, world, randomness)  # what a picture depends on
 _CHUNK = 256  # pictures a worker renders before it reports
 _SMALL = 512  # so few are rendered here: starting workers would take longer
 
 
+class Rendered(Protocol):
+    """What a cache holds. It is sent to the processes that render it."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def name(self) -> str:
+        """What its folder's name begins with."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the pictures of one sample."""
+        ...
+
+    def description(self) -> dict[str, object]:
+        """Everything that decides a picture, the generator's version too, as plain values."""
+        ...
+
+    def render(self, index: int) -> tuple[np.ndarray, int]:
+        """Sample ``index``: uint8 of ``shape``, and its label."""
+        ...
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """What a cache holds: pictures 0 … count - 1 of one seed of one world."""
+    """Pictures 0 … count - 1 of one seed of one world."""
 
     world: ObjectsWorld
     seed: int  # the scenes' seed, the split already folded in
     count: int
     resolution: int
 
+    @property
+    def name(self) -> str:
+        return f"scenes-{self.resolution}px-{self.count}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (3, self.resolution, self.resolution)
+
+    def render(self, index: int) -> tuple[np.ndarray, int]:
+        scene = self.world.scene(self.seed, index)
+        return render.image(scene, self.resolution), render.label(scene, self.world.kinds)
+
     def description(self) -> dict[str, object]:
         """The recipe and the generator's version as plain values; equal descriptions mean equal pictures."""
-        settings = asdict(self.world)
-        settings["kinds"] = [kind.name for kind in self.world.kinds]
-        settings["patterns"] = [pattern.name for pattern in self.world.patterns]
         return {
             "world": type(self.world).__name__,
-            "settings": settings,
+            "settings": settings_of(self.world),
             "seed": self.seed,
             "count": self.count,
             "resolution": self.resolution,
@@ -54,10 +88,18 @@ class Recipe:
         }
 
 
+def settings_of(world: ObjectsWorld) -> dict[str, Any]:
+    """A world's settings as plain values."""
+    return asdict(world) | {
+        "kinds": [kind.name for kind in world.kinds],
+        "patterns": [pattern.name for pattern in world.patterns],
+    }
+
+
 class Cached(NamedTuple):
     """The arrays of a cache, read-only and mapped: the pages are shared between processes."""
 
-    images: np.ndarray  # uint8 [N, 3, H, W]
+    images: np.ndarray  # uint8 [N, 3, H, W], or [N, T, 3, H, W] of films
     labels: np.ndarray  # int64 [N]
 
 
@@ -70,13 +112,13 @@ def code_version() -> str:
     return digest.hexdigest()[:16]
 
 
-def folder_of(recipe: Recipe, cache_dir: str | Path) -> Path:
+def folder_of(recipe: Rendered, cache_dir: str | Path) -> Path:
     """Where the recipe's pictures are, or will be."""
     key = hashlib.sha256(json.dumps(recipe.description(), sort_keys=True).encode()).hexdigest()[:16]
-    return Path(cache_dir) / f"scenes-{recipe.resolution}px-{recipe.count}-{key}"
+    return Path(cache_dir) / f"{recipe.name}-{key}"
 
 
-def open_or_build(recipe: Recipe, cache_dir: str | Path, *, processes: int | None = None) -> Cached:
+def open_or_build(recipe: Rendered, cache_dir: str | Path, *, processes: int | None = None) -> Cached:
     """The recipe's pictures, rendered first if they are not there yet.
 
     Of several callers one renders and the others wait. The folder takes its name only when it is complete, so a build
@@ -93,25 +135,25 @@ def open_or_build(recipe: Recipe, cache_dir: str | Path, *, processes: int | Non
     return Cached(images, labels)
 
 
-def _build(recipe: Recipe, folder: Path, processes: int) -> None:
+def _build(recipe: Rendered, folder: Path, processes: int) -> None:
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    shape = (recipe.count, 3, recipe.resolution, recipe.resolution)
+    shape = (recipe.count, *recipe.shape)
     np.lib.format.open_memmap(unfinished / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
     np.lib.format.open_memmap(unfinished / "labels.npy", mode="w+", dtype=np.int64, shape=shape[:1])
-    log.info("rendering %d scenes at %d px into %s", recipe.count, recipe.resolution, folder)
+    log.info("rendering %d samples of %s", recipe.count, folder)
     done, tenth = 0, 0
     for rendered in _render_all(recipe, unfinished, processes):
         done += rendered
         if done * 10 // recipe.count > tenth:
             tenth = done * 10 // recipe.count
-            log.info("rendered %d of %d scenes", done, recipe.count)
+            log.info("rendered %d of %d samples", done, recipe.count)
     (unfinished / "recipe.json").write_text(json.dumps(recipe.description(), indent=2) + "\n")
     unfinished.rename(folder)
 
 
-def _render_all(recipe: Recipe, folder: Path, processes: int) -> Iterator[int]:
+def _render_all(recipe: Rendered, folder: Path, processes: int) -> Iterator[int]:
     """Fill the arrays in ``folder``; yields how many pictures came with each finished chunk."""
     processes = min(processes, -(-recipe.count // _CHUNK))
     if processes <= 1 or recipe.count <= _SMALL:
@@ -135,7 +177,7 @@ def _render_all(recipe: Recipe, folder: Path, processes: int) -> Iterator[int]:
             child.wait()
 
 
-def _start(recipe: Recipe, folder: Path, rank: int, world_size: int, reports: int) -> subprocess.Popen[bytes]:
+def _start(recipe: Rendered, folder: Path, rank: int, world_size: int, reports: int) -> subprocess.Popen[bytes]:
     """A plain child and not multiprocessing's: that would import the caller's main module again, guarded or not.
 
     It writes one line a chunk to ``reports``; should this process be killed, the write fails and the child ends too.
@@ -153,16 +195,14 @@ def _start(recipe: Recipe, folder: Path, rank: int, world_size: int, reports: in
     return child
 
 
-def _render_share(recipe: Recipe, folder: Path, rank: int, world_size: int) -> Iterator[int]:
+def _render_share(recipe: Rendered, folder: Path, rank: int, world_size: int) -> Iterator[int]:
     """Render every ``world_size``-th chunk, from the ``rank``-th on, into the arrays of ``folder``."""
     images = np.lib.format.open_memmap(folder / "images.npy", mode="r+")
     labels = np.lib.format.open_memmap(folder / "labels.npy", mode="r+")
     for start in range(rank * _CHUNK, recipe.count, world_size * _CHUNK):
         stop = min(start + _CHUNK, recipe.count)
         for index in range(start, stop):
-            scene = recipe.world.scene(recipe.seed, index)
-            images[index] = render.image(scene, recipe.resolution)
-            labels[index] = render.label(scene, recipe.world.kinds)
+            images[index], labels[index] = recipe.render(index)
         yield stop - start
     images.flush()
     labels.flush()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from src.datamodules.scenes import render
+from src.datamodules.scenes.cache import code_version, open_or_build, settings_of
 from src.datamodules.scenes.motion import Film, MovingWorld
 from src.datamodules.scenes.source import SPLITS
 from src.datamodules.sources.source import Sample, Split
@@ -19,25 +23,72 @@ from src.randomness import fold
 
 @dataclass(frozen=True)
 class FilmFootage:
-    """A film, drawn when it is asked for; see `Footage`.
+    """A film of a fixed rate; see `Footage`.
 
     Args:
-        film: what happens.
-        resolution: side of a frame in pixels.
-        duration: seconds.
+        frames: frame by number -> uint8 [3, H, W].
+        count: of frames.
         rate: frames a second.
     """
 
-    film: Film
-    resolution: int
-    duration: float
+    frames: Callable[[int], np.ndarray]
+    count: int
     rate: float
 
+    @property
+    def duration(self) -> float:
+        return self.count / self.rate
+
     def at(self, times: Sequence[float]) -> Tensor:
-        last = max(0, round(self.duration * self.rate) - 1)
-        numbers = np.clip(np.floor(np.asarray(times) * self.rate + 1e-6), 0, last)
-        frames = {number: render.image(self.film.at(number / self.rate), self.resolution) for number in set(numbers)}
+        numbers = np.clip(np.floor(np.asarray(times) * self.rate + 1e-6).astype(int), 0, self.count - 1).tolist()
+        frames = {number: self.frames(number) for number in set(numbers)}
         return torch.from_numpy(np.stack([frames[number] for number in numbers]))
+
+
+@dataclass(frozen=True)
+class Films:
+    """What a cache of films holds: all frames of films 0 … count - 1 of one seed."""
+
+    world: MovingWorld
+    seed: int  # the films' seed, the split already folded in
+    count: int
+    resolution: int
+    frames: int
+    rate: float
+
+    @property
+    def name(self) -> str:
+        return f"films-{self.resolution}px-{self.count}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.frames, 3, self.resolution, self.resolution)
+
+    def render(self, index: int) -> tuple[np.ndarray, int]:
+        film = self.world.film(self.seed, index)
+        return np.stack([self.frame(film, number) for number in range(self.frames)]), film.action
+
+    def frame(self, film: Film, number: int) -> np.ndarray:
+        """uint8 [3, H, W]."""
+        return render.image(film.at(number / self.rate), self.resolution)
+
+    def description(self) -> dict[str, object]:
+        settings = {each.name: getattr(self.world, each.name) for each in fields(self.world)}
+        return {
+            "world": type(self.world).__name__,
+            "settings": settings | {"objects": settings_of(self.world.objects), "actions": plain(self.world.actions)},
+            "seed": self.seed,
+            "count": self.count,
+            "resolution": self.resolution,
+            "frames": self.frames,
+            "rate": self.rate,
+            "code": code_version(),
+        }
+
+
+def plain(actions: Mapping[str, Mapping[str, float]]) -> list[list[object]]:
+    """Names and rates in their order, which is that of the labels."""
+    return [[name, dict(rates)] for name, rates in actions.items()]
 
 
 class FilmsSource:
@@ -53,6 +104,7 @@ class FilmsSource:
         rate: frames a second.
         seed: of the films.
         world: what there is to be seen.
+        cache_dir: where all frames are kept, rendered once; None to draw what is asked for every time.
 
     Raises:
         SettingError: an unknown split, or a number out of range.
@@ -68,6 +120,7 @@ class FilmsSource:
         rate: float = 12.0,
         seed: int = 0,
         world: MovingWorld | None = None,
+        cache_dir: str | Path | None = None,
     ) -> None:
         if split not in SPLITS:
             raise SettingError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
@@ -77,18 +130,27 @@ class FilmsSource:
                 "films need count >= 1, resolution >= 8, seed >= 0 and at least one frame; got "
                 f"{count}, {resolution}, {seed} and {duration} s of {rate} frames"
             )
-        self.split, self.count, self.resolution = split, count, resolution
-        self.duration, self.rate = duration, rate
+        self.split = split
         self.world = world or MovingWorld()
         self.classes: tuple[str, ...] = tuple(self.world.actions)
-        self._seed = fold(seed, SPLITS.index(split))
+        self.films = Films(
+            self.world, fold(seed, SPLITS.index(split)), count, resolution, max(1, round(duration * rate)), rate
+        )
+        self.cache_dir = cache_dir
+        self._open()
 
     def __len__(self) -> int:
-        return self.count
+        return self.films.count
 
     def __getitem__(self, index: int) -> Sample:
-        film = self.film(index)
-        return {"image": FilmFootage(film, self.resolution, self.duration, self.rate), "label": film.action}
+        if self._cached is None:
+            film = self.film(index)
+            footage = FilmFootage(partial(self.films.frame, film), self.films.frames, self.films.rate)
+            return {"image": footage, "label": film.action}
+        self._check(index)
+        frames, labels = self._cached
+        footage = FilmFootage(frames[index].__getitem__, self.films.frames, self.films.rate)
+        return {"image": footage, "label": int(labels[index])}
 
     def name(self, index: int) -> str:
         """Such as "films/train/123"."""
@@ -96,6 +158,20 @@ class FilmsSource:
 
     def film(self, index: int) -> Film:
         """What happens in film ``index``, as data."""
-        if not 0 <= index < self.count:
-            raise IndexError(f"film {index} of {self.count}")
-        return self.world.film(self._seed, index)
+        self._check(index)
+        return self.world.film(self.films.seed, index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the mapped arrays: a pickled one would be a copy of all frames."""
+        return self.__dict__ | {"_cached": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def _open(self) -> None:
+        self._cached = None if self.cache_dir is None else open_or_build(self.films, self.cache_dir)
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < len(self):
+            raise IndexError(f"film {index} of {len(self)}")
