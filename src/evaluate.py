@@ -21,9 +21,9 @@ from src.datamodules.image import ImageDataModule
 from src.datamodules.image_text import ImageTextDataModule
 from src.datamodules.video import VideoDataModule
 from src.errors import SettingError
-from src.evaluation.captions import Captioner, CaptionEvaluation
+from src.evaluation.captions import CaptionEvaluation
 from src.evaluation.features import BadFeatures, NoLabels
-from src.evaluation.image_text import ImageTextEvaluation, TwoTowers
+from src.evaluation.image_text import ImageTextEvaluation
 from src.evaluation.localisation import Localisation
 from src.evaluation.pixels import PixelEncoder
 from src.evaluation.run import feature_sets, score
@@ -33,11 +33,9 @@ WORDS = ("run", "eval", "checkpoint", "data")
 FLOORS = ("random", "pixels")
 FINETUNE = "finetune"
 _COLUMNS = 6  # of the printed table
-CAPTIONS = "captions"
-# of methods with two towers: what answers to which word of EVAL=, by its key in evaluate.yaml; captions, of those that
-# say what they see
+# of methods with two towers: what answers to which word of EVAL=, by its key in evaluate.yaml
 PAIRS = dict.fromkeys(("zeroshot", "retrieval", "hardnegatives", "geometry"), "pairs") | {
-    each: each for each in ("localisation", CAPTIONS)
+    each: each for each in ("localisation", "captions")
 }
 
 _NEEDS = {
@@ -46,7 +44,7 @@ _NEEDS = {
     "hardnegatives": "it needs texts that are wrong in one thing, which scenes have",
     "geometry": "it needs two pictures with texts at least, and a method that compares vectors",
     "localisation": "it needs texts whose words name what is seen, which scenes have",
-    CAPTIONS: "it needs texts",
+    "captions": "it needs texts",
 }
 
 # a run's own whatever data it is judged on: what its method was built for
@@ -160,11 +158,6 @@ def evaluate_pairs(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -
             what is asked for.
     """
     device, module = device_of(config), trained.load(config, checkpoint)
-    what = f"EVAL={','.join(asked)} needs a method"
-    if CAPTIONS in asked and not isinstance(module, Captioner):
-        raise UserError(f"{what} that writes captions, which {type(module).__name__} does not")
-    if not isinstance(module, TwoTowers):
-        raise UserError(f"{what} with a text tower, which {type(module).__name__} is not")
     keys = dict.fromkeys(PAIRS[name] for name in asked)
     evaluations: list[ImageTextEvaluation | Localisation | CaptionEvaluation] = [
         configuration.instantiate(config.evaluate[key]) for key in keys
@@ -176,7 +169,7 @@ def evaluate_pairs(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -
         for evaluation in evaluations:
             scores |= evaluation(module.to(device), datamodule, device, precision=precision_of(config, device))
     except SettingError as problem:
-        raise UserError(str(problem)) from problem
+        raise UserError(f"EVAL={','.join(asked)}: {problem}") from problem
     for name in asked:
         if not any(score.startswith(name) for score in scores):
             raise UserError(f"EVAL={name}: {data_name(config)} has nothing to judge that by: {_NEEDS[name]}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -27,7 +27,7 @@ from src import configuration, runs, trained
 from src.configuration import UserError, nearest
 from src.datamodules.image_text import ImageTextDataModule
 from src.datamodules.text.tokenizer import Tokenizer
-from src.export_pairs import as_transformers
+from src.export_pairs import as_transformers, renamed
 from src.models.backbones.image_encoder import ImageEncoder
 from src.models.image_text.base import ImageTextModule
 
@@ -85,6 +85,24 @@ class Export:
         """Random input of the right size, always the same."""
         return torch.randn(2, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
 
+    def as_encoder(self, library: str, load: str) -> Written:
+        """What is said of the encoder where that was written."""
+        task = "image-classification" if self.classes else "image-feature-extraction"
+        return Written(f"encoder '{self.encoder}'", "An image encoder", library, task, load)
+
+
+class Written(NamedTuple):
+    """What is said of an export."""
+
+    parts: str  # which of the run's there are
+    kind: str  # begins the model card
+    library: str  # that loads it
+    task: str  # as the Hugging Face hub calls it
+    load: str  # code
+
+
+Writer = Callable[[Export, Path], Written]
+
 
 def main(argv: Sequence[str]) -> int:
     words, rest = trained.words_of(argv, WORDS)
@@ -97,9 +115,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"there is no format '{kind}'{nearest(kind, list(WRITERS))}")
     export = gather(run, words.get("encoder"), words.get("checkpoint"))
     to = Path(words["to"]) if words.get("to") else run.dir / "export" / kind
-    write(export, to, WRITERS[kind])
-    what = "both towers" if kind == "hf" and export.towers else f"encoder '{export.encoder}'"
-    lines = [f"{what} of {run.title} ({export.checkpoint.name})", f"folder  {os.path.relpath(to)}"]
+    written = write(export, to, WRITERS[kind])
+    lines = [f"{written.parts} of {run.title} ({export.checkpoint.name})", f"folder  {os.path.relpath(to)}"]
     Console().print(Panel("\n".join(lines), title=f"exported for {kind}", expand=False, border_style="green"))
     return 0
 
@@ -143,7 +160,7 @@ def gather(run: runs.Run, encoder: str | None, checkpoint: str | None) -> Export
     )
 
 
-def write(export: Export, to: Path, writer: Callable[[Export, Path], str]) -> None:
+def write(export: Export, to: Path, writer: Writer) -> Written:
     """Everything into ``to``, whole or not at all; an earlier export there is replaced.
 
     Raises:
@@ -155,16 +172,17 @@ def write(export: Export, to: Path, writer: Callable[[Export, Path], str]) -> No
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        how_to_load = writer(export, partial)
-        (partial / "README.md").write_text(card(export, how_to_load))
+        written = writer(export, partial)
+        (partial / "README.md").write_text(card(export, written))
         if to.exists():
             shutil.rmtree(to)
         partial.replace(to)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return written
 
 
-def write_timm(export: Export, folder: Path) -> str:
+def write_timm(export: Export, folder: Path) -> Written:
     """``model.safetensors`` for ``checkpoint_path=``, and ``config.json`` for ``local-dir:``."""
     arguments = export.arguments
     plain = timm.create_model(export.architecture, **arguments).eval()
@@ -194,16 +212,17 @@ def write_timm(export: Export, folder: Path) -> str:
             for layer in ("forward_features", "forward"):
                 _require_equal(getattr(model, layer)(x), getattr(export.backbone, layer)(x), f"{way}, {layer}")
     keywords = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    return (
+    return export.as_encoder(
+        "timm",
         "import timm\n\n"
         'model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)\n'
         "# the same, from the weights alone:\n"
         f'model = timm.create_model("{export.architecture}", checkpoint_path="{WEIGHTS}", {keywords})\n'
-        "features = model.forward_features(images)  # normalised as config.json says\n"
+        "features = model.forward_features(images)  # normalised as config.json says\n",
     )
 
 
-def write_hf(export: Export, folder: Path) -> str:
+def write_hf(export: Export, folder: Path) -> Written:
     """A folder for ``AutoModel.from_pretrained`` with its image processor: `CLIPModel` or `SiglipModel` of two towers,
     `ViTModel` of an encoder.
 
@@ -246,18 +265,19 @@ def write_hf(export: Export, folder: Path) -> str:
         tokens = vit.forward_features(x)
     _require_equal(output.last_hidden_state, tokens, "last_hidden_state")
     _require_equal(output.pooler_output, tokens[:, 0], "pooler_output")
-    return (
+    return export.as_encoder(
+        "transformers",
         "from transformers import AutoImageProcessor, AutoModel\n\n"
         'processor = AutoImageProcessor.from_pretrained("PATH_OF_THIS_FOLDER")\n'
         'model = AutoModel.from_pretrained("PATH_OF_THIS_FOLDER")\n'
         'output = model(**processor(image, return_tensors="pt"))\n'
         "output.last_hidden_state[:, 1:]  # one vector a patch; their mean is what was evaluated\n"
-        "output.pooler_output  # the class token: the pooler is the identity\n"
+        "output.pooler_output  # the class token: the pooler is the identity\n",
     )
 
 
 @torch.no_grad()
-def write_towers(export: Export, towers: Towers, folder: Path) -> str:
+def write_towers(export: Export, towers: Towers, folder: Path) -> Written:
     """Both towers, the tokenizer and the image processor.
 
     Raises:
@@ -292,7 +312,11 @@ def write_towers(export: Export, towers: Towers, folder: Path) -> str:
     bias: Any = getattr(module, "logit_bias", 0.0)
     # the scale multiplies what the vectors differ in
     _require_equal(found.logits_per_image, scale.exp() * image @ text.T + bias, "logits_per_image", float(scale.exp()))
-    return (
+    return Written(
+        "both towers",
+        "Image and text towers",
+        "transformers",
+        "zero-shot-image-classification",
         f"from transformers import AutoImageProcessor, AutoTokenizer, {type(model).__name__}\n\n"
         'processor = AutoImageProcessor.from_pretrained("PATH_OF_THIS_FOLDER")\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")\n'
@@ -300,48 +324,39 @@ def write_towers(export: Export, towers: Towers, folder: Path) -> str:
         'ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]\n'
         'output = model(input_ids=ids, **processor(images, return_tensors="pt"))\n'
         "output.image_embeds, output.text_embeds  # unit vectors\n"
-        "output.logits_per_image  # [images, texts]\n"
+        "output.logits_per_image  # [images, texts]\n",
     )
 
 
 def hf_weights(vit: VisionTransformer) -> dict[str, Tensor]:
     """A timm ViT's weights under the names `ViTModel` has in its files, with a pooler that hands on the class token."""
-    renamed = {
-        "cls_token": "embeddings.cls_token",
-        "pos_embed": "embeddings.position_embeddings",
-        "patch_embed.proj": "embeddings.patch_embeddings.projection",
-        "norm": "layernorm",
-    }
-    for index in range(len(vit.blocks)):
-        ours, theirs = f"blocks.{index}.", f"encoder.layer.{index}."
-        renamed |= {
-            f"{ours}norm1": f"{theirs}layernorm_before",
-            f"{ours}norm2": f"{theirs}layernorm_after",
-            f"{ours}attn.proj": f"{theirs}attention.output.dense",
-            f"{ours}mlp.fc1": f"{theirs}intermediate.dense",
-            f"{ours}mlp.fc2": f"{theirs}output.dense",
-        }
-    weights: dict[str, Tensor] = {}
-    for name, value in vit.state_dict().items():
-        module, _, leaf = name.rpartition(".")
-        if name in renamed:
-            weights[renamed[name]] = value
-        elif module in renamed:
-            weights[f"{renamed[module]}.{leaf}"] = value
-        elif module.endswith("attn.qkv"):
-            layer = f"encoder.layer.{module.split('.')[1]}"
-            for part, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                weights[f"{layer}.attention.attention.{part}.{leaf}"] = third
-        elif not name.startswith("head."):
-            raise UserError(f"not exported: ViTModel has no place for '{name}'")
+    weights = renamed(
+        vit.state_dict(),
+        names={
+            "cls_token": "embeddings.cls_token",
+            "pos_embed": "embeddings.position_embeddings",
+            "patch_embed.proj": "embeddings.patch_embeddings.projection",
+            "norm": "layernorm",
+        },
+        layers="encoder.layer",
+        block={
+            "norm1": "layernorm_before",
+            "norm2": "layernorm_after",
+            "attn.proj": "attention.output.dense",
+            "mlp.fc1": "intermediate.dense",
+            "mlp.fc2": "output.dense",
+        },
+        qkv=("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+        what="ViTModel",
+    )
     weights["pooler.dense.weight"] = torch.eye(vit.embed_dim)
     weights["pooler.dense.bias"] = torch.zeros(vit.embed_dim)
     return {name: value.detach().clone().contiguous() for name, value in weights.items()}
 
 
-def card(export: Export, how_to_load: str) -> str:
+def card(export: Export, written: Written) -> str:
     """The model card."""
-    config, pair = export.config, "text_embeds" in how_to_load
+    config = export.config
     recipe = {
         "experiment": f"`{config.run.experiment}` at scale `{config.run.scale}`",
         "paper": config.about.paper,
@@ -354,27 +369,25 @@ def card(export: Export, how_to_load: str) -> str:
         "learning rate": f"{config.optimizer.lr:.4g}",
         "weight decay": config.optimizer.weight_decay,
         "seed": config.seed,
-        "weights": f"{'both towers' if pair else f'encoder `{export.encoder}`'} of `{export.checkpoint.name}`",
+        "weights": f"{written.parts} of `{export.checkpoint.name}`",
     }
     metrics = [f"| {stage} | {name} | {value:.4g} |" for stage, name, value in _measured(export.run.metrics())] or [
         "| | none logged | |"
     ]
-    task = "image-classification" if export.classes else "image-feature-extraction"
-    task = "zero-shot-image-classification" if pair else task
     lines = [
         "---",
         f"license: {'other' if export.borrowed else 'mit'}",
-        f"library_name: {'timm' if 'import timm' in how_to_load else 'transformers'}",
-        f"pipeline_tag: {task}",
+        f"library_name: {written.library}",
+        f"pipeline_tag: {written.task}",
         "---",
         f"# {config.run.experiment}: {config.run.name}",
         "",
-        f"{'Image and text towers' if pair else 'An image encoder'} trained with Pretext. Features were compared with "
-        f"those of the training code on random input when this folder was written: equal to {TOLERANCE:g}.",
+        f"{written.kind} trained with Pretext. Features were compared with those of the training code on random input "
+        f"when this folder was written: equal to {TOLERANCE:g}.",
         "",
         "## Load",
         "```python",
-        how_to_load.rstrip(),
+        written.load.rstrip(),
         "```",
         "",
         "## Recipe",
@@ -391,9 +404,8 @@ def card(export: Export, how_to_load: str) -> str:
         *metrics,
         "",
         "## Intended use",
-        f"{'Image and text' if pair else 'Image'} features for research: nearest neighbours, linear probes, "
-        "fine-tuning. What they have learned reflects the data above; they have not been examined for bias, safety or "
-        "fitness for decisions about people.",
+        "Features for research: nearest neighbours, linear probes, fine-tuning. What they have learned reflects the "
+        "data above; they have not been examined for bias, safety or fitness for decisions about people.",
         "",
         "## Licence",
         "The template's code is under the MIT licence, and so are these weights unless their author says otherwise. "
@@ -411,7 +423,7 @@ def data_of(config: DictConfig) -> str:
     return source if samples is None else f"{source}, {samples} images"
 
 
-WRITERS: dict[str, Callable[[Export, Path], str]] = {"timm": write_timm, "hf": write_hf}
+WRITERS: dict[str, Writer] = {"timm": write_timm, "hf": write_hf}
 
 
 def _expressible(backbone: nn.Module, name: str) -> VisionTransformer:

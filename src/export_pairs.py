@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -106,45 +108,77 @@ def vision_weights(vit: VisionTransformer) -> dict[str, Tensor]:
     Raises:
         UserError: one of them has no place there.
     """
-    names = {
-        "patch_embed.proj": "embeddings.patch_embedding",
-        "norm_pre": "pre_layrnorm",  # their spelling
-        "norm": "post_layernorm",
-        "attn_pool.proj": "head.attention.out_proj",
-        "attn_pool.norm": "head.layernorm",
-        "attn_pool.mlp.fc1": "head.mlp.fc1",
-        "attn_pool.mlp.fc2": "head.mlp.fc2",
-    }
-    for index in range(len(vit.blocks)):
-        ours, theirs = f"blocks.{index}.", f"encoder.layers.{index}."
-        names |= {
-            f"{ours}norm1": f"{theirs}layer_norm1",
-            f"{ours}norm2": f"{theirs}layer_norm2",
-            f"{ours}attn.proj": f"{theirs}self_attn.out_proj",
-            f"{ours}mlp.fc1": f"{theirs}mlp.fc1",
-            f"{ours}mlp.fc2": f"{theirs}mlp.fc2",
-        }
+    state, weights = dict(vit.state_dict()), {}
+    weights["embeddings.position_embedding.weight"] = state.pop("pos_embed")[0]
+    if vit.cls_token is not None:
+        weights["embeddings.class_embedding"] = state.pop("cls_token").flatten()
+    if vit.attn_pool is not None:
+        weights["head.probe"] = state.pop("attn_pool.latent")
+        for leaf in ("weight", "bias"):  # torch's in_proj has the query's first
+            parts = [state.pop(f"attn_pool.{part}.{leaf}") for part in ("q", "kv")]
+            weights[f"head.attention.in_proj_{leaf}"] = torch.cat(parts)
+    return weights | renamed(
+        state,
+        names={
+            "patch_embed.proj": "embeddings.patch_embedding",
+            "norm_pre": "pre_layrnorm",  # their spelling
+            "norm": "post_layernorm",
+            "attn_pool.proj": "head.attention.out_proj",
+            "attn_pool.norm": "head.layernorm",
+            "attn_pool.mlp.fc1": "head.mlp.fc1",
+            "attn_pool.mlp.fc2": "head.mlp.fc2",
+        },
+        layers="encoder.layers",
+        block={
+            "norm1": "layer_norm1",
+            "norm2": "layer_norm2",
+            "attn.proj": "self_attn.out_proj",
+            "mlp.fc1": "mlp.fc1",
+            "mlp.fc2": "mlp.fc2",
+        },
+        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        what="an image tower of transformers",
+    )
+
+
+def renamed(
+    state: Mapping[str, Tensor],
+    *,
+    names: Mapping[str, str],
+    layers: str,
+    block: Mapping[str, str],
+    qkv: tuple[str, str, str],
+    what: str,
+) -> dict[str, Tensor]:
+    """The weights of a timm ViT under other names, the three parts of its attention's input apart, its classifier left
+    out.
+
+    Args:
+        state: the ViT's, or what is left of it.
+        names: of tensors and modules outside of the blocks.
+        layers: what the list of blocks is called.
+        block: names of modules within a block.
+        qkv: of the three parts.
+        what: has these names, for the message.
+
+    Raises:
+        UserError: a tensor has no name there.
+    """
     weights: dict[str, Tensor] = {}
-    pool: dict[str, list[Tensor]] = {"weight": [], "bias": []}
-    for name, value in vit.state_dict().items():
+    for name, value in state.items():
         module, _, leaf = name.rpartition(".")
-        if name == "cls_token":
-            weights["embeddings.class_embedding"] = value.flatten()
-        elif name == "pos_embed":
-            weights["embeddings.position_embedding.weight"] = value[0]
-        elif name == "attn_pool.latent":
-            weights["head.probe"] = value
-        elif module in ("attn_pool.q", "attn_pool.kv"):
-            pool[leaf].append(value)  # timm has q before kv, as torch's in_proj does
+        inside = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
+        if name in names:
+            weights[names[name]] = value
         elif module in names:
             weights[f"{names[module]}.{leaf}"] = value
-        elif module.endswith("attn.qkv"):
-            layer = f"encoder.layers.{module.split('.')[1]}.self_attn"
-            for part, third in zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True):
-                weights[f"{layer}.{part}.{leaf}"] = third
+        elif inside and inside[2] in block:
+            weights[f"{layers}.{inside[1]}.{block[inside[2]]}.{leaf}"] = value
+        elif inside and inside[2] == "attn.qkv":
+            for part, third in zip(qkv, value.chunk(3), strict=True):
+                weights[f"{layers}.{inside[1]}.{part}.{leaf}"] = third
         elif not name.startswith("head."):
-            raise UserError(f"not exported: transformers' image towers have no place for '{name}': use format=timm")
-    weights |= {f"head.attention.in_proj_{leaf}": torch.cat(parts) for leaf, parts in pool.items() if parts}
+            raise UserError(f"not exported: {what} has no place for '{name}'; format=timm has")
     return weights
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from src.bench.report import Check, Section, table
 SEEDS = (0, 1, 2)
 METRICS = {"knn_top1": "kNN", "linear_top1": "linear"}
 SECONDS = 150.0  # of a core for training steps, data included, evaluation and start-up not
-TRIAL_STEPS = (10, 60)  # what lies between their ends are steps alone
+TRIAL_STEPS = 60  # to see how many steps fit
 
 # smaller pictures, a narrower ViT and small batches, for the steps that a table of dozens of runs can afford
 SMALL = ("image_size=48", "local_image_size=24", "backbone.embed_dim=96", "backbone.depth=3", "backbone.num_heads=3")
@@ -95,13 +94,17 @@ def measure(
         small = _quick(source) if quick else []
         return [f"experiment={METHODS[name].experiment}", *COMMON, f"data={source}", *more, *small, *overrides]
 
-    steps = (10, 12) if quick else TRIAL_STEPS
-    trials = {f"{name}/{source}": once.Job(words(name, source), also=steps) for source in data for name in methods}
+    steps = 12 if quick else TRIAL_STEPS
+    trials = {
+        f"{name}/{source}": once.Job(words(name, source, f"trainer.max_steps={steps}", *_timed(steps)))
+        for source in data
+        for name in methods
+    }
     known = known or {}
     runs_before = dict(known.get("runs", {}))
     rates = once.measure_missing(
         trials,
-        lambda job, config: tried(job.words, config, job.also),
+        lambda job, config: tried(job.words, config),
         known=known.get("rates", {}),
         keep=lambda each: keep({"rates": each, "runs": runs_before}),
     )
@@ -132,22 +135,17 @@ def _quick(source: str) -> list[str]:
     return ["data.source.count={train: 512, val: 64, test: 64}"] if source == "scenes" else []
 
 
-def tried(words: Sequence[str], config: DictConfig, steps: tuple[int, int]) -> dict[str, float]:
-    """How fast steps are, by two runs that differ in their number, and what they take."""
-    spent = []
-    for count in steps:
-        before = _seconds_of_children()
-        with once.trained([*words, f"trainer.max_steps={count}"], config) as finished:
-            logged = finished.run.metrics()["train"]
-        spent.append(_seconds_of_children() - before)
-    images = (steps[1] - steps[0]) * int(config.data.batch_size)
-    return {"rate": images / max(1e-3, spent[1] - spent[0]), "memory": float(logged["speed/peak_memory_gb"])}
+def _timed(steps: int) -> list[str]:
+    """Words for a clock that counts the process's own time, of all its threads, over all steps but the first."""
+    clock = "{_target_: hydra.utils.get_method, path: time.process_time}"
+    return [f"+callbacks.throughput.clock={clock}", f"callbacks.throughput.every_n_steps={steps}"]
 
 
-def _seconds_of_children() -> float:
-    """Of all cores, by the processes that this one has waited for."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def tried(words: Sequence[str], config: DictConfig) -> dict[str, float]:
+    """How fast a short run is by a core's time, and what it takes."""
+    with once.trained(words, config) as finished:
+        logged = finished.run.metrics()["train"]
+    return {"rate": float(logged["speed/images_per_second"]), "memory": float(logged["speed/peak_memory_gb"])}
 
 
 def judged(

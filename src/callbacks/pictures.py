@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ from src.randomness import fold, seeded
 from src.sharding import gathered
 
 
-class Shown(L.Callback):
+class Shown(L.Callback, ABC):
     """Something to look at: at the start, every so many epochs, and at the end, once each.
 
     Args:
@@ -33,9 +34,9 @@ class Shown(L.Callback):
         self.every_n_epochs = every_n_epochs
         self._shown = -1
 
+    @abstractmethod
     def show(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Called in every process: a sharded module needs them all for a forward pass. One of them logs."""
-        raise NotImplementedError
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step == 0:

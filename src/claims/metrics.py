@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 import torch
 from omegaconf import DictConfig
@@ -17,8 +17,9 @@ from src.configuration import UserError, nearest
 from src.datamodules.image import ImageDataModule
 from src.datamodules.image_text import ImageTextDataModule
 from src.datamodules.sources.source import Split
+from src.errors import SettingError
 from src.evaluation.features import FeatureSets
-from src.evaluation.image_text import ImageTextEvaluation, TwoTowers
+from src.evaluation.image_text import ImageTextEvaluation
 from src.evaluation.localisation import Localisation
 from src.evaluation.patch_knn import BANK_IMAGES, BANK_PATCHES, QUERY_IMAGES, PatchKNN, patch_sets
 from src.evaluation.run import Evaluator, feature_sets, score
@@ -186,11 +187,12 @@ class ImageText:
     splits: ClassVar[Sequence[Split]] = HELD_OUT
 
     def __call__(self, trained: TrainedRun) -> float:
-        module, datamodule = trained.module, trained.datamodule
-        if not isinstance(module, TwoTowers) or not isinstance(datamodule, ImageTextDataModule):
-            raise UserError(f"{self.name} needs a method with a text tower, which {type(module).__name__} is not")
         evaluation = replace(self.evaluation, split=trained.split)
-        scores = evaluation(module, datamodule, trained.device, precision=trained.precision)
+        datamodule = cast(ImageTextDataModule, trained.datamodule)
+        try:
+            scores = evaluation(trained.module, datamodule, trained.device, precision=trained.precision)
+        except SettingError as problem:
+            raise UserError(str(problem)) from problem
         if self.name not in scores:
             raise UserError(
                 f"{type(self.evaluation).__name__} reports no '{self.name}'{nearest(self.name, list(scores))}"

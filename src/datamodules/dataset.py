@@ -64,69 +64,78 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, draws: list[Draw]) -> dict[str, Tensor]:
         positions = [draw.position if self.subset is None else int(self.subset[draw.position]) for draw in draws]
-        numbers = uniform(self.seed, [draw.epoch for draw in draws], positions, self.view.draws)
+        epochs = [draw.epoch for draw in draws]
+        numbers = uniform(self.seed, epochs, positions, self.view.draws)
+        choices = uniform(fold(self.seed, 1), epochs, positions, 1)[:, 0]
         images = getattr(self.source, "images", None)
         if images is not None:
             labels = list(self.source.labels[positions])  # type: ignore[attr-defined]
             fields = self.view.decoded(torch.from_numpy(np.asarray(images[positions])), numbers)
             used = positions
+            besides = [self.beside(*each) for each in zip(positions, choices.tolist(), strict=True)]
         else:
-            rows, labels, used = self._rows(positions, numbers)
+            rows, labels, used, besides = self._rows(positions, numbers, choices)
             fields = stack(rows) if isinstance(rows, list) else rows
         replaced = torch.tensor([mine != asked for mine, asked in zip(used, positions, strict=True)], dtype=torch.bool)
         return {
             **fields,
-            **self.further(used, draws),
+            **self.collate(besides),
             "label": torch.as_tensor(labels, dtype=torch.int64),
             "index": torch.tensor(positions, dtype=torch.int64),
             "replaced": replaced,
         }
 
-    def further(self, positions: list[int], draws: list[Draw]) -> dict[str, Tensor]:
-        """Fields of a batch that do not come out of the pictures.
+    def beside(self, position: int, choice: float) -> Any:
+        """What a sample has besides its picture.
 
         Args:
-            positions: in the source, of the samples that are in the batch, stand-ins included.
-            draws: what was asked for.
+            position: in the source.
+            choice: in [0, 1), for what there is more than one of.
+
+        Raises:
+            BadSample: it cannot be had.
         """
+        return None
+
+    def collate(self, besides: list[Any]) -> dict[str, Tensor]:
+        """Fields of a batch, of what `beside` gave for each of its samples."""
         return {}
 
-    def check(self, position: int) -> None:
-        """
-        Raises:
-            BadSample: what ``further`` needs of a sample cannot be had.
-        """
-
-    def _rows(self, positions: list[int], numbers: np.ndarray) -> tuple[Any, list[int], list[int]]:
+    def _rows(
+        self, positions: list[int], numbers: np.ndarray, choices: np.ndarray
+    ) -> tuple[Any, list[int], list[int], list[Any]]:
         samples: list[Sample] = []
         rows: list[dict[str, Tensor]] = []
-        used = []
-        for position, row in zip(positions, numbers, strict=True):
-            sample, view, candidate = self._usable(position, row)
+        used, besides = [], []
+        for position, row, choice in zip(positions, numbers, choices.tolist(), strict=True):
+            sample, view, beside, candidate = self._usable(position, row, choice)
             samples.append(sample)
+            besides.append(beside)
             used.append(candidate)
             if view is not None:
                 rows.append(view)
         labels = [sample["label"] for sample in samples]
         if rows:
-            return rows, labels, used
+            return rows, labels, used, besides
         pictures = [sample["image"] for sample in samples]
         if len({picture.shape for picture in pictures}) == 1:  # type: ignore[union-attr]
-            return self.view.decoded(torch.stack(pictures), numbers), labels, used  # type: ignore[arg-type]
+            return self.view.decoded(torch.stack(pictures), numbers), labels, used, besides  # type: ignore[arg-type]
         single = [self.view.decoded(p[None], n[None]) for p, n in zip(pictures, numbers, strict=True)]  # type: ignore[index]
-        return [{name: value[0] for name, value in fields.items()} for fields in single], labels, used
+        return [{name: value[0] for name, value in fields.items()} for fields in single], labels, used, besides
 
-    def _usable(self, position: int, numbers: np.ndarray) -> tuple[Sample, dict[str, Tensor] | None, int]:
-        """The sample at ``position`` or its stand-in, its view where the picture had to be decoded for it, and its own
-        position."""
+    def _usable(
+        self, position: int, numbers: np.ndarray, choice: float
+    ) -> tuple[Sample, dict[str, Tensor] | None, Any, int]:
+        """The sample at ``position`` or its stand-in, its view where the picture had to be decoded for it, what it has
+        besides, and its own position."""
         candidate = position
         for attempt in range(_REPLACEMENTS):
             try:
-                self.check(candidate)
+                beside = self.beside(candidate, choice)
                 sample = self.source[candidate]
                 image = sample["image"]
                 view = None if isinstance(image, Tensor) else self.view.encoded(image, numbers)
-                return sample, view, candidate
+                return sample, view, beside, candidate
             except BadSample as problem:
                 self._report(candidate, problem)
                 candidate = fold(self.seed, position, attempt) % len(self.source)

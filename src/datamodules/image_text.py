@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from src.datamodules.batch import ImageBatch, ImageTextBatch
-from src.datamodules.dataset import Draw, ViewedDataset
+from src.datamodules.dataset import ViewedDataset
 from src.datamodules.image import ImageDataModule
 from src.datamodules.sources.source import BadSample, CaptionedSource, ImageSource
 from src.datamodules.sources.text_filter import TextFilter
@@ -47,18 +47,17 @@ class ImageTextDataset(ViewedDataset):
         self.tokenizer = tokenizer
         self.rewrites = rewrites
 
-    def check(self, position: int) -> None:
-        if not self.captioned.caption(position, 0.0).strip():
-            raise BadSample("it has no text")
-
-    def further(self, positions: list[int], draws: list[Draw]) -> dict[str, Tensor]:
-        choices = uniform(fold(self.seed, 1), [draw.epoch for draw in draws], positions, 1)[:, 0]
+    def beside(self, position: int, choice: float) -> str:
         if self.rewrites is None:
-            texts = [self.captioned.caption(*each) for each in zip(positions, choices.tolist(), strict=True)]
+            text = self.captioned.caption(position, choice)
         else:
-            versions = (choices.astype(np.float64) * (1 + self.rewrites)).astype(int)
-            texts = [self.version(*each) for each in zip(positions, versions.tolist(), strict=True)]
-        ids, mask = self.tokenizer(texts)
+            text = self.version(position, int(choice * (1 + self.rewrites)))
+        if not text.strip():
+            raise BadSample("it has no text")
+        return text
+
+    def collate(self, besides: list[str]) -> dict[str, Tensor]:
+        ids, mask = self.tokenizer(besides)
         return {"text": ids, "text_mask": mask}
 
     def version(self, position: int, version: int) -> str:

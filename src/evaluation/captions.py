@@ -58,9 +58,11 @@ class CaptionEvaluation:
             module: has `Captioner`'s method; left in the modes it was in.
 
         Raises:
-            SettingError: the tokenizer has no token that begins a text, or none that ends it.
+            SettingError: the method says nothing of an image, or the tokenizer has no token that begins a text or none
+                that ends it.
         """
-        assert isinstance(module, Captioner)
+        if not isinstance(module, Captioner):
+            raise SettingError(f"captions need a method that writes them, which {type(module).__name__} does not")
         captioner: Captioner = module
         tokenizer = datamodule.tokenizer
         start, end = tokenizer.start, tokenizer.end

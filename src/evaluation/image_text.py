@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from src.collectives import gather_rows
 from src.datamodules.image_text import ImageTextDataModule
 from src.datamodules.sources.source import CaptionedSource, MistakenSource, PromptedSource, Split
+from src.errors import SettingError
 from src.evaluation.comparison import Comparing, Similarity, dot, pairwise, similarity_of
 from src.evaluation.features import autocast
 from src.evaluation.geometry import geometry
@@ -67,8 +68,14 @@ class ImageTextEvaluation:
         """
         Args:
             module: has `TwoTowers`' methods; left in the modes it was in.
+
+        Raises:
+            SettingError: the module has not.
         """
-        assert isinstance(module, TwoTowers)
+        if not isinstance(module, TwoTowers):
+            raise SettingError(
+                f"pictures and texts are judged of a method with a text tower, which {type(module).__name__} is not"
+            )
         towers: TwoTowers = module
         similarity = similarity_of(module)
 

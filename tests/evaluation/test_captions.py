@@ -155,5 +155,5 @@ def test_captions_are_asked_for_beside_pairs_or_alone(tmp_path, monkeypatch):
 
     assert set(asked("coca_vitb32", "captions")) == {"captions_bleu4", "captions_cider"}
     assert {"captions_cider", "zeroshot_top1", "gap"} <= set(asked("coca_vitb32", "zeroshot", "captions"))
-    with pytest.raises(UserError, match=r"EVAL=retrieval,captions needs a method that writes captions, which CLIP"):
+    with pytest.raises(UserError, match=r"captions: captions need a method that writes them, which CLIP"):
         asked("clip_vitb32", "retrieval", "captions")

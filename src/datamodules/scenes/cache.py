@@ -11,17 +11,17 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
 
 from src import randomness
 from src.datamodules.scenes import motion, patterns, render, scene, shapes, world
-from src.datamodules.scenes.world import ObjectsWorld
 
 log = logging.getLogger(__name__)
 
@@ -30,39 +30,39 @@ _CHUNK = 256  # pictures a worker renders before it reports
 _SMALL = 512  # so few are rendered here: starting workers would take longer
 
 
-class Rendered(Protocol):
-    """What a cache holds. It is sent to the processes that render it."""
+@dataclass(frozen=True)
+class Rendered(ABC):
+    """What a cache holds: samples 0 … count - 1 of one seed of one world. It is sent to the processes that render."""
+
+    world: Any  # a frozen dataclass
+    seed: int  # of what is drawn, the split already folded in
+    count: int
+    resolution: int
 
     @property
-    def count(self) -> int: ...
-
-    @property
+    @abstractmethod
     def name(self) -> str:
         """What its folder's name begins with."""
-        ...
 
     @property
+    @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Of the pictures of one sample."""
-        ...
 
-    def description(self) -> dict[str, object]:
-        """Everything that decides a picture, the generator's version too, as plain values."""
-        ...
-
+    @abstractmethod
     def render(self, index: int) -> tuple[np.ndarray, int]:
         """Sample ``index``: uint8 of ``shape``, and its label."""
-        ...
+
+    def description(self) -> dict[str, object]:
+        """Everything that decides a picture, the generator's version too, as plain values; equal descriptions mean
+        equal pictures."""
+        own = {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
+        return {"what": type(self).__name__, **own, "code": code_version()}
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Pictures 0 … count - 1 of one seed of one world."""
-
-    world: ObjectsWorld
-    seed: int  # the scenes' seed, the split already folded in
-    count: int
-    resolution: int
+class Recipe(Rendered):
+    """A picture a sample, of an `ObjectsWorld`."""
 
     @property
     def name(self) -> str:
@@ -76,24 +76,17 @@ class Recipe:
         scene = self.world.scene(self.seed, index)
         return render.image(scene, self.resolution), render.label(scene, self.world.kinds)
 
-    def description(self) -> dict[str, object]:
-        """The recipe and the generator's version as plain values; equal descriptions mean equal pictures."""
-        return {
-            "world": type(self.world).__name__,
-            "settings": settings_of(self.world),
-            "seed": self.seed,
-            "count": self.count,
-            "resolution": self.resolution,
-            "code": code_version(),
-        }
 
-
-def settings_of(world: ObjectsWorld) -> dict[str, Any]:
-    """A world's settings as plain values."""
-    return asdict(world) | {
-        "kinds": [kind.name for kind in world.kinds],
-        "patterns": [pattern.name for pattern in world.patterns],
-    }
+def _plain(value: Any) -> Any:
+    """Settings as JSON has them: a kind or a pattern is its name, a world its settings; what is listed by name keeps
+    its order, which may be that of labels."""
+    if isinstance(value, shapes.Kind | patterns.Pattern):
+        return value.name
+    if is_dataclass(value):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, Mapping):
+        return [[name, _plain(each)] for name, each in value.items()]
+    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
 
 
 class Cached(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from src.datamodules.scenes import render
-from src.datamodules.scenes.cache import code_version, open_or_build, settings_of
+from src.datamodules.scenes.cache import Rendered, open_or_build
 from src.datamodules.scenes.motion import Film, MovingWorld
 from src.datamodules.scenes.source import SPLITS
 from src.datamodules.sources.source import Sample, Split
@@ -46,13 +46,9 @@ class FilmFootage:
 
 
 @dataclass(frozen=True)
-class Films:
-    """What a cache of films holds: all frames of films 0 … count - 1 of one seed."""
+class Films(Rendered):
+    """All frames of a film a sample, of a `MovingWorld`."""
 
-    world: MovingWorld
-    seed: int  # the films' seed, the split already folded in
-    count: int
-    resolution: int
     frames: int
     rate: float
 
@@ -71,24 +67,6 @@ class Films:
     def frame(self, film: Film, number: int) -> np.ndarray:
         """uint8 [3, H, W]."""
         return render.image(film.at(number / self.rate), self.resolution)
-
-    def description(self) -> dict[str, object]:
-        settings = {each.name: getattr(self.world, each.name) for each in fields(self.world)}
-        return {
-            "world": type(self.world).__name__,
-            "settings": settings | {"objects": settings_of(self.world.objects), "actions": plain(self.world.actions)},
-            "seed": self.seed,
-            "count": self.count,
-            "resolution": self.resolution,
-            "frames": self.frames,
-            "rate": self.rate,
-            "code": code_version(),
-        }
-
-
-def plain(actions: Mapping[str, Mapping[str, float]]) -> list[list[object]]:
-    """Names and rates in their order, which is that of the labels."""
-    return [[name, dict(rates)] for name, rates in actions.items()]
 
 
 class FilmsSource:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from src.collectives import gather
 from src.datamodules.batch import ImageTextBatch
 from src.models.backbones.image_encoder import Pool, mean_patch
 from src.models.image_text.base import ImageTextModule
-from src.models.image_text.clip import equal_texts
+from src.models.image_text.clip import contrast_all
 from src.models.image_text.text_tower import Tower
 from src.models.joint_embedding.base import unit
-from src.models.losses.image_text import clip_loss
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
 
@@ -68,22 +66,15 @@ class ALIGN(ImageTextModule):
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
         features = self.image_encoder(batch["image"]).embedding
         image, text = unit(features), self.encode_text(batch["text"], batch["text_mask"])
-        loss = self._loss(image, text, batch["text"])
+        ids = batch["text"] if self.mask_equal_texts else None
+        scale = 1 / self.temperature.squeeze()
+        # the paper adds the two directions, of which this is the mean
+        loss = 2 * contrast_all(image, text, ids, scale=scale, label_smoothing=self.label_smoothing)
         logs = {
             "temperature": self.temperature.detach().squeeze(),
             "gap": (image.mean(dim=0) - text.mean(dim=0)).norm().detach(),
         }
         return {"loss": loss, "logs": logs, "embedding": features.detach().float()}
-
-    def _loss(self, image: Tensor, text: Tensor, ids: Tensor) -> Tensor:
-        images, offset = gather(image)
-        texts, _ = gather(text)
-        same = gather(equal_texts(ids))[0] if self.mask_equal_texts else None
-        scale = 1 / self.temperature.squeeze()
-        mean = clip_loss(
-            image, text, images, texts, offset, scale=scale, same=same, label_smoothing=self.label_smoothing
-        )
-        return 2 * mean  # the paper adds the two directions
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)

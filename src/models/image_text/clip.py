@@ -82,17 +82,30 @@ class CLIP(ImageTextModule):
 
     def contrast(self, image: Tensor, text: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and what is logged of it: unit vectors [B, E] of images and texts, the texts' token ids [B, L]."""
-        images, offset = gather(image)
-        texts, _ = gather(text)
-        same = gather(equal_texts(ids))[0] if self.mask_equal_texts else None
         scale = self.logit_scale.exp().squeeze()
-        loss = clip_loss(image, text, images, texts, offset, scale=scale, same=same)
+        loss = contrast_all(image, text, ids if self.mask_equal_texts else None, scale=scale)
         return loss, {"scale": scale.detach(), "gap": (image.mean(dim=0) - text.mean(dim=0)).norm().detach()}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
         with torch.no_grad():  # not in the forward pass: beyond the limit there would be no gradient to come back by
             self.logit_scale.clamp_(0, math.log(self.max_scale))
+
+
+def contrast_all(
+    image: Tensor, text: Tensor, ids: Tensor | None, *, scale: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """`clip_loss` of the own pairs among those of all processes.
+
+    Args:
+        image, text: unit vectors [B, E].
+        ids: the texts' token ids [B, L]; equal ones are no negatives of each other. None where they are.
+        scale, label_smoothing: see `clip_loss`.
+    """
+    images, offset = gather(image)
+    texts, _ = gather(text)
+    same = None if ids is None else gather(equal_texts(ids))[0]
+    return clip_loss(image, text, images, texts, offset, scale=scale, same=same, label_smoothing=label_smoothing)
 
 
 def equal_texts(text: Tensor) -> Tensor:

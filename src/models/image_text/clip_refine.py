@@ -17,11 +17,10 @@ from src.errors import SettingError
 from src.models.backbones.image_encoder import Pool, cls_token_or_mean
 from src.models.backbones.weights import WeightsError, read, some
 from src.models.image_text.base import ImageTextModule
-from src.models.image_text.clip import equal_texts
+from src.models.image_text.clip import contrast_all
 from src.models.image_text.micro_batches import in_micro_batches
 from src.models.image_text.text_tower import Tower
 from src.models.joint_embedding.base import unit
-from src.models.losses.image_text import clip_loss
 from src.models.losses.refine import hybrid_distillation, random_feature_alignment
 from src.models.pretrain_module import StepOutput
 from src.models.teacher import teacher_of
@@ -110,7 +109,8 @@ class CLIPRefine(ImageTextModule):
         if self.distillation:
             terms["distillation"] = self.distillation * self._distil(batch, image, text)
         if self.contrast:
-            terms["contrast"] = self.contrast * self._contrast(batch, unit(image), unit(text))
+            scale = self.logit_scale.exp().squeeze()
+            terms["contrast"] = self.contrast * contrast_all(unit(image), unit(text), batch["text"], scale=scale)
         logs = {name: term.detach() for name, term in terms.items()}
         logs["gap"] = (unit(image).mean(dim=0) - unit(text).mean(dim=0)).norm().detach()
         return {"loss": sum(terms.values(), image.new_zeros(())), "logs": logs, "embedding": features.detach().float()}
@@ -128,12 +128,6 @@ class CLIPRefine(ImageTextModule):
         to_text = distil(image, texts, taught_image, taught_texts, offset)
         to_image = distil(text, images, taught_text, taught_images, offset)
         return (to_text + to_image) / 2
-
-    def _contrast(self, batch: ImageTextBatch, image: Tensor, text: Tensor) -> Tensor:
-        images, offset = gather(image)
-        texts, _ = gather(text)
-        scale = self.logit_scale.exp().squeeze()
-        return clip_loss(image, text, images, texts, offset, scale=scale, same=gather(equal_texts(batch["text"]))[0])
 
     @torch.no_grad()
     def taught(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:

@@ -103,19 +103,8 @@ class TextTower(Tower):
         activation: str = "gelu",
     ) -> None:
         super().__init__(vocabulary=vocabulary, length=length, dim=width)
-        config = CLIPTextConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=depth,
-            num_attention_heads=heads,
-            max_position_embeddings=length,
-            hidden_act=activation,
-            # read by transformers alone, where it looks for a text's end; here the mask says where that is
-            bos_token_id=0,
-            eos_token_id=1,
-        )
-        self.transformer = CLIPTextModel(config)
+        sizes = _sizes(vocabulary, length, width, depth, heads)
+        self.transformer = CLIPTextModel(CLIPTextConfig(hidden_act=activation, **sizes))
         self._initialise(width, depth)
 
     def read(self, text: Tensor, mask: Tensor) -> TextFeatures:
@@ -142,6 +131,21 @@ class TextTower(Tower):
                 nn.init.normal_(parameter, std=scale)
 
 
+def _sizes(vocabulary: int, length: int, width: int, depth: int, heads: int) -> dict[str, Any]:
+    """As transformers calls them."""
+    return {
+        "vocab_size": vocabulary,
+        "max_position_embeddings": length,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        # read by transformers alone, where it looks for a text's end; here the mask says where that is
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
 class SigmoidTextTower(Tower):
     """SigLIP's (Zhai et al., 2023): every token sees every other, filling included, and a linear layer on the last
     place, which is mostly filling, makes the feature.
@@ -156,18 +160,8 @@ class SigmoidTextTower(Tower):
         self, *, vocabulary: int, length: int, width: int = 768, depth: int = 12, heads: int = 12, embed_dim: int = 768
     ) -> None:
         super().__init__(vocabulary=vocabulary, length=length, dim=embed_dim)
-        config = SiglipTextConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=depth,
-            num_attention_heads=heads,
-            max_position_embeddings=length,
-            projection_size=embed_dim,
-            bos_token_id=0,
-            eos_token_id=1,
-        )
-        self.transformer = SiglipTextModel(config)
+        sizes = _sizes(vocabulary, length, width, depth, heads)
+        self.transformer = SiglipTextModel(SiglipTextConfig(projection_size=embed_dim, **sizes))
 
     def read(self, text: Tensor, mask: Tensor) -> TextFeatures:
         found = self.transformer(input_ids=text)

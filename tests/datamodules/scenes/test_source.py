@@ -126,7 +126,7 @@ def test_cache_is_keyed_by_everything_that_changes_a_picture(tmp_path: Path, mon
     stored = json.loads((folder_of(recipe, tmp_path) / "recipe.json").read_text())
     assert stored["code"] == "another"
     assert stored["count"] == 4
-    assert stored["settings"]["kinds"][0] == "disc"
+    assert stored["world"]["kinds"][0] == "disc"
 
 
 def test_second_opening_renders_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +243,7 @@ def test_scenes_in_all_combinations_are_what_they_were(tmp_path: Path) -> None:
 
 def test_each_region_is_told_in_the_order_of_the_boxes() -> None:
     source = ScenesSource("val", count=10, resolution=16, world=ObjectsWorld(others=(0, 3)), fields=("boxes",))
-    wordings = set()
+    reworded = 0
     for index in range(10):
         things = source.scene(index).things
         for choice in (0.1, 0.8):
@@ -253,5 +253,5 @@ def test_each_region_is_told_in_the_order_of_the_boxes() -> None:
             for text, thing in zip(told, things, strict=True):
                 assert any(text.endswith(f" {kind}") for kind in _SYNONYMS[thing.kind.name])
                 assert any(colour in text for colour in _SYNONYMS[thing.colour])
-        wordings.add(source.regions(index, 0.1) != source.regions(index, 0.8))
-    assert True in wordings
+        reworded += source.regions(index, 0.1) != source.regions(index, 0.8)
+    assert reworded >= 5  # the choice chooses

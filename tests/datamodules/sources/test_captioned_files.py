@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class TestRows:
         assert [source.caption(0, choice) for choice in (0.0, 0.49, 0.5, 0.999)] == ["a ring, red"] * 2 + [
             "two\nlines"
         ] * 2
-        again = pickle.loads(pickle.dumps(source))
+        again = copy.deepcopy(source)
         assert content(again) == content(source)
 
     def test_tsv_without_names_and_with_quotes_that_are_only_characters(self, root: Path) -> None:
