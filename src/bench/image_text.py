@@ -11,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.bench import loop
+from src.bench import loop, shards
 from src.bench.apart import in_a_process, megabytes_of
 from src.bench.bare import MemorySource
 from src.bench.report import Check, Section, percent, table
 from src.datamodules.text import tokenizer as tokenizers
 from src.models.joint_embedding.base import unit
 from src.models.losses.image_text import clip_loss, sigmoid_loss
+from src.models.losses.late_interaction import late_interaction_loss
 
 SIDE = 64
 STEPS, ROUNDS = 25, 4
 BATCHES = (1024, 2048, 4096, 8192, 16384, 32768)
 PROCESSES = 8  # of which one is measured
-DIM = 512
+DIM = 512  # a pair's numbers, on either side
+TOKENS = 8  # that FILIP's share them: a quarter of the patches of 32 in 224 pixels and of 32 words would be 12 and 8
 TEXTS = 20_000
 VOCABULARY, LENGTH = 1024, 32
 
@@ -35,7 +37,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
     Returns:
         ``loops``: for each method what `loop.Interleaved` writes. ``losses``: for each loss and size of the global
         batch the ``megabytes`` and ``seconds`` that one of eight processes needs for its share, forward and backward.
-        ``tokens``: texts a second, tokenised one batch after the other.
+        ``tokens``: texts a second, tokenised one batch after the other. ``shards``: see `shards.measure`.
     """
     steps, rounds = (2, 1) if quick else (STEPS, ROUNDS)
     view = "{_target_: src.datamodules.views.image.CentreCrop, size: ${image_size}, share: 1.0}"
@@ -54,7 +56,12 @@ def measure(quick: bool = False) -> dict[str, Any]:
         title: {str(batch): in_a_process(loss_cost, title, batch) for batch in BATCHES[: 1 if quick else None]}
         for title in _LOSSES
     }
-    return {"loops": loops, "losses": losses, "tokens": texts_per_second(200 if quick else TEXTS)}
+    return {
+        "loops": loops,
+        "losses": losses,
+        "tokens": texts_per_second(200 if quick else TEXTS),
+        "shards": shards.measure(*((6, 1) if quick else ())),
+    }
 
 
 def _clip(image: Tensor, text: Tensor, images: Tensor, texts: Tensor) -> Tensor:
@@ -66,7 +73,17 @@ def _sigmoid(image: Tensor, text: Tensor, images: Tensor, texts: Tensor) -> Tens
     return sigmoid_loss(image, texts, 0, scale=scale, bias=bias)
 
 
-_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {"CLIP": _clip, "SigLIP": _sigmoid}
+def _filip(image: Tensor, text: Tensor, images: Tensor, texts: Tensor) -> Tensor:
+    tokens = [rows.unflatten(1, (TOKENS, -1)) for rows in (image, text, images, texts)]
+    return late_interaction_loss(*tokens, 0, scale=torch.tensor(14.3, requires_grad=True))
+
+
+_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "CLIP": _clip,
+    "SigLIP": _sigmoid,
+    "FILIP": _filip,
+}
+_PER_PAIR = {"FILIP": TOKENS**2}  # similarities that a pair makes, where more than one
 
 
 def loss_cost(title: str, batch: int) -> dict[str, float]:
@@ -139,11 +156,11 @@ def report(result: dict[str, Any]) -> Section:
     ]
     body += (
         f"\n\nWhat a loss takes of one of {PROCESSES} processes, forward and backward, for its share of the pairs "
-        f"({DIM} numbers each) against all of them:\n\n" + table(head, cost)
+        f"({DIM} numbers each, FILIP's in {TOKENS} tokens) against all of them:\n\n" + table(head, cost)
     )
     for title, each in result["losses"].items():
         most = batches[-1]
-        matrix = int(most) ** 2 / PROCESSES * 4 / 1e6
+        matrix = int(most) ** 2 / PROCESSES * _PER_PAIR.get(title, 1) * 4 / 1e6
         checks.append(
             Check(
                 f"memory of {title}'s loss, {int(most):,} pairs",
@@ -152,4 +169,14 @@ def report(result: dict[str, Any]) -> Section:
                 each[most]["megabytes"] < matrix,
             )
         )
+    files = result["shards"]
+    body += (
+        "\n\nPairs a second and core, read, decoded, cropped to 224 and tokenised in the order of a permutation, JPEGs "
+        "of 500x375 in the page cache, median of passes in turn: "
+        f"{files['folder']:.1f} from a folder and a list, {files['shards']:.1f} from tar shards of the same files, "
+        f"{files['ratio']:.3f} times as many."
+    )
+    checks.append(
+        Check("tar shards over a folder of the same files", "≥ 1.0", f"{files['ratio']:.3f}", files["ratio"] >= 1)
+    )
     return Section("Image-text beside a bare loop", checks, body)

@@ -16,7 +16,7 @@ from src.bench.report import Check, Section, table
 
 SEEDS = (0, 1, 2)
 METRICS = {"knn_top1": "kNN", "linear_top1": "linear"}
-SECONDS = 150.0  # of a core for training steps, data included, evaluation and start-up not
+SECONDS = 90.0  # of a core for training steps, data included, evaluation and start-up not
 TRIAL_STEPS = 60  # to see how many steps fit
 
 # smaller pictures, a narrower ViT and small batches, for the steps that a table of dozens of runs can afford

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from src.bench import apart, image_text
+from src.bench import apart, image_text, shards
 from src.bench.bare import BareLoop, MemorySource
 from src.datamodules.image import IMAGENET_MEAN, IMAGENET_STD
 
@@ -48,11 +49,11 @@ def test_pictures_of_noise_have_distinct_texts() -> None:
     assert source.captions(7) == source.captions(107) == (source.caption(7, 0.9),)
 
 
-@pytest.mark.parametrize("title", ["CLIP", "SigLIP"])
-def test_a_loss_of_many_pairs_needs_less_than_its_rows_of_similarities(title: str) -> None:
-    cost = apart.in_a_process(image_text.loss_cost, title, 16384)
-    held = 2 * 4 * (16384 * image_text.DIM) * 4 / 1e6  # both sides: given, joined, two gradients
-    assert 0 < cost["megabytes"] < held + 16384**2 / image_text.PROCESSES * 4 / 1e6 / 2
+@pytest.mark.parametrize(("title", "batch", "each"), [("CLIP", 16384, 1), ("SigLIP", 16384, 1), ("FILIP", 2048, 64)])
+def test_a_loss_of_many_pairs_needs_less_than_its_rows_of_similarities(title: str, batch: int, each: int) -> None:
+    cost = apart.in_a_process(image_text.loss_cost, title, batch)
+    held = 2 * 4 * (batch * image_text.DIM) * 4 / 1e6  # both sides: given, joined, two gradients
+    assert 0 < cost["megabytes"] < held + batch**2 * each / image_text.PROCESSES * 4 / 1e6 / 2
     assert cost["seconds"] > 0
 
 
@@ -64,7 +65,28 @@ def test_the_page_says_what_a_step_and_its_tokens_take() -> None:
         "batch_size": 128,
     }
     costs = {"1024": {"megabytes": 3.0, "seconds": 0.25}, "2048": {"megabytes": 600.0, "seconds": 0.5}}
-    section = image_text.report({"loops": {"CLIP": arm}, "losses": {"CLIP": costs}, "tokens": 12_800.0})
+    files = {"folder": 100.0, "shards": 104.0, "ratio": 1.04}
+    section = image_text.report(
+        {"loops": {"CLIP": arm}, "losses": {"CLIP": costs}, "tokens": 12_800.0, "shards": files}
+    )
     assert "| CLIP | 128 | 200 ms | 160 ms | 0.800 (0.790 to 0.810) | 5.0 % |" in section.body
     assert "| 1,024 | 3 | 0.25 |" in section.body
-    assert [check.met for check in section.checks] == [False, False]  # 2048 * 256 similarities are 2 MB
+    assert [check.met for check in section.checks] == [False, False, True]  # 2048 * 256 similarities are 2 MB
+
+
+def test_a_folder_and_tar_shards_hold_the_same_pairs(tmp_path: Path) -> None:
+    sources = shards.written(tmp_path, 5)
+    found = {
+        name: {
+            (source.caption(index, 0.0), source[index]["image"].decode().tobytes())  # type: ignore[union-attr]
+            for index in range(len(source))
+        }
+        for name, source in sources.items()
+    }
+    assert len(found["folder"]) == 5
+    assert found["folder"] == found["shards"]
+
+
+def test_pairs_a_second_are_measured_from_both() -> None:
+    speeds = shards.measure(pictures=4, repetitions=1)
+    assert speeds["ratio"] == pytest.approx(speeds["shards"] / speeds["folder"])
