@@ -74,8 +74,8 @@ def _sigmoid(image: Tensor, text: Tensor, images: Tensor, texts: Tensor) -> Tens
 
 
 def _filip(image: Tensor, text: Tensor, images: Tensor, texts: Tensor) -> Tensor:
-    tokens = [rows.unflatten(1, (TOKENS, -1)) for rows in (image, text, images, texts)]
-    return late_interaction_loss(*tokens, 0, scale=torch.tensor(14.3, requires_grad=True))
+    image, text, images, texts = (rows.unflatten(1, (TOKENS, -1)) for rows in (image, text, images, texts))
+    return late_interaction_loss(image, text, images, texts, 0, scale=torch.tensor(14.3, requires_grad=True))
 
 
 _LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {

@@ -21,11 +21,17 @@ Difference = dict[str, tuple[Any, Any]]  # key -> its value in either arm
 
 @dataclass(frozen=True)
 class Arm:
-    """One side: an experiment and what is changed in it."""
+    """One side: an experiment and what is changed in it.
+
+    Args:
+        metric: what it is judged by, where not by the claim's. Arms that differ in nothing else are one run a seed,
+            judged twice.
+    """
 
     name: str
     experiment: str
     overrides: Sequence[str] = ()
+    metric: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,9 @@ class Claim:
     split: str = "test"
     start: Arm | None = None
 
+    def metric_of(self, arm: Arm) -> Mapping[str, Any]:
+        return self.metric if arm.metric is None else arm.metric
+
     def words(self, arm: Arm, data: str, seed: int) -> list[str]:
         """What `make train` is given for one run; an arm has the last word."""
         return [
@@ -103,12 +112,13 @@ class Claim:
         return [f"experiment={self.start.experiment}", f"data={data}", f"seed={seed}", *self.start.overrides]
 
     def difference(self, data: str) -> Difference:
-        """Everything in which the arms' composed configurations differ, besides what names a run.
+        """Everything in which the arms' composed configurations differ, besides what names a run, and their metrics.
 
         Raises:
             UserError: a key is not among those the claim lists.
         """
         found = difference(*(train.compose(self.words(arm, data, self.seeds[0])) for arm in self.arms))
+        found |= difference(*(OmegaConf.create({"metric": dict(self.metric_of(arm))}) for arm in self.arms))
         unlisted = [key for key in found if not any(key == each or key.startswith(f"{each}.") for each in self.differs)]
         if unlisted:
             said = ", ".join(f"{key} ({found[key][0]} against {found[key][1]})" for key in unlisted)
@@ -169,8 +179,8 @@ def parse(name: str, content: Any) -> Claim:
     for each in data:
         _among(f"{place}: data", each, configuration.names("data"))
         data[each] = data[each] or []
-    metric = values["metric"]
-    _require(isinstance(metric, dict) and "_target_" in metric, f"{place}: metric needs a _target_")
+    for metric in [values["metric"], *(arm.metric for arm in values["arms"] if arm.metric is not None)]:
+        _require(isinstance(metric, dict) and "_target_" in metric, f"{place}: metric needs a _target_")
     lists = {
         "differs": values["differs"],
         "common": values.get("common", []),
@@ -206,7 +216,8 @@ def plain(claim: Claim) -> dict[str, Any]:
 
 
 def _plain(arm: Arm) -> dict[str, Any]:
-    return {"name": arm.name, "experiment": arm.experiment, "overrides": list(arm.overrides)}
+    of_its_own = {} if arm.metric is None else {"metric": dict(arm.metric)}
+    return {"name": arm.name, "experiment": arm.experiment, "overrides": list(arm.overrides), **of_its_own}
 
 
 def difference(first: DictConfig, second: DictConfig) -> Difference:

@@ -19,7 +19,6 @@ from src.claims.claim import Claim, parse, plain
 from src.claims.metrics import Metric, TrainedRun
 from src.claims.verdict import Paired, paired, verdict
 from src.configuration import UserError
-from src.runs import Run
 
 # exit codes of a training that somebody stopped: it did not fail
 STOPPED = (143, -15, 130, -2)
@@ -55,18 +54,18 @@ def measure(
         raise UserError(f"claim '{claim.name}' is about {', '.join(claim.data)}, not about {data}")
     # before anything is trained
     differences = {each: claim.difference(each) for each in claim.data}
-    metric: Metric = configuration.instantiate(dict(claim.metric))
-    if claim.split not in metric.splits:
-        judges = f"judges on {' or '.join(metric.splits)}"
-        raise UserError(f"claim '{claim.name}': {claim.measured} {judges}, but split is {claim.split}")
-    judged = {"metric": plain(claim)["metric"], "split": claim.split}
+    for metric in map(_metric, map(claim.metric_of, claim.arms)):
+        if claim.split not in metric.splits:
+            judges = f"judges on {' or '.join(metric.splits)}"
+            raise UserError(f"claim '{claim.name}': {claim.measured} {judges}, but split is {claim.split}")
     jobs, starts = {}, {}
     for each in claim.data:
         for seed in claim.seeds:
             start = claim.start_words(each, seed)
-            also = judged | ({"start": once.fingerprint(train.compose(start))} if start else {})
+            begun = {"start": once.fingerprint(train.compose(start))} if start else {}
             for arm in claim.arms:
-                job = once.Job([*claim.words(arm, each, seed), COUNT], also)
+                judged = {"metric": dict(claim.metric_of(arm)), "split": claim.split}
+                job = once.Job([*claim.words(arm, each, seed), COUNT], judged | begun)
                 jobs[key_of(each, seed, arm.name)], starts[tuple(job.words)] = job, start
 
     def entry(runs: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,10 +75,18 @@ def measure(
             "runs": {key: runs[key] for key in jobs if key in runs},
         }
 
-    with _Started() as started:
+    with _Held() as begun_from, _Held() as judged_last:
+
+        def trained(words: Sequence[str], config: DictConfig) -> once.Finished:
+            start = starts[tuple(words)]
+            if start and not begun_from.holds(start):
+                print(f"  {' '.join(start)}, to begin from …", flush=True)
+            begin = [f"checkpoint='{begun_from.run(start, train.compose(start)).run.last}'"] if start else []
+            return judged_last.run([*words, *begin], config)
+
         found = once.measure_missing(
             {key: job for key, job in jobs.items() if data in (None, key.split("/")[0])},
-            lambda job, config: _one_run(job, config, metric, claim, lambda: started.by(starts[tuple(job.words)])),
+            lambda job, config: _one_run(job, config, claim.split, trained),
             known=(known or {}).get("runs", {}),
             keep=lambda runs: keep(entry(runs)),
         )
@@ -91,45 +98,46 @@ def key_of(data: str, seed: int, arm: str) -> str:
     return f"{data}/{seed}/{arm}"
 
 
-class _Started(ExitStack):
-    """The run that two arms go on from, until the next pair has its own: the arms of a pair follow each other."""
+class _Held(ExitStack):
+    """The run trained last, until another one is wanted: the arms of a pair follow each other, and may go on from one
+    run, or judge one."""
 
-    words: Sequence[str] = ()
-    run: Run
+    _words: Sequence[str] = ()
+    _finished: once.Finished
 
-    def by(self, words: Sequence[str]) -> Sequence[str]:
-        """What tells an arm where to begin; nothing where ``words`` are none."""
-        if not words:
-            return []
-        if words != self.words:
+    def holds(self, words: Sequence[str]) -> bool:
+        return words == self._words
+
+    def run(self, words: Sequence[str], config: DictConfig) -> once.Finished:
+        """The run of ``words``, trained if it is not the last one."""
+        if not self.holds(words):
             self.close()
-            self.words = ()
-            print(f"  {' '.join(words)}, to begin from …", flush=True)
-            self.run = self.enter_context(once.trained(words, train.compose(words))).run
-            self.words = words
-        return [f"checkpoint='{self.run.last}'"]
+            self._words = ()
+            self._finished = self.enter_context(once.trained(words, config))
+            self._words = words
+        return self._finished
+
+
+def _metric(said: Mapping[str, Any]) -> Metric:
+    return configuration.instantiate(dict(said))
 
 
 def _one_run(
-    job: once.Job,
-    config: DictConfig,
-    metric: Metric,
-    claim: Claim,
-    begin: Callable[[], Sequence[str]] = lambda: (),
+    job: once.Job, config: DictConfig, split: str, trained: Callable[[Sequence[str], DictConfig], once.Finished]
 ) -> dict[str, Any]:
     print(f"  {' '.join(job.words)} …", flush=True)
     try:
-        with once.trained([*job.words, *begin()], config) as finished:
-            value = metric(TrainedRun(finished.run, claim.split))  # type: ignore[arg-type]
-            metrics = finished.run.metrics()["train"]
-            spent: dict[str, Any] = {
-                "steps": finished.steps,
-                "images": finished.steps * int(config.data.batch_size),
-                "seconds": round(finished.seconds, 1),
-            }
-            if metrics.get("speed/step_flops"):
-                spent["flops"] = finished.steps * metrics["speed/step_flops"]
-            return {"value": value, "spent": spent}
+        finished = trained(job.words, config)
+        value = _metric(job.also["metric"])(TrainedRun(finished.run, split))  # type: ignore[arg-type]
+        metrics = finished.run.metrics()["train"]
+        spent: dict[str, Any] = {
+            "steps": finished.steps,
+            "images": finished.steps * int(config.data.batch_size),
+            "seconds": round(finished.seconds, 1),
+        }
+        if metrics.get("speed/step_flops"):
+            spent["flops"] = finished.steps * metrics["speed/step_flops"]
+        return {"value": value, "spent": spent}
     except TrainingFailed as failure:
         if failure.code in STOPPED:
             raise UserError("the training was stopped; the same command goes on with what is missing") from failure

@@ -258,14 +258,41 @@ def test_both_arms_of_a_pair_go_on_from_one_run(monkeypatch: pytest.MonkeyPatch,
     assert len(trained) == 3
 
 
+def test_arms_that_differ_in_what_they_are_judged_by_are_one_run(
+    monkeypatch: pytest.MonkeyPatch, quick: None, tmp_path: Path
+) -> None:
+    trained: list[str] = []
+
+    @contextmanager
+    def fake(words: Sequence[str], config: Any) -> Iterator[once.Finished]:
+        folder = tmp_path / str(len(trained))
+        folder.mkdir()
+        trained.append(words[2])
+        logged = {"step": 3, "health/effective_rank": 2.0, "health/feature_std": float(len(trained))}
+        (folder / "metrics.json").write_text(json.dumps({"train": logged}))
+        yield once.Finished(Run(folder), 1.0)
+        shutil.rmtree(folder)
+
+    monkeypatch.setattr(once, "trained", fake)
+    other = {"_target_": "src.claims.metrics.Logged", "name": "health/feature_std"}
+    both = [{"name": "less", "experiment": "mae_tiny", "metric": other}, {"name": "more", "experiment": "mae_tiny"}]
+    of = claim(seeds=[0, 3], arms=both, differs=["metric.name"])
+    found = ledger.measure(of)
+    assert trained == ["seed=0", "seed=3"]
+    assert [run["value"] for run in found["runs"].values()] == [1.0, 2.0, 2.0, 2.0]
+    assert found["difference"]["scenes"] == {"metric.name": ["health/feature_std", "health/effective_rank"]}
+    assert "`metric.name`" in ledger.render({"more": found}, [of])
+    with pytest.raises(UserError, match="do not differ"):
+        claim(arms=[each | {"metric": other} for each in both], differs=["metric.name"]).difference("scenes")
+
+
 @pytest.mark.parametrize("code", ledger.STOPPED)
-def test_a_training_that_somebody_stops_did_not_fail(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_training_that_somebody_stops_did_not_fail(code: int) -> None:
     def stopped(*_: Any) -> Any:
         raise TrainingFailed(["x"], code, "terminated")
 
-    monkeypatch.setattr(once, "trained", stopped)
     with pytest.raises(UserError, match="goes on with what is missing"):
-        ledger._one_run(once.Job([]), None, lambda _: 0.0, claim())  # type: ignore[arg-type]
+        ledger._one_run(once.Job([]), None, "test", stopped)  # type: ignore[arg-type]
 
 
 def test_from_the_command_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
