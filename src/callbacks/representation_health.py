@@ -34,8 +34,10 @@ class RepresentationHealth(L.Callback):
     Below ``min_feature_std`` or ``min_effective_rank`` the representation counts as collapsed: one line says so, and
     again only after it has recovered. The limits are those of a representation that is lost (all cosines above 0.9999;
     a single direction), not of one that is merely poor, so that a random initialisation does not cry wolf.
-    Below ``min_target_information`` the targets have collapsed: all images have the same one, whether that is a single
-    prototype (entropy 0) or all of them alike (entropy log K).
+    Below ``min_target_information`` the targets have collapsed: all images have nearly the same one, whether that is a
+    single prototype (entropy 0) or all of them alike (entropy log K). Small runs of DINO whose features gained nothing
+    told 0.018 and 0.003 nats after 400 steps, those whose features gained 0.33 to 0.92 (a ViT of width 96 on scenes,
+    1,024 prototypes).
 
     Args:
         every_n_steps: optimizer steps between measurements.
@@ -49,7 +51,7 @@ class RepresentationHealth(L.Callback):
         window: int = 2048,
         min_feature_std: float = 0.01,
         min_effective_rank: float = 1.1,
-        min_target_information: float = 1e-5,
+        min_target_information: float = 0.02,
     ) -> None:
         if every_n_steps < 1 or window < 2:
             raise ValueError("RepresentationHealth: every_n_steps must be at least 1 and window at least 2")
@@ -155,8 +157,8 @@ class RepresentationHealth(L.Callback):
         same = information < self.min_target_information
         if same and not self._same_targets and rank() == 0:
             log.warning(
-                "step %d: the teacher's targets have collapsed, all images have the same one (they tell %.1e nats of "
-                "an image, below %g is lost; entropy %.4f of at most %.2f, %.2f prototypes in use)",
+                "step %d: the teacher's targets have collapsed, all images have nearly the same one (they tell %.1e "
+                "nats of an image, below %g is lost; entropy %.4f of at most %.2f, %.2f prototypes in use)",
                 trainer.global_step,
                 information,
                 self.min_target_information,
