@@ -88,7 +88,7 @@ class Pictures(Shown):
                 writer.flush()
 
     def _draw(self, pl_module: L.LightningModule, datamodule: Any) -> dict[str, Tensor]:
-        batch = {name: value.to(pl_module.device) for name, value in self._fixed_batch(datamodule).items()}
+        batch = datamodule.transfer_batch_to_device(self._fixed_batch(datamodule), pl_module.device, 0)
         batch = datamodule.on_after_batch_transfer(batch, 0)
         trainer = pl_module.trainer
         with (

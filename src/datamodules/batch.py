@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections import ChainMap, defaultdict
+from collections.abc import MutableMapping
 from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
+IGNORED = 255
+"""What a mask of classes says of a pixel that counts for nothing."""
+
 
 class Field(NamedTuple):
     """Shape and type of one tensor of a batch. ``shape`` names its axes ("B 3 H W"); a digit is an exact size and a
-    name stands for one size in the whole batch."""
+    name stands for one size in the whole batch.
+
+    A field that is a list of tensors has one of them an image, B in all; a name that no stacked field has then stands
+    for one size in all that the lists say of an image.
+    """
 
     shape: str
     dtype: torch.dtype
+    exact: bool = False  # float32 whatever a run computes in
 
 
 class ImageBatch(TypedDict):
@@ -55,6 +65,41 @@ class VideoBatch(TypedDict):
     replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
 
 
+class SegmentationBatch(TypedDict):
+    """One view an image, and what each of its pixels shows."""
+
+    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalised with the DataModule's mean and std
+    mask: Annotated[Tensor, Field("B H W", torch.int64)]  # class, IGNORED where a pixel counts for nothing
+    label: Annotated[Tensor, Field("B", torch.int64)]  # class of the image, -1 where the source has none
+    index: Annotated[Tensor, Field("B", torch.int64)]  # position in the source
+    replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
+
+
+class DepthBatch(TypedDict):
+    """One view an image, and how far away is what its pixels show."""
+
+    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalised with the DataModule's mean and std
+    depth: Annotated[Tensor, Field("B H W", torch.float32, exact=True)]  # metres along the camera's axis, 0 if unknown
+    valid: Annotated[Tensor, Field("B H W", torch.bool)]  # where the depth is known, and in range
+    label: Annotated[Tensor, Field("B", torch.int64)]  # class of the image, -1 where the source has none
+    index: Annotated[Tensor, Field("B", torch.int64)]  # position in the source
+    replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
+
+
+class DetectionBatch(TypedDict):
+    """One view an image, filled up to one size at the right and at the bottom, and the things that are seen in it."""
+
+    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalised with the DataModule's mean and std
+    size: Annotated[Tensor, Field("B 2", torch.int64)]  # rows and columns of the picture; what lies beyond is filling
+    original_size: Annotated[Tensor, Field("B 2", torch.int64)]  # those of the source's picture
+    boxes: Annotated[list[Tensor], Field("T 4", torch.float32, exact=True)]  # x0 y0 x1 y1 in pixels of the view
+    box_labels: Annotated[list[Tensor], Field("T", torch.int64)]  # class of each thing
+    masks: NotRequired[Annotated[list[Tensor], Field("T H W", torch.bool)]]  # what is seen of each thing
+    label: Annotated[Tensor, Field("B", torch.int64)]  # class of the image, -1 where the source has none
+    index: Annotated[Tensor, Field("B", torch.int64)]  # position in the source
+    replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
+
+
 class BatchError(ValueError):
     """A batch is not what its type says; the message names the field."""
 
@@ -68,6 +113,8 @@ def validate(batch: Any, kind: type, floats: torch.dtype = torch.float32) -> Non
     if not isinstance(batch, dict):
         raise BatchError(f"a batch must be a dict as {kind.__name__} says, not {type(batch).__name__}")
     sizes: dict[str, int] = {}
+    own: dict[int, dict[str, int]] = defaultdict(dict)  # sizes that each image has for itself
+    ragged: list[tuple[str, Field]] = []
     for name, hint in get_type_hints(kind, include_extras=True).items():
         if get_origin(hint) is NotRequired:
             if name not in batch:
@@ -76,21 +123,32 @@ def validate(batch: Any, kind: type, floats: torch.dtype = torch.float32) -> Non
         if name not in batch:
             raise BatchError(f"{kind.__name__} needs the field '{name}'; the batch has {', '.join(sorted(batch))}")
         for field in getattr(hint, "__metadata__", ()):
-            expected = floats if field.dtype == torch.float32 else field.dtype
-            _check(name, batch[name], field._replace(dtype=expected), sizes)
+            expected = floats if field.dtype == torch.float32 and not field.exact else field.dtype
+            if get_origin(get_args(hint)[0]) is list:
+                ragged.append((name, field._replace(dtype=expected)))
+            else:
+                _check(name, batch[name], field._replace(dtype=expected), sizes)
+    for name, field in ragged:  # after all that say how many images there are, and how large
+        values = batch[name]
+        if not isinstance(values, list) or len(values) != sizes["B"]:
+            got = f"{len(values)}" if isinstance(values, list) else type(values).__name__
+            raise BatchError(f"batch['{name}'] must be a list of {sizes['B']} tensors, one an image; got {got}")
+        for image, value in enumerate(values):
+            _check(f"{name}'][{image}", value, field, ChainMap(own[image], sizes), quote="")
 
 
-def _check(name: str, value: Any, field: Field, sizes: dict[str, int]) -> None:
+def _check(name: str, value: Any, field: Field, sizes: MutableMapping[str, int], quote: str = "'") -> None:
+    name = f"batch['{name}{quote}]"
     if not isinstance(value, Tensor):
-        raise BatchError(f"batch['{name}'] must be a tensor, not {type(value).__name__}")
+        raise BatchError(f"{name} must be a tensor, not {type(value).__name__}")
     if value.dtype != field.dtype:
-        raise BatchError(f"batch['{name}'] must be {field.dtype}, not {value.dtype}")
+        raise BatchError(f"{name} must be {field.dtype}, not {value.dtype}")
     axes = field.shape.split()
     if value.ndim != len(axes):
-        raise BatchError(f"batch['{name}'] must have the axes [{', '.join(axes)}], got {list(value.shape)}")
+        raise BatchError(f"{name} must have the axes [{', '.join(axes)}], got {list(value.shape)}")
     for axis, size in zip(axes, value.shape, strict=True):
         expected = int(axis) if axis.isdigit() else sizes.setdefault(axis, size)
         if size != expected:
-            raise BatchError(f"batch['{name}'] has {axis} = {size} where {expected} is expected: {list(value.shape)}")
+            raise BatchError(f"{name} has {axis} = {size} where {expected} is expected: {list(value.shape)}")
     if value.is_floating_point() and not torch.isfinite(value).all():
-        raise BatchError(f"batch['{name}'] holds NaN or infinite values")
+        raise BatchError(f"{name} holds NaN or infinite values")

@@ -67,7 +67,7 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
         epochs = [draw.epoch for draw in draws]
         numbers = uniform(self.seed, epochs, positions, self.view.draws)
         choices = uniform(fold(self.seed, 1), epochs, positions, 1)[:, 0]
-        images = getattr(self.source, "images", None)
+        images = self.pictures()
         if images is not None:
             labels = list(self.source.labels[positions])  # type: ignore[attr-defined]
             fields = self.view.decoded(torch.from_numpy(np.asarray(images[positions])), numbers)
@@ -75,7 +75,7 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
             besides = [self.beside(*each) for each in zip(positions, choices.tolist(), strict=True)]
         else:
             rows, labels, used, besides = self._rows(positions, numbers, choices)
-            fields = stack(rows) if isinstance(rows, list) else rows
+            fields = self.stacked(rows) if isinstance(rows, list) else rows
         replaced = torch.tensor([mine != asked for mine, asked in zip(used, positions, strict=True)], dtype=torch.bool)
         return {
             **fields,
@@ -84,6 +84,23 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
             "index": torch.tensor(positions, dtype=torch.int64),
             "replaced": replaced,
         }
+
+    def pictures(self) -> np.ndarray | None:
+        """All pictures of the source, uint8 [N, 3, H, W], where it has them whole: they are then viewed at once."""
+        return getattr(self.source, "images", None)
+
+    def viewed(self, sample: Sample, numbers: np.ndarray) -> dict[str, Tensor] | None:
+        """The sample's row of the batch; None where its picture is decoded already and waits for the others.
+
+        Raises:
+            BadSample: it cannot be read.
+        """
+        image = sample["image"]
+        return None if isinstance(image, Tensor) else self.view.encoded(image, numbers)
+
+    def stacked(self, rows: list[dict[str, Tensor]]) -> dict[str, Any]:
+        """The batch of the rows."""
+        return stack(rows)
 
     def beside(self, position: int, choice: float) -> Any:
         """What a sample has besides its picture.
@@ -133,9 +150,7 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
             try:
                 beside = self.beside(candidate, choice)
                 sample = self.source[candidate]
-                image = sample["image"]
-                view = None if isinstance(image, Tensor) else self.view.encoded(image, numbers)
-                return sample, view, beside, candidate
+                return sample, self.viewed(sample, numbers), beside, candidate
             except BadSample as problem:
                 self._report(candidate, problem)
                 candidate = fold(self.seed, position, attempt) % len(self.source)

@@ -1,4 +1,4 @@
-"""Rendered pictures on disk: built once, shared by every process, never half there."""
+"""Rendered pictures, and what is true of them, on disk: built once, shared by every process, never half there."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ _CHUNK = 256  # pictures a worker renders before it reports
 _SMALL = 512  # so few are rendered here: starting workers would take longer
 
 
+class Array(NamedTuple):
+    """A part of one sample."""
+
+    dtype: type
+    shape: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class Rendered(ABC):
     """What a cache holds: samples 0 … count - 1 of one seed of one world. It is sent to the processes that render."""
@@ -46,12 +53,12 @@ class Rendered(ABC):
 
     @property
     @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """Of the pictures of one sample."""
+    def arrays(self) -> dict[str, Array]:
+        """What there is of one sample, by the name of the array that holds it of all."""
 
     @abstractmethod
-    def render(self, index: int) -> tuple[np.ndarray, int]:
-        """Sample ``index``: uint8 of ``shape``, and its label."""
+    def render(self, index: int) -> tuple[Any, ...]:
+        """Sample ``index``: a value for each of ``arrays``, in their order."""
 
     def description(self) -> dict[str, object]:
         """Everything that decides a picture, the generator's version too, as plain values; equal descriptions mean
@@ -69,12 +76,58 @@ class Recipe(Rendered):
         return f"scenes-{self.resolution}px-{self.count}"
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (3, self.resolution, self.resolution)
+    def arrays(self) -> dict[str, Array]:
+        return pictures((3, self.resolution, self.resolution))
 
     def render(self, index: int) -> tuple[np.ndarray, int]:
         scene = self.world.scene(self.seed, index)
         return render.image(scene, self.resolution), render.label(scene, self.world.kinds)
+
+
+@dataclass(frozen=True)
+class Things(Rendered):
+    """Which thing of an `ObjectsWorld` each pixel shows, and of which kind each thing is."""
+
+    @property
+    def name(self) -> str:
+        return f"things-{self.resolution}px-{self.count}"
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        most = 1 + self.world.others[1]
+        return {
+            "things": Array(np.uint8, (self.resolution, self.resolution)),  # 0 the backdrop, 1 + position of a thing
+            "kinds": Array(np.int16, (most,)),  # -1 where there are fewer things
+        }
+
+    def render(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        scene = self.world.scene(self.seed, index)
+        masks = render.instance_masks(scene, self.resolution)
+        things = (masks * np.arange(1, 1 + len(masks), dtype=np.uint8)[:, None, None]).sum(axis=0, dtype=np.uint8)
+        kinds = np.full(self.arrays["kinds"].shape, -1, np.int16)
+        kinds[: len(masks)] = render.box_labels(scene, self.world.kinds)
+        return things, kinds
+
+
+@dataclass(frozen=True)
+class Depths(Rendered):
+    """How far away is what each pixel of an `ObjectsWorld` shows."""
+
+    @property
+    def name(self) -> str:
+        return f"depths-{self.resolution}px-{self.count}"
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        return {"depth": Array(np.float32, (self.resolution, self.resolution))}
+
+    def render(self, index: int) -> tuple[np.ndarray]:
+        return (render.depth(self.world.scene(self.seed, index), self.resolution),)
+
+
+def pictures(shape: tuple[int, ...]) -> dict[str, Array]:
+    """The arrays of a cache of pictures of that shape and their labels, see `Cached`."""
+    return {"images": Array(np.uint8, shape), "labels": Array(np.int64)}
 
 
 def _plain(value: Any) -> Any:
@@ -90,7 +143,7 @@ def _plain(value: Any) -> Any:
 
 
 class Cached(NamedTuple):
-    """The arrays of a cache, read-only and mapped: the pages are shared between processes."""
+    """The arrays of a cache of pictures, read-only and mapped: the pages are shared between processes."""
 
     images: np.ndarray  # uint8 [N, 3, H, W], or [N, T, 3, H, W] of films
     labels: np.ndarray  # int64 [N]
@@ -112,7 +165,12 @@ def folder_of(recipe: Rendered, cache_dir: str | Path) -> Path:
 
 
 def open_or_build(recipe: Rendered, cache_dir: str | Path, *, processes: int | None = None) -> Cached:
-    """The recipe's pictures, rendered first if they are not there yet.
+    """The recipe's pictures and labels; see `mapped`."""
+    return Cached(**mapped(recipe, cache_dir, processes=processes))
+
+
+def mapped(recipe: Rendered, cache_dir: str | Path, *, processes: int | None = None) -> dict[str, np.ndarray]:
+    """The recipe's arrays [N, ...], rendered first if they are not there yet.
 
     Of several callers one renders and the others wait. The folder takes its name only when it is complete, so a build
     that dies leaves nothing that could be mistaken for a cache; its remains are swept away by the next build.
@@ -123,18 +181,16 @@ def open_or_build(recipe: Rendered, cache_dir: str | Path, *, processes: int | N
         with FileLock(folder.with_name(folder.name + ".lock")):
             if not folder.is_dir():
                 _build(recipe, folder, processes or _cores())
-    images = np.load(folder / "images.npy", mmap_mode="r")
-    labels = np.load(folder / "labels.npy", mmap_mode="r")
-    return Cached(images, labels)
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in recipe.arrays}
 
 
 def _build(recipe: Rendered, folder: Path, processes: int) -> None:
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    shape = (recipe.count, *recipe.shape)
-    np.lib.format.open_memmap(unfinished / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
-    np.lib.format.open_memmap(unfinished / "labels.npy", mode="w+", dtype=np.int64, shape=shape[:1])
+    for name, array in recipe.arrays.items():
+        shape = (recipe.count, *array.shape)
+        np.lib.format.open_memmap(unfinished / f"{name}.npy", mode="w+", dtype=array.dtype, shape=shape)
     log.info("rendering %d samples of %s", recipe.count, folder)
     done, tenth = 0, 0
     for rendered in _render_all(recipe, unfinished, processes):
@@ -190,15 +246,15 @@ def _start(recipe: Rendered, folder: Path, rank: int, world_size: int, reports: 
 
 def _render_share(recipe: Rendered, folder: Path, rank: int, world_size: int) -> Iterator[int]:
     """Render every ``world_size``-th chunk, from the ``rank``-th on, into the arrays of ``folder``."""
-    images = np.lib.format.open_memmap(folder / "images.npy", mode="r+")
-    labels = np.lib.format.open_memmap(folder / "labels.npy", mode="r+")
+    arrays = [np.lib.format.open_memmap(folder / f"{name}.npy", mode="r+") for name in recipe.arrays]
     for start in range(rank * _CHUNK, recipe.count, world_size * _CHUNK):
         stop = min(start + _CHUNK, recipe.count)
         for index in range(start, stop):
-            images[index], labels[index] = recipe.render(index)
+            for array, value in zip(arrays, recipe.render(index), strict=True):
+                array[index] = value
         yield stop - start
-    images.flush()
-    labels.flush()
+    for array in arrays:
+        array.flush()
 
 
 def _cores() -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from src.datamodules.scenes import render
-from src.datamodules.scenes.cache import Rendered, open_or_build
+from src.datamodules.scenes.cache import Array, Rendered, open_or_build, pictures
 from src.datamodules.scenes.motion import Film, MovingWorld
 from src.datamodules.scenes.source import SPLITS
 from src.datamodules.sources.source import Sample, Split
@@ -57,8 +57,8 @@ class Films(Rendered):
         return f"films-{self.resolution}px-{self.count}"
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.frames, 3, self.resolution, self.resolution)
+    def arrays(self) -> dict[str, Array]:
+        return pictures((self.frames, 3, self.resolution, self.resolution))
 
     def render(self, index: int) -> tuple[np.ndarray, int]:
         film = self.world.film(self.seed, index)

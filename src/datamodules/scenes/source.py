@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from src.datamodules.scenes import captions, render
-from src.datamodules.scenes.cache import Recipe, open_or_build
+from src.datamodules.scenes.cache import Depths, Recipe, Things, mapped, open_or_build
 from src.datamodules.scenes.scene import Scene
 from src.datamodules.scenes.world import Combinations, ObjectsWorld
 from src.datamodules.sources.source import Grounding, Mistaken, Prompts, Sample, Split
@@ -32,7 +32,8 @@ PROMPTS = Prompts(
     single="a photo of a {}",
 )
 _ATTEMPTS = 64  # every other one succeeds
-FIELDS = ("labels", "boxes", "box_labels", "instance_masks", "depth")
+FIELDS = ("labels", "boxes", "box_labels", "instance_masks", "segmentation", "depth")
+_OF_THINGS = ("boxes", "box_labels", "instance_masks", "segmentation")
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,11 @@ class ScenesSource:
     - ``boxes`` float32 [T, 4]: x0 y0 x1 y1 in pixels around the visible part, zeros where nothing is seen
     - ``box_labels`` int64 [T]: kind of each thing
     - ``instance_masks`` bool [T, H, W]: visible part, disjoint
+    - ``segmentation`` uint8 [H, W]: 0 for the backdrop, 1 + kind for a thing, as ``mask_classes`` names them
     - ``depth`` float32 [H, W]: metres along the camera's axis
 
     With ``cache_dir`` the pictures and labels are rendered once into memory-mapped arrays, then also found whole in
-    ``images`` (uint8 [N, 3, H, W]) and ``labels`` (int64 [N]); the other fields are rendered when asked for.
+    ``images`` (uint8 [N, 3, H, W]) and ``labels`` (int64 [N]), and so are the ``fields``, but for ``labels``.
 
     ``combinations`` (one, or one a split) are the world's: ``{train: seen, val: unseen, test: unseen}`` asks whether
     what was learned of kinds and of colours holds where they meet for the first time.
@@ -135,6 +137,7 @@ class ScenesSource:
             self.world = replace(self.world, combinations=shown)
         self.texts = texts or SceneTexts()
         self.classes: tuple[str, ...] = tuple(kind.name for kind in self.world.kinds)
+        self.mask_classes: tuple[str, ...] = ("backdrop", *self.classes)
         self._scene_seed = fold(seed, SPLITS.index(split))
         self.cache_dir = cache_dir
         self._open()
@@ -148,15 +151,14 @@ class ScenesSource:
             IndexError: ``index`` is not in [0, len).
         """
         self._check(index)
-        scene = self.scene(index) if self.images is None or self.fields else None
         if self.images is not None and self.labels is not None:
             image, label = np.array(self.images[index]), int(self.labels[index])
         else:
-            assert scene is not None
+            scene = self.scene(index)
             image, label = render.image(scene, self.resolution), render.label(scene, self.world.kinds)
         sample: Sample = {"image": torch.from_numpy(image), "label": label}
-        if scene is not None and self.fields:
-            sample["fields"] = self._fields(scene)
+        if self.fields:
+            sample["fields"] = self._fields(index)
         return sample
 
     def name(self, index: int) -> str:
@@ -172,10 +174,9 @@ class ScenesSource:
     def segmentation(self, index: int) -> torch.Tensor:
         """What each pixel shows: uint8 [H, W], 0 for the backdrop, 1 + kind for a thing. Rendered when asked for,
         whatever ``fields`` says."""
-        scene = self.scene(index)
-        masks = render.instance_masks(scene, self.resolution)
-        kinds = 1 + render.box_labels(scene, self.world.kinds)
-        return torch.from_numpy((masks * kinds[:, None, None]).sum(axis=0).astype(np.uint8))
+        self._check(index)
+        things, kinds = self._things(index)
+        return torch.from_numpy(_classes(things, kinds))
 
     def caption(self, index: int, choice: float) -> str:
         """One of the ways of describing scene ``index``, in the style that was asked for."""
@@ -253,7 +254,7 @@ class ScenesSource:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the mapped arrays: a pickled one would be a copy of all pictures."""
-        return self.__dict__ | {"images": None, "labels": None}
+        return self.__dict__ | {"images": None, "labels": None, "_truths": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -261,29 +262,49 @@ class ScenesSource:
 
     def _open(self) -> None:
         self.images = self.labels = None
+        self._truths: dict[str, np.ndarray] = {}
         if self.cache_dir is not None:
-            recipe = Recipe(self.world, self._scene_seed, self.count, self.resolution)
-            self.images, self.labels = open_or_build(recipe, self.cache_dir)
+            of_these = (self.world, self._scene_seed, self.count, self.resolution)
+            self.images, self.labels = open_or_build(Recipe(*of_these), self.cache_dir)
+            if any(field in _OF_THINGS for field in self.fields):
+                self._truths |= mapped(Things(*of_these), self.cache_dir)
+            if "depth" in self.fields:
+                self._truths |= mapped(Depths(*of_these), self.cache_dir)
 
-    def _fields(self, scene: Scene) -> dict[str, torch.Tensor]:
-        kinds, found = self.world.kinds, {}
-        masks = None
-        if "boxes" in self.fields or "instance_masks" in self.fields:
-            masks = render.instance_masks(scene, self.resolution)
-        for field in self.fields:
-            if field == "labels":
-                found[field] = torch.from_numpy(render.labels(scene, kinds))
-            elif field == "box_labels":
-                found[field] = torch.from_numpy(render.box_labels(scene, kinds))
-            elif field == "depth":
-                found[field] = torch.from_numpy(render.depth(scene, self.resolution))
-            elif masks is not None:
-                found[field] = torch.from_numpy(masks if field == "instance_masks" else render.boxes_of(masks))
-        return found
+    def _fields(self, index: int) -> dict[str, torch.Tensor]:
+        found: dict[str, np.ndarray] = {}
+        if any(field in _OF_THINGS for field in self.fields):
+            things, kinds = self._things(index)
+            masks = things == np.arange(1, 1 + len(kinds))[:, None, None]
+            found["instance_masks"], found["box_labels"] = masks, kinds
+            if "boxes" in self.fields:
+                found["boxes"] = render.boxes_of(masks)
+            if "segmentation" in self.fields:
+                found["segmentation"] = _classes(things, kinds)
+        if "depth" in self.fields:
+            kept = self._truths.get("depth")
+            depth = render.depth(self.scene(index), self.resolution) if kept is None else np.array(kept[index])
+            found["depth"] = depth
+        if "labels" in self.fields:
+            found["labels"] = render.labels(self.scene(index), self.world.kinds)
+        return {field: torch.from_numpy(found[field]) for field in self.fields}
+
+    def _things(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which thing each pixel shows, uint8 [H, W], 0 for the backdrop, and the kinds of the things, int64 [T]."""
+        if "things" in self._truths:
+            things, kinds = self._truths["things"][index], self._truths["kinds"][index]
+        else:
+            things, kinds = Things(self.world, self._scene_seed, self.count, self.resolution).render(index)
+        return np.array(things), kinds[kinds >= 0].astype(np.int64)
 
     def _check(self, index: int) -> None:
         if not 0 <= index < self.count:
             raise IndexError(f"scene {index} of {self.count}")
+
+
+def _classes(things: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """What each pixel shows, of which thing it shows: uint8 [H, W]."""
+    return np.concatenate([[0], 1 + kinds]).astype(np.uint8)[things]
 
 
 def _words(text: str) -> list[str]:

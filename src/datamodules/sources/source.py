@@ -11,6 +11,7 @@ from src.datamodules.decoding import BadSample, DataError, EncodedImage
 from src.datamodules.footage import Footage
 
 __all__ = [
+    "AnnotatedSource",
     "BadSample",
     "CaptionedSource",
     "DataError",
@@ -53,6 +54,16 @@ class ImageSource(Protocol):
     def name(self, index: int) -> str:
         """What a person calls the sample: its path, or key."""
         ...
+
+
+@runtime_checkable
+class AnnotatedSource(ImageSource, Protocol):
+    """A source whose samples carry ``fields``. Of the same names in all sources are ``segmentation`` (uint8 [H, W],
+    class of each pixel, 255 where it counts for nothing), ``depth`` (float32 [H, W], metres, 0 or NaN where it is not
+    known), ``boxes`` (float32 [T, 4], x0 y0 x1 y1 in pixels), ``box_labels`` (int64 [T]) and ``instance_masks`` (bool
+    [T, H, W]). What the classes of ``segmentation`` are called is in an attribute ``mask_classes``."""
+
+    fields: Sequence[str]
 
 
 @runtime_checkable
