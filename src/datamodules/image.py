@@ -174,7 +174,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         """uint8 pictures become normalised float32, or what the trainer's precision computes in, on the device."""
-        batch = {name: self._normalise(value) if value.dtype == torch.uint8 else value for name, value in batch.items()}
+        batch = {name: self.normalise(value) if value.dtype == torch.uint8 else value for name, value in batch.items()}
         trainer: Any = self.trainer
         return batch if trainer is None else trainer.precision_plugin.convert_input(batch)
 
@@ -182,7 +182,8 @@ class ImageDataModule(L.LightningDataModule):
         """[..., 3, H, W] back to values in [0, 1], for pictures."""
         return (image * self.std.to(image) + self.mean.to(image)).clamp(0, 1)
 
-    def _normalise(self, image: Tensor) -> Tensor:
+    def normalise(self, image: Tensor) -> Tensor:
+        """uint8 [..., 3, H, W] as methods see it: float32."""
         return (image.to(torch.float32) / 255 - self.mean.to(image.device)) / self.std.to(image.device)
 
     def _dataset(self, source: ImageSource, view: View, limit: int | None) -> ViewedDataset:

@@ -138,6 +138,15 @@ def layer_rules(backbone: nn.Module, decay: float, prefix: str = "") -> list[Rul
     return rules
 
 
+def layer_rules_below(backbone: nn.Module, decay: float, prefix: str = "") -> list[Rule]:
+    """As `layer_rules`, for a backbone that a head stands on which is no part of it: the head is the layer with factor
+    1, and the last layer of the backbone that learns has ``decay``."""
+    rules = layer_rules(backbone, decay, prefix=prefix)
+    learning = [(prefix + name, each) for name, each in backbone.named_parameters() if each.requires_grad]
+    top = max(rule.lr_multiplier for rule in rules if any(rule.matches(*each) for each in learning))
+    return [replace(rule, lr_multiplier=rule.lr_multiplier * decay / top) for rule in rules]
+
+
 def _exactly(names: list[str], prefix: str) -> str:
     return f"^{re.escape(prefix)}(?:{'|'.join(map(re.escape, names))})$"
 

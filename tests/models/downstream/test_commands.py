@@ -76,3 +76,19 @@ def test_the_linear_protocol_runs_on_a_runs_encoder_and_keeps_it(tmp_path, pretr
 def test_a_wrong_checkpoint_is_said_before_anything_starts(tmp_path):
     with pytest.raises(UserError, match=r"in model.backbone: no weights at .*nowhere"):
         train.main([*FINETUNE, "checkpoint=nowhere", f"paths.runs={tmp_path}", "run.name=none"])
+
+
+def test_patches_of_a_runs_encoder_are_judged_by_the_classes_of_their_pixels(tmp_path, pretrained, monkeypatch):
+    monkeypatch.setenv("PRETEXT_RUN_DIR", "")
+    words = ["experiment=segmentation_linear_vitb", "scale=tiny", *KEPT, "callbacks.progress=null"]
+    words += ["trainer.max_epochs=1", "data.eval_batch_size=8", "callbacks.pictures.count=2"]
+    assert train.main([*words, f"checkpoint={pretrained}", f"paths.runs={tmp_path}", "run.name=dense"]) == 0
+    run_of = runs.Run(tmp_path / "segmentation_linear_vitb" / "dense")
+    assert 0 <= run_of.metrics()["train"]["eval/miou"] <= run_of.metrics()["train"]["eval/pixel_accuracy"] <= 1
+    ours = torch.load(run_of.last, weights_only=True)
+    source = torch.load(runs.find(pretrained).checkpoint(), weights_only=True)
+    assert ours["classes"][0] == "backdrop"
+    assert ours["encoders"] == {"encoder": "features.backbone."}
+    shared = [name for name in source["state_dict"] if name.startswith("backbone.")]
+    assert len(shared) > 20
+    assert all(torch.equal(ours["state_dict"][f"features.{name}"], source["state_dict"][name]) for name in shared)

@@ -10,7 +10,7 @@ from src.datamodules.batch import BatchError
 from src.datamodules.image import ImageDataModule
 from src.datamodules.views.augment import RandAugmentCrop
 from src.datamodules.views.image import CentreCrop
-from src.models.downstream.finetune import FineTune, layer_rules
+from src.models.downstream.finetune import FineTune, layer_rules, layer_rules_below
 from src.optim import OptimizerRecipe, Rule
 from tests.evaluation.toy import SIZE, Squares
 
@@ -233,3 +233,14 @@ def test_it_learns_pictures_it_has_not_seen():
     )
     trainer.fit(module, datamodule=data)
     assert trainer.callback_metrics["eval/top1"].item() > 0.7  # chance is a third
+
+
+def test_a_head_that_is_no_part_of_the_backbone_is_the_layer_above():
+    """BEiT's layers under a dense head: 0 (tokens, patches), a block each, and the head, whose factor is 1."""
+    names = {"pos_embed": 0.0625, "blocks.0.attn.qkv.weight": 0.125, "blocks.2.mlp.fc2.weight": 0.5}
+    for pool in ("token", "avg"):  # with a norm that belongs to the last block, or one of its own that does not learn
+        backbone = vit(global_pool=pool)
+        (backbone.norm if pool == "token" else backbone.fc_norm).requires_grad_(False)
+        groups = recipe().build(backbone, layer_rules_below(backbone, 0.5)).param_groups
+        found = {name: group["lr_multiplier"] for group in groups for name in group["names"]}
+        assert {name: found[name] for name in names} == names

@@ -1,0 +1,250 @@
+"""Pictures in files with their masks or depths in other files beside them."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from src.datamodules.batch import IGNORED
+from src.datamodules.decoding import FORMATS, MAX_PIXELS, BadSample, DataError, EncodedImage
+from src.datamodules.sources.image_folder import EXTENSIONS
+from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.splits import PackedNames
+from src.errors import SettingError
+
+_INDEXED = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # Pillow's modes of one number a pixel
+
+
+class PairedFiles(ABC):
+    """Pictures, each with one file of ground truth. No labels.
+
+    Args:
+        split: "train", "val" or "test".
+        root: the folder that holds everything.
+        images: by split the folder of the pictures below ``root``, or a list: a text file with a picture and its ground
+            truth in every line, paths below ``root``.
+        truths: by split the folder of the ground truth; the file has the picture's name with another extension. Not
+            needed where ``images`` are lists.
+        key: what ``truths`` are called in messages.
+        extensions: that a ground truth may have, the first that is there counts.
+
+    Raises:
+        DataError: a folder or list is missing or empty, or there is none for ``split``.
+    """
+
+    classes: Sequence[str] = ()
+    fields: tuple[str, ...]
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        root: str | Path,
+        images: Mapping[Split, str],
+        truths: Mapping[Split, str] | None,
+        key: str,
+        extensions: Sequence[str],
+    ) -> None:
+        self.root = Path(root).expanduser()
+        if not images.get(split):
+            raise DataError(f"data.source.images has nothing for the split '{split}', only {', '.join(images)}")
+        place = self.root / images[split]
+        if place.is_file():
+            pairs = _listed(place)
+        else:
+            if truths is None or not truths.get(split):
+                raise DataError(f"data.source.{key} has nothing for the split '{split}'; {place} is no list of pairs")
+            pairs = _in_folders(self.root, images[split], truths[split], extensions, key)
+        if not pairs:
+            raise DataError(f"no pictures in {place}")
+        self._images = PackedNames(image for image, _ in pairs)
+        self._truths = PackedNames(truth for _, truth in pairs)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Sample:
+        image = EncodedImage(self.name(index))
+        path = self.root / self._truths[index]
+        if not path.is_file():
+            raise BadSample(f"its {self.fields[0]} {path} does not exist")
+        value = self.read(path)
+        if tuple(value.shape) != image.size:
+            raise BadSample(
+                f"its {self.fields[0]} has {value.shape[0]}x{value.shape[1]} pixels, the picture "
+                f"{image.size[0]}x{image.size[1]}"
+            )
+        return {"image": image, "label": -1, "fields": {self.fields[0]: value}}
+
+    def name(self, index: int) -> str:
+        return os.path.join(self.root, self._images[index])
+
+    @abstractmethod
+    def read(self, path: Path) -> Tensor:
+        """The ground truth in a file: [H, W]. Raises BadSample."""
+
+
+class SegmentationFiles(PairedFiles):
+    """Pictures with masks whose pixels are the numbers of classes: PNGs of one channel, or with a palette.
+
+    The layout of ADE20K's challenge is what stands in for ``images`` and ``masks`` if nothing is said.
+
+    Args:
+        split, root, images: see `PairedFiles`.
+        masks: by split the folder of the masks.
+        classes: how many there are, or their names.
+        shift: what is subtracted from every number; 1 where, as in ADE20K, 0 is "no class" and classes begin with 1.
+        ignored: numbers in the file, before the shift, that count for nothing. 255 always does.
+
+    Raises:
+        DataError: see `PairedFiles`.
+        SettingError: fewer than 2 or more than 255 classes.
+    """
+
+    fields = ("segmentation",)
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        root: str | Path,
+        classes: int | Sequence[str],
+        images: Mapping[Split, str] | None = None,
+        masks: Mapping[Split, str] | None = None,
+        shift: int = 0,
+        ignored: Sequence[int] = (),
+    ) -> None:
+        super().__init__(
+            split,
+            root=root,
+            images=images or {"train": "images/training", "val": "images/validation"},
+            truths=masks or {"train": "annotations/training", "val": "annotations/validation"},
+            key="masks",
+            extensions=(".png",),
+        )
+        names = [f"class {number}" for number in range(classes)] if isinstance(classes, int) else list(classes)
+        if not 2 <= len(names) <= IGNORED:
+            raise SettingError(f"data.source.classes: 2 to {IGNORED} classes can be told apart, got {len(names)}")
+        self.mask_classes = names
+        self.shift = shift
+        self.ignored = np.array([*ignored, IGNORED])
+
+    def read(self, path: Path) -> Tensor:
+        numbers = _indices(path).astype(np.int64)
+        counts = ~np.isin(numbers, self.ignored)
+        classes = numbers - self.shift
+        wrong = counts & ((classes < 0) | (classes >= len(self.mask_classes)))
+        if wrong.any():
+            raise BadSample(
+                f"the mask {path} holds {numbers[wrong][0]}, which is none of {len(self.mask_classes)} classes after "
+                f"the shift by {self.shift} (data.source.classes, shift, ignored)"
+            )
+        return torch.from_numpy(np.where(counts, classes, IGNORED).astype(np.uint8))
+
+
+class DepthFiles(PairedFiles):
+    """Pictures with depths: PNGs of 16 bits, or arrays of NumPy (``.npy``) in metres. 0, what is negative and what is
+    not finite is not known.
+
+    Args:
+        split, root, images: see `PairedFiles`.
+        depths: by split the folder of the depths.
+        unit: metres that 1 in a PNG stands for: 0.001 for millimetres, 1 / 256 in KITTI.
+        judged: of validation and test pictures the part that counts: first row, one past the last, first column, one
+            past the last. [45, 471, 41, 601] is what NYU Depth v2 is judged on since Eigen et al. (2014). None for all.
+
+    Raises:
+        DataError: see `PairedFiles`.
+        SettingError: a unit that is not above 0.
+    """
+
+    fields = ("depth",)
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        root: str | Path,
+        images: Mapping[Split, str],
+        depths: Mapping[Split, str] | None = None,
+        unit: float = 0.001,
+        judged: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(split, root=root, images=images, truths=depths, key="depths", extensions=(".png", ".npy"))
+        if unit <= 0 or (judged is not None and len(judged) != 4):
+            raise SettingError(
+                f"data.source.unit must be above 0 and data.source.judged four numbers; got {unit} and {judged}"
+            )
+        self.unit = unit
+        self.judged = None if split == "train" or judged is None else tuple(judged)
+
+    def read(self, path: Path) -> Tensor:
+        depth = _array(path) if path.suffix == ".npy" else _indices(path).astype(np.float32) * np.float32(self.unit)
+        known = np.isfinite(depth) & (depth > 0)
+        if self.judged is not None:
+            top, bottom, left, right = self.judged
+            within = np.zeros_like(known)
+            within[top:bottom, left:right] = True
+            known &= within
+        if not known.any():
+            raise BadSample(f"nothing is known in {path}")
+        return torch.from_numpy(np.where(known, depth, 0).astype(np.float32))
+
+
+def _listed(place: Path) -> list[tuple[str, str]]:
+    pairs = []
+    for number, line in enumerate(place.read_text(encoding="utf-8").splitlines(), start=1):
+        words = line.split()
+        if not words:
+            continue
+        if len(words) < 2:
+            raise DataError(f"{place}, line {number}: a picture and its ground truth are expected, got '{line}'")
+        # absolute in form only, as in the lists of BTS: "/study/rgb_00001.jpg /study/depth_00001.png"
+        pairs.append((words[0].lstrip("/"), words[1].lstrip("/")))
+    return pairs
+
+
+def _in_folders(root: Path, images: str, truths: str, extensions: Sequence[str], key: str) -> list[tuple[str, str]]:
+    for name, folder in (("images", root / images), (key, root / truths)):
+        if not folder.is_dir():
+            raise DataError(f"data.source.{name}: the folder {folder} does not exist")
+    found = []
+    for path in sorted((root / images).rglob("*")):
+        if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
+            beside = Path(truths) / path.relative_to(root / images)
+            there = [beside.with_suffix(each) for each in extensions if (root / beside.with_suffix(each)).is_file()]
+            truth = there[0] if there else beside.with_suffix(extensions[0])
+            found.append((path.relative_to(root).as_posix(), truth.as_posix()))
+    return found
+
+
+def _indices(path: Path) -> np.ndarray:
+    """A picture whose pixels are numbers, as they are in the file: [H, W]."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadSample(f"{path}: more pixels than {MAX_PIXELS}")
+            if image.mode not in _INDEXED:
+                raise BadSample(f"{path} has colours ('{image.mode}'), not one number a pixel")
+            return np.asarray(image)
+    except BadSample:
+        raise
+    except Exception as error:  # whatever Pillow's decoders answer to damage with
+        raise BadSample(f"{path} cannot be decoded: {error or type(error).__name__}") from error
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise BadSample(f"{path} cannot be read: {error}") from error
+    if values.ndim != 2 or values.dtype.kind not in "fiu":
+        raise BadSample(f"{path} holds {values.dtype} {list(values.shape)}, not numbers [H, W]")
+    return values

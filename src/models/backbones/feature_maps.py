@@ -1,0 +1,116 @@
+"""What a dense head reads: maps of any encoder, several of them, with their widths and strides."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src.errors import SettingError
+from src.models.backbones.positions import any_size
+
+_FINEST = 4  # stride: what is finer than this no head reads
+
+
+class FeatureMaps(nn.Module):
+    """A timm backbone seen through its maps, from the finest to the coarsest or from the first block to the last.
+
+    A ConvNet (or any network with stages) gives its pyramid, the maps of stride 4 and more. A ViT gives what comes out
+    of ``count`` blocks in even steps, the last one among them, all at the stride of its patches. Pictures may be of any
+    size, of whole patches where there are patches. What of the backbone no map depends on takes no gradient.
+
+    Args:
+        backbone: a timm model with ``forward_intermediates``.
+        count: maps, at most.
+        blocks: of a ViT, which of its blocks instead, from 0: [3, 5, 7, 11] in BEiT and MAE.
+        norm: the maps of a ViT go through its final norm.
+        frozen: no gradient, and always in evaluation mode.
+
+    Attributes:
+        channels: width of each map.
+        strides: pixels of the picture a position of each map stands for.
+
+    Raises:
+        SettingError: the backbone gives no maps, or has no such blocks.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        count: int = 4,
+        blocks: Sequence[int] | None = None,
+        norm: bool = False,
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        info: Any = getattr(backbone, "feature_info", None)
+        if not info or not hasattr(backbone, "forward_intermediates"):
+            raise SettingError(f"backbone.model_name: {type(backbone).__name__} gives no maps for a dense head")
+        if count < 1:
+            raise SettingError(f"a dense head reads at least one map, got count={count}")
+        strides = [int(each["reduction"]) for each in info]
+        self.indices = _of_stages(strides, count, blocks) if len(set(strides)) > 1 else _of_blocks(info, count, blocks)
+        self.channels = tuple(int(info[index]["num_chs"]) for index in self.indices)
+        self.strides = tuple(strides[index] for index in self.indices)
+        self.norm = norm
+        self.frozen = frozen
+        self.backbone = any_size(backbone)
+        reached = _reached(backbone, self.indices, norm)
+        for name, parameter in backbone.named_parameters():
+            if frozen or name not in reached:
+                parameter.requires_grad_(False)
+        self.train(self.training)
+
+    @property
+    def flat(self) -> bool:
+        """Whether all maps have one stride, as those of a ViT have."""
+        return len(set(self.strides)) == 1
+
+    def train(self, mode: bool = True) -> FeatureMaps:
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """image [B, 3, H, W], normalised -> maps [B, channels[i], H / strides[i], W / strides[i]]."""
+        return self._intermediates(image)
+
+    def with_class_token(self, image: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """As `forward`, of a ViT, each map with the class token beside it: [B, D]."""
+        return [(each, prefix[:, 0]) for each, prefix in self._intermediates(image, return_prefix_tokens=True)]
+
+    def _intermediates(self, image: Tensor, **options: Any) -> list[Any]:
+        backbone: Any = self.backbone
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return backbone.forward_intermediates(
+                image, indices=list(self.indices), norm=self.norm, stop_early=True, intermediates_only=True, **options
+            )
+
+
+def _of_stages(strides: Sequence[int], count: int, blocks: Sequence[int] | None) -> tuple[int, ...]:
+    if blocks is not None:
+        raise SettingError(f"model.blocks={list(blocks)}: only a ViT has them; a ConvNet's maps are its stages")
+    return tuple(index for index, stride in enumerate(strides) if stride >= _FINEST)[-count:]
+
+
+def _of_blocks(info: Sequence[Any], count: int, blocks: Sequence[int] | None) -> tuple[int, ...]:
+    depth = len(info)
+    if blocks is None:
+        if count > depth:
+            raise SettingError(f"the backbone has {depth} blocks and cannot give {count} maps")
+        return tuple(depth * (number + 1) // count - 1 for number in range(count))
+    if not blocks or list(blocks) != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < depth:
+        raise SettingError(f"model.blocks={list(blocks)}: in rising order, from 0 to {depth - 1}, are there")
+    return tuple(blocks)
+
+
+def _reached(backbone: nn.Module, indices: Sequence[int], norm: bool) -> set[str]:
+    """The names of the parameters that the maps depend on."""
+    pruned: Any = copy.deepcopy(backbone)
+    pruned.prune_intermediate_layers(list(indices), prune_norm=not norm, prune_head=True)
+    return {name for name, _ in pruned.named_parameters()}

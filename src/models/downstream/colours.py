@@ -1,0 +1,44 @@
+"""Predictions and ground truth as pictures."""
+
+from __future__ import annotations
+
+import colorsys
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from src.callbacks.drawing import ramp
+from src.datamodules.batch import IGNORED
+
+_GOLDEN = 0.61803398875  # steps of this around the circle of hues never come back to where they were
+
+
+def of_classes(mask: Tensor) -> Tensor:
+    """A colour a class: int64 [..., H, W] -> uint8 [..., 3, H, W]; the first class is dark, what is ignored white."""
+    return _channels_first(_palette().to(mask.device)[mask])
+
+
+def of_depths(depth: Tensor, nearest: Tensor, farthest: Tensor) -> Tensor:
+    """Light where it is near: [B, H, W], and the limits of each picture's colours [B] -> uint8 [B, 3, H, W]."""
+    low, high = nearest[:, None, None], farthest[:, None, None]
+    share = ((depth.float() - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    return _channels_first(_ramp().to(depth.device)[(share * 255).round().long()])
+
+
+def _channels_first(colours: Tensor) -> Tensor:
+    return colours.movedim(-1, -3).contiguous()
+
+
+@cache
+def _palette() -> Tensor:
+    colours = [(30, 30, 30)]
+    for number in range(1, IGNORED):
+        hue, light = number * _GOLDEN % 1.0, 0.95 - 0.2 * (number % 3)
+        colours.append(tuple(round(255 * each) for each in colorsys.hsv_to_rgb(hue, 0.75, light)))  # type: ignore[arg-type]
+    return torch.tensor([*colours, (255, 255, 255)], dtype=torch.uint8)
+
+
+@cache
+def _ramp() -> Tensor:
+    return torch.tensor([ramp(number / 255) for number in range(256)], dtype=torch.uint8)

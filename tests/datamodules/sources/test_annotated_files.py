@@ -1,0 +1,181 @@
+"""Masks and depths in files: whole, shifted, listed, and all that may be wrong with them."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from src.datamodules.annotated import AnnotatedDataModule
+from src.datamodules.batch import IGNORED, DepthBatch, SegmentationBatch, validate
+from src.datamodules.decoding import BadSample, DataError
+from src.datamodules.sources.annotated_files import DepthFiles, SegmentationFiles
+from src.datamodules.views.joint import DepthView, FilledCrop, RandomRescale, SegmentationView
+from src.errors import SettingError
+
+ADE = {"classes": 3, "shift": 1, "ignored": [0]}
+
+
+def save(path: Path, values: Any, mode: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(np.asarray(values))
+    (picture if mode is None else picture.convert(mode)).save(path)
+
+
+def scene(root: Path, split: str, name: str, mask: Any) -> None:
+    numbers = np.asarray(mask, np.uint8)
+    save(root / "images" / split / f"{name}.png", np.repeat(40 * numbers[..., None], 3, axis=2))
+    save(root / "annotations" / split / f"{name}.png", numbers)
+
+
+@pytest.fixture
+def ade(tmp_path: Path) -> Path:
+    scene(tmp_path, "training", "a", [[0, 1, 2], [3, 3, 1]])
+    scene(tmp_path, "training", "b", np.tile([[1, 2], [2, 3]], (8, 6)))
+    scene(tmp_path, "validation", "c", [[1, 1], [2, 0]])
+    return tmp_path
+
+
+def test_numbers_become_classes_and_what_is_none_counts_for_nothing(ade: Path) -> None:
+    source = SegmentationFiles("train", root=ade, **ADE)
+    assert (len(source), source.name(0), source.classes) == (2, str(ade / "images/training/a.png"), ())
+    assert source.mask_classes == ["class 0", "class 1", "class 2"]
+    sample = source[0]
+    assert sample["label"] == -1
+    assert sample["fields"]["segmentation"].tolist() == [[IGNORED, 0, 1], [2, 2, 0]]
+    assert len(SegmentationFiles("val", root=ade, **ADE)) == 1
+    # without a shift the numbers are the classes, and 255 is still none
+    save(ade / "annotations/training/a.png", np.array([[0, 1, 2], [2, 255, 1]], np.uint8))
+    plain = SegmentationFiles("train", root=ade, classes=["sky", "sea", "land"])
+    assert plain[0]["fields"]["segmentation"].tolist() == [[0, 1, 2], [2, IGNORED, 1]]
+    assert plain.mask_classes == ["sky", "sea", "land"]
+
+
+def test_a_palette_is_read_as_its_numbers(ade: Path) -> None:
+    picture = Image.fromarray(np.array([[1, 2, 3], [3, 2, 1]], np.uint8), "P")
+    picture.putpalette([200, 0, 0] * 256)
+    picture.save(ade / "annotations/training/a.png")
+    source = SegmentationFiles("train", root=ade, **ADE)
+    assert source[0]["fields"]["segmentation"].tolist() == [[0, 1, 2], [2, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda file: file.unlink(), "its segmentation .*a.png does not exist"),
+        (lambda file: file.write_bytes(b"nothing like it"), "cannot be decoded"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-30]), "cannot be decoded"),
+        (lambda file: save(file, np.ones((3, 3), np.uint8)), "its segmentation has 3x3 pixels, the picture 2x3"),
+        (
+            lambda file: save(file, np.full((2, 3), 4, np.uint8)),
+            "holds 4, which is none of 3 classes after the shift by 1",
+        ),
+        (lambda file: save(file, np.ones((2, 3, 3), np.uint8)), r"has colours \('RGB'\), not one number a pixel"),
+    ],
+    ids=["missing", "nonsense", "cut", "size", "class", "colours"],
+)
+def test_a_bad_mask_is_named(ade: Path, spoil: Any, message: str) -> None:
+    spoil(ade / "annotations/training/a.png")
+    with pytest.raises(BadSample, match=message):
+        SegmentationFiles("train", root=ade, **ADE)[0]
+
+
+def test_a_folder_that_is_not_there_is_named(ade: Path) -> None:
+    with pytest.raises(DataError, match=r"data.source.images has nothing for the split 'test', only train, val"):
+        SegmentationFiles("test", root=ade, **ADE)
+    with pytest.raises(DataError, match=r"data.source.masks: the folder .*labels does not exist"):
+        SegmentationFiles("train", root=ade, **ADE, masks={"train": "labels"})
+    (ade / "empty").mkdir()
+    with pytest.raises(DataError, match="no pictures in"):
+        SegmentationFiles("train", root=ade, **ADE, images={"train": "empty"})
+    with pytest.raises(SettingError, match="2 to 255 classes"):
+        SegmentationFiles("train", root=ade, classes=256)
+
+
+def test_masks_of_files_become_batches(ade: Path) -> None:
+    (ade / "annotations/training/a.png").unlink()
+    data = AnnotatedDataModule(
+        source=partial(SegmentationFiles, root=ade, **ADE),
+        train_view=SegmentationView((RandomRescale(8, ratio=(0.5, 2.0)), FilledCrop(8, max_share=0.75))),
+        eval_view=SegmentationView((RandomRescale(8),), move_truth=False),
+        batch_size=2,
+        eval_batch_size=1,
+        num_workers=0,
+    )
+    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    validate(batch, SegmentationBatch)
+    assert batch["replaced"].sum() == 1
+    assert set(batch["mask"].unique().tolist()) <= {0, 1, 2, IGNORED}
+    (judged,) = data.val_dataloader()
+    assert judged["image"].shape == (1, 3, 8, 8)
+    assert judged["mask"].tolist() == [[[0, 0], [1, IGNORED]]]
+
+
+@pytest.fixture
+def nyu(tmp_path: Path) -> Path:
+    for name, values in (("a", [[1000, 0, 2500]]), ("b", [[500, 65535, 1]])):
+        save(tmp_path / f"rgb/{name}.png", np.zeros((1, 3, 3), np.uint8))
+        save(tmp_path / f"depth/{name}.png", np.array(values, np.uint16))
+    (tmp_path / "train.txt").write_text("/rgb/b.png /depth/b.png 518.8\n\nrgb/a.png depth/a.png\n")
+    return tmp_path
+
+
+def test_depths_in_millimetres_by_list_and_by_folder(nyu: Path) -> None:
+    listed = DepthFiles("train", root=nyu, images={"train": "train.txt"})
+    assert listed.name(0) == str(nyu / "rgb/b.png")
+    torch.testing.assert_close(listed[0]["fields"]["depth"], torch.tensor([[0.5, 65.535, 0.001]]))
+    folders = DepthFiles("val", root=nyu, images={"val": "rgb"}, depths={"val": "depth"}, judged=(0, 1, 0, 2))
+    torch.testing.assert_close(folders[0]["fields"]["depth"], torch.tensor([[1.0, 0.0, 0.0]]))
+    # what is judged on does not narrow what is learned from
+    whole = DepthFiles("train", root=nyu, images={"train": "rgb"}, depths={"train": "depth"}, judged=(0, 1, 0, 2))
+    torch.testing.assert_close(whole[0]["fields"]["depth"], torch.tensor([[1.0, 0.0, 2.5]]))
+
+
+def test_depths_in_metres_in_arrays(nyu: Path) -> None:
+    (nyu / "depth/a.png").unlink()
+    np.save(nyu / "depth/a.npy", np.array([[1.5, np.nan, -1.0]], np.float64))
+    source = DepthFiles("train", root=nyu, images={"train": "rgb"}, depths={"train": "depth"})
+    assert source[0]["fields"]["depth"].tolist() == [[1.5, 0.0, 0.0]]
+    assert source[0]["fields"]["depth"].dtype == torch.float32
+    for values, message in (
+        (np.array([["a"]], object), "cannot be read"),
+        (np.zeros((1, 3, 1)), r"holds float64 \[1, 3, 1\]"),
+        (np.zeros((1, 3)), "nothing is known in"),
+        (np.ones((2, 3)), "its depth has 2x3 pixels, the picture 1x3"),
+    ):
+        np.save(nyu / "depth/a.npy", values, allow_pickle=True)
+        with pytest.raises(BadSample, match=message):
+            source[0]
+
+
+def test_lists_and_settings_that_make_no_sense_are_refused(nyu: Path) -> None:
+    (nyu / "bad.txt").write_text("rgb/a.png\n")
+    with pytest.raises(
+        DataError, match=r"bad.txt, line 1: a picture and its ground truth are expected, got 'rgb/a.png'"
+    ):
+        DepthFiles("train", root=nyu, images={"train": "bad.txt"})
+    with pytest.raises(DataError, match=r"data.source.depths has nothing for the split 'train'"):
+        DepthFiles("train", root=nyu, images={"train": "rgb"})
+    with pytest.raises(SettingError, match=r"data.source.unit must be above 0"):
+        DepthFiles("train", root=nyu, images={"train": "train.txt"}, unit=0.0)
+
+
+def test_depths_of_files_become_batches(nyu: Path) -> None:
+    data = AnnotatedDataModule(
+        source=partial(DepthFiles, root=nyu, images={"train": "train.txt", "val": "train.txt"}),
+        train_view=DepthView((FilledCrop(4),)),
+        eval_view=DepthView(),
+        batch_size=2,
+        num_workers=0,
+    )
+    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    validate(batch, DepthBatch)
+    rows = {int(index): number for number, index in enumerate(batch["index"])}
+    assert batch["valid"][rows[1]].int().tolist() == [[1, 0, 1, 0], [0] * 4, [0] * 4, [0] * 4]
+    assert batch["depth"][rows[0]][0].tolist()[0] == 0.5  # 65.535 and 0.001 metres are out of range
+    assert batch["valid"][rows[0]].sum() == 1
