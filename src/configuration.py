@@ -24,6 +24,8 @@ from src.memory import keep_freed_memory
 PROJECT = Path(__file__).resolve().parent.parent
 CONFIGS = PROJECT / "configs"
 
+_FARTHER = 0.25  # of two strings' likeness, from 0 to 1
+
 
 class UserError(Exception):
     """Something the person at the keyboard can put right; the message says what and how."""
@@ -115,12 +117,15 @@ def names(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml") if not path.stem.startswith("_"))
 
 
-def nearest(word: str, options: Sequence[str]) -> str:
-    """``; did you mean …?`` with up to three names close to ``word``, or what there is."""
+def nearest(word: str, options: Sequence[str], *, most: int = 40) -> str:
+    """``; did you mean …?`` with up to three names close to ``word``, or what there is, if that is not more than
+    ``most``. A name that is much farther from it than the closest one is not meant."""
     close = difflib.get_close_matches(word, options, n=3, cutoff=0.5)
     if close:
-        return f"; did you mean {' or '.join(close)}?"
-    return f"; there are {', '.join(options)}" if len(options) <= 40 else ""
+        likeness = [difflib.SequenceMatcher(None, each, word).ratio() for each in close]
+        meant = [each for each, ratio in zip(close, likeness, strict=True) if ratio > likeness[0] - _FARTHER]
+        return f"; did you mean {' or '.join(meant)}?"
+    return f"; there are {', '.join(options)}" if len(options) <= most else ""
 
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
@@ -176,7 +181,7 @@ def _check_option(override: Override) -> None:
     for name in option if isinstance(option, list) else [option]:
         word = "null" if name is None else str(name)
         if word not in options:
-            raise UserError(f"there is no {group} '{word}'{nearest(word, options)}")
+            raise UserError(f"there is no {group} '{word}'{nearest(word, options, most=len(options))}")
 
 
 def _check_value(override: Override, config: DictConfig) -> None:

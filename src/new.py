@@ -40,9 +40,10 @@ def create(project: Path, *, method: str, source: str) -> list[Path]:
         The new files, the module first and its test last.
 
     Raises:
-        UserError: ``source`` is no method, ``method`` is no name for a module, or it is taken.
+        UserError: ``source`` is no method or has no module of its name, ``method`` is no name for a module, or it is
+            taken.
     """
-    methods = sorted(path.stem for path in (project / "configs/model").glob("*.yaml"))
+    methods = sorted(path.stem for path in (project / "configs/model").glob("[!_]*.yaml"))
     if source not in methods:
         raise UserError(f"FROM={source}: there is no such method{nearest(source, methods)}")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", method) or keyword.iskeyword(method):
@@ -53,6 +54,11 @@ def create(project: Path, *, method: str, source: str) -> list[Path]:
     module, title = target.rsplit(".", 1)
     names, new = Names(source, title), Names(method, "".join(part.capitalize() for part in method.split("_")))
     pairs = [(path, _renamed(path, names, new)) for path in _files(project, source, module)]
+    if source not in module.rsplit(".", 1)[1]:
+        raise UserError(
+            f"FROM={source}: {module} serves other recipes too; one of your own for it is a copy of "
+            f"configs/model/{source}.yaml"
+        )
     for _, path in pairs:
         if path.exists():
             raise UserError(f"METHOD={method}: {path.relative_to(project)} exists; choose another name")

@@ -76,6 +76,8 @@ def test_nearest_names_at_most_three_and_nothing_where_nothing_is_near():
     assert nearest("mae_vitb", ["mae_vitl", "mae_vitb16", "mae_vith", "mae_vits"]).count(" or ") == 2
     assert nearest("zzz", ["a", "b"]) == "; there are a, b"
     assert nearest("zzz", [f"option_{number}" for number in range(41)]) == ""
+    assert nearest("zzz", [f"option_{number}" for number in range(41)], most=41).endswith("option_39, option_40")
+    assert nearest("scene", ["scenes", "scenes_depth"]) == "; did you mean scenes?"  # the other is hardly meant
 
 
 def test_a_folder_named_by_the_user_reaches_the_source_whatever_is_in_its_name():

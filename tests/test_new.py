@@ -49,6 +49,11 @@ def test_a_new_method_is_a_copy_that_passes_its_own_test_and_trains(copy):
 @pytest.mark.parametrize(
     ("method", "source", "message"),
     [
+        (
+            "mine",
+            "segmentation_linear",
+            "segmentation serves other recipes too; .* a copy of configs/model/segmentation_",
+        ),
         ("mine", "mea", "FROM=mea: there is no such method; did you mean mae"),
         ("My-Own", "mae", "METHOD=My-Own: a method's name is lower-case"),
         ("class", "mae", "METHOD=class"),

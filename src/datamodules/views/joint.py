@@ -187,7 +187,7 @@ class DetectionView(JointView):
         if boxes.shape != (len(labels), 4):
             raise BadSample(f"{len(labels)} things have boxes of the shape {list(boxes.shape)}")
         sample = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),  # type: ignore[call-overload]
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
             "labels": labels,
         }
         if self.masks:

@@ -111,7 +111,7 @@ class DepthEstimator(PretrainModule):
 
     def validation_step(self, batch: DepthBatch, batch_idx: int) -> None:
         keep = ~batch["replaced"] & batch["valid"].flatten(1).any(dim=1)
-        image, depth, valid = (batch[name][keep] for name in ("image", "depth", "valid"))  # type: ignore[literal-required]
+        image, depth, valid = (batch[name][keep] for name in ("image", "depth", "valid"))
         if len(image) == 0:
             return
         predicted = self(image)
