@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -150,6 +151,24 @@ class WarmupLinear(_Warmup):
 
     def after(self, progress: float) -> float:
         return self.peak + (self.end - self.peak) * progress
+
+
+@dataclass(frozen=True)
+class WarmupDrops:
+    """A line from ``start`` to ``peak`` over ``warmup``, then ``peak`` times ``factor`` for each of the ``drops`` that
+    has passed."""
+
+    peak: float
+    drops: Sequence[int | float | str]
+    factor: float = 0.1
+    warmup: int | float | str = 0
+    start: float = 0.0
+
+    def value(self, step: int, horizon: Horizon) -> float:
+        warmup = horizon.steps(self.warmup)
+        if step < warmup:
+            return self.start + (self.peak - self.start) * step / warmup
+        return self.peak * self.factor ** sum(step >= horizon.steps(drop) for drop in self.drops)
 
 
 def _progress(step: float, begin: float, end: float) -> float:

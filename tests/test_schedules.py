@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from src.schedules import Constant, Cosine, Horizon, Linear, Switch, WarmupCosine, WarmupLinear
+from src.schedules import Constant, Cosine, Horizon, Linear, Switch, WarmupCosine, WarmupDrops, WarmupLinear
 
 RUN = Horizon(total_steps=1000, steps_per_epoch=50.0, batch_size=256)
 
@@ -48,6 +48,13 @@ def test_warmup_linear_at_hand_worked_points():
     steps = {0: 0.4, 100: 1.2, 200: 2.0, 400: 1.55, 600: 1.1, 1000: 0.2, 1200: 0.2}
     assert {step: schedule.value(step, RUN) for step in steps} == pytest.approx(steps)
     assert WarmupLinear(peak=1.0, warmup="40 epochs").value(500, RUN) == pytest.approx(0.5)
+
+
+def test_drops_at_hand_worked_points():
+    schedule = WarmupDrops(peak=2.0, drops=["60%", "16 epochs"], warmup=100, start=0.4)
+    steps = {0: 0.4, 50: 1.2, 100: 2.0, 599: 2.0, 600: 0.2, 799: 0.2, 800: 0.02, 1000: 0.02}
+    assert {step: schedule.value(step, RUN) for step in steps} == pytest.approx(steps)
+    assert WarmupDrops(peak=1.0, drops=[500], factor=0.5).value(500, RUN) == 0.5
 
 
 def test_a_warmup_longer_than_the_run_ends_below_the_peak_without_dividing_by_zero():

@@ -84,7 +84,7 @@ def test_a_fresh_machine_gets_a_venv_with_the_tested_pins_and_a_stamp_at_the_end
     assert calls.count(VENV) == 1
     [install] = installs(calls)
     assert "-c constraints.txt" in install
-    assert install.endswith("-e .[dev,emoji,slurm,video]")
+    assert install.endswith("-e .[dev,detection,emoji,slurm,video]")
     assert calls.index(VENV) < calls.index(install)
     assert calls[-1].startswith("-c import torch")  # what was installed is looked at before it counts as done
     assert project.stamp.read_text()

@@ -37,7 +37,7 @@ install() {
 }
 # the pins were tested with the newest pip; an older one would do as well
 install --upgrade pip
-install -c constraints.txt -e '.[dev,emoji,slurm,video]'
+install -c constraints.txt -e '.[dev,detection,emoji,slurm,video]'
 .venv/bin/python -c 'import torch, torchvision, lightning, timm; torchvision.ops.nms'
 printf '%s' "$want" > "$stamp"
 rm -f .venv.lock

@@ -95,6 +95,7 @@ class DetectionBatch(TypedDict):
     boxes: Annotated[list[Tensor], Field("T 4", torch.float32, exact=True)]  # x0 y0 x1 y1 in pixels of the view
     box_labels: Annotated[list[Tensor], Field("T", torch.int64)]  # class of each thing
     masks: NotRequired[Annotated[list[Tensor], Field("T H W", torch.bool)]]  # what is seen of each thing
+    crowd: NotRequired[Annotated[list[Tensor], Field("T", torch.bool)]]  # what a detector is not judged by
     label: Annotated[Tensor, Field("B", torch.int64)]  # class of the image, -1 where the source has none
     index: Annotated[Tensor, Field("B", torch.int64)]  # position in the source
     replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read

@@ -72,6 +72,7 @@ class Encoded:
         return f"encoded/{index}"
 
 
+COLOURED = [(4, 6, 30, 40), (36, 10, 60, 26)]
 GEOMETRY = (RandomRescale(32, 64, (0.5, 2.0)), FilledCrop(32), v2.RandomHorizontalFlip())
 
 
@@ -168,6 +169,49 @@ class TestGeometry:
         empty = DetectionView(GEOMETRY, masks=True).annotated(image, nothing, np.zeros(2, np.float32))
         assert empty["boxes"].shape == (0, 4)
         assert empty["masks"].shape == (0, 32, 32)
+
+    @pytest.mark.parametrize("tight", [False, True], ids=["cut", "tight"])
+    def test_large_scale_jitter_keeps_boxes_around_their_colours(self, tight: bool) -> None:
+        image = torch.zeros(3, 48, 64, dtype=torch.uint8)
+        masks = torch.zeros(2, 48, 64, dtype=torch.bool)
+        for channel, (mask, (x0, y0, x1, y1)) in enumerate(zip(masks, COLOURED, strict=True)):
+            mask[y0:y1, x0:x1] = True
+            image[channel][mask] = 255
+        fields = {"boxes": torch.tensor(COLOURED).float(), "box_labels": torch.tensor([0, 1]), "instance_masks": masks}
+        jitter = (RandomRescale(48, 48, (0.4, 2.0)), FilledCrop(48, fill=(0, 0, 0)), v2.RandomHorizontalFlip())
+        view, kept = DetectionView(jitter, masks=True, tight=tight), 0
+        for number in range(30):
+            row = view.annotated(image, fields, np.array([number / 30, 0.5], np.float32))
+            for box, label, mask in zip(row["boxes"], row["box_labels"], row["masks"], strict=True):
+                shown = row["image"][label] > 127
+                columns, lines = shown.any(dim=0).nonzero(), shown.any(dim=1).nonzero()
+                around = torch.tensor([columns.min(), lines.min(), columns.max() + 1, lines.max() + 1])
+                assert (box - around).abs().max() <= 1.0
+                assert (mask != shown).float().mean() < 0.02
+                kept += 1
+        assert kept > 30
+
+    def test_a_tight_box_is_drawn_around_what_is_left_of_its_mask(self) -> None:
+        image, masks = torch.zeros(3, 8, 16, dtype=torch.uint8), torch.zeros(2, 8, 16, dtype=torch.bool)
+        masks[0, 1:3, 9:11] = masks[0, 5:7, 2:4] = True  # two corners of the box 2, 1, 11, 7
+        masks[1, 4:6, 1:3] = True
+        fields = {"boxes": torch.tensor([[2.0, 1.0, 11.0, 7.0], [1.0, 4.0, 3.0, 6.0]]), "instance_masks": masks}
+        fields |= {"box_labels": torch.tensor([4, 5]), "crowd": torch.tensor([True, False])}
+
+        def half(sample: dict[str, Any]) -> dict[str, Any]:
+            moved = ("image", "boxes", "masks")
+            return sample | {name: v2.functional.crop(sample[name], 0, 8, 8, 8) for name in moved}
+
+        right = (half,)
+        uniform = np.zeros(2, np.float32)
+        tight = DetectionView(right, masks=True, tight=True).annotated(image, fields, uniform)
+        assert tight["boxes"].tolist() == [[1.0, 1.0, 3.0, 3.0]]
+        assert tight["box_labels"].tolist() == [4]
+        assert tight["crowd"].tolist() == [True]  # goes where its box goes
+        cut = DetectionView(right, masks=True).annotated(image, fields, uniform)
+        assert cut["boxes"].tolist() == [[0.0, 1.0, 3.0, 7.0]]
+        batch = DetectionView(masks=True).collate([tight, tight])
+        assert [each.tolist() for each in batch["crowd"]] == [[True], [True]]
 
     def test_sizes_are_the_largest_that_both_limits_allow(self) -> None:
         rescale = RandomRescale(512, 2048)
@@ -345,6 +389,7 @@ class TestScenes:
         (lambda: FilledCrop(8, max_share=0.0), "max_share in"),
         (lambda: DepthView(nearest=2.0, farthest=1.0), "nearest < farthest"),
         (lambda: DetectionView(smallest=0.0), "smallest and multiple"),
+        (lambda: DetectionView(tight=True), "masks=true is needed"),
     ],
 )
 def test_nonsense_is_refused(make: Any, message: str) -> None:

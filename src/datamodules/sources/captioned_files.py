@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import json
 import os
@@ -10,16 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO, TypeGuard
-
-import numpy as np
+from typing import Any, TextIO
 
 from src.datamodules.decoding import DataError, EncodedImage
+from src.datamodules.sources.files import is_path, json_lists, opened, require_some
 from src.datamodules.sources.source import Sample, Split
 from src.datamodules.sources.splits import PackedNames, files_of, hashed_split
 from src.datamodules.sources.texts import PackedTexts, Problems, WithTexts, is_unicode, listed
 
-_LOOKED_FOR = 32  # pictures of which one has to be there
 _TWICE = "pictures that are listed twice (the first counts)"
 _NO_PICTURE = "entries without a picture (left out)"
 _NO_TEXT = "pictures without a text (replaced when drawn)"
@@ -67,11 +64,7 @@ class CaptionedFiles(WithTexts):
         self.problems = problems.counts
         self._paths = PackedNames(told)
         self._texts = PackedTexts(texts)
-        few = np.linspace(0, len(self), min(len(self), _LOOKED_FOR), endpoint=False).astype(int)
-        if not any(os.path.exists(self.name(int(index))) for index in few):
-            raise DataError(
-                f"data.source.root={root}: none of {len(few)} listed pictures exists, such as {self.name(0)}"
-            )
+        require_some(self, root)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -165,10 +158,10 @@ class CocoCaptionsSource(CaptionedFiles):
         problems = Problems()
         told: dict[str, list[object]] = {}
         path_of: dict[object, str] = {}
-        content = _json(os.path.join(os.path.expanduser(root), paths[0]), "images", "annotations")
+        content = json_lists(os.path.join(os.path.expanduser(root), paths[0]), "images", "annotations")
         for position, entry in enumerate(content["images"]):
             name, number = entry.get("file_name"), entry.get("id")
-            if not _is_path(name) or not isinstance(number, int | str):
+            if not is_path(name) or not isinstance(number, int | str):
                 problems.add(_NO_PICTURE, f"images[{position}] of {paths[0]}")
             elif number in path_of:
                 problems.add(_TWICE, f"id {number} of {paths[0]}")
@@ -210,13 +203,13 @@ class KarpathySource(CaptionedFiles):
         problems = Problems()
         told: dict[str, list[object]] = {}
         for position, entry in enumerate(
-            _json(os.path.join(os.path.expanduser(root), annotations), "images")["images"]
+            json_lists(os.path.join(os.path.expanduser(root), annotations), "images")["images"]
         ):
             own = entry.get("split")
             if split != ("train" if own == "restval" and restval else own):
                 continue
             name, folder = entry.get("filename"), entry.get("filepath") or ""
-            if not _is_path(name) or not isinstance(folder, str):
+            if not is_path(name) or not isinstance(folder, str):
                 problems.add(_NO_PICTURE, f"images[{position}] of {annotations}")
                 continue
             path = os.path.join(images, folder, name)
@@ -248,9 +241,9 @@ class _Rows:
         if reader is None:
             raise DataError(f"data.source.files: {self.path} is none of {', '.join(readers)}")
         # what is no UTF-8 stays recognisable, so that it costs its own text and no other
-        with _opened(self.path) as file:
+        with opened(self.path) as file:
             for number, image, texts in reader(file):
-                if not _is_path(image):
+                if not is_path(image):
                     self.problems.add(f"lines without a picture in '{self.image_key}' (left out)", self._line(number))
                 else:
                     yield image.strip(), texts
@@ -306,46 +299,3 @@ class _Rows:
 
     def _line(self, number: int) -> str:
         return f"line {number} of {self.path}"
-
-
-def _opened(path: str) -> TextIO:
-    """
-    Raises:
-        DataError: there is no such file, or it is UTF-16.
-    """
-    try:
-        with open(path, "rb") as file:
-            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise DataError(f"{path} is in UTF-16: save it as UTF-8")
-        return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _json(path: str, *lists: str) -> dict[str, list[dict[str, Any]]]:
-    """
-    Raises:
-        DataError: the file cannot be read, is no JSON, or has no such lists of objects.
-    """
-    try:
-        with _opened(path) as file:
-            content = json.load(file)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"data.source.annotations: {path} is no whole JSON file: {error}") from error
-    for name in lists:
-        entries = content.get(name) if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise DataError(f"data.source.annotations: {path} has no list '{name}' of objects")
-    return content
-
-
-def _is_path(value: object) -> TypeGuard[str]:
-    if not isinstance(value, str) or not value.strip():
-        return False
-    try:
-        value.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return False
-    return True

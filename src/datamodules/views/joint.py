@@ -154,17 +154,19 @@ class DepthView(JointView):
 @dataclass(frozen=True)
 class DetectionView(JointView):
     """Things: the fields ``boxes`` (float32 [T, 4], x0 y0 x1 y1 in pixels) and ``box_labels`` (int64 [T]), and
-    ``instance_masks`` (bool [T, H, W]) where they are asked for. Pictures of several sizes are filled up to one; a
-    thing of which too little is left is left out.
+    ``instance_masks`` (bool [T, H, W]) where they are asked for; ``crowd`` (bool [T]) where the source has it. Pictures
+    of several sizes are filled up to one; a thing of which too little is left is left out.
 
     Args:
         masks: whether instance masks are wanted.
+        tight: whether boxes are drawn anew around what is left of the masks; else they are cut where the picture is.
         smallest: of a box that is kept, width and height in pixels, at least 1.
         multiple: of which the sides of a batch's pictures are, such as the stride of a pyramid.
         fill: colour of the filling.
     """
 
     masks: bool = False
+    tight: bool = False
     smallest: float = 1.0
     multiple: int = 1
     fill: tuple[int, int, int] = _MEAN_COLOUR
@@ -172,6 +174,8 @@ class DetectionView(JointView):
     batch_type: ClassVar[type] = DetectionBatch
 
     def __post_init__(self) -> None:
+        if self.tight and not self.masks:
+            raise SettingError(f"{type(self).__name__}: tight boxes are drawn around masks: masks=true is needed")
         if self.smallest < 1 or self.multiple < 1:
             raise SettingError(
                 f"{type(self).__name__}: smallest and multiple must be at least 1, got {self.smallest} and "
@@ -195,12 +199,16 @@ class DetectionView(JointView):
             if len(masks) != len(labels):
                 raise BadSample(f"{len(labels)} things have {len(masks)} masks")
             sample["masks"] = tv_tensors.Mask(masks)
+        if "crowd" in fields:
+            sample["crowd"] = fields["crowd"]
         return sample
 
     def moved(self, sample: dict[str, Any]) -> dict[str, Any]:
         # `FilledCrop` leaves what is outside of its picture
         moved = v2.ClampBoundingBoxes()(super().moved(sample))
-        return v2.SanitizeBoundingBoxes(min_size=self.smallest)(moved)
+        if self.tight:
+            moved["boxes"] = tv_tensors.wrap(_boxes_of(moved["masks"]), like=moved["boxes"])
+        return v2.SanitizeBoundingBoxes(min_size=self.smallest, labels_getter=_of_things)(moved)
 
     def unwrapped(self, moved: Mapping[str, Any]) -> dict[str, Tensor]:
         row = {
@@ -210,6 +218,7 @@ class DetectionView(JointView):
             "boxes": _plain(moved["boxes"]),
             "box_labels": moved["labels"],
         }
+        row |= {"crowd": moved["crowd"]} if "crowd" in moved else {}
         return row | ({"masks": _plain(moved["masks"]) > 0} if self.masks else {})
 
     def collate(self, rows: list[dict[str, Tensor]]) -> dict[str, Any]:
@@ -222,7 +231,7 @@ class DetectionView(JointView):
         batch: dict[str, Any] = {"image": image}
         for name in ("size", "original_size"):
             batch[name] = torch.stack([row[name] for row in rows])
-        for name in ("boxes", "box_labels"):
+        for name in ("boxes", "box_labels", *(["crowd"] if "crowd" in rows[0] else [])):
             batch[name] = [row[name] for row in rows]
         if self.masks:
             batch["masks"] = [_filled_masks(row["masks"], height, width) for row in rows]
@@ -320,6 +329,22 @@ def _fitting(name: str, fields: Mapping[str, Tensor], size: tuple[int, int]) -> 
     if tuple(value.shape[-2:]) != size:
         raise BadSample(f"its {name} has {value.shape[-2]}x{value.shape[-1]} pixels, the picture {size[0]}x{size[1]}")
     return value
+
+
+def _of_things(sample: dict[str, Any]) -> tuple[Tensor, ...]:
+    """What goes where its box goes, besides the mask."""
+    return tuple(sample[name] for name in ("labels", "crowd") if name in sample)
+
+
+def _boxes_of(masks: Tensor) -> Tensor:
+    """Around what is seen of each thing: masks [T, H, W] -> float32 [T, 4], zeros where nothing is."""
+    seen = _plain(masks) > 0
+    sides = []
+    for shown in (seen.any(dim=1), seen.any(dim=2)):  # columns, rows
+        first, last = shown.int().argmax(dim=1), shown.shape[1] - shown.flip(1).int().argmax(dim=1)
+        sides.append(torch.stack([first, last], dim=1) * shown.any(dim=1, keepdim=True))
+    (x0, x1), (y0, y1) = (side.unbind(dim=1) for side in sides)
+    return torch.stack([x0, y0, x1, y1], dim=1).float()
 
 
 def _filled_masks(masks: Tensor, height: int, width: int) -> Tensor:

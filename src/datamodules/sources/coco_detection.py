@@ -1,0 +1,241 @@
+"""COCO's instances: pictures in files, and a JSON of the things in them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.datamodules.decoding import BadSample, DataError, EncodedImage
+from src.datamodules.sources.files import is_path, json_lists, require_some
+from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.splits import PackedNames, files_of, hashed_split
+from src.datamodules.sources.texts import Problems
+from src.datamodules.sources.things import clipped, ground_truth, known_fields
+
+try:
+    from pycocotools import mask as coco_masks
+except ImportError as error:
+    _missing: ImportError | None = error
+else:
+    _missing = None
+
+
+class CocoDetectionSource:
+    """COCO (Lin et al., 2014): 118,287 pictures to train on and 5,000 to validate, things of 80 classes with boxes and
+    masks. Any file of that form will do: ``images`` with ``id``, ``file_name``, ``height`` and ``width``,
+    ``annotations`` with ``image_id``, ``category_id``, ``bbox`` (x, y, width, height), ``iscrowd`` and ``segmentation``
+    (polygons, or run lengths as numbers or as COCO packs them), and ``categories``.
+
+    Fields: ``boxes``, ``box_labels``, ``instance_masks``, and ``crowd``, bool [T]: heaps of things under one mask,
+    which a detector is not judged by. Training has none of them. Boxes are cut to their picture. What cannot be used is
+    left out, counted in ``problems`` and logged.
+
+    Args:
+        split: "train", "val" or "test".
+        root: folder that the paths below are relative to.
+        annotations: JSON files by split, or one (then "val" is ``val_share`` of its pictures by a hash of their path).
+        images: folders of the pictures by split, or one.
+        fields: which ground truth is wanted.
+        classes: names of the categories that count, in the order of their labels; None for all of the file's, in the
+            order of their ids.
+        empty: whether training has pictures in which nothing is annotated; evaluation has them always.
+        val_share: as above.
+
+    Raises:
+        DataError: a file is missing or of another form, nothing in it can be used, or pycocotools is not installed (the
+            extra ``detection``).
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        root: str | Path,
+        annotations: str | Mapping[str, str | None],
+        images: str | Mapping[str, str | None],
+        fields: Sequence[str] = ("boxes", "box_labels", "instance_masks", "crowd"),
+        classes: Sequence[str] | None = None,
+        empty: bool = False,
+        val_share: float = 0.1,
+    ) -> None:
+        if _missing is not None:
+            raise DataError(f"COCO's masks need the extra 'detection' (pip install -e '.[detection]'): {_missing}")
+        self.fields = known_fields(fields)
+        paths, shared = files_of(split, annotations, key="data.source.annotations")
+        file, where = paths[0], "train" if shared else split
+        folder = images if isinstance(images, str) else images.get(where)
+        if folder is None:
+            raise DataError(f"data.source.images has no folder for the split '{where}'")
+        self._root = os.path.join(os.path.expanduser(root), folder)
+        content = json_lists(os.path.join(os.path.expanduser(root), file), "images", "annotations", "categories")
+        problems = Problems()
+        self.classes, label_of = _classes(content["categories"], classes, file)
+        pictures = _pictures(content["images"], file, problems)
+        if shared:
+            belongs = {key: hashed_split(each[0], val_share=val_share) == split for key, each in pictures.items()}
+        else:
+            belongs = dict.fromkeys(pictures, True)
+        things: dict[object, list[list[Any]]] = {key: [] for key in pictures}
+        for position, entry in enumerate(content["annotations"]):
+            place = f"annotations[{position}] of {file}"
+            number = entry.get("image_id")
+            if not isinstance(number, int | str) or number not in pictures:
+                problems.add("things of a picture that is not listed (left out)", place)
+            elif belongs[number]:
+                thing = self._thing(entry, pictures[number], label_of, split, place, problems)
+                if thing is not None:
+                    things[number].append(thing)
+        kept = [key for key in pictures if belongs[key] and (things[key] or empty or split != "train")]
+        problems.log()
+        self.problems = problems.counts
+        if not kept or not any(things[key] for key in kept):
+            raise DataError(
+                f"data.source.annotations={file}: no picture of the split '{split}' has a thing that can be used"
+                + (f" ({problems})" if problems.counts else "")
+            )
+        self._paths = PackedNames(pictures[key][0] for key in kept)
+        self._sizes = np.array([pictures[key][1:] for key in kept], np.int64)
+        # as text: a million lists of polygons as Python objects would be copied into every loader process
+        self._things = PackedNames(json.dumps(things[key], separators=(",", ":")) for key in kept)
+        require_some(self, root)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        """
+        Raises:
+            BadSample: the picture cannot be read or has another size than the list says, or a mask is broken.
+        """
+        height, width = (int(side) for side in self._sizes[index])
+        image = EncodedImage(self.name(index))
+        if image.size != (height, width):
+            raise BadSample(
+                f"the picture has {image.size[0]}x{image.size[1]} pixels, and its annotations are of {height}x{width}"
+            )
+        things = json.loads(self._things[index])
+        masks = None
+        if "instance_masks" in self.fields:
+            masks = np.zeros((len(things), height, width), bool)
+            for mask, (*_, outline) in zip(masks, things, strict=True):
+                mask[:] = decoded(outline, height, width)
+        boxes = np.array([thing[:4] for thing in things], np.float32).reshape(-1, 4)
+        labels, crowd = [thing[4] for thing in things], [bool(thing[5]) for thing in things]
+        return {"image": image, "label": -1, "fields": ground_truth(self.fields, boxes, labels, crowd, masks)}
+
+    def name(self, index: int) -> str:
+        return os.path.join(self._root, self._paths[index])
+
+    def _thing(
+        self,
+        entry: Mapping[str, Any],
+        picture: tuple[str, int, int],
+        label_of: Mapping[object, int | None],
+        split: Split,
+        place: str,
+        problems: Problems,
+    ) -> list[Any] | None:
+        """Box, label, whether it is a crowd, and outline; None for what is left out."""
+        label, box, crowd = label_of.get(entry.get("category_id"), -1), entry.get("bbox"), bool(entry.get("iscrowd", 0))
+        if label is None or (crowd and split == "train"):
+            return None
+        if label < 0:
+            problems.add("things of a category that is not listed (left out)", place)
+            return None
+        if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(each) for each in box):
+            problems.add("things without a box (left out)", place)
+            return None
+        _, height, width = picture
+        x, y, columns, rows = box
+        inside = clipped((x, y, x + columns, y + rows), height, width)
+        if inside is None:
+            problems.add("things whose box is empty or outside of its picture (left out)", place)
+            return None
+        outline = entry.get("segmentation") if "instance_masks" in self.fields else None
+        if "instance_masks" in self.fields and not _is_outline(outline, height, width):
+            problems.add("things without a mask (left out)", place)
+            return None
+        return [*inside, label, int(crowd), outline]
+
+
+def decoded(outline: list[list[float]] | dict[str, Any], height: int, width: int) -> np.ndarray:
+    """A mask as COCO writes it: polygons (x0, y0, x1, y1, ...), whose union it is, or run lengths. bool [H, W].
+
+    Raises:
+        BadSample: it is neither.
+    """
+    try:
+        if isinstance(outline, list):
+            runs = coco_masks.merge(coco_masks.frPyObjects(outline, height, width))
+        elif isinstance(outline["counts"], list):
+            runs = coco_masks.frPyObjects(outline, height, width)
+        else:
+            runs = {"size": outline["size"], "counts": outline["counts"].encode()}
+        mask = coco_masks.decode(runs).astype(bool)
+    except Exception as problem:  # pycocotools raises whatever its C code stumbles over
+        raise BadSample(f"a mask cannot be decoded: {problem}") from problem
+    if mask.shape != (height, width):
+        raise BadSample(f"a mask of {mask.shape[0]}x{mask.shape[1]} pixels is of another picture")
+    return mask
+
+
+def _classes(
+    categories: Sequence[Mapping[str, Any]], wanted: Sequence[str] | None, file: str
+) -> tuple[list[str], dict[object, int | None]]:
+    """Names by label, and the label of each category's id: None for one that does not count."""
+    names: dict[int, str] = {}
+    for entry in categories:
+        number, name = entry.get("id"), entry.get("name")
+        if not isinstance(number, int) or not isinstance(name, str) or names.setdefault(number, name) != name:
+            raise DataError(f"data.source.annotations: 'categories' of {file} must be of an 'id' and a 'name' each")
+    classes = list(wanted) if wanted is not None else list(dict.fromkeys(names[number] for number in sorted(names)))
+    unknown = [name for name in classes if name not in names.values()]
+    if unknown or not classes:
+        raise DataError(f"data.source.classes: {file} has no category {', '.join(unknown) or 'at all'}")
+    labels = {name: label for label, name in enumerate(classes)}
+    return classes, {number: labels.get(name) for number, name in names.items()}
+
+
+def _pictures(
+    entries: Sequence[Mapping[str, Any]], file: str, problems: Problems
+) -> dict[object, tuple[str, int, int]]:
+    """Path, height and width by id."""
+    found: dict[object, tuple[str, int, int]] = {}
+    for position, entry in enumerate(entries):
+        name, number, size = entry.get("file_name"), entry.get("id"), (entry.get("height"), entry.get("width"))
+        place = f"images[{position}] of {file}"
+        if not is_path(name) or not isinstance(number, int | str):
+            problems.add("entries without a picture (left out)", place)
+        elif not all(isinstance(side, int) and side > 0 for side in size):
+            problems.add("pictures without a size (left out)", place)
+        elif number in found:
+            problems.add("pictures that are listed twice (the first counts)", place)
+        else:
+            found[number] = (name, size[0], size[1])  # type: ignore[assignment]
+    return found
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_outline(outline: object, height: int, width: int) -> bool:
+    if isinstance(outline, dict):
+        return isinstance(outline.get("counts"), list | str) and list(outline.get("size") or []) == [height, width]
+    return (
+        isinstance(outline, list)
+        and len(outline) > 0
+        and all(
+            isinstance(polygon, list)
+            and len(polygon) >= 6
+            and len(polygon) % 2 == 0
+            and all(_is_finite(each) for each in polygon)
+            for polygon in outline
+        )
+    )
