@@ -92,3 +92,20 @@ def test_patches_of_a_runs_encoder_are_judged_by_the_classes_of_their_pixels(tmp
     shared = [name for name in source["state_dict"] if name.startswith("backbone.")]
     assert len(shared) > 20
     assert all(torch.equal(ours["state_dict"][f"features.{name}"], source["state_dict"][name]) for name in shared)
+
+
+def test_things_are_found_on_a_runs_frozen_encoder_which_stays_as_it_is(tmp_path, pretrained, monkeypatch):
+    monkeypatch.setenv("PRETEXT_RUN_DIR", "")
+    words = ["experiment=detection_vitb", "scale=tiny", *KEPT, "callbacks.progress=null", "model.frozen=true"]
+    words += ["trainer.max_epochs=1", "data.eval_batch_size=8", "callbacks.pictures.count=2"]
+    assert train.main([*words, f"checkpoint={pretrained}", f"paths.runs={tmp_path}", "run.name=things"]) == 0
+    run_of = runs.Run(tmp_path / "detection_vitb" / "things")
+    metrics = run_of.metrics()["train"]
+    assert {"loss/objectness", "loss/proposals", "loss/classes", "loss/boxes", "loss/masks"} <= metrics.keys()
+    assert all(0 <= metrics[f"eval/{kind}_ap"] <= metrics[f"eval/{kind}_ap50"] <= 1 for kind in ("box", "mask"))
+    ours = torch.load(run_of.last, weights_only=True)
+    source = torch.load(runs.find(pretrained).checkpoint(), weights_only=True)
+    assert ours["encoders"] == {"encoder": "pyramid.vit.backbone."}
+    shared = [name for name in source["state_dict"] if name.startswith("backbone.")]
+    assert len(shared) > 20
+    assert all(torch.equal(ours["state_dict"][f"pyramid.vit.{name}"], source["state_dict"][name]) for name in shared)

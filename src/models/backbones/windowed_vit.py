@@ -1,0 +1,114 @@
+"""A plain ViT on pictures so large that most of its blocks had better look at a window only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from einops import rearrange
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from src.errors import SettingError
+from src.models.backbones.positions import any_size
+
+
+class WindowedViT(nn.Module):
+    """The last block's map of a ViT, as Exploring Plain Vision Transformer Backbones for Object Detection (Li et al.,
+    2022) takes it: patches without a class token, no final norm, and attention in windows that do not overlap, except
+    in ``global_blocks`` blocks, the last of as many equal parts of the depth. Deviations: no relative positions.
+
+    The weights are the ViT's own under their own names; positions are interpolated to the picture's size.
+
+    Args:
+        backbone: a ViT of timm, changed in place: it takes pictures of any size, and what the map does not depend on
+            (class token, final norm, head) takes no gradient.
+        window: side of a window in patches; None for global attention everywhere. The paper's is 14.
+        global_blocks: how many blocks attend globally all the same.
+
+    Raises:
+        SettingError: another kind of backbone, or numbers that cannot be.
+    """
+
+    def __init__(self, backbone: nn.Module, *, window: int | None = 14, global_blocks: int = 4) -> None:
+        super().__init__()
+        if not isinstance(backbone, VisionTransformer) or not hasattr(backbone.blocks[0], "attn"):
+            raise SettingError(
+                f"backbone: a plain ViT of timm is needed, not {type(backbone).__name__}; a ConvNet goes with "
+                "model.pyramid=ConvPyramid"
+            )
+        depth = len(backbone.blocks)
+        if window is not None and (window < 1 or not 0 <= global_blocks <= depth):
+            raise SettingError(
+                f"model.pyramid: window={window} must be at least 1 and global_blocks={global_blocks} at most the "
+                f"{depth} blocks there are"
+            )
+        self.backbone = any_size(backbone)
+        self.window = window
+        self.global_blocks = frozenset((part + 1) * depth // global_blocks - 1 for part in range(global_blocks))
+        used = ("patch_embed.", "pos_embed", "norm_pre.", "blocks.")
+        for name, parameter in backbone.named_parameters():
+            if not name.startswith(used):
+                parameter.requires_grad_(False)  # DDP waits for the gradient of whatever takes one
+
+    @property
+    def patch_size(self) -> int:
+        return int(self.backbone.patch_embed.patch_size[0])
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image: [B, 3, H, W] of whole patches -> [B, D, H / patch, W / patch]."""
+        vit = self.backbone
+        rows, columns = grid = vit.patch_embed.dynamic_feat_size(image.shape[-2:])
+        tokens = vit._pos_embed(vit.patch_embed(image))[:, vit.num_prefix_tokens :]
+        tokens = vit.norm_pre(tokens)
+        for number, block in enumerate(vit.blocks):
+            window = None if number in self.global_blocks else self.window
+            if vit.grad_checkpointing and tokens.requires_grad:
+                tokens = checkpoint(_run, block, tokens, grid, window, use_reentrant=False)
+            else:
+                tokens = _run(block, tokens, grid, window)
+        return rearrange(tokens, "b (h w) d -> b d h w", h=rows, w=columns)
+
+
+def _run(block: nn.Module, tokens: Tensor, grid: tuple[int, int], window: int | None) -> Tensor:
+    attention: nn.Module = block.attn  # type: ignore[assignment]
+    with nullcontext() if window is None else in_windows(attention, grid, window):
+        return block(tokens)
+
+
+@contextmanager
+def in_windows(attention: nn.Module, grid: tuple[int, int], window: int) -> Iterator[None]:
+    """While this lasts, ``attention`` of tokens [B, h * w, D] works in each window of ``window`` x ``window`` alone.
+
+    Windows that reach over the border are filled up with zeros, which are attended to like any token, as in the
+    authors' code: the block's norm comes before.
+    """
+
+    def apart(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return windows_of(arguments[0], grid, window), *arguments[1:]
+
+    def together(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return tokens_of(output, grid, window)
+
+    hooks = [attention.register_forward_pre_hook(apart), attention.register_forward_hook(together)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def windows_of(tokens: Tensor, grid: tuple[int, int], window: int) -> Tensor:
+    """[B, h * w, D] in raster order -> [B * windows, window * window, D], filled up with zeros right and below."""
+    tokens = tokens.unflatten(1, grid)
+    tokens = F.pad(tokens, (0, 0, 0, -grid[1] % window, 0, -grid[0] % window))
+    return rearrange(tokens, "b (i r) (j c) d -> (b i j) (r c) d", r=window, c=window)
+
+
+def tokens_of(windows: Tensor, grid: tuple[int, int], window: int) -> Tensor:
+    """The inverse of `windows_of`, without what was filled up."""
+    down, across = -(-grid[0] // window), -(-grid[1] // window)
+    tokens = rearrange(windows, "(b i j) (r c) d -> b (i r) (j c) d", i=down, j=across, r=window, c=window)
+    return tokens[:, : grid[0], : grid[1]].flatten(1, 2)

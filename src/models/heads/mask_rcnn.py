@@ -1,0 +1,178 @@
+"""The heads of Mask R-CNN on a feature pyramid: where something may be, what it is, and which pixels are its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import LevelMapper
+
+from src.errors import SettingError
+from src.models.losses.precision import at_least_float32
+
+_RATIOS = (0.5, 1.0, 2.0)  # height over width of the anchors
+_BOX_SIDE, _MASK_SIDE = 7, 14  # positions of a region that the heads see
+_NAMES = {
+    "loss_objectness": "objectness",
+    "loss_rpn_box_reg": "proposals",
+    "loss_classifier": "classes",
+    "loss_box_reg": "boxes",
+    "loss_mask": "masks",
+}
+
+
+class MaskRCNNOnMaps(nn.Module):
+    """Mask R-CNN (He et al., 2017) as torchvision has it, behind the backbone: region proposals, then boxes and masks
+    of the regions. As there, and not in Detectron2, boxes have a smooth L1 loss, and regions are cut half a position
+    further to the right and below.
+
+    torchvision's own model also resizes and normalises pictures; here they are what the DataModule made of them, and
+    boxes are in their pixels. Scores, box coordinates and what is compared with anchors stay in float32 under autocast:
+    in bfloat16 a coordinate of 1000 is good to 4 pixels.
+
+    Args:
+        channels: width of the pyramid's maps.
+        strides: of the maps that regions are cut from; there is one map more, for anchors only.
+        num_classes: without the background.
+        anchor_sizes: side of a square anchor in pixels, one a level and one for "pool".
+        conv_heads: ViTDet's: two convolutions for proposals, four with layer norm before one layer for boxes, layer
+            norm in the mask's; else torchvision's one, none before two layers, and no norm.
+        masks: whether things have masks; without it is Faster R-CNN.
+        width: of the heads' convolutions.
+        hidden: width of the box head's layers.
+        proposals: regions kept for training, and for evaluation, of each level and of all.
+        regions: how many of them a picture learns from.
+        anchors: how many anchors a picture learns from.
+        detections: at most so many things in a picture.
+        min_score: what is less certain is no detection.
+
+    Raises:
+        SettingError: not as many anchor sizes as there are maps.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        strides: Sequence[int],
+        num_classes: int,
+        *,
+        anchor_sizes: Sequence[float] = (32, 64, 128, 256, 512),
+        conv_heads: bool = False,
+        masks: bool = True,
+        width: int = 256,
+        hidden: int = 1024,
+        proposals: tuple[int, int] = (2000, 1000),
+        regions: int = 512,
+        anchors: int = 256,
+        detections: int = 100,
+        min_score: float = 0.05,
+    ) -> None:
+        super().__init__()
+        if len(anchor_sizes) != len(strides) + 1:
+            raise SettingError(
+                f"model.heads.anchor_sizes needs a size for each of the pyramid's {len(strides) + 1} maps, got "
+                f"{list(anchor_sizes)}"
+            )
+        sizes = tuple((size,) for size in anchor_sizes)
+        self.has_masks = masks
+        self.strides = tuple(strides)
+        norm = LayerNorm2d if conv_heads else None
+        if conv_heads:
+            box_head: nn.Module = FastRCNNConvFCHead((channels, _BOX_SIDE, _BOX_SIDE), [width] * 4, [hidden], norm)
+        else:
+            box_head = TwoMLPHead(channels * _BOX_SIDE**2, hidden)
+        neck: Any = nn.Identity()
+        neck.out_channels = channels
+        model = MaskRCNN(
+            neck,
+            rpn_anchor_generator=AnchorGenerator(sizes, (_RATIOS,) * len(sizes)),
+            rpn_head=RPNHead(channels, len(_RATIOS), conv_depth=2 if conv_heads else 1),
+            rpn_pre_nms_top_n_train=proposals[0],
+            rpn_post_nms_top_n_train=proposals[0],
+            rpn_pre_nms_top_n_test=proposals[1],
+            rpn_post_nms_top_n_test=proposals[1],
+            rpn_batch_size_per_image=anchors,
+            box_roi_pool=_regions_of(strides, _BOX_SIDE),
+            box_head=box_head,
+            box_predictor=FastRCNNPredictor(hidden, 1 + num_classes),
+            box_batch_size_per_image=regions,
+            box_detections_per_img=detections,
+            box_score_thresh=min_score,
+            mask_roi_pool=_regions_of(strides, _MASK_SIDE),
+            mask_head=MaskRCNNHeads(channels, (width,) * 4, 1, norm),
+            mask_predictor=MaskRCNNPredictor(width, width, 1 + num_classes),
+        )
+        self.rpn = model.rpn
+        self.roi_heads = model.roi_heads
+        if not masks:
+            self.roi_heads.mask_roi_pool = self.roi_heads.mask_head = self.roi_heads.mask_predictor = None
+        for part in (self.rpn.head, self.roi_heads.box_predictor, self.roi_heads.mask_predictor):
+            if part is not None:
+                part.register_forward_hook(_in_float32)
+
+    def losses(
+        self, maps: dict[str, Tensor], sizes: list[tuple[int, int]], targets: list[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The parts of the loss, by name; in training mode only.
+
+        Args:
+            maps: of the pyramid.
+            sizes: rows and columns of each picture; what lies beyond is filling.
+            targets: of each picture ``boxes`` [T, 4] of more than no area, ``labels`` int64 [T] from 1 and ``masks``
+                [T, H, W]; T may be 0.
+        """
+        _, losses = self._regions(maps, sizes, targets)
+        return {_NAMES[name]: value for name, value in losses.items()}
+
+    def forward(
+        self, maps: dict[str, Tensor], sizes: list[tuple[int, int]], size: tuple[int, int]
+    ) -> list[dict[str, Tensor]]:
+        """What is found in each picture, the surest first: ``boxes`` [T, 4], ``scores`` [T], ``labels`` int64 [T] from
+        0, and ``masks`` bool [T, H, W] of ``size``; in evaluation mode only."""
+        found, _ = self._regions(maps, sizes)
+        for each in found:
+            each["labels"] = each["labels"] - 1
+            if self.has_masks:
+                each["masks"] = paste_masks_in_image(each["masks"], each["boxes"], size)[:, 0] >= 0.5
+        return found
+
+    def _regions(
+        self, maps: dict[str, Tensor], sizes: list[tuple[int, int]], targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        maps = {name: at_least_float32(each) for name, each in maps.items()}
+        proposals, proposal_losses = self.rpn(self._canvas(maps, sizes), maps, targets)
+        found, losses = self.roi_heads(maps, proposals, sizes, targets)
+        return found, {**proposal_losses, **losses}
+
+    def _canvas(self, maps: dict[str, Tensor], sizes: list[tuple[int, int]]) -> ImageList:
+        """Pictures for torchvision's anchors, which need no more of them than their shape."""
+        finest = maps["0"]
+        rows, columns = (side * self.strides[0] for side in finest.shape[-2:])
+        return ImageList(finest.new_empty(()).expand(len(finest), 3, rows, columns), sizes)
+
+
+def _regions_of(strides: Sequence[int], side: int) -> MultiScaleRoIAlign:
+    """Regions of ``side`` x ``side`` positions, from the map that suits their size."""
+    pool = MultiScaleRoIAlign([str(level) for level in range(len(strides))], output_size=side, sampling_ratio=2)
+    # else it guesses the strides from the first batch, and wrongly where all its pictures are smaller than the canvas
+    pool.scales = [1 / stride for stride in strides]
+    pool.map_levels = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
+    return pool
+
+
+def _in_float32(_: nn.Module, __: Any, output: Any) -> Any:
+    if isinstance(output, torch.Tensor):
+        return at_least_float32(output)
+    return type(output)(_in_float32(_, __, each) for each in output)

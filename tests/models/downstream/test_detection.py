@@ -1,0 +1,223 @@
+"""Detection on any encoder: what it learns, what it leaves alone, what it is judged by."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import lightning as L
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from src.datamodules.annotated import AnnotatedDataModule, AnnotatedDataset
+from src.datamodules.batch import BatchError
+from src.datamodules.dataset import Draw
+from src.datamodules.scenes.source import ScenesSource
+from src.datamodules.views.joint import DetectionView
+from src.models.backbones.weights import pretrained
+from src.models.downstream.detection import Detection
+from src.models.heads.mask_rcnn import MaskRCNNOnMaps
+from src.models.heads.pyramid import ConvPyramid, SimplePyramid
+from src.optim import OptimizerRecipe, adamw
+
+HEADS = partial(
+    MaskRCNNOnMaps,
+    anchor_sizes=(8, 16, 24, 40, 64),
+    width=32,
+    hidden=64,
+    proposals=(64, 32),
+    regions=24,
+    anchors=48,
+)
+SCENES = partial(ScenesSource, count=8, resolution=64, fields=("boxes", "box_labels", "instance_masks"))
+
+
+def vit(**kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 0}
+    return timm.create_model("vit_tiny_patch16_224", **sizes | kwargs)
+
+
+def convnet() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("resnet18", num_classes=0, channels=[8, 8, 16, 16])
+
+
+def detection(backbone: nn.Module | None = None, *, heads=HEADS, classes: int | None = 3, **kwargs) -> Detection:
+    backbone = backbone or vit()
+    if hasattr(backbone, "patch_embed"):
+        pyramid = SimplePyramid(backbone, channels=32, window=4, global_blocks=1)
+    else:
+        pyramid = ConvPyramid(backbone, channels=32)
+    module = Detection(pyramid, OptimizerRecipe(adamw, lr=2e-3, weight_decay=0.1), heads=heads, **kwargs)
+    if classes is not None:
+        module.build(classes)
+    return module
+
+
+def batch(*boxes: list[tuple[int, int, int, int]]) -> dict:
+    """A picture of noise with boxes of the class 0, 1, ... each; masks fill them."""
+    made: dict = {"boxes": [], "box_labels": [], "masks": []}
+    for own in boxes:
+        masks = torch.zeros(len(own), 64, 64, dtype=torch.bool)
+        for mask, (x0, y0, x1, y1) in zip(masks, own, strict=True):
+            mask[y0:y1, x0:x1] = True
+        made["boxes"].append(torch.tensor(own, dtype=torch.float32).view(-1, 4))
+        made["box_labels"].append(torch.arange(len(own)))
+        made["masks"].append(masks)
+    image = torch.randn(len(boxes), 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    rest = {"size": torch.full((len(boxes), 2), 64), "replaced": torch.zeros(len(boxes), dtype=torch.bool)}
+    return {"image": image, **made, **rest}
+
+
+def of_scenes(count: int = 8) -> dict:
+    made = AnnotatedDataset(SCENES("train"), DetectionView(masks=True), seed=0)[[Draw(0, n) for n in range(count)]]
+    return {**made, "image": (made["image"].float() / 255 - 0.45) / 0.225}
+
+
+def test_it_learns_eight_pictures_by_heart_boxes_and_masks():
+    data = of_scenes()
+    module = detection(classes=len(SCENES("train").classes))
+    optimizer = module.configure_optimizers()
+    for _ in range(55):
+        optimizer.zero_grad()
+        module.training_step(data, 0)["loss"].backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 5.0)
+        optimizer.step()
+    module.eval()
+    with torch.no_grad():
+        module.validation_step(data, 0)
+        drawn = module.pictures(data)["detections"]
+    scores = module.average_precision.scores()
+    assert scores["box_ap50"] > 0.8
+    assert scores["mask_ap50"] > 0.7
+    assert drawn.shape == (8, 2, 3, 64, 64)
+    assert ((drawn[:, 0] != data["image"]).flatten(1).any(dim=1)).all()  # what there is, drawn on the picture
+
+
+def test_an_empty_batch_and_a_box_without_area_train_and_the_latter_is_left_out():
+    module = detection()
+    logged: dict[str, Tensor] = {}
+    module.log = lambda name, value, **_: logged.__setitem__(name, value)
+    data = batch([], [(4, 4, 20, 20), (10, 10, 10, 30)])
+    out = module.training_step(data, 0)
+    assert out["loss"].isfinite()
+    torch.testing.assert_close(out["loss"], torch.stack(list(out["logs"].values())).sum())
+    assert not any(value.requires_grad for value in out["logs"].values())
+    assert [len(each["boxes"]) for each in module.things(data)] == [0, 1]
+    assert [each["masks"].shape for each in module.things(data)] == [(0, 64, 64), (1, 64, 64)]
+    assert logged["health/dropped_boxes"] == 1.0
+    assert module.training_step(batch([], []), 0)["loss"].isfinite()
+
+
+def test_crowds_are_not_learned_and_do_not_count_as_mistakes():
+    module, data = detection(), {**batch([(4, 4, 20, 20), (30, 30, 60, 60)]), "crowd": [torch.tensor([False, True])]}
+    (thing,) = module.things(data)
+    assert thing["iscrowd"].tolist() == [False, True]
+    taught = module.taught(thing)
+    assert taught.keys() == {"boxes", "labels", "masks"}
+    assert taught["labels"].tolist() == [0]
+    module.eval()
+    right = {name: value[:1] for name, value in thing.items()}
+    found = {**right, "scores": torch.tensor([0.9])}
+    module.forward = lambda image, sizes: [found]
+    module.validation_step(data, 0)
+    assert module.average_precision.scores()["box_ap"] == 1.0  # class 1 is not asked for
+
+
+def test_stand_ins_are_not_judged():
+    module = detection().eval()
+    data = batch([(4, 4, 20, 20)], [(8, 8, 40, 40)])
+    data["replaced"][1] = True
+    found = [{**each, "scores": torch.ones(len(each["boxes"]))} for each in module.things(data)]
+    module.forward = lambda image, sizes: found
+    module.validation_step(data, 0)
+    assert len(module.average_precision.groundtruth_labels) == len(module.average_precision.detection_labels) == 1
+
+
+@pytest.mark.parametrize("make", [vit, convnet])
+def test_a_frozen_backbone_gets_no_gradient_and_stays_in_evaluation_mode(make):
+    module = detection(make(), frozen=True).train()
+    before = {name: value.clone() for name, value in module.pyramid.backbone.state_dict().items()}
+    module.training_step(batch([(4, 4, 20, 20)]), 0)["loss"].backward()
+    assert all(each.grad is None for each in module.pyramid.backbone.parameters())
+    assert not any(each.training for each in module.pyramid.backbone.modules())
+    assert all(each.grad is not None for each in module.parameters() if each.requires_grad)
+    assert all(torch.equal(value, before[name]) for name, value in module.pyramid.backbone.state_dict().items())
+    names = [name for group in module.configure_optimizers().param_groups for name in group["names"]]
+    assert names
+    assert not any("backbone" in name for name in names)
+
+
+def test_frozen_norms_keep_their_statistics_and_weights_and_the_rest_learns():
+    module = detection(convnet(), frozen_norms=True).train()
+    norm, convolution = module.pyramid.backbone.layer1[0].bn1, module.pyramid.backbone.conv1
+    before = norm.running_mean.clone()
+    module.training_step(batch([(4, 4, 20, 20)]), 0)["loss"].backward()
+    assert torch.equal(norm.running_mean, before)
+    assert norm.weight.grad is None
+    assert convolution.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_layers_get_vitdets_multipliers(pool):
+    optimizer = detection(vit(depth=3, global_pool=pool), layer_decay=0.5).configure_optimizers()
+    multiplier = {name: group["lr_multiplier"] for group in optimizer.param_groups for name in group["names"]}
+    start = "pyramid.vit.backbone"
+    by_hand = {  # three blocks: 0.5 ** (4 - layer), layer 0 the patches, then the blocks
+        f"{start}.pos_embed": 0.0625,
+        f"{start}.patch_embed.proj.weight": 0.0625,
+        f"{start}.blocks.0.attn.qkv.weight": 0.125,
+        f"{start}.blocks.2.mlp.fc2.weight": 0.5,
+        "pyramid.levels.0.0.weight": 1.0,
+        "heads.rpn.head.cls_logits.weight": 1.0,
+    }
+    assert {name: multiplier[name] for name in by_hand} == by_hand
+    (group,) = (group for group in optimizer.param_groups if f"{start}.pos_embed" in group["names"])
+    assert group["weight_decay"] == 0.0
+
+
+def test_data_without_masks_is_refused_where_masks_are_learned_and_trains_boxes_alone_elsewhere():
+    data = batch([(4, 4, 20, 20)])
+    del data["masks"]
+    with pytest.raises(BatchError, match="no masks to learn from: masks=false"):
+        detection().training_step(data, 0)
+    module = detection(heads=partial(HEADS, masks=False))
+    assert module.training_step(data, 0)["logs"].keys() == {"objectness", "proposals", "classes", "boxes"}
+    module.eval()
+    module.validation_step(data, 0)
+    assert module.average_precision.scores().keys() == {"box_ap", "box_ap50", "box_ap75"}
+    assert module.pictures(data)["detections"].shape == (1, 2, 3, 64, 64)
+
+
+def test_classes_come_from_the_data_scores_are_logged_and_the_checkpoint_gives_back_encoder_and_heads(tmp_path):
+    data = AnnotatedDataModule(
+        source=SCENES,
+        train_view=DetectionView(masks=True),
+        eval_view=DetectionView(masks=True),
+        batch_size=4,
+        eval_batch_size=4,
+        num_workers=0,
+    )
+    module = detection(convnet(), classes=None)
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(max_epochs=1, limit_val_batches=1, accelerator="cpu", enable_checkpointing=False, **silent)
+    trainer.fit(module, datamodule=data)
+    assert module.num_classes == len(data.classes)
+    assert {"eval/box_ap", "eval/mask_ap", "eval/box_ap50", "eval/mask_ap75"} <= trainer.callback_metrics.keys()
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    other = detection(convnet(), classes=None)
+    other.on_load_checkpoint(content)
+    other.load_state_dict(content["state_dict"])
+    image = batch([])["image"]
+    ours, theirs = (each.eval()(image, [(64, 64)])[0] for each in (module, other))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    taken = pretrained(timm.create_model("resnet18", num_classes=0, channels=[8, 8, 16, 16]), tmp_path / "last.ckpt")
+    assert torch.equal(taken.conv1.weight, module.pyramid.backbone.conv1.weight)
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(ValueError, match="layer_decay must lie in"):
+        detection(layer_decay=0.0)
