@@ -75,6 +75,7 @@ class CocoDetectionSource:
         self._root = os.path.join(os.path.expanduser(root), folder)
         content = json_lists(os.path.join(os.path.expanduser(root), file), "images", "annotations", "categories")
         problems = Problems()
+        self.classes: Sequence[str]
         self.classes, label_of = _classes(content["categories"], classes, file)
         pictures = _pictures(content["images"], file, problems)
         if shared:

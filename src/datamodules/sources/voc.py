@@ -60,7 +60,7 @@ class VOCSource:
         val_share: float = 0.1,
     ) -> None:
         self.fields = known_fields(fields)
-        self.classes = list(classes)
+        self.classes: Sequence[str] = list(classes)
         self._difficult = difficult or split != "train"
         self._root = os.path.expanduser(root)
         lists, shared = files_of(split, sets, key="data.source.sets")

@@ -184,8 +184,9 @@ class Detection(Classed):
         """What of the backbone stays as it is."""
         if self.frozen:
             return [self.pyramid.backbone]
-        norms = [module for module in self.pyramid.backbone.modules() if isinstance(module, _BatchNorm)]
-        return norms if self.frozen_norms else []
+        if not self.frozen_norms:
+            return []
+        return [module for module in self.pyramid.backbone.modules() if isinstance(module, _BatchNorm)]
 
 
 def _has_area(boxes: Tensor) -> Tensor:
