@@ -20,6 +20,7 @@ from src.models.heads.pyramid import Pyramid
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
 
+_LEGIBLE = 256  # pixels across: names would hide what a smaller picture shows
 _PALETTE = ["red", "blue", "lime", "yellow", "magenta", "cyan", "orange", "white"]
 
 
@@ -166,7 +167,8 @@ class Detection(Classed):
         if "masks" in things:
             image = draw_segmentation_masks(image, things["masks"], alpha=0.4, colors=colours)
         names = [self.classes[label] if label < len(self.classes) else str(label) for label in labels]
-        return draw_bounding_boxes(image, things["boxes"], labels=names, colors=colours)
+        legible = image.shape[-1] >= _LEGIBLE
+        return draw_bounding_boxes(image, things["boxes"], labels=names if legible else None, colors=colours)
 
     def encoders(self) -> dict[str, ImageEncoder]:
         return {"encoder": ImageEncoder(self.pyramid.backbone, pool=mean_patch)}
