@@ -7,12 +7,9 @@ import json
 import os
 from typing import Any, TextIO, TypeGuard
 
-import numpy as np
-
 from src.datamodules.decoding import DataError
 from src.datamodules.sources.source import ImageSource
-
-_LOOKED_FOR = 32  # pictures of which one has to be there
+from src.datamodules.sources.splits import spread
 
 
 def opened(path: str) -> TextIO:
@@ -60,11 +57,11 @@ def is_path(value: object) -> TypeGuard[str]:
     return True
 
 
-def require_some(source: ImageSource, root: object) -> None:
+def require_some(source: ImageSource, root: object, what: str = "pictures") -> None:
     """
     Raises:
-        DataError: of the first few pictures looked for in ``root`` none exists.
+        DataError: of the first few that are looked for in ``root`` none exists.
     """
-    few = np.linspace(0, len(source), min(len(source), _LOOKED_FOR), endpoint=False).astype(int)
-    if not any(os.path.exists(source.name(int(index))) for index in few):
-        raise DataError(f"data.source.root={root}: none of {len(few)} listed pictures exists, such as {source.name(0)}")
+    few = spread(len(source))
+    if not any(os.path.exists(source.name(index)) for index in few):
+        raise DataError(f"data.source.root={root}: none of {len(few)} listed {what} exists, such as {source.name(0)}")

@@ -53,6 +53,11 @@ def files_of(split: Split, files: str | Sequence[str] | Mapping[str, str | Seque
     return Files([chosen] if isinstance(chosen, str) else [str(path) for path in chosen], shared)
 
 
+def spread(count: int, few: int = 32) -> list[int]:
+    """At most ``few`` positions, evenly spread over ``count``: enough to see whether listed files are there at all."""
+    return np.linspace(0, count, min(count, few), endpoint=False).astype(int).tolist()
+
+
 class PackedNames:
     """Many strings in two arrays: a million paths as Python objects would be copied into every loader process.
 

@@ -1,0 +1,375 @@
+"""Videos that lists name: Kinetics, Something-Something, UCF101, HMDB51, and plain lists of paths and labels."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from src.configuration import nearest
+from src.datamodules.decoding import DataError
+from src.datamodules.footage import EncodedVideo
+from src.datamodules.sources.files import require_some
+from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.splits import PackedNames, hashed_split, spread
+from src.errors import SettingError
+
+
+class Listed(NamedTuple):
+    """A video that a list names."""
+
+    path: str  # below the source's root
+    label: int  # -1 for none
+
+
+class ListedVideos:
+    """Videos in files below a folder. One that is missing or broken is found out when it is drawn, and replaced.
+
+    Args:
+        split: for messages.
+        root: the folder.
+        videos: in order.
+        classes: names by label.
+
+    Raises:
+        DataError: nothing is listed, or none of the first few looked for exists.
+    """
+
+    def __init__(self, split: Split, *, root: str | Path, videos: Iterable[Listed], classes: Sequence[str]) -> None:
+        videos = list(videos)
+        if not videos:
+            raise DataError(f"data.source: no video is listed for the split '{split}'")
+        self.classes = classes
+        self._root = os.path.expanduser(root)
+        self._paths = PackedNames(video.path for video in videos)
+        self.labels = np.array([video.label for video in videos], np.int64)
+        require_some(self, root, "videos")
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        return {"image": EncodedVideo(self.name(index)), "label": int(self.labels[index])}
+
+    def name(self, index: int) -> str:
+        return os.path.join(self._root, self._paths[index])
+
+
+class VideoListSource(ListedVideos):
+    """Lists with a path and a label a line, separated by spaces or a comma, as mmaction and VideoMAE write them.
+
+    Args:
+        split: "train", "val" or "test".
+        root: folder that the lists' and the videos' paths are relative to.
+        files: paths of the lists by split.
+        names: a file with the name of a class a line, in the order of the labels; None to call them by their numbers,
+            as many as the list of "train" has.
+
+    Raises:
+        DataError: a list is missing; a line is none, or has a label that is no class, by its number.
+    """
+
+    def __init__(
+        self, split: Split, *, root: str | Path, files: Mapping[str, str], names: str | Path | None = None
+    ) -> None:
+        if names is None:
+            highest = max((video.label for video in _paths_and_labels(_list(root, files, "train"))), default=-1)
+            classes = [str(number) for number in range(highest + 1)]
+        else:
+            classes = [text for _, text in _lines(_below(root, names))]
+        videos = _paths_and_labels(_list(root, files, split), len(classes))
+        super().__init__(split, root=root, videos=videos, classes=classes)
+
+
+KINETICS_PATHS = (
+    "{split}/{label}/{youtube_id}_{time_start:06d}_{time_end:06d}.mp4",
+    "{split}/{label_}/{youtube_id}_{time_start:06d}_{time_end:06d}.mp4",
+    "{split}/{youtube_id}_{time_start:06d}_{time_end:06d}.mp4",
+    "{label}/{youtube_id}_{time_start:06d}_{time_end:06d}.mp4",
+)
+
+
+class KineticsSource(ListedVideos):
+    """The official lists of Kinetics, CSV with the columns ``label``, ``youtube_id``, ``time_start`` and ``time_end``.
+
+    The classes are those of "train", sorted. A row without a label has label -1.
+
+    Args:
+        split: "train", "val" or "test".
+        root: folder that the lists' and the videos' paths are relative to.
+        files: paths of the lists by split.
+        paths: where a video may lie, of ``split``, the list's columns, and ``label_`` with underscores for spaces; the
+            first pattern by which some of the listed videos exist holds for all.
+
+    Raises:
+        DataError: a list is missing or has no such columns; a line is broken or has a class that "train" has not, by
+            its number; no pattern leads to a video.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        root: str | Path,
+        files: Mapping[str, str],
+        paths: Sequence[str] = KINETICS_PATHS,
+    ) -> None:
+        train = [row["label"] for _, row in _kinetics_rows(_list(root, files, "train"))]
+        classes = sorted({label for label in train if label})
+        label_of = {name: label for label, name in enumerate(classes)}
+        file = _list(root, files, split)
+        rows, labels = [], []
+        for place, row in _kinetics_rows(file):
+            labels.append(_known(place, row["label"], label_of) if row["label"] else -1)
+            rows.append({**row, "split": split, "label_": row["label"].replace(" ", "_")})
+        pattern = _existing(os.path.expanduser(root), paths, rows, file)
+        videos = (Listed(pattern.format(**row), label) for row, label in zip(rows, labels, strict=True))
+        super().__init__(split, root=root, videos=videos, classes=classes)
+
+
+class SomethingSomethingSource(ListedVideos):
+    """Something-Something V2 as it is downloaded: JSON lists of ``id`` and ``template``, and the classes' own file.
+
+    Args:
+        split: "train", "val" or "test"; the last has no templates, so its labels are -1.
+        root: folder that all paths are relative to.
+        files: paths of the lists by split.
+        labels: path of the file that gives each class its label.
+        videos: folder of the videos, ``<id>.webm``.
+
+    Raises:
+        DataError: a file is missing or is no such list; an entry is broken or of an unknown class, by its number.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        root: str | Path,
+        files: Mapping[str, str],
+        labels: str = "labels/labels.json",
+        videos: str = "20bn-something-something-v2",
+    ) -> None:
+        named = _json(_below(root, labels), dict)
+        try:
+            label_of = {str(name): int(number) for name, number in named.items()}
+        except (TypeError, ValueError) as problem:
+            raise DataError(f"{_below(root, labels)}: a label is no number: {problem}") from problem
+        if sorted(label_of.values()) != list(range(len(label_of))):
+            raise DataError(f"{_below(root, labels)}: the labels are not 0 to {len(label_of) - 1}, each once")
+        file = _list(root, files, split)
+        found = []
+        for number, entry in enumerate(_json(file, list), start=1):
+            if not isinstance(entry, dict) or not str(entry.get("id", "")).isalnum():
+                raise DataError(f"{file}, entry {number}: an 'id' is expected, got {_short(entry)}")
+            # the list marks what was filled in, "Holding [something]", and the classes' file does not
+            template = str(entry.get("template", "")).replace("[", "").replace("]", "")
+            label = _known(f"{file}, entry {number}", template, label_of) if template else -1
+            found.append(Listed(f"{videos}/{entry['id']}.webm", label))
+        super().__init__(split, root=root, videos=found, classes=sorted(label_of, key=label_of.__getitem__))
+
+
+class UCF101Source(ListedVideos):
+    """UCF101 by one of its three official divisions.
+
+    "test" is the test list. "val" is a share of the training list, whole groups of it: clips of one group are cut from
+    one video, so that a group in both would be learned by heart.
+
+    Args:
+        split: "train", "val" or "test".
+        root: folder that all paths are relative to.
+        division: 1, 2 or 3.
+        lists: folder of ``trainlist01.txt``, ``testlist01.txt`` and ``classInd.txt``.
+        videos: folder of the classes' folders.
+        val_share: of the groups.
+
+    Raises:
+        DataError: a list is missing; a line is broken or of an unknown class, by its number.
+        SettingError: another division.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        root: str | Path,
+        division: int = 1,
+        lists: str = "ucfTrainTestlist",
+        videos: str = "UCF-101",
+        val_share: float = 0.1,
+    ) -> None:
+        _check_division(division)
+        folder = _below(root, lists)
+        label_of: dict[str, int] = {}
+        for place, text in _lines(folder / "classInd.txt"):
+            number, _, name = text.partition(" ")
+            if not number.isdigit() or int(number) != len(label_of) + 1 or not name:
+                raise DataError(f"{place}: the number {len(label_of) + 1} and a class are expected, got {_short(text)}")
+            label_of[name.strip()] = len(label_of)
+        file = folder / f"{'test' if split == 'test' else 'train'}list{division:02d}.txt"
+        found = []
+        for place, text in _lines(file):
+            path, _, number = text.partition(" ")  # the test list has no numbers
+            kind, _, name = path.partition("/")
+            if not name:
+                raise DataError(f"{place}: <class>/<video> is expected, got {_short(text)}")
+            label = _known(place, kind, label_of)
+            if number.strip() and number.strip() != str(label + 1):
+                raise DataError(f"{place}: {kind} has the number {label + 1}, not {_short(number)}")
+            found.append(Listed(f"{videos}/{path}", label))
+        super().__init__(split, root=root, videos=_of_groups(split, found, val_share), classes=list(label_of))
+
+
+class HMDB51Source(ListedVideos):
+    """HMDB51 by one of its three official divisions; "val" as in `UCF101Source`.
+
+    Args:
+        split: "train", "val" or "test".
+        root: folder that all paths are relative to.
+        division: 1, 2 or 3.
+        lists: folder of the files ``<class>_test_split1.txt``, whose lines end in 1 (train), 2 (test) or 0 (neither).
+        videos: folder of the classes' folders.
+        val_share: of the groups.
+
+    Raises:
+        DataError: there is no list; a line is broken, by its number.
+        SettingError: another division.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        root: str | Path,
+        division: int = 1,
+        lists: str = "testTrainMulti_7030_splits",
+        videos: str = ".",
+        val_share: float = 0.1,
+    ) -> None:
+        _check_division(division)
+        ending = f"_test_split{division}.txt"
+        folder = _below(root, lists)
+        files = sorted(folder.glob(f"*{ending}"))
+        if not files:
+            raise DataError(f"data.source.lists: {folder} has no file <class>{ending}")
+        wanted = "2" if split == "test" else "1"
+        found = []
+        for label, file in enumerate(files):
+            for place, text in _lines(file):
+                name, _, use = text.rpartition(" ")
+                if use not in ("0", "1", "2") or not name.strip():
+                    raise DataError(f"{place}: a video and 0, 1 or 2 are expected, got {_short(text)}")
+                if use == wanted:
+                    path = os.path.normpath(f"{videos}/{file.name.removesuffix(ending)}/{name.strip()}")
+                    found.append(Listed(path, label))
+        classes = [file.name.removesuffix(ending) for file in files]
+        super().__init__(split, root=root, videos=_of_groups(split, found, val_share), classes=classes)
+
+
+def _of_groups(split: Split, videos: list[Listed], val_share: float) -> list[Listed]:
+    """A training list's part of ``split``, by groups: a name's part before its last underscore."""
+    if split == "test":
+        return videos
+    return [video for video in videos if hashed_split(video.path.rpartition("_")[0], val_share=val_share) == split]
+
+
+_PATH_AND_LABEL = re.compile(r"(?P<path>.*\S)(?:\s*,\s*|\s+)(?P<label>\d+)")
+
+
+def _paths_and_labels(file: Path, classes: int | None = None) -> Iterator[Listed]:
+    for place, text in _lines(file):
+        found = _PATH_AND_LABEL.fullmatch(text)
+        if found is None:
+            raise DataError(f"{place}: a path and a label are expected, got {_short(text)}")
+        label = int(found["label"])
+        if classes is not None and label >= classes:
+            raise DataError(f"{place}: there is no class {label}, only 0 to {classes - 1}")
+        yield Listed(found["path"].rstrip(","), label)
+
+
+def _kinetics_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) with whole seconds, after the names of the columns."""
+    columns = ("label", "youtube_id", "time_start", "time_end")
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as text:
+            reader = csv.DictReader(text, strict=True)
+            missing = [name for name in columns if name not in (reader.fieldnames or ())]
+            if missing:
+                raise DataError(f"{file}, line 1: the columns {', '.join(columns)} are expected; no {missing[0]}")
+            for row in reader:
+                place = f"{file}, line {reader.line_num}"
+                if not row["youtube_id"]:
+                    raise DataError(f"{place}: there is no youtube_id")
+                try:
+                    times = {name: round(float(row[name] or "")) for name in columns[2:]}
+                except ValueError as problem:
+                    raise DataError(f"{place}: times are seconds: {problem}") from problem
+                yield place, {**row, **times, "label": (row["label"] or "").strip()}
+    except (OSError, UnicodeDecodeError, csv.Error) as problem:
+        raise DataError(f"{file} cannot be read as a list: {problem}") from problem
+
+
+def _existing(root: str, patterns: Sequence[str], rows: Sequence[Mapping[str, Any]], file: Path) -> str:
+    """The first pattern by which one of a few rows' videos exists."""
+    few = [rows[index] for index in spread(len(rows))]
+    for pattern in patterns:
+        try:
+            if any(os.path.exists(os.path.join(root, pattern.format(**row))) for row in few):
+                return pattern
+        except (KeyError, ValueError, IndexError) as problem:
+            raise SettingError(f"data.source.paths: '{pattern}' cannot be filled in: {problem}") from problem
+    tried = "; ".join(os.path.join(root, pattern.format(**few[0])) for pattern in patterns) if few else "no row"
+    raise DataError(f"data.source.root={root}: none of {len(few)} videos listed in {file} exists (looked for {tried})")
+
+
+def _known(place: str, name: str, label_of: Mapping[str, int]) -> int:
+    if name not in label_of:
+        raise DataError(f"{place}: there is no class '{name}'{nearest(name, list(label_of))}")
+    return label_of[name]
+
+
+def _list(root: str | Path, files: Mapping[str, str], split: Split) -> Path:
+    if not files.get(split):
+        raise DataError(f"data.source.files has no list for the split '{split}', only for {', '.join(files) or 'none'}")
+    return _below(root, files[split])
+
+
+def _below(root: str | Path, path: str | Path) -> Path:
+    return Path(root).expanduser() / path
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    """(file and number, text) of the lines that are not empty."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise DataError(f"{file} cannot be read as a list: {problem}") from problem
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            yield f"{file}, line {number}", line.strip()
+
+
+def _json(file: Path, kind: type) -> Any:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise DataError(f"{file} cannot be read as JSON: {problem}") from problem
+    if not isinstance(content, kind):
+        raise DataError(f"{file} holds a {type(content).__name__}, where a {kind.__name__} is expected")
+    return content
+
+
+def _check_division(division: int) -> None:
+    if division not in (1, 2, 3):
+        raise SettingError(f"data.source.division is 1, 2 or 3, not {division}")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
