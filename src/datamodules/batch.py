@@ -57,7 +57,7 @@ class ImageTextBatch(TypedDict):
 
 
 class VideoBatch(TypedDict):
-    """One clip a video."""
+    """Clips; those of one video follow each other, with the same index."""
 
     video: Annotated[Tensor, Field("B T 3 H W", torch.float32)]  # normalised with the DataModule's mean and std
     label: Annotated[Tensor, Field("B", torch.int64)]  # class, -1 where the source has none
@@ -99,6 +99,21 @@ class DetectionBatch(TypedDict):
     label: Annotated[Tensor, Field("B", torch.int64)]  # class of the image, -1 where the source has none
     index: Annotated[Tensor, Field("B", torch.int64)]  # position in the source
     replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
+
+
+def mean_of_samples(rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """One row for each sample where some have several, which follow each other: the means [S, ...] of float rows
+    [B, ...], and where each sample's rows begin, int64 [S].
+
+    Args:
+        index: int64 [B], the same for the rows of one sample.
+    """
+    _, sample, counts = index.unique_consecutive(return_inverse=True, return_counts=True)
+    first = counts.cumsum(0) - counts
+    if len(first) == len(rows):
+        return rows, first
+    sums = torch.zeros(len(counts), *rows.shape[1:], dtype=rows.dtype, device=rows.device).index_add_(0, sample, rows)
+    return sums / counts.view(-1, *[1] * (rows.ndim - 1)), first
 
 
 class BatchError(ValueError):

@@ -117,7 +117,7 @@ class ImageDataModule(L.LightningDataModule):
         dataset = self._dataset(self.train_source, self.train_view, self.train_samples)
         sampler = TrainSampler(
             len(dataset),
-            batch_size=self.batch_size,
+            batch_size=self._samples("batch_size", self.train_view),
             seed=self.seed,
             rank=rank,
             world_size=world_size,
@@ -199,8 +199,13 @@ class ImageDataModule(L.LightningDataModule):
     def _eval_loader(self, source: ImageSource, limit: int | None) -> DataLoader[dict[str, Tensor]]:
         rank, world_size, _ = self._launch()
         dataset = self._dataset(source, self.eval_view, limit)
-        sampler = EvalSampler(len(dataset), batch_size=self.eval_batch_size, rank=rank, world_size=world_size)
+        batch_size = self._samples("eval_batch_size", self.eval_view)
+        sampler = EvalSampler(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
         return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+
+    def _samples(self, key: str, view: View) -> int:
+        """How many samples fill a batch of ``self.<key>`` rows."""
+        return int(getattr(self, key))
 
     def _launch(self) -> tuple[int, int, int]:
         trainer: Any = self.trainer

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from src.datamodules.batch import VideoBatch
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from src.datamodules.dataset import Draw, ViewedDataset
 from src.datamodules.image import ImageDataModule
+from src.datamodules.sources.source import ImageSource
 from src.errors import SettingError
+
+_OF_THE_VIDEO = ("label", "index", "replaced")
+
+
+class VideoDataset(ViewedDataset):
+    """`ViewedDataset` for views that make one or several clips of a video: each is a row, with its video's label and
+    index, and the rows of a video follow each other."""
+
+    def __getitem__(self, draws: list[Draw]) -> dict[str, Tensor]:
+        batch = super().__getitem__(draws)
+        rows: int = self.view.rows  # type: ignore[attr-defined]
+        if rows == 1:
+            return batch
+        return {
+            name: value.repeat_interleave(rows) if name in _OF_THE_VIDEO else value.flatten(0, 1)
+            for name, value in batch.items()
+        }
 
 
 class VideoDataModule(ImageDataModule):
-    """`ImageDataModule` for sources whose samples are `Footage`, with views that take a clip.
+    """`ImageDataModule` for sources whose samples are `Footage`, with views that take clips.
+
+    Both batch sizes count clips. Where the training view makes several of a video, so many fewer videos are drawn for a
+    step, and an epoch is still every video once. Where the evaluation view does, its videos stay whole.
 
     Raises:
-        SettingError: a view that makes no `VideoBatch`.
+        SettingError: a view that makes no clips; a batch that is no whole number of videos.
     """
 
     @property
@@ -21,6 +47,19 @@ class VideoDataModule(ImageDataModule):
     @property
     def batch_type(self) -> type:
         for name, view in (("train_view", self.train_view), ("eval_view", self.eval_view)):
-            if view.batch_type is not VideoBatch:
+            if "video" not in view.batch_type.__annotations__:
                 raise SettingError(f"data.{name}: a video needs a view of clips, not of a {view.batch_type.__name__}")
-        return VideoBatch
+        return self.train_view.batch_type
+
+    def _dataset(self, source: ImageSource, view: Any, limit: int | None) -> ViewedDataset:
+        subset: np.ndarray | None = self._subset(source, limit)
+        return VideoDataset(source, view, seed=self.seed, subset=subset, bad_log=self.bad_log)
+
+    def _samples(self, key: str, view: Any) -> int:
+        clips, rows = super()._samples(key, view), int(view.rows)
+        if key == "batch_size" and clips % rows:
+            raise SettingError(
+                f"data.batch_size={clips} clips are no whole number of videos with {rows} clips each "
+                "(data.train_view.repeats)"
+            )
+        return max(1, clips // rows)

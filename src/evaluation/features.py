@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from src.collectives import gather_rows, rank
+from src.datamodules.batch import mean_of_samples
 from src.datamodules.image import ImageDataModule
 from src.models.backbones.image_encoder import Features, inference
 
@@ -103,8 +104,9 @@ def extract(
     """Features of every labelled image of ``loader`` by each of ``encoders``, in one pass over the data.
 
     Each process reads the share its loader gives it and all of them return all rows, in the data set's order, so the
-    result does not depend on the number of processes. Stand-ins for unreadable samples and samples without a label are
-    left out. Encoders run in evaluation mode, without gradients, and are left in the modes they were in.
+    result does not depend on the number of processes. Features of several clips of a video are averaged. Stand-ins for
+    unreadable samples and samples without a label are left out. Encoders run in evaluation mode, without gradients, and
+    are left in the modes they were in.
 
     Args:
         encoders: by name, image [B, 3, H, W] or video [B, T, 3, H, W] -> `Features`, already on ``device``.
@@ -127,7 +129,9 @@ def extract(
             batch = datamodule.on_after_batch_transfer(batch, 0)
             for name, encoder in encoders.items():
                 features = pool(encoder(batch[datamodule.seen].to(weight_dtype(encoder))))
-                rows[name].add(features.to("cpu", torch.float32).to(storage), batch)
+                mean, first = mean_of_samples(features.float(), batch["index"])
+                of_sample = {key: batch[key][first] for key in ("label", "index")}
+                rows[name].add(mean.to("cpu").to(storage), of_sample)
     return {name: gathered(name, mine, device, storage, shard=shard) for name, mine in rows.items()}
 
 

@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from src.datamodules.batch import VideoBatch, validate
+from src.datamodules.batch import VideoBatch, mean_of_samples, validate
 from src.datamodules.scenes.films import FilmsSource
 from src.datamodules.scenes.motion import MovingWorld
 from src.datamodules.sources.video_folder import VideoFolderSource
 from src.datamodules.video import VideoDataModule
+from src.datamodules.views.augment import StrongFrames
 from src.datamodules.views.image import CentreCrop, RandomResizedCrop
 from src.datamodules.views.video import CentreVideoCrop, DenseClip, MultiScaleCrop, RandomVideoCrop, SegmentClip
 from src.errors import SettingError
+from src.evaluation.features import extract
+from src.models.backbones.image_encoder import Features
 from tests.datamodules.test_footage import write
 
 
@@ -160,6 +163,122 @@ def test_files_in_folders_and_one_that_is_broken(tmp_path: Path) -> None:
     assert batch["video"].shape == (6, 4, 3, 16, 16)
     assert batch["replaced"].sum() == 1
     assert "run/1.mp4\tthe video cannot be read" in (tmp_path / "bad.tsv").read_text()
+
+
+def test_one_decoded_video_gives_several_rows_of_a_batch() -> None:
+    asked: list[list[float]] = []
+
+    class Counted(Ramp):
+        def at(self, times: list[float]) -> torch.Tensor:
+            asked.append(times)
+            return super().at(times)
+
+    view = RandomVideoCrop(DenseClip(frames=3, stride=2), RandomResizedCrop(8, (0.1, 0.3)), repeats=2)
+    numbers = np.random.default_rng(0).random(view.draws, np.float32)
+    video = view.encoded(Counted(), numbers)["video"]
+    assert video.shape == (2, 3, 3, 8, 8)
+    assert len(asked) == 1
+    once = RandomVideoCrop(view.clip, view.crop)  # the rows are what the same numbers give alone
+    parts = numbers[1:].reshape(2, -1)
+    for row, part in zip(video, parts, strict=True):
+        assert torch.equal(row, once.encoded(Ramp(), np.concatenate([numbers[:1], part]))["video"])
+    with pytest.raises(SettingError, match=r"data\.train_view\.repeats must be at least 1"):
+        RandomVideoCrop(view.clip, view.crop, repeats=0)
+
+
+def test_a_batch_of_repeated_clips_is_no_larger() -> None:
+    view = RandomVideoCrop(DenseClip(frames=4, stride=2), MultiScaleCrop(16), repeats=2)
+    data = module(films(), train_view=view)
+    loader = data.train_dataloader()
+    assert len(loader) == 6  # 12 films, two a step
+    batches = [data.on_after_batch_transfer(batch, 0) for batch in loader]
+    for batch in batches:
+        validate(batch, VideoBatch)
+        assert batch["video"].shape == (4, 4, 3, 16, 16)
+        assert batch["index"][0] == batch["index"][1] != batch["index"][2] == batch["index"][3]
+        assert batch["label"].tolist() == [data.train_source.film(index).action for index in batch["index"].tolist()]
+    assert sorted(int(index) for batch in batches for index in batch["index"][::2]) == list(range(12))
+    with pytest.raises(SettingError, match=r"data\.batch_size=5 clips are no whole number of videos with 2 clips each"):
+        module(films(), train_view=view, batch_size=5).train_dataloader()
+
+
+class Corners:
+    """Frame n, 10 a second, 20 x 60: columns are their own number, plus 80 n."""
+
+    duration, rate = 1.0, 10.0
+
+    def at(self, times: list[float]) -> torch.Tensor:
+        numbers = torch.tensor([int(time * 10 + 1e-6) for time in times])
+        columns = torch.arange(60).expand(len(times), 3, 20, 60)
+        return (columns + 20 * numbers.view(-1, 1, 1, 1)).to(torch.uint8)
+
+
+def test_segments_and_crops_of_a_test_at_hand_worked_places() -> None:
+    view = CentreVideoCrop(DenseClip(frames=2, stride=2), size=20, share=1.0, segments=3, crops=3)
+    video = view.encoded(Corners(), np.zeros(0, np.float32))["video"]
+    assert view.rows == 9
+    assert video.shape == (9, 2, 3, 20, 20)
+    # clips from 0, 0.35 and 0.7 s on, so frames 0, 3 and 7 and those two later; columns from 0, 20 and 40 on
+    first = [[int(frame[0, 10, 0]) for frame in clip] for clip in video]
+    assert first == [[20 * n + c, 20 * (n + 2) + c] for n in (0, 3, 7) for c in (0, 20, 40)]
+    tall = Corners()
+    tall.at = lambda times: Corners.at(tall, times).transpose(-1, -2)  # type: ignore[method-assign]
+    upright = view.encoded(tall, np.zeros(0, np.float32))["video"]
+    assert torch.equal(upright, video.transpose(-1, -2))
+    # segments: all frames together are even steps
+    segments = CentreVideoCrop(SegmentClip(frames=2), size=20, share=1.0, segments=2)
+    video = segments.encoded(Corners(), np.zeros(0, np.float32))["video"]
+    assert [[int(frame[0, 0, 0]) // 20 - 1 for frame in clip] for clip in video] == [[0, 5], [2, 7]]
+
+
+def test_several_clips_of_a_video_stay_together_and_are_averaged() -> None:
+    view = CentreVideoCrop(DenseClip(frames=2, stride=1), size=16, share=1.0, segments=3)
+    data = module(films(), eval_view=view, eval_batch_size=7)
+    batches = list(data.val_dataloader())
+    assert [batch["index"].tolist() for batch in batches] == [[0, 0, 0, 1, 1, 1], [2, 2, 2, 3, 3, 3]]
+
+    class Means(torch.nn.Module):
+        def forward(self, video: torch.Tensor) -> Features:
+            means = video.mean(dim=(1, 3, 4))
+            return Features(embedding=means, patches=means[:, None], grid=(1, 1, 1))
+
+    found = extract({"it": Means()}, data.val_dataloader(), data, torch.device("cpu"))["it"]
+    assert found.labels.tolist() == [data.val_source[index]["label"] for index in range(4)]
+    for index, row in enumerate(found.features):
+        clips = view.encoded(data.val_source[index]["image"], np.zeros(0, np.float32))["video"]
+        normalised = data.on_after_batch_transfer({"video": clips}, 0)["video"]
+        torch.testing.assert_close(row, normalised.mean(dim=(0, 1, 3, 4)))
+
+
+def test_rows_of_a_sample_are_averaged_and_others_left_alone() -> None:
+    rows = torch.tensor([[1.0, 0.0], [3.0, 2.0], [5.0, 5.0]])
+    mean, first = mean_of_samples(rows, torch.tensor([7, 7, 2]))
+    assert mean.tolist() == [[2.0, 1.0], [5.0, 5.0]]
+    assert first.tolist() == [0, 2]
+    mean, first = mean_of_samples(rows, torch.tensor([7, 3, 2]))
+    assert torch.equal(mean, rows)
+    assert first.tolist() == [0, 1, 2]
+
+
+def test_all_frames_change_alike_and_one_rectangle_is_erased() -> None:
+    frames = torch.randint(0, 256, (1, 3, 24, 32), dtype=torch.uint8).expand(4, -1, -1, -1)
+    strong = StrongFrames(24, erase=1.0)
+    numbers = np.array([0.3, 0.6])
+    changed = strong.augmented(frames, numbers)
+    assert not torch.equal(changed[0], frames[0])
+    assert all(torch.equal(frame, changed[0]) for frame in changed)
+    assert torch.equal(strong.augmented(frames, numbers), changed)
+    assert not torch.equal(strong.augmented(frames, np.array([0.31, 0.6])), changed)
+    erased = strong.erased(frames[..., :24], numbers)
+    gone = (erased != frames[..., :24]).any(dim=1)  # [T, H, W]
+    rows, columns = gone.any(dim=(0, 2)).nonzero().flatten(), gone.any(dim=(0, 1)).nonzero().flatten()
+    height, width = int(rows[-1] - rows[0]) + 1, int(columns[-1] - columns[0]) + 1
+    assert 0.9 * 4 * height * width < int(gone.sum()) < 4 * 24 * 24  # all of one rectangle in every frame
+    assert not torch.equal(erased[0], erased[1])  # with noise of its own
+    still = StrongFrames(24, policy=None, erase=0.0)
+    assert torch.equal(still.erased(still.augmented(frames, numbers), numbers), frames)
+    view = RandomVideoCrop(DenseClip(frames=3), RandomResizedCrop(8, (0.5, 1.0)), repeats=2, strong=strong)
+    assert view.encoded(Ramp(), np.random.default_rng(0).random(view.draws))["video"].shape == (2, 3, 3, 8, 8)
 
 
 def test_a_view_of_pictures_is_refused() -> None:

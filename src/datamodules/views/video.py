@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from src.datamodules.batch import VideoBatch
 from src.datamodules.footage import Footage
-from src.datamodules.views.image import CentreCrop
+from src.datamodules.views.augment import StrongFrames
 from src.datamodules.views.resample import resample_boxes
 from src.errors import SettingError
 
@@ -29,8 +30,12 @@ class Clip(Protocol):
         Args:
             duration: of the video, seconds.
             rate: its frames a second.
-            uniform: [draws] in [0, 1); the middle of a video at 0.5.
+            uniform: [draws] in [0, 1]; the middle of a video at 0.5.
         """
+        ...
+
+    def places(self, count: int) -> np.ndarray:
+        """``count`` clips that cover a video evenly: what all of a clip's draws are for each, [count]."""
         ...
 
 
@@ -62,6 +67,10 @@ class DenseClip:
         room = max(0.0, duration - 1 / rate - (self.frames - 1) * step)
         return room * float(uniform[0]) + step * np.arange(self.frames)
 
+    def places(self, count: int) -> np.ndarray:
+        """From the first clip there is to the last one; of one clip the middle."""
+        return np.linspace(0.0, 1.0, count) if count > 1 else np.array([0.5])
+
 
 @dataclass(frozen=True)
 class SegmentClip:
@@ -80,6 +89,10 @@ class SegmentClip:
 
     def times(self, duration: float, rate: float, uniform: np.ndarray) -> np.ndarray:
         return (np.arange(self.frames) + uniform[: self.frames]) * (duration / self.frames)
+
+    def places(self, count: int) -> np.ndarray:
+        """So that the frames of all clips together are even steps; of one clip each part's middle."""
+        return np.arange(count) / count if count > 1 else np.array([0.5])
 
 
 class Boxes(Protocol):
@@ -142,43 +155,105 @@ class RandomVideoCrop:
     Args:
         clip: which frames.
         crop: which part of them, and what becomes of it.
+        repeats: how often the same frames are seen, each time in a box and with changes of their own: repeated
+            augmentation (Hoffer et al., 2020), which decodes a video once for several rows of a batch.
+        strong: what else happens to the frames; None for nothing.
     """
 
     clip: Clip
     crop: Boxes
+    repeats: int = 1
+    strong: StrongFrames | None = None
 
     batch_type: ClassVar[type] = VideoBatch
 
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise SettingError(f"data.train_view.repeats must be at least 1, got {self.repeats}")
+
     @property
     def draws(self) -> int:
-        return self.clip.draws + self.crop.draws
+        return self.clip.draws + self.repeats * self._draws_of_one
+
+    @property
+    def rows(self) -> int:
+        """How many clips a video becomes."""
+        return self.repeats
 
     def encoded(self, image: Footage, uniform: np.ndarray) -> dict[str, Tensor]:
+        """``video`` [T, 3, size, size], or [rows, T, 3, size, size] of more than one row."""
         frames = image.at(self.clip.times(image.duration, image.rate, uniform).tolist())
-        own = uniform[self.clip.draws :]
+        each = uniform[self.clip.draws :].reshape(self.repeats, self._draws_of_one)
+        clips = [self._cropped(frames, numbers) for numbers in each]
+        return {"video": clips[0] if self.repeats == 1 else torch.stack(clips)}
+
+    @property
+    def _draws_of_one(self) -> int:
+        return self.crop.draws + (0 if self.strong is None else self.strong.draws)
+
+    def _cropped(self, frames: Tensor, uniform: np.ndarray) -> Tensor:
+        own, further = uniform[: self.crop.draws], uniform[self.crop.draws :]
+        if self.strong is not None:
+            frames = self.strong.augmented(frames, further)
         box = self.crop.boxes(frames.shape[-2], frames.shape[-1], own[None])
         mirrored = np.full(len(frames), own[-1] < self.crop.flip)
-        return {"video": resample_boxes(frames, np.repeat(box, len(frames), axis=0), self.crop.size, flip=mirrored)}
+        cropped = resample_boxes(frames, np.repeat(box, len(frames), axis=0), self.crop.size, flip=mirrored)
+        return cropped if self.strong is None else self.strong.erased(cropped, further)
 
 
 @dataclass(frozen=True)
 class CentreVideoCrop:
-    """The middle of the video and of its frames, see `CentreCrop`. No randomness.
+    """Clips at even places of the video, and squares at even places along the frames' longer side: of one the middle.
+    No randomness, and no frame is decoded twice.
 
     Args:
         clip: which frames.
         size: side of the result in pixels.
         share: side of the square over the frame's shorter side.
+        segments: clips of a video.
+        crops: squares of each clip.
     """
 
     clip: Clip
     size: int
     share: float = 0.875
+    segments: int = 1
+    crops: int = 1
 
     batch_type: ClassVar[type] = VideoBatch
     draws: ClassVar[int] = 0
 
+    def __post_init__(self) -> None:
+        if self.segments < 1 or self.crops < 1:
+            raise SettingError(
+                f"data.eval_view: segments and crops must be at least 1, got {self.segments} and {self.crops}"
+            )
+
+    @property
+    def rows(self) -> int:
+        """How many clips a video becomes."""
+        return self.segments * self.crops
+
     def encoded(self, image: Footage, uniform: np.ndarray) -> dict[str, Tensor]:
-        times = self.clip.times(image.duration, image.rate, np.full(self.clip.draws, 0.5))
-        crop = CentreCrop(self.size, self.share)
-        return {"video": crop.decoded(image.at(times.tolist()), np.zeros((len(times), 0), np.float32))["image"]}
+        """``video`` [T, 3, size, size], or [rows, T, 3, size, size] of more than one row: clip by clip, each with its
+        squares."""
+        places = self.clip.places(self.segments)
+        times = [self.clip.times(image.duration, image.rate, np.full(self.clip.draws, place)) for place in places]
+        frames = image.at(np.concatenate(times).tolist())
+        crops = torch.stack([self._square(frames, place) for place in _along(self.crops)], dim=1)
+        clips = crops.unflatten(0, (self.segments, -1)).transpose(1, 2).flatten(0, 1)
+        return {"video": clips[0] if self.rows == 1 else clips}
+
+    def _square(self, frames: Tensor, place: float) -> Tensor:
+        """``place`` in [0, 1] along the longer side, in the middle of the shorter one."""
+        height, width = frames.shape[-2:]
+        side = min(height, width) * self.share
+        if (height, width, side) == (self.size, self.size, self.size):
+            return frames
+        down, right = (place, 0.5) if height > width else (0.5, place)
+        box = np.array([(height - side) * down, (width - side) * right, side, side])
+        return resample_boxes(frames, np.tile(box, (len(frames), 1)), self.size)
+
+
+def _along(count: int) -> np.ndarray:
+    return np.linspace(0.0, 1.0, count) if count > 1 else np.array([0.5])
