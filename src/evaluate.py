@@ -38,6 +38,8 @@ PAIRS = dict.fromkeys(("zeroshot", "retrieval", "hardnegatives", "geometry"), "p
     each: each for each in ("localisation", "captions")
 }
 
+_HEADS = ("global_pool", "fc_norm", "drop_path_rate")  # what fine-tuning changes in a backbone
+
 _NEEDS = {
     "zeroshot": "it needs labels with names",
     "retrieval": "it needs texts",
@@ -195,21 +197,20 @@ def finetune(run: runs.Run, config: DictConfig, checkpoint: Path, data: str, ove
 
 
 def finetune_config(config: DictConfig, checkpoint: Path, overrides: Sequence[str] = ()) -> DictConfig:
-    """The fine-tuning experiment's recipe on the run's own backbone, images, scale and hardware.
-
-    Raises:
-        UserError: the run has seen videos, for which there is no such experiment.
-    """
-    experiment = config.evaluate.finetune
-    if issubclass(get_class(config.data._target_), VideoDataModule):
-        raise UserError("EVAL=finetune fine-tunes on images, and this run has seen videos: EVAL=knn,linear judges it")
+    """The fine-tuning experiment's recipe on the run's own backbone, data, scale and hardware."""
+    clips = issubclass(get_class(config.data._target_), VideoDataModule)
+    experiment = config.evaluate.finetune or ("action_vitb" if clips else "finetune_vitb")
     recipe = configuration.compose("train", [f"experiment={experiment}", f"scale={config.run.scale}"])
     with open_dict(recipe):
-        pooled = {key: recipe.backbone[key] for key in ("global_pool", "drop_path_rate") if key in recipe.backbone}
+        # a ConvNet that reads clips has none of these
+        heads = set(recipe.backbone) & set(config.backbone) if clips else set(recipe.backbone)
+        pooled = {key: recipe.backbone[key] for key in _HEADS if key in heads}
         recipe.backbone = {**OmegaConf.to_container(config.backbone, resolve=False), **pooled}  # type: ignore[dict-item]
-        # what is not the method's: neither its views nor its texts
-        for key in set(map(str, config.data)) - set(KEPT):
+        # what is not the method's: neither its views nor its texts; of videos several clips are judged
+        for key in set(map(str, config.data)) - {*KEPT, *(("eval_view", "eval_batch_size") if clips else ())}:
             recipe.data[key] = config.data._get_node(key)
+        if clips:
+            recipe.frames = config.frames
     recipe.image_size, recipe.seed, recipe.paths = config.image_size, config.seed, config.paths
     recipe.checkpoint = str(checkpoint)
     recipe.run.experiment = experiment

@@ -129,10 +129,10 @@ def gather(run: runs.Run, encoder: str | None, checkpoint: str | None) -> Export
     """
     config = run.config()
     backbone = config.get("backbone")
+    if backbone is not None and "embed_layer" in backbone:
+        raise UserError(f"{run.title} reads clips, and timm has no ViT that does: videos are not exported yet")
     if backbone is None or backbone.get("_target_") != "timm.create_model":
         raise UserError(f"{run.title} has no timm backbone (`backbone._target_: timm.create_model`) to export")
-    if "embed_layer" in backbone:
-        raise UserError(f"{run.title} reads clips, and timm has no ViT that does: videos are not exported yet")
     path = trained.checkpoint_of(run, checkpoint)
     module = trained.load(config, path)
     encoders: Mapping[str, ImageEncoder] = module.encoders()

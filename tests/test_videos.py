@@ -51,10 +51,24 @@ def test_films_are_trained_on_and_judged(run: runs.Run, monkeypatch: pytest.Monk
     assert scores["encoder"]["knn_top1"] == pytest.approx(logged["eval/knn_top1"])
 
 
-def test_what_videos_have_not_yet_is_said(run: runs.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runs_encoder_is_fine_tuned_on_its_own_films(run: runs.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRETEXT_RUN_DIR", "")
-    with pytest.raises(UserError, match="fine-tunes on images, and this run has seen videos"):
-        evaluate.main([f"run={run.dir}", "eval=finetune"])
+    words = ["trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1", "data.batch_size=4"]
+    words = [f"finetune.{word}" for word in (*words, "callbacks.progress=null")]
+    assert evaluate.main([f"run={run.dir}", "eval=finetune", *words]) == 0
+    scores = json.loads((run.dir / "evaluate" / "films.json").read_text())
+    sub = runs.Run(run.dir / "evaluate" / "finetune_films")
+    assert scores["encoder"]["finetune_top1"] == sub.metrics()["train"]["eval/top1"]
+    config = sub.config()
+    assert (config.run.experiment, config.frames, config.data.eval_view.segments) == ("action_vitb", 4, 2)
+    assert (config.backbone.embed_dim, config.backbone.fc_norm) == (32, True)
+    # the fixed table of positions stays what it is
+    ours, theirs = (torch.load(each.checkpoint(), weights_only=True)["state_dict"] for each in (sub, run))
+    assert torch.equal(ours["backbone.pos_embed"], theirs["backbone.pos_embed"])
+    assert not torch.equal(ours["backbone.blocks.0.mlp.fc1.weight"], theirs["backbone.blocks.0.mlp.fc1.weight"])
+
+
+def test_what_videos_have_not_yet_is_said(run: runs.Run) -> None:
     with pytest.raises(UserError, match="reads clips, and timm has no ViT that does"):
         export.main([f"run={run.dir}"])
 

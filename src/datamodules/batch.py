@@ -101,6 +101,13 @@ class DetectionBatch(TypedDict):
     replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
 
 
+class StatisticsBatch(VideoBatch):
+    """Clips, and what their pixels and their flow say of them; see `views.statistics`."""
+
+    motion: Annotated[Tensor, Field("B 14", torch.float32)]
+    appearance: Annotated[Tensor, Field("B 13", torch.float32)]
+
+
 def mean_of_samples(rows: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """One row for each sample where some have several, which follow each other: the means [S, ...] of float rows
     [B, ...], and where each sample's rows begin, int64 [S].

@@ -43,6 +43,15 @@ class Footage(Protocol):
         ...
 
 
+class FlowFootage(Footage, Protocol):
+    """A video that knows what moves where."""
+
+    def flow(self, times: Sequence[float]) -> Tensor:
+        """By how many pixels what is shown at each of ``times`` has moved at the next one, to the right and down:
+        float32 [T - 1, 2, H, W]. Raises BadSample."""
+        ...
+
+
 class _Facts(NamedTuple):
     duration: float
     rate: float

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from src.datamodules.scenes import render
 from src.datamodules.scenes.cache import Array, Rendered, open_or_build, pictures
-from src.datamodules.scenes.motion import Film, MovingWorld
+from src.datamodules.scenes.motion import Film, MovingWorld, flow
 from src.datamodules.scenes.source import SPLITS
 from src.datamodules.sources.source import Sample, Split
 from src.errors import SettingError
@@ -29,20 +30,29 @@ class FilmFootage:
         frames: frame by number -> uint8 [3, H, W].
         count: of frames.
         rate: frames a second.
+        flows: frames by number -> float32 [T - 1, 2, H, W], from each to the next.
     """
 
     frames: Callable[[int], np.ndarray]
     count: int
     rate: float
+    flows: Callable[[Sequence[int]], np.ndarray]
 
     @property
     def duration(self) -> float:
         return self.count / self.rate
 
     def at(self, times: Sequence[float]) -> Tensor:
-        numbers = np.clip(np.floor(np.asarray(times) * self.rate + 1e-6).astype(int), 0, self.count - 1).tolist()
+        numbers = self._numbers(times)
         frames = {number: self.frames(number) for number in set(numbers)}
         return torch.from_numpy(np.stack([frames[number] for number in numbers]))
+
+    def flow(self, times: Sequence[float]) -> Tensor:
+        """See `FlowFootage`; exact."""
+        return torch.from_numpy(self.flows(self._numbers(times)))
+
+    def _numbers(self, times: Sequence[float]) -> list[int]:
+        return np.clip(np.floor(np.asarray(times) * self.rate + 1e-6).astype(int), 0, self.count - 1).tolist()
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,11 @@ class Films(Rendered):
     def frame(self, film: Film, number: int) -> np.ndarray:
         """uint8 [3, H, W]."""
         return render.image(film.at(number / self.rate), self.resolution)
+
+    def flows(self, film: Film, numbers: Sequence[int]) -> np.ndarray:
+        """From each of the frames to the next one: float32 [T - 1, 2, H, W]."""
+        pairs = [(start / self.rate, end / self.rate) for start, end in pairwise(numbers)]
+        return np.stack([flow(film, start, end, self.resolution) for start, end in pairs])
 
 
 class FilmsSource:
@@ -123,11 +138,13 @@ class FilmsSource:
     def __getitem__(self, index: int) -> Sample:
         if self._cached is None:
             film = self.film(index)
-            footage = FilmFootage(partial(self.films.frame, film), self.films.frames, self.films.rate)
+            flows = partial(self.films.flows, film)
+            footage = FilmFootage(partial(self.films.frame, film), self.films.frames, self.films.rate, flows)
             return {"image": footage, "label": film.action}
         self._check(index)
         frames, labels = self._cached
-        footage = FilmFootage(frames[index].__getitem__, self.films.frames, self.films.rate)
+        flows = partial(self._flows, index)
+        footage = FilmFootage(frames[index].__getitem__, self.films.frames, self.films.rate, flows)
         return {"image": footage, "label": int(labels[index])}
 
     def name(self, index: int) -> str:
@@ -138,6 +155,9 @@ class FilmsSource:
         """What happens in film ``index``, as data."""
         self._check(index)
         return self.world.film(self.films.seed, index)
+
+    def _flows(self, index: int, numbers: Sequence[int]) -> np.ndarray:
+        return self.films.flows(self.film(index), numbers)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the mapped arrays: a pickled one would be a copy of all frames."""

@@ -149,6 +149,31 @@ _PLACES = np.array(
 
 
 @dataclass(frozen=True)
+class RandomSquare:
+    """A square anywhere in the frame.
+
+    Args:
+        size: side of the result in pixels.
+        share: side of the square over the frame's shorter side.
+        flip: probability of a left-right mirror; 0 where left and right are a part of the label.
+    """
+
+    size: int
+    share: float = 0.875
+    flip: float = 0.5
+
+    draws: ClassVar[int] = 3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise SettingError(f"RandomSquare: share must lie in (0, 1], got {self.share}")
+
+    def boxes(self, height: int, width: int, uniform: np.ndarray) -> np.ndarray:
+        side = np.full(len(uniform), min(height, width) * self.share)
+        return np.stack([(height - side) * uniform[:, 0], (width - side) * uniform[:, 1], side, side], axis=1)
+
+
+@dataclass(frozen=True)
 class RandomVideoCrop:
     """A random clip in a random box, the same for all of its frames.
 

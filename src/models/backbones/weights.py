@@ -144,15 +144,25 @@ def _without_prefix(weights: Weights, needed: Sequence[str]) -> dict[str, Tensor
 
 
 def _resampled(table: Tensor, backbone: nn.Module, origin: str) -> Tensor:
-    """A square position table [1, P + n, D] for the backbone's own grid."""
+    """A square position table [1, P + n, D] for the backbone's own grid; of clips one of each time, [1, T * n, D]."""
     prefix = 0 if getattr(backbone, "no_embed_class", False) else int(backbone.num_prefix_tokens)  # type: ignore[arg-type]
     rows, columns = backbone.patch_embed.grid_size  # type: ignore[union-attr,misc]
-    side = math.isqrt(max(0, table.shape[1] - prefix))
-    if side == 0 or side**2 + prefix != table.shape[1]:
+    grid: Sequence[int] = getattr(backbone.patch_embed, "grid", ())
+    times = grid[0] if len(grid) == 3 else 1
+    count = max(0, table.shape[1] - prefix)
+    side = math.isqrt(count // times)
+    if side == 0 or times * side**2 != count:
+        wanted = "no square grid" if times == 1 else f"no square grid for each of {times} times"
         raise WeightsError(
-            f"{origin} has a position table of {table.shape[1]} tokens, which is no square grid after {prefix} others"
+            f"{origin} has a position table of {table.shape[1]} tokens, which is {wanted} after {prefix} others"
         )
-    return resample_abs_pos_embed(table, [rows, columns], [side, side], num_prefix_tokens=prefix)
+    return torch.cat(
+        [
+            resample_abs_pos_embed(each, [rows, columns], [side, side], num_prefix_tokens=prefix)
+            for each in table.chunk(times, dim=1)
+        ],
+        dim=1,
+    )
 
 
 def _classifiers(backbone: nn.Module) -> Sequence[str]:

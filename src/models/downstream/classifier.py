@@ -4,25 +4,28 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from src.datamodules.batch import BatchError, ImageBatch
+from src.datamodules.batch import BatchError, ImageBatch, VideoBatch, mean_of_samples
 from src.models.downstream.classed import Classed
 from src.optim import OptimizerRecipe
 
 
 class Classifier(Classed):
-    """A classifier of images, validated by ``eval/top1``, ``eval/top5`` and ``eval/loss``.
+    """A classifier of images, or of videos, validated by ``eval/top1``, ``eval/top5`` and ``eval/loss``. The
+    probabilities of several clips of a video are averaged.
 
     Args:
         optimizer: of whatever takes a gradient.
         num_classes: None for as many as the data has.
     """
+
+    seen: ClassVar[str] = "image"  # the field of a batch that is classified
 
     def __init__(self, optimizer: OptimizerRecipe, num_classes: int | None = None) -> None:
         super().__init__(optimizer, num_classes)
@@ -30,7 +33,7 @@ class Classifier(Classed):
 
     @abstractmethod
     def forward(self, image: Tensor) -> Tensor:
-        """image [B, 3, H, W] -> logits [B, K]."""
+        """image [B, 3, H, W], or clips [B, T, 3, H, W], -> logits [B, K]."""
 
     def names_of(self, datamodule: Any) -> Sequence[str]:
         return datamodule.classes
@@ -41,18 +44,21 @@ class Classifier(Classed):
             for name, k in (("top1", 1), ("top5", min(5, num_classes))):
                 self.metrics[name] = MulticlassAccuracy(num_classes, top_k=k, average="micro", validate_args=False)
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: ImageBatch | VideoBatch, batch_idx: int) -> None:
         keep = (batch["label"] >= 0) & ~batch["replaced"]
         label = batch["label"][keep]
         if len(label) == 0:
             return
-        logits = self(batch["image"][keep]).float()
+        logits = self(batch[self.seen][keep]).float()  # type: ignore[literal-required]
+        shares, first = mean_of_samples(logits.softmax(dim=1), batch["index"][keep])
+        if len(first) < len(label):
+            logits, label = shares.log(), label[first]
         for name, metric in self.metrics.items():
             metric.update(logits, label)  # type: ignore[operator]
             self.log(f"eval/{name}", metric, batch_size=len(label))  # type: ignore[arg-type]
         self.log("eval/loss", F.cross_entropy(logits, label), batch_size=len(label), sync_dist=True)
 
-    def labels_of(self, batch: ImageBatch) -> Tensor:
+    def labels_of(self, batch: ImageBatch | VideoBatch) -> Tensor:
         """The batch's labels, all of which must be there.
 
         Raises:

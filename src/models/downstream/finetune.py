@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from src.collectives import rank
 from src.datamodules.batch import BatchError, ImageBatch
-from src.models.backbones.image_encoder import ImageEncoder, mean_patch
+from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.downstream.classifier import Classifier, truncated_normal
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe, Rule, layer_decay_rules
@@ -71,7 +71,10 @@ class FineTune(Classifier):
         truncated_normal(self.backbone.get_classifier(), self.head_std)  # type: ignore[operator]
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> StepOutput:
-        image, label = batch["image"], self.labels_of(batch)
+        return self.learn(batch["image"], self.labels_of(batch), batch_idx)
+
+    def learn(self, image: Tensor, label: Tensor, batch_idx: int) -> StepOutput:
+        """A step on images [B, 3, H, W], or clips [B, T, 3, H, W], and their classes [B]."""
         smoothing = self.smoothing
         if self.mixup or self.cutmix:
             image, label = self.mix(image, label, batch_idx)
@@ -81,7 +84,7 @@ class FineTune(Classifier):
         return {"loss": loss, "embedding": embedding.detach().float()}
 
     def mix(self, image: Tensor, label: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Pictures mixed with the batch's reverse, and shares of the classes [B, K].
+        """Pictures, or clips, mixed with the batch's reverse, and shares of the classes [B, K].
 
         Raises:
             BatchError: the batch is odd; its middle picture would be mixed with itself.
@@ -93,7 +96,9 @@ class FineTune(Classifier):
             )
         mixing = Mixup(self.mixup, self.cutmix, label_smoothing=self.smoothing, num_classes=self.num_classes or 0)
         with seeded(self.seed, self.global_step, batch_idx, rank()):
-            return mixing(image.clone(), label)
+            # the frames of a clip are mixed alike: to timm they are channels of one picture
+            mixed, shares = mixing(image.flatten(1, -3).clone(), label)
+        return mixed.view_as(image), shares
 
     def embed(self, image: Tensor) -> Tensor:
         """What the classifier sees: [B, D]."""
@@ -107,9 +112,13 @@ class FineTune(Classifier):
         return self.classify(self.embed(image))
 
     def encoders(self) -> dict[str, ImageEncoder]:
+        return {"encoder": ImageEncoder(self.backbone, pool=self.pool)}
+
+    @property
+    def pool(self) -> Pool:
+        """What the classifier stands on."""
         norm = getattr(self.backbone, "fc_norm", None)
-        pool = mean_patch if norm is None else partial(_normed_mean, norm)
-        return {"encoder": ImageEncoder(self.backbone, pool=pool)}
+        return mean_patch if norm is None else partial(_normed_mean, norm)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         rules = [] if self.layer_decay == 1 else layer_rules(self.backbone, self.layer_decay, prefix="backbone.")

@@ -53,8 +53,11 @@ class LinearProtocol(Classifier):
         return self
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> StepOutput:
-        label = self.labels_of(batch)
-        embedding = self.embed(batch["image"])
+        return self.learn(batch["image"], self.labels_of(batch))
+
+    def learn(self, image: Tensor, label: Tensor) -> StepOutput:
+        """A step on images [B, 3, H, W], or clips [B, T, 3, H, W], and their classes [B]."""
+        embedding = self.embed(image)
         return {"loss": F.cross_entropy(self.head(self.norm(embedding)), label), "embedding": embedding}
 
     def embed(self, image: Tensor) -> Tensor:

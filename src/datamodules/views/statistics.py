@@ -1,0 +1,228 @@
+"""Statistics of motion and appearance that a network can be asked for: what Wang et al. (2021) label clips with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from scipy.ndimage import convolve
+from torch import Tensor
+from torch.nn import functional as F
+
+from src.datamodules.batch import StatisticsBatch
+from src.datamodules.footage import FlowFootage
+from src.datamodules.views.resample import resample_boxes
+from src.datamodules.views.video import Boxes, Clip
+from src.errors import SettingError
+
+_ACROSS = np.array([[[-1, 0, 1]] * 3])  # [1, 3, 3]: a frame has nothing to do with the next
+_DOWN = _ACROSS.transpose(0, 2, 1)
+_DIRECTIONS = 8
+_STILL = 1e-4  # pixels: what interpolation leaves of a flow that is the same everywhere
+
+
+@dataclass(frozen=True)
+class StatisticsCrop:
+    """A random clip in a random box, and 27 numbers that its pixels and its flow say of it: see `motion_statistics` and
+    `appearance_statistics`. They are taken after crop and mirror, of what the network sees.
+
+    Args:
+        clip: which frames.
+        crop: which part of them, and what becomes of it; its size must be a multiple of 8.
+    """
+
+    clip: Clip
+    crop: Boxes
+
+    batch_type: ClassVar[type] = StatisticsBatch
+    needs_flow: ClassVar[bool] = True
+    rows: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.crop.size % 8:
+            raise SettingError(
+                f"image_size={self.crop.size}: four rings and sixteen blocks of a frame need a multiple of 8"
+            )
+
+    @property
+    def draws(self) -> int:
+        return self.clip.draws + self.crop.draws
+
+    def encoded(self, image: FlowFootage, uniform: np.ndarray) -> dict[str, Tensor]:
+        times = self.clip.times(image.duration, image.rate, uniform).tolist()
+        frames, flow = image.at(times), image.flow(times)
+        own = uniform[self.clip.draws :]
+        box = self.crop.boxes(frames.shape[-2], frames.shape[-1], own[None])
+        flip = bool(own[-1] < self.crop.flip)
+        video = resample_boxes(frames, np.repeat(box, len(frames), axis=0), self.crop.size, np.full(len(frames), flip))
+        return {
+            "video": video,
+            "motion": motion_statistics(crop_flow(flow, box[0], self.crop.size, flip).numpy()),
+            "appearance": appearance_statistics(video.numpy()),
+        }
+
+
+def crop_flow(flow: Tensor, box: np.ndarray, size: int, flip: bool) -> Tensor:
+    """What of a flow is seen in a box of its frames, in pixels of what the box becomes.
+
+    Args:
+        flow: float32 [N, 2, H, W], pixels to the right and down.
+        box: top, left, height, width.
+        size: side of the result.
+        flip: whether it is mirrored left to right: what went to the right then goes to the left.
+
+    Returns:
+        float32 [N, 2, size, size].
+    """
+    height, width = flow.shape[-2:]
+    top, left, rows, columns = (float(each) for each in box)
+    sign = -1.0 if flip else 1.0
+    # the box in coordinates from -1 to 1
+    theta = torch.tensor(
+        [
+            [sign * columns / width, 0.0, (2 * left + columns) / width - 1],
+            [0.0, rows / height, (2 * top + rows) / height - 1],
+        ]
+    )
+    grid = F.affine_grid(theta[None], [1, 2, size, size], align_corners=False)
+    seen = F.grid_sample(flow, grid.expand(len(flow), -1, -1, -1), padding_mode="border", align_corners=False)
+    return seen * torch.tensor([sign * size / columns, size / rows]).view(2, 1, 1)
+
+
+def motion_statistics(flow: np.ndarray) -> Tensor:
+    """Where motion changes most, into which direction, and when: 14 numbers.
+
+    A camera's motion is the same everywhere and has no boundaries, so boundaries are looked at: the derivatives of the
+    flow's horizontal part u and of its vertical part v. For each of the `partitions` there are four: the region of the
+    strongest boundaries of u, summed over time, and their direction; the same of v. The last two are the frame with the
+    strongest boundaries of u, and of v. All count from 1; where nothing moves against anything else they are 0.
+
+    Args:
+        flow: float [N, 2, S, S], S a multiple of 8.
+
+    Returns:
+        float32 [14].
+    """
+    found = [_boundaries(flow[:, part]) for part in range(2)]
+    numbers: list[int] = []
+    for regions in partitions(flow.shape[-1]):
+        for boundary in found:
+            numbers += _strongest(boundary, regions)
+    numbers += [boundary.frame for boundary in found]
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
+class _Boundaries(NamedTuple):
+    """Of one part of the flow."""
+
+    strength: np.ndarray  # [S, S], of the derivatives' sum over time
+    angle: np.ndarray  # [S, S], in [0, 8), eighths of a turn
+    frame: int  # of the strongest, from 1
+
+
+def _boundaries(part: np.ndarray) -> _Boundaries:
+    across, down = (convolve(part.astype(np.float64), kernel) for kernel in (_ACROSS, _DOWN))
+    of_frame = np.hypot(across, down)
+    of_frame[of_frame < _STILL] = 0.0
+    totals = of_frame.sum(axis=(1, 2))
+    x, y = across.sum(axis=0), down.sum(axis=0)
+    strength = np.hypot(x, y)
+    strength[strength < _STILL] = 0.0
+    angle = np.arctan2(y, x) * (_DIRECTIONS / (2 * np.pi)) % _DIRECTIONS
+    return _Boundaries(strength, angle, int(totals.argmax()) + 1 if totals.any() else 0)
+
+
+def _strongest(boundary: _Boundaries, regions: Regions) -> tuple[int, int]:
+    """The region with the strongest boundaries, and their direction there; both from 1, 0 for none."""
+    if not boundary.strength.any():
+        return 0, 0
+    strength = regions.masks.reshape(len(regions.masks), -1) @ boundary.strength.ravel()
+    if regions.unequal:
+        strength = strength / regions.masks.sum(axis=(1, 2))
+    place = int(strength.argmax())
+    amount, angle = boundary.strength[regions.masks[place]], boundary.angle[regions.masks[place]]
+    low = np.floor(angle)
+    bins = low.astype(int) % _DIRECTIONS
+    # each pixel's strength goes to the two directions it lies between
+    histogram = np.bincount(bins, amount * (1 - (angle - low)), _DIRECTIONS)
+    histogram += np.bincount((bins + 1) % _DIRECTIONS, amount * (angle - low), _DIRECTIONS)
+    return place + 1, int(histogram.argmax()) + 1
+
+
+def appearance_statistics(video: np.ndarray) -> Tensor:
+    """Where colours change most and least over time, and which they are: 13 numbers.
+
+    For each of the `partitions`: the region whose histograms of colour overlap least from frame to frame, and the
+    colour that is most frequent there; the same of the region whose histograms overlap most. The last is the most
+    frequent colour of all. Colours are octants of the cube of red, green and blue. All count from 1.
+
+    Args:
+        video: uint8 [T, 3, S, S], S a multiple of 8.
+
+    Returns:
+        float32 [13].
+    """
+    numbers: list[int] = []
+    for regions in partitions(video.shape[-1]):
+        overlap = [_overlap(video[:, :, mask]) for mask in regions.masks]
+        for place in (int(np.argmin(overlap)), int(np.argmax(overlap))):
+            numbers += [place + 1, _dominant(video[:, :, regions.masks[place]])]
+    numbers.append(_dominant(video.reshape(*video.shape[:2], -1)))
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
+def _overlap(pixels: np.ndarray) -> float:
+    """Of the 256-bin histograms of each frame, intersection over union, averaged over channels: uint8 [T, 3, N]."""
+    frames, channels, _ = pixels.shape
+    row = 256 * np.arange(frames * channels).reshape(frames, channels, 1)
+    counts = np.bincount((row + pixels).ravel(), minlength=256 * frames * channels).reshape(frames, channels, 256)
+    return float((counts.min(axis=0).sum(axis=-1) / counts.max(axis=0).sum(axis=-1)).mean())
+
+
+def _dominant(pixels: np.ndarray) -> int:
+    """The octant, from 1, of the one colour that is most frequent: uint8 [T, 3, N]. Of several that are, the darkest in
+    blue counts, then in green."""
+    red, green, blue = (pixels[:, channel].astype(np.int32) for channel in range(3))
+    colours, counts = np.unique(blue << 16 | green << 8 | red, return_counts=True)
+    colour = int(colours[counts.argmax()])
+    red_on, green_on, blue_on = colour >> 7 & 1, colour >> 15 & 1, colour >> 23 & 1
+    return (0 if blue_on else 4) + 2 * red_on + green_on + 1
+
+
+class Regions(NamedTuple):
+    """A division of a frame."""
+
+    masks: np.ndarray  # bool [R, S, S]
+    unequal: bool  # regions of different size are compared by their means
+
+
+@cache
+def partitions(size: int) -> tuple[Regions, Regions, Regions]:
+    """Sixteen blocks, row by row; four rings, from the middle; eight triangles, halves of the quarters along the
+    diagonals through the middle. A diagonal belongs to both of its triangles."""
+    rows, columns = np.indices((size, size))
+    blocks = rows // (size // 4) * 4 + columns // (size // 4)
+    border = np.minimum(np.minimum(rows, columns), size - 1 - np.maximum(rows, columns))
+    rings = 3 - border // (size // 8)
+    half = size // 2
+    below = np.tri(half, dtype=bool)
+    above = below.T
+    # in the upper right and the lower left quarter the diagonal goes the other way
+    halves = (
+        (0, 0, (below, above)),
+        (0, half, (above[:, ::-1], below[:, ::-1])),
+        (half, 0, (above[:, ::-1], below[:, ::-1])),
+        (half, half, (below, above)),
+    )
+    triangles = np.zeros((8, size, size), bool)
+    for quarter, (top, left, pair) in enumerate(halves):
+        for number, mask in enumerate(pair):
+            triangles[2 * quarter + number, top : top + half, left : left + half] = mask
+    return (
+        Regions(blocks == np.arange(16)[:, None, None], unequal=False),
+        Regions(rings == np.arange(4)[:, None, None], unequal=True),
+        Regions(triangles, unequal=False),
+    )

@@ -1,0 +1,47 @@
+"""Action recognition: a whole encoder fine-tuned, or a linear classifier on a frozen one."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from src.datamodules.batch import VideoBatch
+from src.models.backbones.image_encoder import ImageEncoder
+from src.models.backbones.video_vit import clip_encoder, reads_clips
+from src.models.downstream.finetune import FineTune
+from src.models.downstream.linear import LinearProtocol
+from src.models.pretrain_module import StepOutput
+
+
+class FineTuneAction(FineTune):
+    """`FineTune` on clips: the fine-tuning of VideoMAE: Masked Autoencoders are Data-Efficient Learners for
+    Self-Supervised Video Pre-Training (Tong et al., 2022). Deviations: crops are interpolated by bicubics.
+
+    A backbone of pictures reads a clip frame by frame, and its embeddings are averaged: what can be told of an action
+    without looking at the order of the frames.
+    """
+
+    seen = "video"
+
+    def training_step(self, batch: VideoBatch, batch_idx: int) -> StepOutput:  # type: ignore[override]
+        return self.learn(batch["video"], self.labels_of(batch), batch_idx)
+
+    def embed(self, image: Tensor) -> Tensor:
+        """Clips [B, T, 3, H, W] -> what the classifier sees: [B, D]."""
+        if reads_clips(self.backbone):
+            return super().embed(image)
+        return super().embed(image.flatten(0, 1)).unflatten(0, image.shape[:2]).mean(dim=1)
+
+    def encoders(self) -> dict[str, ImageEncoder]:
+        return {"encoder": clip_encoder(self.backbone, self.pool)}
+
+
+class LinearAction(LinearProtocol):
+    """`LinearProtocol` on clips; a backbone of pictures reads them as in `FineTuneAction`."""
+
+    seen = "video"
+
+    def training_step(self, batch: VideoBatch, batch_idx: int) -> StepOutput:  # type: ignore[override]
+        return self.learn(batch["video"], self.labels_of(batch))
+
+    def encoders(self) -> dict[str, ImageEncoder]:
+        return {"encoder": clip_encoder(self.backbone, self.pool)}

@@ -1,0 +1,168 @@
+"""Action recognition: clips through the heads of pictures, and pictures through the heads of clips."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import timm
+import torch
+from timm.data.mixup import Mixup
+
+from src.datamodules.batch import VideoBatch
+from src.models.backbones.image_encoder import ImageEncoder
+from src.models.backbones.video_conv import r2plus1d
+from src.models.backbones.video_vit import CubeEmbed, FrameEncoder, VideoEncoder, clip_encoder, sinusoids, video_vit
+from src.models.backbones.weights import WeightsError, pretrained
+from src.models.downstream.action import FineTuneAction, LinearAction
+from src.optim import OptimizerRecipe, adamw
+from src.randomness import seeded
+
+SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
+RECIPE = OptimizerRecipe(adamw, lr=1.0, weight_decay=0.05)
+
+
+def clips_vit(size: int = 16, frames: int = 4) -> timm.models.VisionTransformer:
+    embed = partial(CubeEmbed, frames=frames, cube_frames=2)
+    options = {**SMALL, "img_size": size, "class_token": False, "global_pool": "avg", "fc_norm": True}
+    return video_vit("vit_tiny_patch16_224", embed_layer=embed, **options)
+
+
+def pictures_vit() -> timm.models.VisionTransformer:
+    return timm.create_model("vit_tiny_patch16_224", global_pool="avg", **SMALL)
+
+
+def batch(count: int = 4, classes: int = 3) -> VideoBatch:
+    return {
+        "video": torch.randn(count, 4, 3, 16, 16),
+        "label": torch.arange(count) % classes,
+        "index": torch.arange(count),
+        "replaced": torch.zeros(count, dtype=torch.bool),
+    }
+
+
+def built(backbone: torch.nn.Module, **options: object) -> FineTuneAction:
+    torch.manual_seed(0)
+    module = FineTuneAction(backbone, RECIPE, head_std=0.5, **options)  # type: ignore[arg-type]
+    module.build(3)
+    return module.eval()
+
+
+def test_frames_of_a_clip_are_mixed_alike() -> None:
+    """Mixed frame by frame with the same numbers, as pictures are."""
+    module, data = built(clips_vit()), batch()
+    for step in range(4):  # mixup and cutmix both
+        mixed, shares = module.mix(data["video"], data["label"], step)
+        for frame in range(4):
+            mixing = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=3)
+            with seeded(0, 0, step, 0):
+                expected, target = mixing(data["video"][:, frame].clone(), data["label"])
+            assert torch.equal(mixed[:, frame], expected)
+            assert torch.equal(shares, target)
+
+
+def test_the_loss_is_that_of_the_mixed_labels() -> None:
+    module, data = built(clips_vit()), batch()
+    mixed, target = module.mix(data["video"], data["label"], 1)
+    by_hand = -(target.double() * module(mixed).double().log_softmax(dim=1)).sum(dim=1).mean()
+    torch.testing.assert_close(module.training_step(data, 1)["loss"].double(), by_hand, rtol=1e-5, atol=1e-6)
+
+
+def test_the_rate_falls_layer_by_layer_and_positions_are_fixed() -> None:
+    module = built(clips_vit(), layer_decay=0.75)
+    groups = module.configure_optimizers().param_groups
+    found = {name: group["lr"] for group in groups for name in group["names"]}
+    assert found["backbone.patch_embed.projection.weight"] == pytest.approx(0.75**3)
+    assert found["backbone.blocks.0.attn.qkv.weight"] == pytest.approx(0.75**2)
+    assert found["backbone.blocks.1.mlp.fc2.weight"] == pytest.approx(0.75)
+    assert found["backbone.fc_norm.weight"] == found["backbone.head.weight"] == 1.0
+    assert "backbone.pos_embed" not in found
+    assert torch.equal(module.backbone.pos_embed, sinusoids(24, 8))
+
+
+def test_the_embedding_is_the_norm_of_the_mean() -> None:
+    module, video = built(clips_vit()), batch()["video"]
+    tokens = module.backbone.forward_features(video)
+    expected = torch.nn.functional.layer_norm(tokens.mean(dim=1), (24,), eps=module.backbone.fc_norm.eps)
+    torch.testing.assert_close(module.embed(video), expected)
+    torch.testing.assert_close(module.encoders()["encoder"](video).embedding, expected)
+
+
+def test_a_backbone_of_pictures_reads_frame_by_frame_and_knows_no_order() -> None:
+    module, video = built(pictures_vit()), batch()["video"]
+    encoder = module.encoders()["encoder"]
+    assert isinstance(encoder, FrameEncoder)
+    picture = ImageEncoder(module.backbone, module.pool)
+    each = torch.stack([picture(video[:, frame]).embedding for frame in range(4)], dim=1)
+    torch.testing.assert_close(module.embed(video), each.mean(dim=1))
+    features = encoder(video)
+    torch.testing.assert_close(features.embedding, each.mean(dim=1))
+    assert (features.grid, features.patches.shape) == ((4, 2, 2), (4, 16, 24))
+    torch.testing.assert_close(features.patches[:, 4:8], picture(video[:, 1]).patches)
+    torch.testing.assert_close(module(video.flip(1)), module(video))
+    clips = built(clips_vit())
+    assert not torch.allclose(clips(video.flip(1)), clips(video))
+
+
+def test_several_clips_of_a_video_vote_by_their_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = built(clips_vit())
+    # one sure clip for class 0 against two unsure ones for class 1: the mean of logits would say 0
+    logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 1.0]])
+    monkeypatch.setattr(module, "forward", lambda video: logits[: len(video)])
+    logged: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
+    data = batch() | {"index": torch.tensor([5, 5, 5, 8]), "label": torch.tensor([1, 1, 1, 2])}
+    module.validation_step(data, 0)  # type: ignore[arg-type]
+    assert module.metrics["top1"].compute() == 1.0
+    share = logits.softmax(dim=1)
+    expected = -(share[:3, 1].mean().log() + share[3, 2].log()) / 2
+    torch.testing.assert_close(logged["eval/loss"], expected)
+
+
+def test_a_linear_probe_leaves_the_encoder_alone() -> None:
+    for backbone in (clips_vit(), pictures_vit(), r2plus1d(layers=(1, 1, 1, 1), width=4)):
+        module = LinearAction(backbone, RECIPE, pool=clip_encoder(backbone).pool)
+        module.build(3)
+        module.train()
+        module.training_step(batch(), 0)["loss"].backward()
+        learned = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
+        assert learned == {"head.weight", "head.bias"}
+        assert not backbone.training
+
+
+def test_positions_of_larger_clips_are_interpolated_time_by_time(tmp_path) -> None:
+    torch.save(clips_vit().state_dict(), tmp_path / "small.pth")
+    larger = pretrained(clips_vit(size=32), tmp_path / "small.pth")
+    table, source = larger.pos_embed.unflatten(1, (2, 4, 4)), sinusoids(24, 8).unflatten(1, (2, 2, 2))
+    for time in range(2):
+        expected = torch.nn.functional.interpolate(
+            source[:, time].permute(0, 3, 1, 2), size=(4, 4), mode="bicubic", antialias=True, align_corners=False
+        )
+        torch.testing.assert_close(table[:, time].permute(0, 3, 1, 2), expected)
+    with pytest.raises(WeightsError, match="8 tokens, which is no square grid for each of 4 times"):
+        pretrained(clips_vit(frames=8), tmp_path / "small.pth")
+
+
+def test_it_tells_films_by_what_happens() -> None:
+    """A bright column that goes right or left from anywhere: every single frame is of either class."""
+    generator = torch.Generator().manual_seed(0)
+    begin = torch.randint(16, (32,), generator=generator)
+    label = torch.arange(32) % 2
+    places = (begin[:, None] + torch.arange(4) * (4 * label[:, None] - 2)) % 16
+    video = torch.zeros(32, 4, 3, 16, 16).scatter_(
+        4, places.view(32, 4, 1, 1, 1).expand(-1, -1, 3, 16, -1), torch.ones(1).expand(32, 4, 3, 16, 1).clone()
+    )
+    data = batch(32, 2) | {"video": video, "label": label}
+    module = built(clips_vit(), mixup=0.0, cutmix=0.0, layer_decay=1.0).train()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
+    for step in range(80):
+        optimizer.zero_grad()
+        module.training_step(data, step)["loss"].backward()  # type: ignore[arg-type]
+        optimizer.step()
+    assert (module(video).argmax(dim=1) == label).float().mean() > 0.9
+
+
+def test_an_encoder_of_clips_or_pictures_is_told_by_its_backbone() -> None:
+    assert isinstance(clip_encoder(clips_vit()), VideoEncoder)
+    assert isinstance(clip_encoder(r2plus1d(layers=(1, 1, 1, 1), width=4)), VideoEncoder)
+    assert isinstance(clip_encoder(pictures_vit()), FrameEncoder)
