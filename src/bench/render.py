@@ -16,6 +16,7 @@ from src.bench import (
     methods,
     precision,
     startup,
+    video,
 )
 from src.bench.report import Section, table
 
@@ -32,6 +33,7 @@ PARTS: dict[str, Part] = {
     "loop": loop,
     "precision": precision,
     "input": input_folder,
+    "video": video,
     "startup": startup,
     "evaluation": evaluation,
     "joint_embedding": joint_embedding,

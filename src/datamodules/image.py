@@ -184,7 +184,9 @@ class ImageDataModule(L.LightningDataModule):
 
     def normalise(self, image: Tensor) -> Tensor:
         """uint8 [..., 3, H, W] as methods see it: float32."""
-        return (image.to(torch.float32) / 255 - self.mean.to(image.device)) / self.std.to(image.device)
+        # in place: on a CPU a clip of 16 frames would else be written four times
+        copy = image.to(torch.float32, copy=True)
+        return copy.div_(255).sub_(self.mean.to(image.device)).div_(self.std.to(image.device))
 
     def _dataset(self, source: ImageSource, view: View, limit: int | None) -> ViewedDataset:
         subset = self._subset(source, limit)

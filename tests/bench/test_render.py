@@ -68,6 +68,15 @@ RESULTS = {
             "difference": {"mean": 2.41, "largest": 16.0},
         }
     ),
+    "video": entry(
+        {
+            "clips_per_second": 9.0,
+            "plain_clips_per_second": 10.0,
+            "ratio": RATIO | {"median": 0.9},
+            "clips": 2000,
+            "growth_mb": 3.2,
+        }
+    ),
     "startup": entry(
         {
             "mae_vitb": {
@@ -111,6 +120,8 @@ def test_every_threshold_is_answered() -> None:
     assert "| JPEG folder over torchvision's, 500x375 | ≥ 1.0 | 1.20 | yes |" in page
     assert "| JPEG folder over torchvision's, 2000x1500 | ≥ 2.0 | 1.88 | **no** |" in page
     assert "| online evaluation, share of an epoch of MAE ViT-B on ImageNet | ≤ 3 % | 0.22 % | yes |" in page
+    assert "| clips of a folder of videos over a plain PyAV loop | ≥ 1.0 | 0.90 | **no** |" in page
+    assert "| growth over 2,000 clips, MB | ≤ 32 | 3 | yes |" in page
     assert "6.00 s (1.00 %)" in page  # a checkpoint every 600 s
     assert "differ by 2.4 of 255 levels on average, by 16 at most" in page
     assert "| mae_vitb | 10.0 | 9.0 to 11.0 | 6.5 | torch 3.0, transformers 1.5 |" in page

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from src.datamodules.batch import VideoBatch, mean_of_samples, validate
 from src.datamodules.scenes.films import FilmsSource
@@ -17,7 +18,8 @@ from src.datamodules.scenes.motion import MovingWorld
 from src.datamodules.sources.video_folder import VideoFolderSource
 from src.datamodules.video import VideoDataModule
 from src.datamodules.views.augment import StrongFrames
-from src.datamodules.views.image import CentreCrop, RandomResizedCrop
+from src.datamodules.views.image import CentreCrop, RandomResizedCrop, to_tensor
+from src.datamodules.views.resample import resample_box, whole_pixels
 from src.datamodules.views.video import CentreVideoCrop, DenseClip, MultiScaleCrop, RandomVideoCrop, SegmentClip
 from src.errors import SettingError
 from src.evaluation.features import extract
@@ -163,6 +165,19 @@ def test_files_in_folders_and_one_that_is_broken(tmp_path: Path) -> None:
     assert batch["video"].shape == (6, 4, 3, 16, 16)
     assert batch["replaced"].sum() == 1
     assert "run/1.mp4\tthe video cannot be read" in (tmp_path / "bad.tsv").read_text()
+
+
+def test_frames_of_one_box_are_resized_as_pillow_does() -> None:
+    frames = torch.randint(0, 256, (3, 3, 40, 60), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    for box in ((4, 10, 30, 40), (7, 0, 12, 9), (0, 20, 16, 16)):
+        seen = resample_box(frames, np.array(box, float), 16)
+        for frame, mine in zip(frames, seen, strict=True):
+            top, left, rows, columns = box
+            picture = Image.fromarray(frame.permute(1, 2, 0).numpy()).crop((left, top, left + columns, top + rows))
+            expected = to_tensor(picture.resize((16, 16), Image.Resampling.BICUBIC))
+            assert (mine.int() - expected.int()).abs().max() <= 1
+        assert torch.equal(resample_box(frames, np.array(box, float), 16, flip=True), seen.flip(-1))
+    assert whole_pixels(np.array([1.6, 2.4, 3.0, 0.1])) == (2, 2, 3, 1)
 
 
 def test_one_decoded_video_gives_several_rows_of_a_batch() -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from src.datamodules.batch import StatisticsBatch
 from src.datamodules.footage import FlowFootage
-from src.datamodules.views.resample import resample_boxes
+from src.datamodules.views.resample import resample_box, whole_pixels
 from src.datamodules.views.video import Boxes, Clip
 from src.errors import SettingError
 
@@ -55,12 +55,12 @@ class StatisticsCrop:
         times = self.clip.times(image.duration, image.rate, uniform).tolist()
         frames, flow = image.at(times), image.flow(times)
         own = uniform[self.clip.draws :]
-        box = self.crop.boxes(frames.shape[-2], frames.shape[-1], own[None])
+        (box,) = self.crop.boxes(frames.shape[-2], frames.shape[-1], own[None])
         flip = bool(own[-1] < self.crop.flip)
-        video = resample_boxes(frames, np.repeat(box, len(frames), axis=0), self.crop.size, np.full(len(frames), flip))
+        video = resample_box(frames, box, self.crop.size, flip)
         return {
             "video": video,
-            "motion": motion_statistics(crop_flow(flow, box[0], self.crop.size, flip).numpy()),
+            "motion": motion_statistics(crop_flow(flow, box, self.crop.size, flip).numpy()),
             "appearance": appearance_statistics(video.numpy()),
         }
 
@@ -78,7 +78,7 @@ def crop_flow(flow: Tensor, box: np.ndarray, size: int, flip: bool) -> Tensor:
         float32 [N, 2, size, size].
     """
     height, width = flow.shape[-2:]
-    top, left, rows, columns = (float(each) for each in box)
+    top, left, rows, columns = whole_pixels(box)
     sign = -1.0 if flip else 1.0
     # the box in coordinates from -1 to 1
     theta = torch.tensor(

@@ -12,7 +12,7 @@ from torch import Tensor
 from src.datamodules.batch import VideoBatch
 from src.datamodules.footage import Footage
 from src.datamodules.views.augment import StrongFrames
-from src.datamodules.views.resample import resample_boxes
+from src.datamodules.views.resample import resample_box
 from src.errors import SettingError
 
 
@@ -220,9 +220,8 @@ class RandomVideoCrop:
         own, further = uniform[: self.crop.draws], uniform[self.crop.draws :]
         if self.strong is not None:
             frames = self.strong.augmented(frames, further)
-        box = self.crop.boxes(frames.shape[-2], frames.shape[-1], own[None])
-        mirrored = np.full(len(frames), own[-1] < self.crop.flip)
-        cropped = resample_boxes(frames, np.repeat(box, len(frames), axis=0), self.crop.size, flip=mirrored)
+        (box,) = self.crop.boxes(frames.shape[-2], frames.shape[-1], own[None])
+        cropped = resample_box(frames, box, self.crop.size, flip=bool(own[-1] < self.crop.flip))
         return cropped if self.strong is None else self.strong.erased(cropped, further)
 
 
@@ -273,11 +272,8 @@ class CentreVideoCrop:
         """``place`` in [0, 1] along the longer side, in the middle of the shorter one."""
         height, width = frames.shape[-2:]
         side = min(height, width) * self.share
-        if (height, width, side) == (self.size, self.size, self.size):
-            return frames
         down, right = (place, 0.5) if height > width else (0.5, place)
-        box = np.array([(height - side) * down, (width - side) * right, side, side])
-        return resample_boxes(frames, np.tile(box, (len(frames), 1)), self.size)
+        return resample_box(frames, np.array([(height - side) * down, (width - side) * right, side, side]), self.size)
 
 
 def _along(count: int) -> np.ndarray:

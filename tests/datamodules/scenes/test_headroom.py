@@ -73,3 +73,19 @@ def test_knn_votes_by_weighted_cosine() -> None:
     for temperature, expected in ((0.07, 0), (1.0, 1)):
         assert math.exp(1 / temperature) > math.exp(0.8 / temperature) + math.exp(0.6 / temperature) or expected
         assert headroom.knn(train, labels, test, classes=2, k=3, temperature=temperature).tolist() == [expected]
+
+
+def test_one_frame_of_a_film_does_not_tell_its_action() -> None:
+    """Pixels of any one frame are at chance; that of all frames more can be had is shown by the command's table."""
+    train, test = headroom.load_films("train", 600, 16), headroom.load_films("val", 300, 16)
+    assert train.images.shape == (600, 12, 3, 16, 16)
+    for frame in (0, 6):
+        flat, flat_test = (clips.images[:, frame].flatten(1).float() / 255 for clips in (train, test))
+        for predict in (headroom.knn, headroom.linear):
+            found = headroom.accuracy(predict(flat, train.labels, flat_test, classes=CLASSES), test.labels)
+            assert found < _bound(300)
+
+
+def test_of_a_film_shown_by_one_frame_nothing_moves() -> None:
+    films = torch.arange(2 * 3).view(2, 3, 1).expand(2, 3, 4)
+    assert headroom.one_frame(films, torch.tensor([2, 0])).tolist() == [[[2] * 4] * 3, [[3] * 4] * 3]
