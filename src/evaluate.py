@@ -210,7 +210,7 @@ def finetune_config(config: DictConfig, checkpoint: Path, overrides: Sequence[st
         for key in set(map(str, config.data)) - {*KEPT, *(("eval_view", "eval_batch_size") if clips else ())}:
             recipe.data[key] = config.data._get_node(key)
         if clips:
-            recipe.frames = config.frames
+            recipe.frames = config.get("frames") or recipe.frames
     recipe.image_size, recipe.seed, recipe.paths = config.image_size, config.seed, config.paths
     recipe.checkpoint = str(checkpoint)
     recipe.run.experiment = experiment

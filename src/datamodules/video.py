@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from src.datamodules.dataset import Draw, ViewedDataset
+from src.datamodules.dataset import Draw, ResumableLoader, ViewedDataset
 from src.datamodules.image import ImageDataModule
 from src.datamodules.sources.source import ImageSource
 from src.errors import SettingError
@@ -51,18 +51,18 @@ class VideoDataModule(ImageDataModule):
                 raise SettingError(f"data.{name}: a video needs a view of clips, not of a {view.batch_type.__name__}")
         return self.train_view.batch_type
 
-    def prepare_data(self) -> None:
+    def train_dataloader(self) -> ResumableLoader:
         """
         Raises:
             SettingError: the training view needs flow, and the source has none.
         """
-        super().prepare_data()
         source = self.train_source
         if getattr(self.train_view, "needs_flow", False) and not hasattr(source[0]["image"], "flow"):
             raise SettingError(
                 f"data.train_view: {type(self.train_view).__name__} needs the flow of a video, which "
                 f"{type(source).__name__} does not have; films have, and a source whose footage answers 'flow'"
             )
+        return super().train_dataloader()
 
     def _dataset(self, source: ImageSource, view: Any, limit: int | None) -> ViewedDataset:
         subset: np.ndarray | None = self._subset(source, limit)

@@ -58,9 +58,9 @@ class Clips(NamedTuple):
     labels: Tensor  # int64 [N]
 
 
-def load_films(split: str, count: int, resolution: int, seed: int = 0) -> Clips:
-    """Draw the first two seconds of ``count`` films of a split, six frames a second."""
-    source = FilmsSource(split, count=count, resolution=resolution, duration=2.0, rate=6.0, seed=seed)  # type: ignore[arg-type]
+def load_films(split: str, count: int, resolution: int, duration: float = 2.0, seed: int = 0) -> Clips:
+    """Draw the first seconds of ``count`` films of a split, six frames a second."""
+    source = FilmsSource(split, count=count, resolution=resolution, duration=duration, rate=6.0, seed=seed)  # type: ignore[arg-type]
     rendered = [source.films.render(index) for index in range(count)]
     images = torch.from_numpy(np.stack([frames for frames, _ in rendered]))
     return Clips(images, torch.tensor([label for _, label in rendered]))

@@ -80,7 +80,7 @@ def video_vit(model_name: str, **options: Any) -> VisionTransformer:
         model_name, options: as of ``timm.create_model``, among them ``embed_layer=partial(CubeEmbed, frames=…)`` and
             ``class_token=False``.
     """
-    vit: VisionTransformer = timm.create_model(model_name, **options)
+    vit: VisionTransformer = timm.create_model(model_name, **options)  # type: ignore[assignment]
     vit.pos_embed = sinusoids(vit.embed_dim, vit.patch_embed.num_patches)
     return vit
 

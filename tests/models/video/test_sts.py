@@ -80,5 +80,5 @@ def test_videos_without_flow_are_refused_with_what_has_it(tmp_path: Path) -> Non
         (tmp_path / "run" / f"{number}.mp4").touch()
     told = r"data\.train_view: StatisticsCrop needs the flow of a video, which VideoFolderSource does not have; films"
     with pytest.raises(SettingError, match=told):
-        data(partial(VideoFolderSource, root=tmp_path, val_share=0.3)).prepare_data()
-    data(partial(FilmsSource, count=8, resolution=16)).prepare_data()
+        data(partial(VideoFolderSource, root=tmp_path, val_share=0.3)).train_dataloader()
+    data(partial(FilmsSource, count=8, resolution=16)).train_dataloader()
