@@ -118,8 +118,8 @@ def _ours(folder: str) -> Callable[[int], int]:
     """All videos once in a random order, as `make train` has them; returns how many."""
     data = VideoDataModule(
         source=partial(VideoFolderSource, root=folder),
-        train_view=RandomVideoCrop(CLIP, CROP),
-        eval_view=CentreVideoCrop(CLIP, CROP.size),
+        train_view=RandomVideoCrop(CLIP, CROP),  # type: ignore[arg-type]
+        eval_view=CentreVideoCrop(CLIP, CROP.size),  # type: ignore[arg-type]
         batch_size=_BATCH,
         num_workers=0,
     )
@@ -162,7 +162,7 @@ def _frames(file: Path, start: int) -> Iterator[Tensor]:
         stream.thread_count = 1
         container.seek(round(start / RATE / stream.time_base), stream=stream)  # type: ignore[operator]
         for frame in container.decode(stream):
-            number = round(float(frame.time) * RATE)  # type: ignore[arg-type]
+            number = round(float(frame.time) * RATE)
             if number in wanted:
                 yield torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
             if number >= max(wanted):

@@ -98,8 +98,15 @@ class SegmentClip:
 class Boxes(Protocol):
     """Which part of a frame is taken, such as `RandomResizedCrop` or `MultiScaleCrop`."""
 
-    size: int  # side of the result in pixels
-    flip: float  # probability of a left-right mirror, the last number's part
+    @property
+    def size(self) -> int:
+        """Side of the result in pixels."""
+        ...
+
+    @property
+    def flip(self) -> float:
+        """Probability of a left-right mirror, which the last number decides."""
+        ...
 
     @property
     def draws(self) -> int:

@@ -52,7 +52,7 @@ class Classifier(Classed):
         logits = self(batch[self.seen][keep]).float()  # type: ignore[literal-required]
         shares, first = mean_of_samples(logits.softmax(dim=1), batch["index"][keep])
         if len(first) < len(label):
-            logits, label = shares.log(), label[first]
+            logits, label = shares.clamp_min(torch.finfo(shares.dtype).tiny).log(), label[first]
         for name, metric in self.metrics.items():
             metric.update(logits, label)  # type: ignore[operator]
             self.log(f"eval/{name}", metric, batch_size=len(label))  # type: ignore[arg-type]
