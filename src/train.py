@@ -109,7 +109,10 @@ def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int
 
 def check_batches(module: L.LightningModule, datamodule: Any) -> None:
     """Refuse a method and data that do not fit, before anything is launched."""
-    needed, made = batch_type_of(module), datamodule.batch_type
+    try:
+        needed, made = batch_type_of(module), datamodule.batch_type
+    except SettingError as problem:
+        raise UserError(str(problem)) from problem
     if needed is not made:
         raise UserError(
             f"{type(module).__name__} trains on {needed.__name__}, but the data makes {made.__name__}: "

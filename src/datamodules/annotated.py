@@ -52,7 +52,7 @@ class AnnotatedDataModule(ImageDataModule):
                     f"data.{name}: annotated pictures need a view that moves their ground truth too, such as "
                     f"SegmentationView, not {type(view).__name__}"
                 )
-        return super().batch_type
+        return self.train_view.batch_type
 
     @property
     def mask_classes(self) -> Sequence[str]:

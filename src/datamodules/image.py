@@ -89,7 +89,17 @@ class ImageDataModule(L.LightningDataModule):
 
     @property
     def batch_type(self) -> type:
-        """The TypedDict that ``train_dataloader`` yields once it is on the device."""
+        """The TypedDict that ``train_dataloader`` yields once it is on the device.
+
+        Raises:
+            SettingError: a view needs more than a picture.
+        """
+        for name, view in (("train_view", self.train_view), ("eval_view", self.eval_view)):
+            if not hasattr(view, "encoded"):
+                raise SettingError(
+                    f"data.{name}: a {type(view).__name__} needs ground truth beside the picture, which data=scenes_… "
+                    "and other annotated data have"
+                )
         return self.train_view.batch_type
 
     @cached_property

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from src.configuration import UserError
 from src.datamodules.annotated import AnnotatedDataModule, AnnotatedDataset
 from src.datamodules.batch import (
     IGNORED,
@@ -31,6 +32,8 @@ from src.datamodules.sources.source import BadSample, Sample, Split
 from src.datamodules.views.image import CentreCrop
 from src.datamodules.views.joint import DepthView, DetectionView, FilledCrop, JointView, RandomRescale, SegmentationView
 from src.errors import SettingError
+from src.train import check_batches
+from tests.models.downstream.test_segmentation import linear
 
 SHAPES = ((40, 56), (24, 20), (64, 64))
 
@@ -406,3 +409,17 @@ def test_plain_images_stay_what_they_were() -> None:
         num_workers=0,
     )
     assert "depth" not in next(iter(data.train_dataloader()))
+
+
+def test_data_without_ground_truth_refuses_a_view_that_needs_it() -> None:
+    data = ImageDataModule(
+        source=partial(ScenesSource, count=8, resolution=16),
+        train_view=SegmentationView(),  # type: ignore[arg-type]
+        eval_view=CentreCrop(16, 1.0),
+        batch_size=4,
+        num_workers=0,
+    )
+    with pytest.raises(UserError, match=r"data.train_view: a SegmentationView needs ground truth beside the picture"):
+        check_batches(linear(), data)
+    views = {"train_view": SegmentationView(), "eval_view": SegmentationView()}
+    check_batches(linear(), AnnotatedDataModule(source=Encoded, **views, batch_size=4))
