@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import cast
+from typing import Any, cast
 
 import lightning as L
 
 from src.callbacks.online_evaluation import ends_training
-from src.datamodules.image_text import ImageTextDataModule
 from src.evaluation.captions import CaptionEvaluation
 from src.evaluation.image_text import ImageTextEvaluation
 from src.evaluation.localisation import Localisation
@@ -46,7 +45,7 @@ class OnlineImageText(L.Callback):
             return
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0 or ends_training(trainer):
             begin = time.perf_counter()
-            datamodule = cast(ImageTextDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+            datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
             module, precision = cast(PretrainModule, pl_module), str(trainer.precision)
             with gathered(pl_module):
                 asked = [each for each in (self.evaluation, self.localisation, self.captions) if each is not None]

@@ -127,6 +127,22 @@ class BatchError(ValueError):
     """A batch is not what its type says; the message names the field."""
 
 
+def labels_of(batch: Any, method: str) -> Tensor:
+    """The batch's labels, int64 [B], all of which must be there.
+
+    Args:
+        batch: has a field ``label``.
+        method: who learns from them, for the message.
+
+    Raises:
+        BatchError: a sample has none.
+    """
+    label: Tensor = batch["label"]
+    if (label < 0).any():
+        raise BatchError(f"{method} learns from labels; {int((label < 0).sum())} of a batch have none")
+    return label
+
+
 def validate(batch: Any, kind: type, floats: torch.dtype = torch.float32) -> None:
     """Check ``batch`` against the TypedDict ``kind``; ``floats`` is what a run computes in where not in float32.
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from src.collectives import gather_rows
-from src.datamodules.image_text import ImageTextDataModule
-from src.datamodules.sources.source import CaptionedSource, MistakenSource, PromptedSource, Split
+from src.datamodules.batch import mean_of_samples
+from src.datamodules.sources.source import CaptionedSource, HoldingOut, MistakenSource, PromptedSource, Split
+from src.datamodules.text.tokenizing import TokenizingDataModule
 from src.errors import SettingError
 from src.evaluation.comparison import Comparing, Similarity, dot, pairwise, similarity_of
 from src.evaluation.features import autocast
@@ -42,11 +43,15 @@ class ImageTextEvaluation:
     """Zero-shot classification by ``templates`` and retrieval among the same pictures.
 
     Reports ``zeroshot_top1`` and, of more than five classes, ``zeroshot_top5`` where there are labels, and beside the
-    ensemble ``zeroshot_single_top1``; ``retrieval_i2t_r1`` … ``retrieval_rsum`` by the texts that the source has for
-    judging; ``hardnegatives_<kind>`` where it also has mistaken ones (see `preference`); ``gap``, the distance between
-    the mean image and the mean text, and ``geometry_<name>`` (see `geometry`) of each picture with its first text. A
-    method that is `Comparing` has neither gap nor geometry, and its templates are averaged as scores and not as
-    vectors.
+    ensemble ``zeroshot_single_top1``. Where training has gone without some classes, ``zeroshot_unseen_top1`` is of
+    their pictures, among their names, and ``zeroshot_seen_top1`` the same of the other classes.
+
+    Where the source has texts for judging, ``retrieval_i2t_r1`` … ``retrieval_rsum`` are by these;
+    ``hardnegatives_<kind>`` where it also has mistaken ones (see `preference`); ``gap``, the distance between the mean
+    image and the mean text, and ``geometry_<name>`` (see `geometry`) are of each picture with its first text.
+
+    A method that is `Comparing` has neither gap nor geometry, and its templates are averaged as scores and not as
+    vectors. Pictures may be videos, of which several clips' scores are averaged.
 
     Args:
         templates: prompts of a class, each with one ``{}``; None for the data's own, or those of natural images.
@@ -63,7 +68,7 @@ class ImageTextEvaluation:
     split: Split = "val"
 
     def __call__(
-        self, module: nn.Module, datamodule: ImageTextDataModule, device: torch.device, *, precision: str = "32-true"
+        self, module: nn.Module, datamodule: TokenizingDataModule, device: torch.device, *, precision: str = "32-true"
     ) -> dict[str, float]:
         """
         Args:
@@ -89,33 +94,40 @@ class ImageTextEvaluation:
         with seeded(0), inference(module), autocast(precision, device):
             images, labels, index = self._images(towers, datamodule, device)
             source = datamodule.test_source if self.split == "test" else datamodule.val_source
-            assert isinstance(source, CaptionedSource)
-            texts = [source.captions(position) for position in index.tolist()]
-            text = encode([text for each in texts for text in each])
-            owner = torch.tensor([row for row, each in enumerate(texts) for _ in each], device=device)
-            scores = {
-                f"retrieval_{name}": value
-                for name, value in retrieval(images, text, owner, similarity=similarity).items()
-            }
-            if not isinstance(module, Comparing):
-                scores["gap"] = (images.mean(dim=0) - text.mean(dim=0)).norm().item()
+            scores: dict[str, float] = {}
+            told = isinstance(source, CaptionedSource)
+            if isinstance(source, CaptionedSource):
+                texts = [source.captions(position) for position in index.tolist()]
+                text = encode([text for each in texts for text in each])
+                owner = torch.tensor([row for row, each in enumerate(texts) for _ in each], device=device)
+                scores |= {
+                    f"retrieval_{name}": value
+                    for name, value in retrieval(images, text, owner, similarity=similarity).items()
+                }
+                if not isinstance(module, Comparing):
+                    scores["gap"] = (images.mean(dim=0) - text.mean(dim=0)).norm().item()
             known = labels >= 0
             if len(datamodule.classes) and bool(known.any()):
                 prompts = source.prompts if isinstance(source, PromptedSource) else PHOTOS
 
-                def fit(templates: Sequence[str]) -> Tensor:
+                def fit(templates: Sequence[str]) -> tuple[Tensor, Tensor]:
                     if isinstance(module, Comparing):
-                        return class_scores(images[known], datamodule.classes, encode, similarity, templates)
-                    return dot(images[known], classifier(datamodule.classes, encode, templates))
+                        each = class_scores(images[known], datamodule.classes, encode, similarity, templates)
+                    else:
+                        each = dot(images[known], classifier(datamodule.classes, encode, templates))
+                    mean, first = mean_of_samples(each, index[known])  # over the clips of a video
+                    return mean, labels[known][first]
 
-                ensemble = fit(self.templates or prompts.templates)
-                scores["zeroshot_top1"] = within(ensemble, labels[known])
+                ensemble, label = fit(self.templates or prompts.templates)
+                scores["zeroshot_top1"] = within(ensemble, label)
                 if ensemble.shape[1] > 5:
-                    scores["zeroshot_top5"] = within(ensemble, labels[known], k=5)
-                scores["zeroshot_single_top1"] = within(fit([self.single or prompts.single]), labels[known])
+                    scores["zeroshot_top5"] = within(ensemble, label, k=5)
+                if isinstance(source, HoldingOut):
+                    scores |= _apart(ensemble, label, source.held_out)
+                scores["zeroshot_single_top1"] = within(*fit([self.single or prompts.single]))
             if isinstance(source, MistakenSource):
                 scores |= self._hard_negatives(images, index, source, encode, similarity)
-        if len(images) > 1 and not isinstance(module, Comparing):
+        if told and len(images) > 1 and not isinstance(module, Comparing):
             first = [0, *accumulate(map(len, texts))][:-1]
             with exact_products():
                 scores |= {f"geometry_{name}": value for name, value in geometry(images, text[first]).items()}
@@ -144,12 +156,25 @@ class ImageTextEvaluation:
         return {f"hardnegatives_{kind}": value for kind, value in by_kind.items()}
 
     def _images(
-        self, towers: TwoTowers, datamodule: ImageTextDataModule, device: torch.device
+        self, towers: TwoTowers, datamodule: TokenizingDataModule, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors, labels and positions in the source of every picture that could be read, in the source's order."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for batch in readable(datamodule, self.split, self.samples, device):
-            found.append((towers.encode_image(batch["image"]).float(), batch["label"], batch["index"]))
+            found.append((towers.encode_image(batch[datamodule.seen]).float(), batch["label"], batch["index"]))
         images, labels, index = (gather_rows(torch.cat(column)) for column in zip(*found, strict=True))
-        order = index.argsort()
+        order = index.argsort(stable=True)
         return images[order], labels[order], index[order]
+
+
+def _apart(scores: Tensor, labels: Tensor, held_out: Sequence[int]) -> dict[str, float]:
+    """``zeroshot_seen_top1`` and ``zeroshot_unseen_top1`` of scores [N, K], each among its own classes."""
+    is_held = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
+    is_held[list(held_out)] = True
+    found = {}
+    for name, kind in (("seen", ~is_held), ("unseen", is_held)):
+        rows = kind[labels]
+        if len(held_out) and bool(rows.any()):
+            place = kind.cumsum(dim=0) - 1  # of a class among those of its kind
+            found[f"zeroshot_{name}_top1"] = within(scores[rows][:, kind], place[labels[rows]])
+    return found

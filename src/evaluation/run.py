@@ -117,10 +117,10 @@ def query_loader(
 def readable(
     datamodule: ImageDataModule, split: Split, samples: int | None, device: torch.device
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """``image``, ``label`` and ``index`` of the held-out images that could be read, this process's share in batches on
-    ``device``; arguments and errors as `query_loader`."""
+    """What encoders see, ``label`` and ``index`` of the held-out images that could be read, this process's share in
+    batches on ``device``; arguments and errors as `query_loader`."""
     for loaded in query_loader(datamodule, split, samples):
-        batch = {name: loaded[name][~loaded["replaced"]] for name in ("image", "label", "index")}
+        batch = {name: loaded[name][~loaded["replaced"]] for name in (datamodule.seen, "label", "index")}
         yield datamodule.on_after_batch_transfer(datamodule.transfer_batch_to_device(batch, device, 0), 0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count as counting
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from src.datamodules.scenes import render
 from src.datamodules.scenes.cache import Array, Rendered, open_or_build, pictures
 from src.datamodules.scenes.motion import Film, MovingWorld, flow
 from src.datamodules.scenes.source import SPLITS
-from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.source import Prompts, Sample, Split
 from src.errors import SettingError
 from src.randomness import fold
 
@@ -70,8 +71,12 @@ class Films(Rendered):
     def arrays(self) -> dict[str, Array]:
         return pictures((self.frames, 3, self.resolution, self.resolution))
 
+    def film(self, index: int) -> Film:
+        """What happens in sample ``index``."""
+        return self.world.film(self.seed, index)
+
     def render(self, index: int) -> tuple[np.ndarray, int]:
-        film = self.world.film(self.seed, index)
+        film = self.film(index)
         return np.stack([self.frame(film, number) for number in range(self.frames)]), film.action
 
     def frame(self, film: Film, number: int) -> np.ndarray:
@@ -82,6 +87,17 @@ class Films(Rendered):
         """From each of the frames to the next one: float32 [T - 1, 2, H, W]."""
         pairs = [(start / self.rate, end / self.rate) for start, end in pairwise(numbers)]
         return np.stack([flow(film, start, end, self.resolution) for start, end in pairs])
+
+
+@dataclass(frozen=True)
+class FilmsWithout(Films):
+    """`Films` in which some actions never happen: where one would, another film is made."""
+
+    held_out: tuple[int, ...]
+
+    def film(self, index: int) -> Film:
+        made = (self.world.film(fold(self.seed, again) if again else self.seed, index) for again in counting())
+        return next(film for film in made if film.action not in self.held_out)
 
 
 class FilmsSource:
@@ -97,11 +113,15 @@ class FilmsSource:
         rate: frames a second.
         seed: of the films.
         world: what there is to be seen.
+        held_out: actions that happen in no film of the training split, and in the others as ever; a method that knows
+            actions by their names can be asked for them.
         cache_dir: where all frames are kept, rendered once; None to draw what is asked for every time.
 
     Raises:
-        SettingError: an unknown split, or a number out of range.
+        SettingError: an unknown split or action, or a number out of range.
     """
+
+    prompts = Prompts(templates=("something {}.", "a thing that {}.", "it {}."), single="something {}.")
 
     def __init__(
         self,
@@ -113,6 +133,7 @@ class FilmsSource:
         rate: float = 12.0,
         seed: int = 0,
         world: MovingWorld | None = None,
+        held_out: Sequence[str] = (),
         cache_dir: str | Path | None = None,
     ) -> None:
         if split not in SPLITS:
@@ -126,9 +147,17 @@ class FilmsSource:
         self.split = split
         self.world = world or MovingWorld()
         self.classes: tuple[str, ...] = tuple(self.world.actions)
+        unknown = sorted(set(held_out) - set(self.classes))
+        if unknown or set(held_out) == set(self.classes):
+            raise SettingError(
+                f"data.source.held_out: some of {', '.join(self.classes)}, not {', '.join(unknown) or 'all of them'}"
+            )
+        self.held_out = tuple(label for label, name in enumerate(self.classes) if name in held_out)
         self.films = Films(
             self.world, fold(seed, SPLITS.index(split)), count, resolution, max(1, round(duration * rate)), rate
         )
+        if split == "train" and self.held_out:
+            self.films = FilmsWithout(**vars(self.films), held_out=self.held_out)
         self.cache_dir = cache_dir
         self._open()
 
@@ -154,7 +183,7 @@ class FilmsSource:
     def film(self, index: int) -> Film:
         """What happens in film ``index``, as data."""
         self._check(index)
-        return self.world.film(self.films.seed, index)
+        return self.films.film(index)
 
     def _flows(self, index: int, numbers: Sequence[int]) -> np.ndarray:
         return self.films.flows(self.film(index), numbers)

@@ -18,6 +18,7 @@ __all__ = [
     "EncodedImage",
     "GroundedSource",
     "Grounding",
+    "HoldingOut",
     "ImageSource",
     "ListedTexts",
     "Mistaken",
@@ -113,6 +114,13 @@ class PromptedSource(ImageSource, Protocol):
     """A source whose texts are no captions of photos, and which knows how they would name a class."""
 
     prompts: Prompts
+
+
+@runtime_checkable
+class HoldingOut(ImageSource, Protocol):
+    """A source whose training split goes without some classes, which the other splits show."""
+
+    held_out: Sequence[int]  # their labels; empty where training sees all
 
 
 class Mistaken(NamedTuple):

@@ -12,6 +12,7 @@ from torch import Tensor
 from src.datamodules.batch import VideoBatch
 from src.datamodules.footage import Footage
 from src.datamodules.views.augment import StrongFrames
+from src.datamodules.views.colour import Colour
 from src.datamodules.views.resample import resample_box
 from src.errors import SettingError
 
@@ -190,12 +191,14 @@ class RandomVideoCrop:
         repeats: how often the same frames are seen, each time in a box and with changes of their own: repeated
             augmentation (Hoffer et al., 2020), which decodes a video once for several rows of a batch.
         strong: what else happens to the frames; None for nothing.
+        colour: what happens to their colours, in all of them alike; None for nothing.
     """
 
     clip: Clip
     crop: Boxes
     repeats: int = 1
     strong: StrongFrames | None = None
+    colour: Colour | None = None
 
     batch_type: ClassVar[type] = VideoBatch
 
@@ -221,7 +224,7 @@ class RandomVideoCrop:
 
     @property
     def _draws_of_one(self) -> int:
-        return self.crop.draws + (0 if self.strong is None else self.strong.draws)
+        return self.crop.draws + sum(each.draws for each in (self.strong, self.colour) if each is not None)
 
     def _cropped(self, frames: Tensor, uniform: np.ndarray) -> Tensor:
         own, further = uniform[: self.crop.draws], uniform[self.crop.draws :]
@@ -229,6 +232,8 @@ class RandomVideoCrop:
             frames = self.strong.augmented(frames, further)
         (box,) = self.crop.boxes(frames.shape[-2], frames.shape[-1], own[None])
         cropped = resample_box(frames, box, self.crop.size, flip=bool(own[-1] < self.crop.flip))
+        if self.colour is not None:
+            cropped = self.colour(cropped, np.tile(further[-Colour.draws :], (len(frames), 1)))
         return cropped if self.strong is None else self.strong.erased(cropped, further)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from src.datamodules.batch import BatchError, ImageBatch, VideoBatch, mean_of_samples
+from src.datamodules.batch import ImageBatch, VideoBatch, labels_of, mean_of_samples
 from src.models.downstream.classed import Classed
 from src.optim import OptimizerRecipe
 
@@ -64,10 +64,7 @@ class Classifier(Classed):
         Raises:
             BatchError: a sample has none.
         """
-        label = batch["label"]
-        if (label < 0).any():
-            raise BatchError(f"{type(self).__name__} learns from labels; {int((label < 0).sum())} of a batch have none")
-        return label
+        return labels_of(batch, type(self).__name__)
 
 
 def truncated_normal(linear: nn.Linear, std: float) -> None:

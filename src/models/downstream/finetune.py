@@ -8,18 +8,17 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from timm.data.mixup import Mixup
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.collectives import rank
-from src.datamodules.batch import BatchError, ImageBatch
+from src.datamodules.batch import ImageBatch
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.downstream.classifier import Classifier, truncated_normal
+from src.models.downstream.mixing import mix
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe, Rule, layer_decay_rules
-from src.randomness import seeded
 
 
 class FineTune(Classifier):
@@ -89,16 +88,15 @@ class FineTune(Classifier):
         Raises:
             BatchError: the batch is odd; its middle picture would be mixed with itself.
         """
-        if len(image) % 2:
-            raise BatchError(
-                f"mixup and cutmix need an even number of images in each process and micro-batch, got {len(image)}: "
-                "change data.batch_size"
-            )
-        mixing = Mixup(self.mixup, self.cutmix, label_smoothing=self.smoothing, num_classes=self.num_classes or 0)
-        with seeded(self.seed, self.global_step, batch_idx, rank()):
-            # the frames of a clip are mixed alike: to timm they are channels of one picture
-            mixed, shares = mixing(image.flatten(1, -3).clone(), label)
-        return mixed.view_as(image), shares
+        return mix(
+            image,
+            label,
+            classes=self.num_classes or 0,
+            mixup=self.mixup,
+            cutmix=self.cutmix,
+            smoothing=self.smoothing,
+            place=(self.seed, self.global_step, batch_idx, rank()),
+        )
 
     def embed(self, image: Tensor) -> Tensor:
         """What the classifier sees: [B, D]."""

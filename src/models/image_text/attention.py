@@ -15,18 +15,19 @@ class Attention(nn.Module):
         dim: of what asks, and of the answers.
         heads: divide ``dim``.
         context_dim: of what is asked; as ``dim`` if None.
+        bias: whether queries, keys and values have one.
 
     Raises:
         SettingError: the width does not divide among the heads.
     """
 
-    def __init__(self, dim: int, heads: int, *, context_dim: int | None = None) -> None:
+    def __init__(self, dim: int, heads: int, *, context_dim: int | None = None, bias: bool = True) -> None:
         super().__init__()
         if dim % heads:
             raise SettingError(f"model: attention of width {dim} cannot have {heads} heads")
         self.heads = heads
-        self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(dim if context_dim is None else context_dim, 2 * dim)
+        self.query = nn.Linear(dim, dim, bias=bias)
+        self.key_value = nn.Linear(dim if context_dim is None else context_dim, 2 * dim, bias=bias)
         self.out = nn.Linear(dim, dim)
 
     def keys_values(self, context: Tensor) -> Tensor:

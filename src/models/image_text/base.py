@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from src.models.backbones.image_encoder import ImageEncoder, Pool
+from src.models.backbones.weights import WeightsError, read, some
 from src.models.image_text.micro_batches import check_micro_batch, in_micro_batches
 from src.models.image_text.text_tower import Tower
 from src.models.joint_embedding.base import unit
 from src.models.pretrain_module import PretrainModule
 from src.optim import OptimizerRecipe
+
+log = logging.getLogger(__name__)
 
 
 class ImageTextModule(PretrainModule):
@@ -115,3 +120,28 @@ def _projection(width: int, embed_dim: int | None, bias: bool) -> nn.Module:
     if bias:
         nn.init.zeros_(projection.bias)
     return projection
+
+
+def begin_from(module: ImageTextModule, start: str | Path | None) -> None:
+    """Gives ``module`` the towers, projections and scale of a run, in place; what else the run holds is left out.
+
+    Raises:
+        WeightsError: the file cannot be read, or has not all of them in their shapes.
+    """
+    if start is None:
+        log.info("towers: weights as created (checkpoint=null): nothing was learned before")
+        return
+    found = read(Path(start))
+    own = module.state_dict()
+    missing = [name for name in own if name not in found.tensors]
+    if missing:
+        raise WeightsError(f"{found.origin} lacks {len(missing)} of the towers' {len(own)} tensors: {some(missing)}")
+    wrong = [
+        f"{name} {list(found.tensors[name].shape)} instead of {list(value.shape)}"
+        for name, value in own.items()
+        if found.tensors[name].shape != value.shape
+    ]
+    if wrong:
+        raise WeightsError(f"{found.origin} is of another architecture: it has {some(wrong)}")
+    module.load_state_dict({name: found.tensors[name] for name in own})
+    log.info("towers: %d tensors from %s", len(own), found.origin)

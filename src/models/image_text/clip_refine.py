@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,7 @@ from src.collectives import gather
 from src.datamodules.batch import ImageTextBatch
 from src.errors import SettingError
 from src.models.backbones.image_encoder import Pool, cls_token_or_mean
-from src.models.backbones.weights import WeightsError, read, some
-from src.models.image_text.base import ImageTextModule
+from src.models.image_text.base import ImageTextModule, begin_from
 from src.models.image_text.clip import contrast_all
 from src.models.image_text.micro_batches import in_micro_batches
 from src.models.image_text.text_tower import Tower
@@ -25,8 +23,6 @@ from src.models.losses.refine import hybrid_distillation, random_feature_alignme
 from src.models.pretrain_module import StepOutput
 from src.models.teacher import teacher_of
 from src.optim import OptimizerRecipe
-
-log = logging.getLogger(__name__)
 
 
 class CLIPRefine(ImageTextModule):
@@ -140,28 +136,3 @@ class CLIPRefine(ImageTextModule):
 
     def _comparable(self, features: Tensor) -> Tensor:
         return unit(features) if self.cosine else features
-
-
-def begin_from(module: ImageTextModule, start: str | Path | None) -> None:
-    """Gives ``module`` the towers, projections and scale of a run, in place; what else the run holds is left out.
-
-    Raises:
-        WeightsError: the file cannot be read, or has not all of them in their shapes.
-    """
-    if start is None:
-        log.info("towers: weights as created (checkpoint=null): there is nothing yet to refine")
-        return
-    found = read(Path(start))
-    own = module.state_dict()
-    missing = [name for name in own if name not in found.tensors]
-    if missing:
-        raise WeightsError(f"{found.origin} lacks {len(missing)} of the towers' {len(own)} tensors: {some(missing)}")
-    wrong = [
-        f"{name} {list(found.tensors[name].shape)} instead of {list(value.shape)}"
-        for name, value in own.items()
-        if found.tensors[name].shape != value.shape
-    ]
-    if wrong:
-        raise WeightsError(f"{found.origin} is of another architecture: it has {some(wrong)}")
-    module.load_state_dict({name: found.tensors[name] for name in own})
-    log.info("towers: %d tensors from %s", len(own), found.origin)

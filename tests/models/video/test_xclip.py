@@ -1,0 +1,325 @@
+"""X-CLIP against transformers' own, and its parts by hand."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from transformers import XCLIPConfig, XCLIPModel
+
+from src.datamodules.batch import BatchError
+from src.errors import SettingError
+from src.export_pairs import vision_weights
+from src.models.backbones.weights import WeightsError
+from src.models.image_text.text_tower import TextTower
+from src.models.video.xclip import XCLIP, CrossFrameEncoder, VideoPrompts
+from src.optim import OptimizerRecipe, adamw
+
+FRAMES, CLASSES = 3, 4
+# the end has the largest id, where transformers looks for it
+TEXT = torch.tensor([[1, 5, 19, 0, 0], [1, 6, 7, 19, 0], [1, 7, 5, 6, 19], [1, 8, 19, 0, 0]])
+MASK = TEXT != 0
+
+
+def vit() -> timm.models.VisionTransformer:
+    return timm.create_model(
+        "vit_base_patch32_clip_quickgelu_224",
+        img_size=16,
+        patch_size=8,
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+        num_classes=0,
+    )
+
+
+def tower() -> TextTower:
+    return TextTower(vocabulary=20, length=5, width=16, depth=2, heads=2, activation="quick_gelu")
+
+
+class Ids:
+    """A tokenizer of what is already ids."""
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        rows = torch.stack([TEXT[int(text)] for text in texts])
+        return rows, rows != 0
+
+
+def method(held_out: tuple[int, ...] = (), **options: Any) -> XCLIP:
+    torch.manual_seed(0)
+    recipe = OptimizerRecipe(partial(adamw, betas=(0.9, 0.98)), lr=1e-3, weight_decay=1e-3)
+    plain = {"mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0}
+    made = XCLIP(vit(), tower(), recipe, **{"frames": FRAMES, "embed_dim": 12, "heads": 2, **plain, **options})
+    made.name_classes(Ids(), [str(row) for row in range(CLASSES)], held_out)  # type: ignore[arg-type]
+    return made
+
+
+def shaken(made: XCLIP) -> XCLIP:
+    """With every weight and bias away from where it begins, so that none can be forgotten unseen."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return made
+
+
+def clips(count: int = 2, frames: int = FRAMES) -> Tensor:
+    return torch.randn(count, frames, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+
+
+def batch(count: int = 4) -> dict[str, Tensor]:
+    return {"video": clips(count), "label": torch.arange(count) % CLASSES}
+
+
+def theirs(ours: XCLIP) -> XCLIPModel:
+    """transformers' model with our weights."""
+    config = XCLIPConfig(
+        text_config={
+            "vocab_size": 20,
+            "hidden_size": 16,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 5,
+        },
+        vision_config={
+            "hidden_size": 24,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+            "num_frames": FRAMES,
+            "mit_hidden_size": 12,
+            "mit_intermediate_size": 48,
+            "mit_num_hidden_layers": 1,
+            "mit_num_attention_heads": 2,
+        },
+        projection_dim=12,
+        prompt_layers=2,
+        prompt_num_attention_heads=2,
+    )
+    weights: dict[str, Tensor] = {"logit_scale": ours.logit_scale.squeeze()}
+
+    def copy(to: str, source: nn.Module) -> None:
+        weights.update({f"{to}.{name}": value for name, value in source.state_dict().items()})
+
+    def apart(to: str, weight: Tensor, bias: Tensor, parts: tuple[str, ...] = ("q", "k", "v")) -> None:
+        for part, w, b in zip(parts, weight.chunk(3), bias.chunk(3), strict=True):
+            weights[f"{to}.{part}_proj.weight"], weights[f"{to}.{part}_proj.bias"] = w, b
+
+    copy("text_model", ours.text_encoder.transformer)
+    named = vision_weights(ours.image_encoder.backbone)
+    weights.update({f"vision_model.{name.replace('pre_layrnorm', 'pre_layernorm')}": w for name, w in named.items()})
+    for number, message in enumerate(ours.image_encoder.messages):
+        to = f"vision_model.encoder.layers.{number}"
+        copy(f"{to}.message_fc", message.project)
+        copy(f"{to}.message_ln", message.norm)
+        apart(f"{to}.message_attn", message.attention.in_proj_weight, message.attention.in_proj_bias)
+        copy(f"{to}.message_attn.out_proj", message.attention.out_proj)
+    copy("visual_projection", ours.image_projection)
+    copy("text_projection", ours.text_projection)
+    weights["mit.position_embedding"] = ours.integration.positions
+    for number, block in enumerate(ours.integration.blocks):
+        to = f"mit.encoder.layers.{number}"
+        apart(f"{to}.self_attn", block.attn.qkv.weight, block.attn.qkv.bias)
+        copy(f"{to}.self_attn.out_proj", block.attn.proj)
+        copy(f"{to}.layer_norm1", block.norm1)
+        copy(f"{to}.layer_norm2", block.norm2)
+        copy(f"{to}.mlp.fc1", block.mlp.fc1)
+        copy(f"{to}.mlp.fc2", block.mlp.fc2)
+    prompts = ours.prompts
+    copy("prompts_visual_layernorm", prompts.norm_patches)
+    weights["prompts_visual_projection"] = prompts.project.weight.T
+    copy("prompts_generator.layernorm", prompts.norm)
+    weights["prompts_generator.alpha"] = prompts.alpha
+    for number, layer in enumerate(prompts.layers):
+        to = f"prompts_generator.decoder.{number}"
+        copy(f"{to}.norm1", layer.norm1)
+        copy(f"{to}.norm3", layer.norm2)
+        copy(f"{to}.cross_attn.q_proj", layer.attention.query)
+        for part, w in zip("kv", layer.attention.key_value.weight.chunk(2), strict=True):
+            weights[f"{to}.cross_attn.{part}_proj.weight"] = w
+        copy(f"{to}.cross_attn.proj", layer.attention.out)
+        copy(f"{to}.mlp.0", layer.mlp.fc1)
+        copy(f"{to}.mlp.3", layer.mlp.fc2)
+    model = XCLIPModel(config)
+    model.load_state_dict(weights)  # all of theirs, and none besides
+    return model.eval()
+
+
+@torch.no_grad()
+def test_every_part_is_that_of_transformers_own() -> None:
+    """An independent implementation, ported from the authors' code: the same weights, clips and texts."""
+    ours = shaken(method()).eval()
+    model, video = theirs(ours), clips()
+    found = model(input_ids=TEXT, pixel_values=video)
+    tokens = ours.image_encoder.tokens(video)
+    same = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+    same(tokens.flatten(0, 1), found.vision_model_output.last_hidden_state)  # the messages
+    same(ours.image_encoder.frames(tokens).flatten(0, 1), found.vision_model_output.pooler_output)
+    names, seen = ours.encode_text(TEXT, MASK), ours.encode_image(video)
+    same(names, model.get_text_features(input_ids=TEXT).pooler_output)
+    same(seen[:, 0], found.mit_output.pooler_output)
+    prompted = ours.prompts(names, seen[:, 1:])
+    same(nn.functional.normalize(prompted, dim=-1), found.text_embeds)
+    logits = ours.logit_scale.exp() * ours.similarity(seen, names)
+    same(logits, found.logits_per_video)
+    assert (logits.amax(dim=1) - logits.amin(dim=1)).min() > 0.1  # of different classes, not one number
+    same(ours.similarity(names, seen), logits.T / ours.logit_scale.exp())  # texts for videos
+
+
+def test_a_step_is_the_cross_entropy_over_the_names() -> None:
+    ours = method(smoothing=0.1)
+    given = batch()
+    output = ours.training_step(given, 0)
+    logits = ours.logit_scale.exp() * ours.similarity(ours.encode_image(given["video"]), ours.encode_text(TEXT, MASK))
+    log_p = logits.log_softmax(dim=1)
+    by_hand = -sum(0.9 * log_p[row, row] + 0.1 * log_p[row].mean() for row in range(4)) / 4
+    torch.testing.assert_close(output["loss"], by_hand)
+    embedding = ours.encoders()["encoder"](given["video"]).embedding  # what probes learn from, and are judged on
+    torch.testing.assert_close(output["embedding"], embedding)
+    with pytest.raises(BatchError, match="X-CLIP learns from labels; 1 of a batch have none"):
+        ours.training_step({**given, "label": torch.tensor([0, 1, -1, 2])}, 0)
+
+
+def test_mixed_clips_have_mixed_labels() -> None:
+    ours, given = method(mixup=0.8, cutmix=1.0, smoothing=0.1), batch()
+    before = given["video"].clone()
+    first, again = (ours.training_step(given, 0)["loss"] for _ in range(2))
+    assert torch.equal(given["video"], before)
+    torch.testing.assert_close(first, again)  # a function of seed and step
+    assert not torch.allclose(first, ours.training_step(given, 1)["loss"])
+
+
+@pytest.mark.parametrize("messages", [True, False])
+def test_frames_see_each_other_by_messages_alone(messages: bool) -> None:
+    torch.manual_seed(0)
+    encoder = CrossFrameEncoder(vit(), messages=messages)
+    video = clips().requires_grad_()
+    tokens = encoder.tokens(video)
+    tokens[0, 0].square().sum().backward()
+    assert video.grad[0, 0].abs().sum() > 0
+    assert (video.grad[0, 1:].abs().sum() > 0) == messages
+    assert video.grad[1].abs().sum() == 0  # never those of another clip
+    if not messages:
+        frame = encoder.backbone.forward_features(video[:, 0])
+        torch.testing.assert_close(encoder.backbone.norm(tokens[:, 0]), frame)
+
+
+def test_only_the_integration_knows_the_order_of_frames() -> None:
+    video, turned = clips(), clips().flip(1)
+    for depth in (0, 1):
+        ours = shaken(method(integration_depth=depth)).eval()
+        with torch.no_grad():
+            same = torch.allclose(ours.encode_image(video), ours.encode_image(turned), atol=1e-5)
+        assert same == (depth == 0)
+
+
+def test_names_look_at_the_video_as_much_as_alpha_says() -> None:
+    torch.manual_seed(0)
+    prompts = VideoPrompts(24, 12, depth=2, heads=2, alpha=0.1, activation=nn.GELU)
+    torch.testing.assert_close(prompts.alpha, torch.full((12,), 0.1))
+    names, context = torch.randn(CLASSES, 12), prompts.context(torch.randn(2, FRAMES, 4, 24))
+    added = prompts(names, context) - names
+    assert added.shape == (2, CLASSES, 12)
+    assert not torch.allclose(added[0], added[1])
+    with torch.no_grad():
+        prompts.alpha.mul_(2)
+    torch.testing.assert_close(prompts(names, context) - names, 2 * added)
+    with torch.no_grad():
+        prompts.alpha.zero_()
+    torch.testing.assert_close(prompts(names, context), names.expand(2, -1, -1))
+
+
+def test_prompts_made_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = method().eval()
+    names, seen = ours.encode_text(TEXT, MASK), ours.encode_image(clips(5))
+    whole = ours.similarity(seen, names)
+    monkeypatch.setattr("src.models.video.xclip._AT_A_TIME", 2 * CLASSES)
+    torch.testing.assert_close(ours.similarity(seen, names), whole)
+
+
+def test_what_is_frozen_has_no_gradient_and_is_read_once() -> None:
+    ours, read = method().train(), []
+    ours.text_encoder.register_forward_hook(lambda *_: read.append(1))
+    for _ in range(2):
+        ours.training_step(batch(), 0)["loss"].backward()
+    assert len(read) == 1
+    assert not ours.text_encoder.training
+    for name, parameter in ours.named_parameters():
+        frozen = name.startswith(("text_encoder.", "text_projection.", "logit_scale"))
+        assert (parameter.grad is None) == frozen, name
+    free = method(freeze_text=False)
+    free.training_step(batch(), 0)["loss"].backward()
+    assert all(parameter.grad is not None for parameter in free.parameters())
+
+
+def test_what_clip_has_not_learns_faster_and_places_are_not_decayed() -> None:
+    groups = method().configure_optimizers().param_groups
+    rate = {name: group["lr"] for group in groups for name in group["names"]}
+    decay = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    assert rate["image_encoder.backbone.blocks.0.attn.qkv.weight"] == 1e-3
+    for name in ("image_encoder.messages.1.project.weight", "integration.positions", "prompts.alpha"):
+        assert rate[name] == pytest.approx(1e-2)
+    assert decay["integration.positions"] == decay["prompts.alpha"] == 0
+    assert decay["image_encoder.messages.1.attention.in_proj_weight"] == decay["prompts.project.weight"] == 1e-3
+    assert not any(name.startswith("text") for name in rate)
+    bare = method(messages=False, integration_depth=0, prompt_depth=0).configure_optimizers().param_groups
+    assert {group["lr"] for group in bare} == {1e-3}  # mean of CLIP's frames: nothing is new
+
+
+def test_classes_that_are_held_out_are_no_answers() -> None:
+    ours = method(held_out=(1,))
+    assert torch.equal(ours.class_text, TEXT[[0, 2, 3]])
+    assert ours.row_of.tolist() == [0, -1, 1, 2]
+    loss = ours.training_step({"video": clips(2), "label": torch.tensor([2, 3])}, 0)["loss"]
+    logits = ours.logit_scale.exp() * ours.similarity(ours.encode_image(clips(2)), ours.class_features())
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, torch.tensor([1, 2])))
+
+
+def test_towers_come_from_a_run_and_the_rest_is_new(tmp_path: Path) -> None:
+    from tests.models.image_text.test_clip import clip
+
+    run, file = clip(), tmp_path / "last.ckpt"
+    torch.save({"encoders": {"encoder": "image_encoder.backbone."}, "state_dict": run.state_dict()}, file)
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=0
+    )
+    text = TextTower(vocabulary=20, length=6, width=16, depth=2, heads=2)
+    recipe = OptimizerRecipe(partial(adamw), lr=1e-3)
+    begun = XCLIP(vit, text, recipe, frames=FRAMES, embed_dim=8, heads=1, start=file, temperature=0.5)
+    own = begun.state_dict()
+    for name, value in run.state_dict().items():
+        assert torch.equal(own[name], value), name
+    with pytest.raises(WeightsError, match="is of another architecture"):
+        XCLIP(vit, text, recipe, frames=FRAMES, embed_dim=4, heads=1, start=file)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(SettingError, match="clips of 2 frames, where model"):
+        method().encode_image(clips(frames=2))
+    with pytest.raises(SettingError, match="template has one"):
+        method(template="an action")
+    with pytest.raises(SettingError, match="smoothing is a share below 1"):
+        method(smoothing=1.0)
+    recipe = OptimizerRecipe(partial(adamw), lr=1e-3)
+    with pytest.raises(SettingError, match="the class token of a ViT, which this one has not"):
+        XCLIP(timm.create_model("resnet10t", num_classes=0), tower(), recipe, embed_dim=12)
+
+
+def test_halves_of_a_batch_have_the_mean_of_the_whole() -> None:
+    """Names are classes: nothing has to be gathered, and the mean that DDP takes of gradients is the batch's."""
+    given, found = batch(), []
+    for part in (slice(0, 2), slice(2, 4), slice(0, 4)):
+        ours = method().double()
+        loss = ours.training_step({"video": given["video"][part].double(), "label": given["label"][part]}, 0)["loss"]
+        loss.backward()
+        found.append((loss.detach(), ours.image_encoder.messages[0].project.weight.grad))
+    for first, second, whole in zip(*found, strict=True):
+        torch.testing.assert_close((first + second) / 2, whole)
