@@ -28,8 +28,11 @@ from src.configuration import UserError, nearest
 from src.datamodules.image_text import ImageTextDataModule
 from src.datamodules.text.tokenizer import Tokenizer
 from src.export_pairs import as_transformers, renamed
+from src.export_videos import as_videomae
 from src.models.backbones.image_encoder import ImageEncoder
+from src.models.backbones.video_vit import CubeEmbed
 from src.models.image_text.base import ImageTextModule
+from src.models.video.xclip import CrossFrameEncoder
 
 WORDS = ("run", "format", "to", "encoder", "checkpoint")
 TOLERANCE = 1e-5
@@ -81,14 +84,23 @@ class Export:
         arguments = {str(key): value for key, value in values.items() if key not in training_only}
         return arguments | {"num_classes": int(getattr(self.backbone, "num_classes", 0))}
 
+    @property
+    def cubes(self) -> CubeEmbed | None:
+        """How the backbone reads clips; None where it reads pictures."""
+        embed = getattr(self.backbone, "patch_embed", None)
+        return embed if isinstance(embed, CubeEmbed) else None
+
     def pictures(self) -> Tensor:
-        """Random input of the right size, always the same."""
-        return torch.randn(2, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
+        """Random input of the right size, always the same: [2, 3, H, W], or clips [2, T, 3, H, W]."""
+        frames = () if self.cubes is None else (self.cubes.frames,)
+        return torch.randn(2, *frames, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
 
     def as_encoder(self, library: str, load: str) -> Written:
         """What is said of the encoder where that was written."""
-        task = "image-classification" if self.classes else "image-feature-extraction"
-        return Written(f"encoder '{self.encoder}'", "An image encoder", library, task, load)
+        kind = "image" if self.cubes is None else "video"
+        task = f"{kind}-classification" if self.classes or kind == "video" else "image-feature-extraction"
+        article = "An" if kind == "image" else "A"
+        return Written(f"encoder '{self.encoder}'", f"{article} {kind} encoder", library, task, load)
 
 
 class Written(NamedTuple):
@@ -139,6 +151,8 @@ def gather(run: runs.Run, encoder: str | None, checkpoint: str | None) -> Export
     name = encoder or next(iter(encoders))
     if name not in encoders:
         raise UserError(f"{run.title} has no encoder '{name}'{nearest(name, list(encoders))}")
+    if isinstance(encoders[name], CrossFrameEncoder):
+        raise UserError(f"{run.title} has a ViT whose frames leave each other messages, which no library here loads")
     datamodule = configuration.instantiate(config.data)
     view = datamodule.eval_view
     body = encoders[name].backbone.eval()
@@ -183,7 +197,13 @@ def write(export: Export, to: Path, writer: Writer) -> Written:
 
 
 def write_timm(export: Export, folder: Path) -> Written:
-    """``model.safetensors`` for ``checkpoint_path=``, and ``config.json`` for ``local-dir:``."""
+    """``model.safetensors`` for ``checkpoint_path=``, and ``config.json`` for ``local-dir:``.
+
+    Raises:
+        UserError: the encoder reads clips.
+    """
+    if export.cubes is not None:
+        raise UserError(f"{export.run.title} reads clips, and timm has no ViT that does: use format=hf")
     arguments = export.arguments
     plain = timm.create_model(export.architecture, **arguments).eval()
     _fill(plain, export.backbone.state_dict(), f"timm's {export.architecture}")
@@ -224,15 +244,16 @@ def write_timm(export: Export, folder: Path) -> Written:
 
 def write_hf(export: Export, folder: Path) -> Written:
     """A folder for ``AutoModel.from_pretrained`` with its image processor: `CLIPModel` or `SiglipModel` of two towers,
-    `ViTModel` of an encoder.
+    `VideoMAEModel` of an encoder of clips, `ViTModel` of an encoder of pictures.
 
     Raises:
         UserError: none of them can express it.
     """
     if export.towers is not None:
         return write_towers(export, export.towers, folder)
-    from transformers import AutoModel, ViTConfig
-    from transformers.utils import logging as transformers_logging
+    if export.cubes is not None:
+        return write_clips(export, folder)
+    from transformers import ViTConfig
 
     vit = _expressible(export.backbone, export.architecture)
     width = vit.embed_dim
@@ -253,15 +274,10 @@ def write_hf(export: Export, folder: Path) -> Written:
     ).save_pretrained(folder)
     save_file(hf_weights(vit), folder / WEIGHTS, metadata={"format": "pt"})
     _image_processor(export).save_pretrained(folder)
-    transformers_logging.disable_progress_bar()
-    with _quiet("transformers"):
-        model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
-    wrong = {kind: sorted(loading[kind]) for kind in ("missing_keys", "unexpected_keys") if loading[kind]}
-    if wrong:
-        raise UserError(f"not exported: transformers would not load it whole: {wrong}")
+    model = _loaded(folder)
     x = export.pictures()
     with torch.no_grad():
-        output = model.eval()(x)
+        output = model(x)
         tokens = vit.forward_features(x)
     _require_equal(output.last_hidden_state, tokens, "last_hidden_state")
     _require_equal(output.pooler_output, tokens[:, 0], "pooler_output")
@@ -277,13 +293,46 @@ def write_hf(export: Export, folder: Path) -> Written:
 
 
 @torch.no_grad()
+def write_clips(export: Export, folder: Path) -> Written:
+    """`VideoMAEModel` and its processor of clips.
+
+    Raises:
+        UserError: it cannot express the encoder.
+    """
+    from transformers import VideoMAEImageProcessor
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    with _quiet("transformers"):
+        as_videomae(export.backbone, export.architecture).save_pretrained(folder)
+        VideoMAEImageProcessor(
+            size={"shortest_edge": round(export.size / export.crop_share)},
+            crop_size={"height": export.size, "width": export.size},
+            resample=3,  # bicubic
+            image_mean=export.mean,
+            image_std=export.std,
+        ).save_pretrained(folder)
+    x = export.pictures()
+    tokens = export.backbone.forward_features(x)  # type: ignore[operator]
+    _require_equal(_loaded(folder)(x).last_hidden_state, tokens, "last_hidden_state")
+    return export.as_encoder(
+        "transformers",
+        "from transformers import AutoImageProcessor, AutoModel\n\n"
+        'processor = AutoImageProcessor.from_pretrained("PATH_OF_THIS_FOLDER")\n'
+        'model = AutoModel.from_pretrained("PATH_OF_THIS_FOLDER")\n'
+        f'output = model(**processor(frames, return_tensors="pt"))  # {x.shape[1]} pictures\n'
+        "output.last_hidden_state  # one vector a cube; their mean is what was evaluated\n",
+    )
+
+
+@torch.no_grad()
 def write_towers(export: Export, towers: Towers, folder: Path) -> Written:
     """Both towers, the tokenizer and the image processor.
 
     Raises:
         UserError: transformers has no model for these towers, or what was written says something else than they do.
     """
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     module, tokenizer = towers.module, towers.tokenizer
@@ -293,18 +342,15 @@ def write_towers(export: Export, towers: Towers, folder: Path) -> Written:
         tokenizer.inner.model_max_length = tokenizer.length
         tokenizer.inner.save_pretrained(folder)
         _image_processor(export).save_pretrained(folder)
-        model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
         reader = AutoTokenizer.from_pretrained(folder)
-    wrong = {kind: sorted(loading[kind]) for kind in ("missing_keys", "unexpected_keys") if loading[kind]}
-    if wrong:
-        raise UserError(f"not exported: transformers would not load it whole: {wrong}")
+    model = _loaded(folder)
     texts = ["a", "a photo of a red square.", "IMG_0042 " + "many words " * tokenizer.length]
     ids, mask = tokenizer(texts)
     theirs = reader(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
     if not torch.equal(theirs, ids):
         raise UserError("not exported: the tokenizer that was written gives other ids than the run's own")
     pictures = export.pictures()
-    found = model.eval()(input_ids=ids, pixel_values=pictures)
+    found = model(input_ids=ids, pixel_values=pictures)
     image, text = module.encode_image(pictures), module.encode_text(ids, mask)
     _require_equal(found.image_embeds, image, "image_embeds")
     _require_equal(found.text_embeds, text, "text_embeds")
@@ -363,7 +409,8 @@ def card(export: Export, written: Written) -> str:
         "deviations": config.about.deviations,
         "data": data_of(config),
         "backbone": f"timm `{export.architecture}`, {sum(p.numel() for p in export.backbone.parameters()) / 1e6:.2f} M",
-        "input": f"{export.size} x {export.size} pixels, mean {_short(export.mean)}, std {_short(export.std)}",
+        "input": (f"{export.cubes.frames} frames of " if export.cubes else "")
+        + f"{export.size} x {export.size} pixels, mean {_short(export.mean)}, std {_short(export.std)}",
         "epochs": config.trainer.max_epochs,
         "batch": config.data.batch_size,
         "learning rate": f"{config.optimizer.lr:.4g}",
@@ -420,7 +467,7 @@ def data_of(config: DictConfig) -> str:
     """The training data in a few words, without folders of the machine it lay on."""
     source = str(config.data.source._target_).rsplit(".", 1)[-1].removesuffix("Source")
     samples = config.data.train_samples
-    return source if samples is None else f"{source}, {samples} images"
+    return source if samples is None else f"{source}, {samples} samples"
 
 
 WRITERS: dict[str, Writer] = {"timm": write_timm, "hf": write_hf}
@@ -447,6 +494,24 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
         raise UserError(
             f"not exported: the method has changed the architecture, {what} does not fit: {reason}"
         ) from problem
+
+
+def _loaded(folder: Path) -> Any:
+    """What transformers makes of the folder, in evaluation mode.
+
+    Raises:
+        UserError: it would not load the whole of it.
+    """
+    from transformers import AutoModel
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    with _quiet("transformers"):
+        model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
+    wrong = {kind: sorted(loading[kind]) for kind in ("missing_keys", "unexpected_keys") if loading[kind]}
+    if wrong:
+        raise UserError(f"not exported: transformers would not load it whole: {wrong}")
+    return model.eval()
 
 
 def _image_processor(export: Export) -> Any:

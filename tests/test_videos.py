@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoImageProcessor, VideoMAEModel
 
-from src import evaluate, export, runs, train
+from src import evaluate, export, runs, train, trained
 from src.configuration import UserError
 from src.evaluation.pixels import PixelEncoder
 
@@ -44,11 +50,12 @@ def test_films_are_trained_on_and_judged(run: runs.Run, monkeypatch: pytest.Monk
     assert logged["step"] == 4
     assert 0 <= logged["eval/knn_top1"] <= 1
     monkeypatch.setenv("PRETEXT_RUN_DIR", "")
-    assert evaluate.main([f"run={run.dir}", "eval=knn,pixels,random"]) == 0
+    assert evaluate.main([f"run={run.dir}", "eval=knn,linear,pixels,random"]) == 0
     scores = json.loads((run.dir / "evaluate" / "films.json").read_text())
     assert set(scores) == {"encoder", "pixels", "random"}
     # the same code on the same clips as at the end of training
     assert scores["encoder"]["knn_top1"] == pytest.approx(logged["eval/knn_top1"])
+    assert all(0 <= each["linear_top1"] <= 1 for each in scores.values())
 
 
 def test_a_runs_encoder_is_fine_tuned_on_its_own_films(run: runs.Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +78,30 @@ def test_a_runs_encoder_is_fine_tuned_on_its_own_films(run: runs.Run, monkeypatc
 def test_what_videos_have_not_yet_is_said(run: runs.Run) -> None:
     with pytest.raises(UserError, match="reads clips, and timm has no ViT that does"):
         export.main([f"run={run.dir}"])
+
+
+def test_an_encoder_of_clips_goes_to_transformers(run: runs.Run, tmp_path: Path) -> None:
+    """Written by the command, which compares the features itself; here once more, on what the processor makes."""
+    assert export.main([f"run={run.dir}", "format=hf", f"to={tmp_path / 'hf'}"]) == 0
+    model = VideoMAEModel.from_pretrained(tmp_path / "hf").eval()
+    encoder = trained.load(run.config(), run.checkpoint()).encoders()["encoder"]
+    frames = list(np.random.default_rng(0).integers(0, 256, (4, 40, 60, 3), np.uint8))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    video = processor(frames, return_tensors="pt")["pixel_values"]
+    assert video.shape == (1, 4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(video).last_hidden_state, encoder(video).patches, rtol=1e-4, atol=1e-5)
+    assert "4 frames of 32 x 32 pixels" in (tmp_path / "hf" / "README.md").read_text()
+
+
+def test_the_method_is_seen_at_work_in_motion(run: runs.Run) -> None:
+    events = EventAccumulator(str(run.dir), size_guidance={"images": 0})
+    events.Reload()
+    film = Image.open(io.BytesIO(events.Images("clips/reconstruction")[-1].encoded_image_string))
+    assert film.n_frames == 4
+    assert film.info["duration"] == 170  # every second frame of 12 a second, in hundredths
+    assert film.size == (3 * 34 + 2, 8 * 34 + 2)
+    assert "pictures/reconstruction" in events.Tags()["images"]
 
 
 def test_pixels_of_a_video_are_those_of_its_frames() -> None:

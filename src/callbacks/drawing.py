@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +34,20 @@ class Ranked:
     found: Sequence[int]
     scores: Sequence[float]
     own: int
+
+
+def animation(frames: Sequence[Image.Image], *, seconds: float) -> bytes:
+    """A GIF that plays over and over. A frame of at most 256 colours keeps them; frames that are equal become one that
+    stays longer.
+
+    Args:
+        frames: RGB, of one size.
+        seconds: from one to the next; kept to hundredths, of which players want two at least.
+    """
+    file = io.BytesIO()
+    milliseconds = max(20, round(100 * seconds) * 10)
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    return file.getvalue()
 
 
 def similarities(pictures: Sequence[Image.Image], texts: Sequence[str], values: np.ndarray) -> Image.Image:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from src.callbacks.drawing import animation
 from src.datamodules.dataset import ViewedDataset
 from src.errors import SettingError
 from src.models.backbones.image_encoder import inference
 from src.models.pretrain_module import PretrainModule
 from src.randomness import fold, seeded
 from src.sharding import gathered
+
+Draw = Callable[[Any], Mapping[str, Tensor]]
 
 
 class Shown(L.Callback, ABC):
@@ -56,8 +61,9 @@ class Shown(L.Callback, ABC):
 
 
 class Pictures(Shown):
-    """Logs what ``pl_module.pictures`` makes of the first validation images, as ``pictures/<name>``: at the start,
-    every so many epochs, and at the end.
+    """Logs what ``pl_module.pictures`` makes of the first validation images, as ``pictures/<name>``, and what
+    ``pl_module.clips`` makes of them, as ``clips/<name>``: at the start, every so many epochs, and at the end. Clips
+    play as fast as the first video's frames were taken.
 
     They are cropped as for evaluation, or augmented as in training where the method takes several views.
     Random masks and views are the same every time, so that only the method changes from picture to picture. Modes and
@@ -78,16 +84,24 @@ class Pictures(Shown):
         self._batch: dict[str, Tensor] | None = None
 
     def show(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not _draws_pictures(pl_module):
+        if not _shows(pl_module):
             return
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        for name, rows in self._draw(pl_module, datamodule).items():
+        module, datamodule = cast(PretrainModule, pl_module), cast(Any, trainer.datamodule)  # type: ignore[attr-defined]
+        for name, rows in self._draw(module, module.pictures, datamodule).items():
             grid = make_grid(datamodule.denormalise(rows.float()).flatten(0, 1).cpu(), nrow=rows.shape[1])
             for writer in writers(trainer):
                 writer.add_image(f"pictures/{name}", grid, trainer.global_step)
                 writer.flush()
+        for name, rows in self._draw(module, module.clips, datamodule).items():
+            shown = datamodule.denormalise(rows.float()).transpose(0, 2).cpu()  # [T, columns, n, 3, H, W]
+            frames = [make_grid(each.transpose(0, 1).flatten(0, 1), nrow=rows.shape[1]) for each in shown]
+            batch = self._fixed_batch(datamodule)
+            readable = batch["index"][~batch["replaced"]].tolist()
+            for writer in writers(trainer) if readable else ():
+                seconds = datamodule.seconds_a_frame(readable[0])
+                add_animation(writer, f"clips/{name}", frames, seconds, trainer.global_step)
 
-    def _draw(self, pl_module: L.LightningModule, datamodule: Any) -> dict[str, Tensor]:
+    def _draw(self, pl_module: PretrainModule, draw: Draw, datamodule: Any) -> dict[str, Tensor]:
         batch = datamodule.transfer_batch_to_device(self._fixed_batch(datamodule), pl_module.device, 0)
         batch = datamodule.on_after_batch_transfer(batch, 0)
         trainer = pl_module.trainer
@@ -97,7 +111,7 @@ class Pictures(Shown):
             trainer.precision_plugin.forward_context(),
             gathered(pl_module),
         ):
-            return dict(pl_module.pictures(batch))  # type: ignore[operator]
+            return dict(draw(batch))
 
     def _fixed_batch(self, datamodule: Any) -> dict[str, Tensor]:
         if self._batch is None:
@@ -117,9 +131,30 @@ def writers(trainer: L.Trainer) -> list[Any]:
     return [logger.experiment for logger in found] if trainer.is_global_zero else []
 
 
-def _draws_pictures(pl_module: L.LightningModule) -> bool:
-    """Whether the module has a ``pictures`` of its own: the base's draws none, and no batch is made for it."""
-    return getattr(type(pl_module), "pictures", PretrainModule.pictures) is not PretrainModule.pictures
+def add_animation(writer: Any, name: str, frames: Sequence[Tensor], seconds: float, step: int) -> None:
+    """What the writer's ``add_video`` does with a further library: an image that happens to be an animated GIF.
+
+    Args:
+        writer: TensorBoard's.
+        frames: [3, H, W] each, in [0, 1].
+        seconds: from one frame to the next.
+    """
+    pictures = [Image.fromarray((each * 255).round().byte().permute(1, 2, 0).numpy()) for each in frames]
+    width, height = pictures[0].size
+    shown = Summary.Image(
+        height=height, width=width, colorspace=3, encoded_image_string=animation(pictures, seconds=seconds)
+    )
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=name, image=shown)]), step)
+    writer.flush()
+
+
+def _shows(pl_module: L.LightningModule) -> bool:
+    """Whether the module has ``pictures`` or ``clips`` of its own: the base's draw none, and no batch is made for
+    them."""
+    own = type(pl_module)
+    return issubclass(own, PretrainModule) and (
+        own.pictures is not PretrainModule.pictures or own.clips is not PretrainModule.clips
+    )
 
 
 @contextmanager

@@ -64,6 +64,14 @@ class VideoDataModule(ImageDataModule):
             )
         return super().train_dataloader()
 
+    def seconds_a_frame(self, index: int) -> float:
+        """From one frame to the next in the evaluation view's clip of validation video ``index``, on average; of one
+        frame alone the video's length."""
+        footage: Any = self.val_source[index]["image"]
+        clip: Any = self.eval_view.clip  # type: ignore[attr-defined]
+        times = clip.times(footage.duration, footage.rate, np.full(clip.draws, 0.5))
+        return float(np.diff(times).mean()) if len(times) > 1 else float(footage.duration)
+
     def _dataset(self, source: ImageSource, view: Any, limit: int | None) -> ViewedDataset:
         subset: np.ndarray | None = self._subset(source, limit)
         return VideoDataset(source, view, seed=self.seed, subset=subset, bad_log=self.bad_log)

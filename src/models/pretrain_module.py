@@ -57,6 +57,11 @@ class PretrainModule(L.LightningModule, ABC):
         in the batch's normalisation. Called without gradients, in evaluation mode. None by default."""
         return {}
 
+    def clips(self, batch: Any) -> Mapping[str, Tensor]:
+        """What moves of it: name -> [n, columns, T, 3, H, W], a row of columns a video, all of which play at once.
+        Called as `pictures` is. None by default."""
+        return {}
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer_recipe.build(self)
 

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from src.callbacks.checkpoints import Checkpoints
+from src.callbacks.drawing import animation
 from src.callbacks.pictures import Pictures
 from src.datamodules.batch import MultiViewBatch
 from src.datamodules.image import ImageDataModule
@@ -108,6 +109,61 @@ def test_the_grid_shows_the_first_validation_pictures_in_their_own_colours(tmp_p
         second = pixels[top : top + SIDE, SIDE + 2 * padding : 2 * (SIDE + padding)]
         assert np.abs(second.astype(int) - np.array([0.485, 0.456, 0.406]) * 255).max() <= 1
     assert pixels[:padding].max() == 0
+
+
+class Moving(Method):
+    """Shows the picture, brighter from frame to frame, and beside it the mean colour standing still."""
+
+    pictures = PretrainModule.pictures
+
+    def clips(self, batch: Any) -> dict[str, Tensor]:
+        image = batch["image"]
+        frames = torch.stack([image + 0.1 * time for time in range(4)], dim=1)
+        return {"pair": torch.stack([frames, torch.zeros_like(frames)], dim=1)}
+
+
+class Timed(ImageDataModule):
+    """A frame of the first video shown every 0.12 s, of others every second."""
+
+    def seconds_a_frame(self, index: int) -> float:
+        return 0.12 if index == 0 else 1.0
+
+
+def test_clips_play_beside_each_other_in_their_own_colours_and_time(tmp_path: Path) -> None:
+    view = CentreCrop(SIDE, share=1)
+    module, timed = Moving(), Timed(source=Colours, train_view=view, eval_view=view, batch_size=4, num_workers=0)
+    loggers = [OrderedTensorBoardLogger(tmp_path)]
+    fit(tmp_path, Pictures(count=2), module=module, data=timed, loggers=loggers, max_epochs=1)
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == ["clips/pair"]
+    shown = events.Images("clips/pair")
+    assert [event.step for event in shown] == [0, 4]
+    padding, film = 2, Image.open(io.BytesIO(shown[0].encoded_image_string))
+    assert (film.format, film.n_frames, film.info["loop"]) == ("GIF", 4, 0)
+    assert (shown[0].width, shown[0].height) == film.size == (2 * (SIDE + padding) + padding,) * 2
+    std = np.array([0.229, 0.224, 0.225]) * 255
+    for time in range(4):
+        film.seek(time)
+        assert film.info["duration"] == 120  # milliseconds
+        pixels = np.asarray(film.convert("RGB")).astype(int)
+        for row in range(2):
+            top = padding + row * (SIDE + padding)
+            expected = np.clip(np.array([255, 10 * row, 10 * row]) + 0.1 * time * std, 0, 255)
+            assert np.abs(pixels[top : top + SIDE, padding : padding + SIDE] - expected).max() <= 0.51
+            beside = pixels[top : top + SIDE, SIDE + 2 * padding : 2 * (SIDE + padding)]
+            assert np.abs(beside - np.array([0.485, 0.456, 0.406]) * 255).max() <= 0.51
+        assert pixels[:padding].max() == 0
+
+
+def test_frames_that_are_equal_stay_longer_and_none_is_shorter_than_players_show() -> None:
+    red, blue = (Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 0, 255)))
+    film = Image.open(io.BytesIO(animation([red, red, blue], seconds=0.001)))
+    durations = []
+    for number in range(film.n_frames):
+        film.seek(number)
+        durations.append(film.info["duration"])
+    assert durations == [40, 20]
 
 
 def test_pictures_come_at_the_start_at_epochs_and_at_the_end_and_once_each(tmp_path: Path) -> None:

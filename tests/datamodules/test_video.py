@@ -18,6 +18,7 @@ from src.datamodules.scenes.motion import MovingWorld
 from src.datamodules.sources.video_folder import VideoFolderSource
 from src.datamodules.video import VideoDataModule
 from src.datamodules.views.augment import StrongFrames
+from src.datamodules.views.colour import Colour
 from src.datamodules.views.image import CentreCrop, RandomResizedCrop, to_tensor
 from src.datamodules.views.resample import resample_box, whole_pixels
 from src.datamodules.views.video import CentreVideoCrop, DenseClip, MultiScaleCrop, RandomVideoCrop, SegmentClip
@@ -63,6 +64,19 @@ def test_all_frames_of_a_clip_are_cropped_and_mirrored_alike() -> None:
         assert video.shape == (3, 3, 20, 20)
         assert [int(frame[0, 10, 10]) for frame in video] == [0, 5, 10]
         assert (video[:, :, :, column] > 100).all()
+
+
+def test_all_frames_of_a_clip_change_their_colours_alike() -> None:
+    clip, crop = SegmentClip(frames=3), RandomResizedCrop(20, (1.0, 1.0), (1.5, 1.5), flip=0.0)
+    colour = Colour(brightness=0.5, jitter=1.0, grey=0.5)
+    plain, view = RandomVideoCrop(clip, crop), RandomVideoCrop(clip, crop, colour=colour)
+    numbers = np.random.default_rng(3).random(view.draws).astype(np.float32)
+    before = plain.encoded(Ramp(), numbers[: plain.draws])["video"]
+    after = view.encoded(Ramp(), numbers)["video"]
+    # each frame as it would be alone, all with the numbers that come last
+    for own, changed in zip(before, after, strict=True):
+        assert torch.equal(colour(own[None], numbers[None, -colour.draws :])[0], changed)
+    assert not torch.equal(before, after)
 
 
 def test_multi_scale_boxes_are_neighbouring_sides_at_thirteen_places() -> None:

@@ -13,6 +13,7 @@ from src import trained as trained_runs
 from src.configuration import UserError
 from src.datamodules.image_text import ImageTextDataModule
 from src.datamodules.sources.source import Mistaken, Prompts
+from src.datamodules.text.tokenizing import TokenizingDataModule
 from src.datamodules.views.image import CentreCrop
 from src.evaluation.image_text import ImageTextEvaluation
 from tests.datamodules.test_image_text import NUMBERS, TOKENIZER, Numbered
@@ -91,6 +92,52 @@ def test_towers_that_say_nothing_are_at_chance(tmp_path):
     scores = ImageTextEvaluation(templates=["{}"])(Reader(made, blind=True), made, torch.device("cpu"))
     assert scores["zeroshot_top1"] == 0.1
     assert (scores["retrieval_i2t_r1"], scores["retrieval_t2i_r1"]) == (0.1, 0.1)
+
+
+class Untaught:
+    """Numbers without texts; training has gone without zero and one."""
+
+    classes, held_out = tuple(NUMBERS), (0, 1)
+
+    def __init__(self, split: str) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int):
+        return {"image": torch.full((3, 8, 8), index, dtype=torch.uint8), "label": index}
+
+    def name(self, index: int) -> str:
+        return f"number/{index}"
+
+
+class Told(TokenizingDataModule):
+    """Pictures with names of classes alone."""
+
+    def texts_to_learn_from(self) -> list[str]:
+        return NUMBERS
+
+
+class Prejudiced(Reader):
+    """Takes every number for two before it takes it for itself, and one for zero as well."""
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        found = super().encode_image(image)
+        found[:, 0] += 2 * found[:, 1]
+        found[:, 2] += 3.0
+        return found
+
+
+def test_classes_that_training_has_not_seen_are_judged_among_themselves(tmp_path):
+    view = CentreCrop(8, share=1.0)
+    made = Told(source=Untaught, train_view=view, eval_view=view, batch_size=2, num_workers=0, tokenizer="none")
+    made._tokenizer = TOKENIZER
+    scores = ImageTextEvaluation(templates=["{}"])(Prejudiced(made), made, torch.device("cpu"))
+    assert scores["zeroshot_top1"] == pytest.approx(1 / 10)  # two alone
+    assert scores["zeroshot_seen_top1"] == pytest.approx(1 / 8)  # of two to nine the same
+    assert scores["zeroshot_unseen_top1"] == 0.5  # of zero and one zero, now that two is no answer
+    assert not any(name.startswith(("retrieval", "gap", "geometry")) for name in scores)
 
 
 class TokenReader(Reader):

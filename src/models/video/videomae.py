@@ -89,8 +89,12 @@ class VideoMAE(PretrainModule):
         return {"encoder": VideoEncoder(self.backbone)}
 
     def pictures(self, batch: VideoBatch) -> Mapping[str, Tensor]:
-        """Three rows a clip, a frame of each cube a column: the clip, what the encoder saw, and the reconstruction:
-        predicted cubes among the visible ones."""
+        """The clips as stills: three rows each, a frame of each cube a column."""
+        return {name: shown.flatten(0, 1)[:, :: self.cube[0]] for name, shown in self.clips(batch).items()}
+
+    def clips(self, batch: VideoBatch) -> Mapping[str, Tensor]:
+        """Side by side the clip, what the encoder saw, and the reconstruction: predicted cubes among the visible
+        ones."""
         video = batch["video"]
         masking = self.masking(len(video), self.grid, self.mask_ratio, video.device)
         decoded = self.decoded(masking, self.grid)
@@ -102,7 +106,7 @@ class VideoMAE(PretrainModule):
         predicted = predicted.view_as(shown) * std + mean
         hidden = masking.mask[..., None, None] > 0
         rows = [uncubify(each, self.cube, self.grid) for each in (cubes, shown, torch.where(hidden, predicted, shown))]
-        return {"reconstruction": torch.stack(rows, dim=1).flatten(0, 1)[:, :: self.cube[0]]}
+        return {"reconstruction": torch.stack(rows, dim=1)}
 
 
 class VideoMAEDecoder(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -311,6 +312,13 @@ def test_what_does_not_fit_is_refused() -> None:
     recipe = OptimizerRecipe(partial(adamw), lr=1e-3)
     with pytest.raises(SettingError, match="the class token of a ViT, which this one has not"):
         XCLIP(timm.create_model("resnet10t", num_classes=0), tower(), recipe, embed_dim=12)
+
+
+def test_videos_whose_classes_nobody_names_are_refused() -> None:
+    ours = method()
+    ours._trainer = SimpleNamespace(datamodule=object(), callbacks=[])  # type: ignore[assignment]
+    with pytest.raises(SettingError, match="_target_: X-CLIP learns the names of classes"):
+        ours.on_fit_start()
 
 
 def test_halves_of_a_batch_have_the_mean_of_the_whole() -> None:
