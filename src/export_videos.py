@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -26,13 +27,14 @@ def as_videomae(vit: nn.Module, name: str) -> VideoMAEModel:
         UserError: it cannot express the ViT.
     """
     embed = getattr(vit, "patch_embed", None)
+    block: Any = vit.blocks[0] if isinstance(vit, VisionTransformer) else None
     plain = (
         isinstance(vit, VisionTransformer)
         and isinstance(embed, CubeEmbed)
         and vit.num_prefix_tokens == 0
         and isinstance(vit.norm, nn.LayerNorm)
         and isinstance(vit.fc_norm, nn.Identity)
-        and isinstance(vit.blocks[0].mlp.act, nn.GELU)
+        and isinstance(block.mlp.act, nn.GELU)
         and embed.img_size[0] == embed.img_size[1]
         and embed.patch_size[0] == embed.patch_size[1]
     )
@@ -43,8 +45,8 @@ def as_videomae(vit: nn.Module, name: str) -> VideoMAEModel:
         )
     assert isinstance(vit, VisionTransformer)
     assert isinstance(embed, CubeEmbed)
-    width, block = vit.embed_dim, vit.blocks[0]
-    if not torch.equal(vit.pos_embed, sinusoids(width, embed.num_patches).to(vit.pos_embed)):
+    width = vit.embed_dim
+    if vit.pos_embed is None or not torch.equal(vit.pos_embed, sinusoids(width, embed.num_patches)):
         raise UserError("format=hf writes VideoMAEModel, whose positions are fixed sines; this run's are others")
     model = VideoMAEModel(
         VideoMAEConfig(
@@ -58,7 +60,7 @@ def as_videomae(vit: nn.Module, name: str) -> VideoMAEModel:
             intermediate_size=block.mlp.fc1.out_features,
             hidden_act="gelu",
             layer_norm_eps=block.norm1.eps,
-            qkv_bias=block.attn.qkv.bias is not None,
+            qv_bias=block.attn.qkv.bias is not None,
             use_mean_pooling=False,  # else there is no norm at the end
         )
     )

@@ -65,6 +65,7 @@ class XCLIP(ImageTextModule):
             not name its classes; in a step, clips of another number of frames.
     """
 
+    image_encoder: CrossFrameEncoder
     class_text: Tensor  # int64 [K, L]: the names of the classes that are trained on
     class_mask: Tensor  # bool [K, L]
     row_of: Tensor  # int64: which of them a label stands for
@@ -107,7 +108,8 @@ class XCLIP(ImageTextModule):
         # only now what the start does not have
         heads = heads or max(1, embed_dim // 64)
         self.image_encoder = CrossFrameEncoder(backbone, messages=messages)
-        activation = type(backbone.blocks[0].mlp.act)
+        block: Any = backbone.blocks[0]
+        activation = type(block.mlp.act)
         self.integration = (
             MultiframeIntegration(frames, embed_dim, depth=integration_depth, heads=heads, activation=activation)
             if integration_depth
@@ -245,8 +247,9 @@ class CrossFrameEncoder(ImageEncoder):
         super().__init__(backbone, cls_token)
         if not isinstance(backbone, VisionTransformer) or backbone.cls_token is None:
             raise SettingError("backbone: X-CLIP's frames talk by the class token of a ViT, which this one has not")
-        heads = [block.attn.num_heads for block in backbone.blocks]
-        self.messages = nn.ModuleList([Message(backbone.embed_dim, each) for each in heads]) if messages else None
+        blocks: Any = backbone.blocks
+        made = [Message(backbone.embed_dim, each.attn.num_heads) for each in blocks]
+        self.messages = nn.ModuleList(made) if messages else None
 
     def tokens(self, video: Tensor) -> Tensor:
         """What the last block makes of the frames, before the norm: [B, T, 3, H, W] -> [B, T, P + N, D]."""
@@ -321,7 +324,7 @@ class MultiframeIntegration(nn.Module):
         nn.init.trunc_normal_(self.positions, std=0.02)
         small_linear_layers(self)
         for block in self.blocks:
-            nn.init.xavier_uniform_(block.attn.qkv.weight)
+            nn.init.xavier_uniform_(block.get_parameter("attn.qkv.weight"))
 
     def forward(self, frames: Tensor) -> Tensor:
         """[B, T, E] -> [B, E]."""

@@ -314,6 +314,24 @@ def test_what_does_not_fit_is_refused() -> None:
         XCLIP(timm.create_model("resnet10t", num_classes=0), tower(), recipe, embed_dim=12)
 
 
+def test_it_learns_a_handful_of_clips() -> None:
+    """In which only the order of the frames differs from class to class."""
+    ours = method(integration_depth=1)
+    frames = clips(2)
+    video = torch.cat([frames, frames.flip(1)])
+    given = {"video": video, "label": torch.tensor([0, 0, 1, 1])}
+    optimizer = ours.configure_optimizers()
+    losses = []
+    for _ in range(60):
+        loss = ours.training_step(given, 0)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > 0.6
+    assert losses[-1] < 0.1
+
+
 def test_videos_whose_classes_nobody_names_are_refused() -> None:
     ours = method()
     ours._trainer = SimpleNamespace(datamodule=object(), callbacks=[])  # type: ignore[assignment]
