@@ -50,7 +50,18 @@ _NEEDS = {
 }
 
 # a run's own whatever data it is judged on: what its method was built for
-KEPT = ("_target_", "train_view", "batch_size", "tokenizer", "tokenizer_file", "vocabulary", "text_length")
+KEPT = (
+    "_target_",
+    "train_view",
+    "batch_size",
+    "tokenizer",
+    "tokenizer_file",
+    "tokenizer_from",
+    "vocabulary",
+    "text_length",
+    "text_filter",
+    "rewrites",
+)
 
 Scores = dict[str, dict[str, float]]  # encoder -> metric -> value
 

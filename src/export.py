@@ -37,6 +37,7 @@ from src.models.video.xclip import CrossFrameEncoder
 WORDS = ("run", "format", "to", "encoder", "checkpoint")
 TOLERANCE = 1e-5
 WEIGHTS = "model.safetensors"
+BACKBONES = ("timm.create_model", "src.models.backbones.video_vit.video_vit")
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,7 @@ def gather(run: runs.Run, encoder: str | None, checkpoint: str | None) -> Export
     """
     config = run.config()
     backbone = config.get("backbone")
-    if backbone is not None and "embed_layer" in backbone:
-        raise UserError(f"{run.title} reads clips, and timm has no ViT that does: videos are not exported yet")
-    if backbone is None or backbone.get("_target_") != "timm.create_model":
+    if backbone is None or backbone.get("_target_") not in BACKBONES:
         raise UserError(f"{run.title} has no timm backbone (`backbone._target_: timm.create_model`) to export")
     path = trained.checkpoint_of(run, checkpoint)
     module = trained.load(config, path)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import evaluate, export, runs, train
+from src import configuration, evaluate, export, runs, train
 from src.configuration import UserError
+from src.datamodules.scenes.motion import ACTIONS
+from src.datamodules.video import VideoDataModule
 
 SMALL = [
     "scale=tiny",
@@ -72,6 +74,14 @@ def test_it_goes_on_from_the_start_and_knows_its_words(start: runs.Run, run: run
     moved = "image_encoder.backbone.blocks.0.attn.qkv.weight"
     assert not torch.equal(before[moved], after[moved])
     torch.testing.assert_close(before[moved], after[moved], rtol=0, atol=0.02)
+
+
+def test_fine_tuning_takes_the_videos_and_leaves_the_words(run: runs.Run) -> None:
+    recipe = evaluate.finetune_config(evaluate.settle(run, None, []), run.last)
+    data = configuration.instantiate(recipe.data)
+    assert type(data) is VideoDataModule
+    assert tuple(data.train_source.held_out) == tuple(sorted(list(ACTIONS).index(name) for name in UNSEEN))
+    assert (recipe.frames, recipe.checkpoint) == (3, str(run.last))
 
 
 def test_frames_that_talk_are_no_vit_of_a_library(run: runs.Run, tmp_path: Path) -> None:
