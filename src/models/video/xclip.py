@@ -272,7 +272,7 @@ class CrossFrameEncoder(ImageEncoder):
 
     def patches(self, tokens: Tensor) -> Tensor:
         """[B, T, P + N, D] -> [B, T, N, D]."""
-        return tokens[:, :, self.backbone.num_prefix_tokens :]  # type: ignore[misc]
+        return tokens[:, :, self.backbone.num_prefix_tokens :]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, T, P + N, D] -> [B, D]."""
