@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import configuration, evaluate, export, runs, train
+from src import configuration, evaluate, export, runs, train, trained
 from src.configuration import UserError
 from src.datamodules.scenes.motion import ACTIONS
 from src.datamodules.video import VideoDataModule
@@ -74,6 +74,20 @@ def test_it_goes_on_from_the_start_and_knows_its_words(start: runs.Run, run: run
     moved = "image_encoder.backbone.blocks.0.attn.qkv.weight"
     assert not torch.equal(before[moved], after[moved])
     torch.testing.assert_close(before[moved], after[moved], rtol=0, atol=0.02)
+
+
+@torch.no_grad()
+def test_of_several_clips_a_videos_scores_are_averaged(run: runs.Run) -> None:
+    config = evaluate.settle(run, None, ["data.eval_view.segments=2"])
+    module, data = trained.load(config, run.last), configuration.instantiate(config.data)
+    names = module.encode_text(*data.tokenizer(data.class_texts()))
+    right = 0
+    for loaded in data.val_dataloader():
+        batch = data.on_after_batch_transfer(loaded, 0)
+        each = module.similarity(module.encode_image(batch["video"]), names).unflatten(0, (-1, 2)).mean(dim=1)
+        right += int((each.argmax(dim=1) == batch["label"][::2]).sum())
+    scores = evaluate.evaluate_pairs(config, run.last, ["zeroshot"])
+    assert scores["zeroshot_top1"] == pytest.approx(right / 12)
 
 
 def test_fine_tuning_takes_the_videos_and_leaves_the_words(run: runs.Run) -> None:
