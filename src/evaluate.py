@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -22,11 +23,11 @@ from src.datamodules.image_text import ImageTextDataModule
 from src.datamodules.video import VideoDataModule
 from src.errors import SettingError
 from src.evaluation.captions import CaptionEvaluation
-from src.evaluation.features import BadFeatures, NoLabels
+from src.evaluation.features import BadFeatures, FeatureSets, NoLabels
 from src.evaluation.image_text import ImageTextEvaluation
 from src.evaluation.localisation import Localisation
 from src.evaluation.pixels import PixelEncoder
-from src.evaluation.run import feature_sets, score
+from src.evaluation.run import EncoderEvaluation, Evaluator, feature_sets, score
 from src.loggers import write_atomically
 
 WORDS = ("run", "eval", "checkpoint", "data")
@@ -76,7 +77,8 @@ def main(argv: Sequence[str]) -> int:
     overrides = [word for word in rest if not word.startswith(f"{FINETUNE}.")]
     run = trained.run_of(words, "make evaluate")
     config = settle(run, words.get("data"), overrides)
-    asked = protocols(words.get("eval") or "knn,linear", list(config.evaluate.evaluators))
+    default, others = list(config.evaluate.default), [*config.evaluate.evaluators, *config.evaluate.encoders]
+    asked = protocols(words.get("eval") or ",".join(default), default, others)
     checkpoint = trained.checkpoint_of(run, words.get("checkpoint"))
     data = words.get("data") or data_name(config)
     if config.evaluate.split != "val":
@@ -85,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
         data = f"{data}_{config.evaluate.split}"
     scores: Scores = {}
     if set(asked) - {FINETUNE}:
-        if set(asked) - {FINETUNE, *PAIRS}:
+        if set(asked) - {FINETUNE, *PAIRS, *FLOORS}:
             scores = evaluate(config, checkpoint, asked)
         if set(asked) & set(PAIRS):
             scores["pairs"] = evaluate_pairs(config, checkpoint, [name for name in PAIRS if name in asked])
@@ -118,13 +120,13 @@ def settle(run: runs.Run, data: str | None, overrides: Sequence[str]) -> DictCon
     return configuration.apply(config, overrides)
 
 
-def protocols(asked: str, evaluators: Sequence[str]) -> list[str]:
-    """What ``eval=`` asks for; floors alone are judged by every evaluator.
+def protocols(asked: str, evaluators: Sequence[str], others: Sequence[str] = ()) -> list[str]:
+    """What ``eval=`` asks for; floors alone are judged by ``evaluators``, and ``others`` have to be named.
 
     Raises:
         UserError: a name that does not exist.
     """
-    known = [*evaluators, FINETUNE, *PAIRS, *FLOORS]
+    known = list(dict.fromkeys([*evaluators, *others, FINETUNE, *PAIRS, *FLOORS]))
     names = [name for name in re.split(r"[,\s]+", asked.strip("[] ")) if name]
     for name in names:
         if name not in known:
@@ -136,30 +138,83 @@ def protocols(asked: str, evaluators: Sequence[str]) -> list[str]:
 
 def evaluate(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -> Scores:
     """The evaluators that are asked for on every encoder of the run, and on the floors."""
-    device = device_of(config)
     encoders: dict[str, nn.Module] = dict(trained.load(config, checkpoint).encoders())
     if "random" in asked:
         encoders["random"] = next(iter(trained.fresh(config).encoders().values()))
     if "pixels" in asked:
         encoders["pixels"] = PixelEncoder()
-    datamodule: ImageDataModule = configuration.instantiate(config.data)
-    evaluators = [configuration.instantiate(each) for name, each in config.evaluate.evaluators.items() if name in asked]
-    if not evaluators:
-        return {}
-    datamodule.prepare_data()
-    try:
-        sets = feature_sets(
-            {name: encoder.to(device) for name, encoder in encoders.items()},
-            datamodule,
-            device,
-            bank_samples=config.evaluate.bank_samples,
-            query_samples=config.evaluate.query_samples,
-            split=config.evaluate.split,
-            precision=precision_of(config, device),
+    judged = Judged(config, encoders, [name for name in asked if name not in (FINETUNE, *PAIRS, *FLOORS)])
+    scores: Scores = {}
+    for name in judged.evaluations:
+        for encoder, values in judged.scores(name).items():
+            scores[encoder] = scores.get(encoder, {}) | values
+    return scores
+
+
+class Judged:
+    """Encoders on a run's data. The data is read once, whatever is asked of it.
+
+    Args:
+        config: of the run, with the evaluation's part, see `settle`.
+        encoders: by name.
+        evaluations: the names in ``evaluate.evaluators`` and ``evaluate.encoders`` that may be asked for.
+    """
+
+    def __init__(self, config: DictConfig, encoders: Mapping[str, nn.Module], evaluations: Sequence[str]) -> None:
+        self.config = config
+        self.device = device_of(config)
+        self.precision = precision_of(config, self.device)
+        self.encoders = encoders
+        self.evaluations = list(evaluations)
+
+    def scores(self, name: str) -> Scores:
+        """What the evaluation ``name`` says of each encoder.
+
+        Raises:
+            UserError: the data has not what it needs, or an encoder's features are not finite.
+        """
+        try:
+            if name in self._evaluators:
+                evaluators = [self._evaluators[name]]
+                return {each: score({each: mine}, evaluators, self.device) for each, mine in self._sets.items()}
+            evaluation: EncoderEvaluation = configuration.instantiate(self.config.evaluate.encoders[name])
+            return evaluation(
+                self._on_device,
+                self._datamodule,
+                self.device,
+                split=self.config.evaluate.split,
+                precision=self.precision,
+            )
+        except (NoLabels, BadFeatures, SettingError) as problem:
+            raise UserError(str(problem)) from problem
+
+    @cached_property
+    def _evaluators(self) -> dict[str, Evaluator]:
+        known = self.config.evaluate.evaluators
+        return {name: configuration.instantiate(known[name]) for name in self.evaluations if name in known}
+
+    @cached_property
+    def _on_device(self) -> dict[str, nn.Module]:
+        return {name: encoder.to(self.device) for name, encoder in self.encoders.items()}
+
+    @cached_property
+    def _datamodule(self) -> ImageDataModule:
+        datamodule: ImageDataModule = configuration.instantiate(self.config.data)
+        datamodule.prepare_data()
+        return datamodule
+
+    @cached_property
+    def _sets(self) -> dict[str, FeatureSets]:
+        return feature_sets(
+            self._on_device,
+            self._datamodule,
+            self.device,
+            bank_samples=self.config.evaluate.bank_samples,
+            query_samples=self.config.evaluate.query_samples,
+            split=self.config.evaluate.split,
+            precision=self.precision,
+            evaluators=list(self._evaluators.values()),
         )
-    except (NoLabels, BadFeatures, SettingError) as problem:
-        raise UserError(str(problem)) from problem
-    return {name: score({name: mine}, evaluators, device) for name, mine in sets.items()}
 
 
 def evaluate_pairs(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -> dict[str, float]:
@@ -195,20 +250,38 @@ def finetune(run: runs.Run, config: DictConfig, checkpoint: Path, data: str, ove
     Raises:
         UserError: the fine-tuning did not come to its end.
     """
-    recipe = finetune_config(config, checkpoint, overrides)
-    sub = runs.Run(runs.unused(run.dir / "evaluate", f"{FINETUNE}_{data}"))
+    folder = runs.unused(run.dir / "evaluate", f"{FINETUNE}_{data}")
+    return fine_tuned(finetune_config(config, checkpoint, overrides), folder, "eval/top1")
+
+
+def fine_tuned(recipe: DictConfig, folder: Path, metric: str) -> float:
+    """The last value of ``metric`` of a run of ``recipe`` in the empty ``folder``.
+
+    Raises:
+        UserError: it did not come to its end, or logged no such metric.
+    """
+    sub = runs.Run(folder)
     recipe.run.name, recipe.run.dir = sub.dir.name, str(sub.dir)
     runs.store(sub, recipe)
     runs.adopt(sub)
     code = train.fit(recipe, sub)
     metrics = sub.metrics().get("train", {})
-    if code or "eval/top1" not in metrics:
-        raise UserError(f"the fine-tuning did not end well; what it did is in {sub.title}")
-    return float(metrics["eval/top1"])
+    if code or metrics.get(metric) is None:
+        known = "" if code else f", or logged no {metric}{nearest(metric, list(metrics))}"
+        raise UserError(f"the fine-tuning did not end well{known}; what it did is in {sub.title}")
+    return float(metrics[metric])
 
 
-def finetune_config(config: DictConfig, checkpoint: Path, overrides: Sequence[str] = ()) -> DictConfig:
-    """The fine-tuning experiment's recipe on the run's own backbone, data, scale and hardware."""
+def finetune_config(
+    config: DictConfig, checkpoint: Path | None, overrides: Sequence[str] = (), kept: Sequence[str] = KEPT
+) -> DictConfig:
+    """The fine-tuning experiment's recipe on the run's own backbone, data, scale and hardware.
+
+    Args:
+        checkpoint: what it starts from; None for its own beginning.
+        overrides: of the recipe.
+        kept: what of ``data`` is the experiment's own, and not the run's.
+    """
     clips = issubclass(get_class(config.data._target_), VideoDataModule)
     experiment = config.evaluate.finetune or ("action_vitb" if clips else "finetune_vitb")
     recipe = configuration.compose("train", [f"experiment={experiment}", f"scale={config.run.scale}"])
@@ -218,12 +291,12 @@ def finetune_config(config: DictConfig, checkpoint: Path, overrides: Sequence[st
         pooled = {key: recipe.backbone[key] for key in _HEADS if key in heads}
         recipe.backbone = {**OmegaConf.to_container(config.backbone, resolve=False), **pooled}  # type: ignore[dict-item]
         # what is not the method's: neither its views nor its texts; of videos several clips are judged
-        for key in set(map(str, config.data)) - {*KEPT, *(("eval_view", "eval_batch_size") if clips else ())}:
+        for key in set(map(str, config.data)) - {*kept, *(("eval_view", "eval_batch_size") if clips else ())}:
             recipe.data[key] = config.data._get_node(key)
         if clips:
             recipe.frames = config.get("frames") or recipe.frames
     recipe.image_size, recipe.seed, recipe.paths = config.image_size, config.seed, config.paths
-    recipe.checkpoint = str(checkpoint)
+    recipe.checkpoint = None if checkpoint is None else str(checkpoint)
     recipe.run.experiment = experiment
     for key in ("accelerator", "devices", "num_nodes", "strategy", "precision"):
         recipe.trainer[key] = config.trainer[key]
@@ -284,7 +357,8 @@ def precision_of(config: DictConfig, device: torch.device) -> str:
 def _shown(metric: str, value: float | None) -> str:
     if value is None:
         return ""
-    return f"{100 * value:.2f} %" if re.search(r"top\d|_r\d|hardnegatives|separability", metric) else f"{value:.4g}"
+    share = re.search(r"top\d|_r\d|_map$|_miou$|_accuracy$|^labelpropagation|hardnegatives|separability", metric)
+    return f"{100 * value:.2f} %" if share else f"{value:.4g}"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from src.configuration import UserError
 from src.evaluation.knn import KNN
 from src.evaluation.linear import LinearProbe
 from src.evaluation.pixels import PixelEncoder
-from src.evaluation.run import run_evaluators
+from src.evaluation.retrieval import Instances
+from src.evaluation.run import feature_sets, run_evaluators
 from tests.commands import SECONDS
 
 WORDS = [*SECONDS, "data.train_samples=48", "data.batch_size=8", "callbacks.progress=null", "callbacks.pictures=null"]
@@ -143,9 +144,38 @@ def test_no_run_or_no_such_run_is_said(run):
         evaluate.main([f"run={run.dir}x"])
 
 
+SHORT_FILMS = [
+    "evaluate.encoders.labelpropagation.films.count=1",
+    "+evaluate.encoders.labelpropagation.films.duration=0.4",
+]
+
+
+def test_further_protocols_are_words_and_the_data_is_read_once(run, monkeypatch):
+    read = []
+    monkeypatch.setattr(evaluate, "feature_sets", lambda *a, **k: read.append(1) or feature_sets(*a, **k))
+    words = "lineargrid,lowshot,multilabel,instances,patchknn,labelpropagation"
+    found = scores(run, f"eval={words}", "checkpoint=last", *SHORT_FILMS)["encoder"]
+    assert read == [1]
+    for name in ("lineargrid_top1", "lineargrid_pool", "lowshot10_top1", "multilabel_map", "instances_r5"):
+        assert 0 <= found[name] <= 5
+    for name in ("patch_miou", "patch_accuracy", "labelpropagation_jf"):
+        assert 0 < found[name] < 1
+    config = run.config()
+    encoder = trained.load(config, run.last).encoders()["encoder"]
+    alone = run_evaluators({"": encoder}, configuration.instantiate(config.data), [Instances()], torch.device("cpu"))
+    assert {name: found[name] for name in alone} == pytest.approx(alone)
+
+
+def test_what_the_data_cannot_be_asked_for_is_said(run):
+    with pytest.raises(UserError, match=r"fewshot: the bank has . samples of class .* raise evaluate.bank_samples"):
+        scores(run, "eval=fewshot")
+
+
 def test_floors_alone_are_judged_by_all_evaluators():
     assert evaluate.protocols("pixels", ["knn", "linear"]) == ["pixels", "knn", "linear"]
     assert evaluate.protocols("pixels knn", ["knn", "linear"]) == ["pixels", "knn"]
+    assert evaluate.protocols("pixels", ["knn"], ["fewshot"]) == ["pixels", "knn"]
+    assert evaluate.protocols("fewshot", ["knn"], ["fewshot"]) == ["fewshot"]
 
 
 def test_a_file_that_is_no_checkpoint_is_refused_by_name(run, tmp_path):

@@ -58,6 +58,20 @@ def test_films_are_trained_on_and_judged(run: runs.Run, monkeypatch: pytest.Monk
     assert all(0 <= each["linear_top1"] <= 1 for each in scores.values())
 
 
+def test_films_are_judged_by_the_protocols_of_pictures(run: runs.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRETEXT_RUN_DIR", "")
+    films = "evaluate.encoders.labelpropagation.films"
+    words = [f"{films}.count=1", f"+{films}.duration=0.4"]
+    assert evaluate.main([f"run={run.dir}", "eval=linear,lowshot,instances,labelpropagation", *words]) == 0
+    found = json.loads((run.dir / "evaluate" / "films.json").read_text())["encoder"]
+    for name in ("linear_top1", "lowshot10_top1", "instances_map", "labelpropagation_jf"):
+        assert 0 <= found[name] <= 1
+    with pytest.raises(UserError, match="one class a picture at most"):
+        evaluate.main([f"run={run.dir}", "eval=multilabel"])
+    with pytest.raises(UserError, match="FilmsSource has no masks; scenes have"):
+        evaluate.main([f"run={run.dir}", "eval=patchknn"])
+
+
 def test_a_runs_encoder_is_fine_tuned_on_its_own_films(run: runs.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRETEXT_RUN_DIR", "")
     words = ["trainer.max_epochs=1", "trainer.check_val_every_n_epoch=1", "data.batch_size=4"]

@@ -15,7 +15,7 @@ from src.collectives import rank
 from src.datamodules.image import ImageDataModule
 from src.evaluation.features import NoLabels
 from src.evaluation.knn import KNN
-from src.evaluation.run import BANK_SAMPLES, QUERY_SAMPLES, Evaluator, feature_sets, score, takes_shards
+from src.evaluation.run import BANK_SAMPLES, QUERY_SAMPLES, EncoderEvaluation, Evaluator, feature_sets, named, score
 from src.models.pretrain_module import PretrainModule
 from src.sharding import gathered
 
@@ -37,6 +37,7 @@ class OnlineEvaluation(L.Callback):
         every_n_epochs: epochs between evaluations.
         bank_samples, query_samples: images at most, a fixed random choice; None for all.
         at_start: evaluate before the first step too, what training starts from.
+        of_positions: further evaluations, of what encoders say of positions, such as `LabelPropagation`.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class OnlineEvaluation(L.Callback):
         bank_samples: int | None = BANK_SAMPLES,
         query_samples: int | None = QUERY_SAMPLES,
         at_start: bool = False,
+        of_positions: Sequence[EncoderEvaluation] = (),
     ) -> None:
         if every_n_epochs < 1:
             raise ValueError(f"OnlineEvaluation: every_n_epochs must be at least 1, got {every_n_epochs}")
@@ -55,6 +57,7 @@ class OnlineEvaluation(L.Callback):
         self.bank_samples = bank_samples
         self.query_samples = query_samples
         self.at_start = at_start
+        self.of_positions = list(of_positions)
         self._evaluated_at = -1
         self._unlabelled = False
 
@@ -84,19 +87,26 @@ class OnlineEvaluation(L.Callback):
         begin = time.perf_counter()
         try:
             with gathered(pl_module):
+                encoders = cast(PretrainModule, pl_module).encoders()
                 sets = feature_sets(
-                    cast(PretrainModule, pl_module).encoders(),
+                    encoders,
                     datamodule,
                     pl_module.device,
                     bank_samples=self.bank_samples,
                     query_samples=self.query_samples,
                     precision=str(trainer.precision),
-                    shard_bank=any(map(takes_shards, self.evaluators)),
+                    evaluators=self.evaluators,
                 )
+                of_positions = [
+                    evaluation(encoders, datamodule, pl_module.device, precision=str(trainer.precision))
+                    for evaluation in self.of_positions
+                ]
         except NoLabels:
             self._rest()
             return {}
         scores = score(sets, self.evaluators, pl_module.device)
+        for each in of_positions:
+            scores |= named(each)
         first = next(iter(sets))
         for probe in (callback for callback in trainer.callbacks if isinstance(callback, OnlineProbe)):  # type: ignore[attr-defined]
             scores |= score({first: sets[first]}, [probe], pl_module.device)

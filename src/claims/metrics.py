@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, Protocol, cast
@@ -21,8 +21,8 @@ from src.errors import SettingError
 from src.evaluation.features import FeatureSets
 from src.evaluation.image_text import ImageTextEvaluation
 from src.evaluation.localisation import Localisation
-from src.evaluation.patch_knn import BANK_IMAGES, BANK_PATCHES, QUERY_IMAGES, PatchKNN, patch_sets
-from src.evaluation.run import Evaluator, feature_sets, score
+from src.evaluation.patch_knn import BANK_IMAGES, BANK_PATCHES, QUERY_IMAGES, PatchKNN, PatchSegmentation
+from src.evaluation.run import EncoderEvaluation, Evaluator, feature_sets, score
 from src.models.pretrain_module import PretrainModule
 
 HELD_OUT: tuple[Split, ...] = ("test", "val")
@@ -134,6 +134,7 @@ class OnEmbeddings:
             query_samples=None,
             split=trained.split,
             precision=trained.precision,
+            evaluators=[self.evaluator],
         )
         return _of(self.evaluator, sets, self.name, trained.device)
 
@@ -157,17 +158,36 @@ class OnPatches:
     splits: ClassVar[Sequence[Split]] = HELD_OUT
 
     def __call__(self, trained: TrainedRun) -> float:
-        sets = patch_sets(
-            {"encoder": trained.encoder(self.encoder)},
-            trained.datamodule,
-            trained.device,
-            split=trained.split,
+        evaluation = PatchSegmentation(
+            self.evaluator,
             bank_images=self.bank_images,
             query_images=self.query_images,
             bank_patches=self.bank_patches,
-            precision=trained.precision,
         )
-        return _of(self.evaluator, sets, self.name, trained.device)
+        return OnEncoder(evaluation, self.name, self.encoder)(trained)
+
+
+@dataclass(frozen=True)
+class OnEncoder:
+    """A number of what judges an encoder by more than embeddings.
+
+    Args:
+        evaluation: such as `PatchSegmentation` or `LabelPropagation`.
+        name: which of its numbers, such as ``labelpropagation_jf``.
+        encoder: None for the first.
+    """
+
+    evaluation: EncoderEvaluation
+    name: str
+    encoder: str | None = None
+    splits: ClassVar[Sequence[Split]] = HELD_OUT
+
+    def __call__(self, trained: TrainedRun) -> float:
+        encoders = {"encoder": trained.encoder(self.encoder)}
+        scores = self.evaluation(
+            encoders, trained.datamodule, trained.device, split=trained.split, precision=trained.precision
+        )
+        return _named(self.evaluation, scores["encoder"], self.name)
 
 
 @dataclass(frozen=True)
@@ -193,17 +213,16 @@ class ImageText:
             scores = evaluation(trained.module, datamodule, trained.device, precision=trained.precision)
         except SettingError as problem:
             raise UserError(str(problem)) from problem
-        if self.name not in scores:
-            raise UserError(
-                f"{type(self.evaluation).__name__} reports no '{self.name}'{nearest(self.name, list(scores))}"
-            )
-        return _finite(self.name, scores[self.name])
+        return _named(self.evaluation, scores, self.name)
 
 
 def _of(evaluator: Evaluator, sets: dict[str, FeatureSets], name: str, device: torch.device) -> float:
-    scores = score(sets, [evaluator], device)
+    return _named(evaluator, score(sets, [evaluator], device), name)
+
+
+def _named(judge: object, scores: Mapping[str, float], name: str) -> float:
     if name not in scores:
-        raise UserError(f"{type(evaluator).__name__} reports no '{name}'{nearest(name, list(scores))}")
+        raise UserError(f"{type(judge).__name__} reports no '{name}'{nearest(name, list(scores))}")
     return _finite(name, scores[name])
 
 

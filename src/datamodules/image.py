@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from src.datamodules.dataset import EvalSampler, ResumableLoader, TrainSampler, ViewedDataset
-from src.datamodules.sources.source import ImageSource, SegmentedSource, Split
+from src.datamodules.sources.source import ImageSource, SegmentedSource, Split, TaggedSource
 from src.datamodules.views.view import View
 from src.errors import SettingError
 
@@ -114,6 +114,9 @@ class ImageDataModule(L.LightningDataModule):
     def test_source(self) -> ImageSource:
         return self.make_source("test")
 
+    def source(self, split: Split) -> ImageSource:
+        return self.test_source if split == "test" else self.val_source if split == "val" else self.train_source
+
     @property
     def classes(self) -> Sequence[str]:
         return self.train_source.classes
@@ -169,11 +172,26 @@ class ImageDataModule(L.LightningDataModule):
         Raises:
             SettingError: the source knows no masks.
         """
-        source = self.test_source if split == "test" else self.val_source if split == "val" else self.train_source
+        source = self.source(split)
         if not isinstance(source, SegmentedSource):
             raise SettingError(f"data.source: {type(source).__name__} has no masks; scenes have")
         kinds = torch.arange(1 + len(source.classes))[:, None, None]
         return torch.stack([self.as_viewed(source.segmentation(each) == kinds) for each in index.tolist()])
+
+    def tags(self, split: Split, index: Tensor) -> Tensor:
+        """Every class that pictures show: bool [B, K]; arguments as for `kind_shares`.
+
+        Raises:
+            SettingError: the source knows one class a picture at most.
+        """
+        source = self.source(split)
+        if not isinstance(source, TaggedSource):
+            raise SettingError(f"data.source: {type(source).__name__} has no tags; scenes have")
+        return torch.stack([source.tags(each) for each in index.tolist()])
+
+    def as_seen(self, images: Tensor) -> Tensor:
+        """Pictures as encoders read them: [B, 3, H, W], and of encoders of videos a clip in which nothing moves."""
+        return images
 
     def as_viewed(self, masks: Tensor) -> Tensor:
         """Masks as the evaluation view shows their picture: bool [K, H, W] -> how much of each pixel is covered,

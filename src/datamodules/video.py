@@ -44,6 +44,10 @@ class VideoDataModule(ImageDataModule):
     def seen(self) -> str:
         return "video"
 
+    def as_seen(self, images: Tensor) -> Tensor:
+        frames: int = self.eval_view.clip.frames  # type: ignore[attr-defined]  # every view of clips has one
+        return images[:, None].expand(-1, frames, -1, -1, -1)
+
     @property
     def batch_type(self) -> type:
         for name, view in (("train_view", self.train_view), ("eval_view", self.eval_view)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from src.datamodules.image import ImageDataModule
 from src.models.backbones.image_encoder import Features, inference
 
 Pool = Callable[[Features], Tensor]
+Tags = Callable[[Tensor], Tensor]  # positions in a source, int64 [B] -> bool [B, K]
 
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _FULL = ("32", "32-true", "64", "64-true", "16-true", "bf16-true")
@@ -39,13 +40,21 @@ class FeatureSet:
     features: Tensor  # [n, D], or [m, D] of a shard; float32 or float16, on the CPU
     labels: Tensor  # [n], int64, none of them negative
     rows: Tensor | None = None  # int64 [m], ascending: the rows of a shard; None for the whole set
+    tags: Tensor | None = (
+        None  # bool [n, K]: every class that is there; None where nobody asked, or the data knows none
+    )
 
     def whole(self, device: torch.device) -> FeatureSet:
         """The set with the features of all processes, exchanged through ``device``. Every process must call it."""
         if self.rows is None:
             return self
         order = torch.argsort(gather_rows(self.rows.to(device))).cpu()
-        return FeatureSet(features=gather_rows(self.features.to(device)).cpu()[order], labels=self.labels)
+        return replace(self, features=gather_rows(self.features.to(device)).cpu()[order], rows=None)
+
+    def take(self, rows: Tensor) -> FeatureSet:
+        """These rows of a whole set, int64 [m]."""
+        tags = None if self.tags is None else self.tags[rows]
+        return FeatureSet(features=self.features[rows], labels=self.labels[rows], tags=tags)
 
 
 @dataclass(frozen=True)
@@ -54,11 +63,22 @@ class FeatureSets:
 
     bank: FeatureSet
     query: FeatureSet
+    pooled: Mapping[str, FeatureSets] = field(default_factory=dict)  # the same samples, pooled as evaluators asked
 
     @property
     def classes(self) -> int:
         """One more than the largest label of either set."""
         return int(max(self.bank.labels.max(), self.query.labels.max())) + 1
+
+    def whole(self, device: torch.device) -> FeatureSets:
+        """With the bank's shards put together, see `FeatureSet.whole`."""
+        pooled = {name: each.whole(device) for name, each in self.pooled.items()}
+        return FeatureSets(self.bank.whole(device), self.query, pooled)
+
+    def learning_from(self, rows: Tensor) -> FeatureSets:
+        """With these rows of the bank alone, int64 [m]."""
+        pooled = {name: each.learning_from(rows) for name, each in self.pooled.items()}
+        return FeatureSets(self.bank.take(rows), self.query, pooled)
 
 
 def embedding(features: Features) -> Tensor:
@@ -83,11 +103,14 @@ class Rows:
     features: list[Tensor]
     labels: list[Tensor]
     indices: list[Tensor]
+    tags: list[Tensor] = field(default_factory=list)
 
-    def add(self, features: Tensor, batch: Mapping[str, Tensor]) -> None:
+    def add(self, features: Tensor, batch: Mapping[str, Tensor], tags: Tensor | None = None) -> None:
         self.features.append(features)
         self.labels.append(batch["label"].cpu())
         self.indices.append(batch["index"].cpu())
+        if tags is not None:
+            self.tags.append(tags)
 
 
 def extract(
@@ -119,20 +142,49 @@ def extract(
         NoLabels: no sample has a label.
         BadFeatures: NaN or infinite features, naming the encoder and the sample.
     """
-    rows = {name: Rows([], [], []) for name in encoders}
+    found = extract_pooled(
+        encoders, loader, datamodule, device, pools={"": pool}, precision=precision, storage=storage, shard=shard
+    )
+    return {name: each[""] for name, each in found.items()}
+
+
+def extract_pooled(
+    encoders: Mapping[str, nn.Module],
+    loader: Iterable[dict[str, Tensor]],
+    datamodule: ImageDataModule,
+    device: torch.device,
+    *,
+    pools: Mapping[str, Pool],
+    tags: Tags | None = None,
+    precision: str = "32-true",
+    storage: torch.dtype = torch.float32,
+    shard: bool = False,
+) -> dict[str, dict[str, FeatureSet]]:
+    """As `extract`, with several pools of the same forward passes: by encoder, then by pool.
+
+    Args:
+        tags: what else is known of samples, by their positions in the source.
+    """
+    rows = {name: {pool: Rows([], [], []) for pool in pools} for name in encoders}
     with inference(nn.ModuleList(encoders.values())), autocast(precision, device):
         for loaded in loader:
             batch = labelled(loaded, datamodule.seen)
             if len(batch["label"]) == 0:
                 continue
+            known = None if tags is None else tags(batch["index"])
             batch = datamodule.transfer_batch_to_device(batch, device, 0)
             batch = datamodule.on_after_batch_transfer(batch, 0)
             for name, encoder in encoders.items():
-                features = pool(encoder(batch[datamodule.seen].to(weight_dtype(encoder))))
-                mean, first = mean_of_samples(features.float(), batch["index"])
-                of_sample = {key: batch[key][first] for key in ("label", "index")}
-                rows[name].add(mean.to("cpu").to(storage), of_sample)
-    return {name: gathered(name, mine, device, storage, shard=shard) for name, mine in rows.items()}
+                features = encoder(batch[datamodule.seen].to(weight_dtype(encoder)))
+                for pool, of in pools.items():
+                    mean, first = mean_of_samples(of(features).float(), batch["index"])
+                    of_sample = {key: batch[key][first] for key in ("label", "index")}
+                    tagged = None if known is None else known[first.cpu()]
+                    rows[name][pool].add(mean.to("cpu").to(storage), of_sample, tagged)
+    return {
+        name: {pool: gathered(name, each, device, storage, shard=shard) for pool, each in mine.items()}
+        for name, mine in rows.items()
+    }
 
 
 def labelled(loaded: dict[str, Tensor], seen: str) -> dict[str, Tensor]:
@@ -158,6 +210,7 @@ def gathered(name: str, mine: Rows, device: torch.device, storage: torch.dtype, 
     no_rows = torch.zeros(0, dtype=torch.int64)
     labels = gather_rows(torch.cat([no_rows, *mine.labels]).to(device)).cpu()
     indices = gather_rows(torch.cat([no_rows, *mine.indices]).to(device)).cpu()
+    tags = _gathered_tags(mine.tags, device)
     if len(labels) == 0:
         raise NoLabels("no sample of the evaluation data has a label")
     # after the gathering, so that all processes stop alike
@@ -170,12 +223,23 @@ def gathered(name: str, mine: Rows, device: torch.device, storage: torch.dtype, 
             f"the first at index {int(indices[bad].min())} (kept as {storage})"
         )
     order = torch.argsort(indices, stable=True)
+    tags = None if tags is None else tags[order]
     if not shard:
-        return FeatureSet(features=features[order], labels=labels[order])
+        return FeatureSet(features=features[order], labels=labels[order], tags=tags)
     # the processes' rows were joined one process after the other: where the own ones begin, and where they end up
     begin = int(gather_rows(torch.tensor([len(features)], device=device))[: rank()].sum())
     own = (order >= begin) & (order < begin + len(features))
-    return FeatureSet(features=features[order[own] - begin], labels=labels[order], rows=own.nonzero().flatten())
+    own_rows = own.nonzero().flatten()
+    return FeatureSet(features=features[order[own] - begin], labels=labels[order], rows=own_rows, tags=tags)
+
+
+def _gathered_tags(mine: list[Tensor], device: torch.device) -> Tensor | None:
+    """Those of all processes, one after the other; None where no process has any."""
+    width = int(gather_rows(torch.tensor([mine[0].shape[1] if mine else 0], device=device)).max())
+    if width == 0:
+        return None
+    tags = torch.cat([torch.zeros(0, width, dtype=torch.bool), *mine])
+    return gather_rows(tags.to(device, torch.uint8)).cpu().bool()
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

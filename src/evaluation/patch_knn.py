@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from src.datamodules.image import ImageDataModule
 from src.datamodules.sources.source import Split
 from src.evaluation.features import FeatureSet, FeatureSets, Rows, autocast, gathered, labelled, weight_dtype
 from src.evaluation.knn import KNN
-from src.evaluation.run import query_loader
+from src.evaluation.run import Evaluator, query_loader, score
 from src.models.backbones.image_encoder import inference
 from src.randomness import seeded, uniform
 
@@ -47,6 +47,42 @@ class PatchKNN:
         iou = multiclass_jaccard_index(predicted, truth, num_classes=classes, average="macro", validate_args=False)
         right = multiclass_accuracy(predicted, truth, num_classes=classes, average="micro", validate_args=False)
         return {"patch_miou": iou.item(), "patch_accuracy": right.item()}
+
+
+@dataclass(frozen=True)
+class PatchSegmentation:
+    """An evaluator of patches, whose classes come from the data's masks; see `patch_sets`.
+
+    Args:
+        evaluator: of rows of features.
+    """
+
+    evaluator: Evaluator = field(default_factory=PatchKNN)
+    bank_images: int = BANK_IMAGES
+    query_images: int = QUERY_IMAGES
+    bank_patches: int = BANK_PATCHES
+
+    def __call__(
+        self,
+        encoders: Mapping[str, nn.Module],
+        datamodule: ImageDataModule,
+        device: torch.device,
+        *,
+        split: Split = "val",
+        precision: str = "32-true",
+    ) -> dict[str, dict[str, float]]:
+        """The evaluator's numbers by encoder; errors as of `patch_sets`."""
+        sets = patch_sets(
+            encoders,
+            datamodule,
+            device,
+            split=split,
+            bank_images=self.bank_images,
+            query_images=self.query_images,
+            bank_patches=self.bank_patches,
+            precision=precision,
+        )
+        return {name: score({name: mine}, [self.evaluator], device) for name, mine in sets.items()}
 
 
 def patch_sets(

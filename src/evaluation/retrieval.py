@@ -1,13 +1,17 @@
-"""Finding what belongs together: images by texts and texts by images."""
+"""Finding what belongs together: images by texts, texts by images, and images by others of their class."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from src.errors import SettingError
 from src.evaluation.comparison import Similarity, dot
+from src.evaluation.features import FeatureSets
 from src.models.losses.precision import full_precision
 
 
@@ -67,3 +71,69 @@ def ranks(
         before = (scores > level) | ((scores == level) & (columns < best))
         found.append((before & ~own).sum(dim=1))
     return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class Instances:
+    """Image retrieval: every query looks for samples of its class, by the cosine of the features.
+
+    Reports ``instances_map``, the mean over queries of average precision over the whole ranking, and
+    ``instances_r<k>``, the share of queries with a sample of their class among the first k. Of ties the sample that
+    stands earlier comes first. Queries to whose class nothing else belongs are left out.
+
+    Args:
+        among_queries: look among the other queries, as is usual where classes are judged that nothing was trained on,
+            instead of in the bank; a query does not find itself.
+        ks: of the recalls.
+        chunk: queries compared at a time.
+
+    Raises:
+        SettingError: no query has anything to find.
+    """
+
+    among_queries: bool = False
+    ks: Sequence[int] = (1, 5, 10)
+    chunk: int = 256
+
+    def __call__(self, sets: FeatureSets, device: torch.device) -> dict[str, float]:
+        found_in = sets.query if self.among_queries else sets.bank
+        precision, before = ranking(
+            *(F.normalize(each.features.to(device, torch.float32), dim=1) for each in (sets.query, found_in)),
+            *(each.labels.to(device) for each in (sets.query, found_in)),
+            itself=found_in is sets.query,
+            chunk=self.chunk,
+        )
+        judged = before >= 0
+        if not judged.any():
+            raise SettingError("instances: no query has a sample of its class to find")
+        recalls = {f"instances_r{k}": (before[judged] < k).float().mean().item() for k in self.ks}
+        return {"instances_map": precision[judged].mean().item(), **recalls}
+
+
+@torch.no_grad()
+@full_precision
+def ranking(
+    query: Tensor, keys: Tensor, query_owner: Tensor, key_owner: Tensor, *, itself: bool = False, chunk: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Average precision of each query's ranking of all keys by `dot`, float32 [Q], and as `ranks` the number of others'
+    keys before the first own, int64 [Q]; 0 and -1 of a query that owns none. Of ties the earlier key comes first.
+
+    Args:
+        query, keys: [Q, D] and [K, D].
+        query_owner, key_owner: int64 [Q] and [K]; what has the query's owner is its own.
+        itself: key i is query i, which does not find itself.
+        chunk: queries compared at a time.
+    """
+    precisions, first, begin = [], [], 0
+    places = torch.arange(1, len(keys) + 1, device=keys.device)
+    for rows, owners in zip(query.split(chunk), query_owner.split(chunk), strict=True):
+        scores, own = dot(rows, keys), owners[:, None] == key_owner
+        if itself:
+            mine = torch.arange(len(rows), device=rows.device)
+            scores[mine, begin + mine], own[mine, begin + mine] = -torch.inf, False  # at the end, and of no use there
+        own = own.gather(1, scores.argsort(dim=1, descending=True, stable=True))
+        hits = own.cumsum(dim=1)
+        precisions.append((own * (hits / places)).sum(dim=1) / hits[:, -1].clamp(min=1))
+        first.append(torch.where(hits[:, -1] > 0, own.int().argmax(dim=1), -1))
+        begin += len(rows)
+    return torch.cat(precisions), torch.cat(first)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,9 +14,9 @@ from torch.utils.data import DataLoader
 
 from src.collectives import gather_rows, is_distributed
 from src.datamodules.image import ImageDataModule
-from src.datamodules.sources.source import Split
+from src.datamodules.sources.source import Split, TaggedSource
 from src.errors import SettingError
-from src.evaluation.features import FeatureSets, Pool, embedding, extract
+from src.evaluation.features import FeatureSets, Pool, Tags, embedding, extract_pooled
 from src.randomness import seeded
 
 BANK_SAMPLES = 25_000
@@ -23,9 +25,26 @@ QUERY_SAMPLES = 10_000
 
 class Evaluator(Protocol):
     """Judges features; what it reports is named after the protocol, e.g. ``knn_top1``. One that takes a bank in shards
-    says so by an attribute ``takes_shards``; others are given all of it."""
+    says so by an attribute ``takes_shards``; others are given all of it. One that reads `FeatureSet.tags` has a true
+    ``reads_tags``, and one that reads `FeatureSets.pooled` names what it wants there in ``pools``."""
 
     def __call__(self, sets: FeatureSets, device: torch.device) -> dict[str, float]: ...
+
+
+class EncoderEvaluation(Protocol):
+    """Judges encoders by what they say of positions, or of other data than the bank and the queries."""
+
+    def __call__(
+        self,
+        encoders: Mapping[str, nn.Module],
+        datamodule: ImageDataModule,
+        device: torch.device,
+        *,
+        split: Split = "val",
+        precision: str = "32-true",
+    ) -> dict[str, dict[str, float]]:
+        """Its numbers by encoder."""
+        ...
 
 
 def run_evaluators(
@@ -63,7 +82,7 @@ def run_evaluators(
         split=split,
         pool=pool,
         precision=precision,
-        shard_bank=any(map(takes_shards, evaluators)),
+        evaluators=evaluators,
     )
     return score(sets, evaluators, device)
 
@@ -78,27 +97,60 @@ def feature_sets(
     split: Split = "val",
     pool: Pool = embedding,
     precision: str = "32-true",
-    shard_bank: bool = False,
+    evaluators: Sequence[Evaluator] = (),
 ) -> dict[str, FeatureSets]:
     """The bank's and the queries' features by each encoder; arguments as for `run_evaluators`.
 
     Args:
-        shard_bank: leave the bank's features where they were read, so that a process holds its share alone.
+        evaluators: who will read them. Where one takes shards, the bank's features stay where they were read, so that a
+            process holds its share alone; tags and further pools are there for whom reads them.
     """
+    pools = {"": pool, **_pools(evaluators)}
+    shards = any(map(takes_shards, evaluators)) and is_distributed()
     # a loader that starts draws a number, which training must not notice
     with seeded(0):
         query, bank = (
-            extract(encoders, loader, datamodule, device, pool=pool, precision=precision, shard=shard)
-            for loader, shard in (
-                (query_loader(datamodule, split, query_samples), False),
-                (datamodule.bank_dataloader(bank_samples), shard_bank and is_distributed()),
+            extract_pooled(
+                encoders,
+                loader,
+                datamodule,
+                device,
+                pools=pools,
+                tags=_tags(evaluators, datamodule, of),
+                precision=precision,
+                shard=shard,
+            )
+            for loader, of, shard in (
+                (query_loader(datamodule, split, query_samples), split, False),
+                (datamodule.bank_dataloader(bank_samples), "train", shards),
             )
         )
-    return {name: FeatureSets(bank=bank[name], query=query[name]) for name in encoders}
+
+    def sets(name: str, pool: str) -> FeatureSets:
+        return FeatureSets(bank=bank[name][pool], query=query[name][pool])
+
+    return {
+        name: replace(sets(name, ""), pooled={pool: sets(name, pool) for pool in pools if pool}) for name in encoders
+    }
 
 
 def takes_shards(evaluator: Evaluator) -> bool:
     return bool(getattr(evaluator, "takes_shards", False))
+
+
+def _pools(evaluators: Sequence[Evaluator]) -> dict[str, Pool]:
+    pools: dict[str, Pool] = {}
+    for evaluator in evaluators:
+        for name, pool in (getattr(evaluator, "pools", None) or {}).items():
+            if pools.setdefault(name, pool) is not pool:
+                raise SettingError(f"two evaluators mean something different by the pool '{name}'")
+    return pools
+
+
+def _tags(evaluators: Sequence[Evaluator], datamodule: ImageDataModule, split: Split) -> Tags | None:
+    asked = any(getattr(evaluator, "reads_tags", False) for evaluator in evaluators)
+    # data without tags is refused by who reads them, so that others can be asked at once
+    return partial(datamodule.tags, split) if asked and isinstance(datamodule.source(split), TaggedSource) else None
 
 
 def query_loader(
@@ -126,14 +178,22 @@ def readable(
 
 def score(sets: Mapping[str, FeatureSets], evaluators: Sequence[Evaluator], device: torch.device) -> dict[str, float]:
     """The evaluators' numbers, named as `run_evaluators` says."""
-    scores: dict[str, float] = {}
+    scores: dict[str, dict[str, float]] = {name: {} for name in sets}
     with seeded(0), exact_products():
-        for position, (name, mine) in enumerate(sets.items()):
+        for name, mine in sets.items():
             for evaluator in evaluators:
-                whole = mine if takes_shards(evaluator) else FeatureSets(mine.bank.whole(device), mine.query)
-                for metric, value in evaluator(whole, device).items():
-                    scores[metric if position == 0 else f"{metric}_{name}"] = value
-    return _of_first_process(scores, device)
+                scores[name] |= evaluator(mine if takes_shards(evaluator) else mine.whole(device), device)
+    return _of_first_process(named(scores), device)
+
+
+def named(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Numbers by encoder under one name each: the first encoder's as they are, others' ending in the encoder's."""
+    first = next(iter(scores), None)
+    return {
+        metric if encoder == first else f"{metric}_{encoder}": value
+        for encoder, mine in scores.items()
+        for metric, value in mine.items()
+    }
 
 
 @contextmanager

@@ -121,3 +121,39 @@ def test_dead_dimensions_and_classes_missing_from_the_bank() -> None:
 def test_refuses_what_makes_no_sense(options: dict) -> None:
     with pytest.raises(ValueError, match="LinearProbe"):
         LinearProbe(**options)
+
+
+def pooled(noise: float = 1.0) -> FeatureSets:
+    """A pool of noise, one that says the class and one that says it in both: what can be learned is in the latter."""
+    labels = torch.arange(150) % 3
+    noisy = {name: random_rows(150, 4, seed) for name, seed in (("bank", 0), ("query", 1))}
+    telling = {
+        name: 4 * torch.eye(3)[labels] + noise * random_rows(150, 3, seed) for name, seed in (("bank", 2), ("query", 3))
+    }
+
+    def sets(of: dict) -> FeatureSets:
+        return FeatureSets(*(FeatureSet(of[name], labels) for name in ("bank", "query")))
+
+    plain = sets(noisy)
+    return FeatureSets(plain.bank, plain.query, {"noise": plain, "telling": sets(telling)})
+
+
+def test_pools_and_strengths_are_one_grid_chosen_on_the_bank() -> None:
+    sets = pooled()
+    pools = {name: (lambda features: features.embedding) for name in ("noise", "telling")}
+    found = LinearProbe(l2=[0.01, 0.1], pools=pools, name="lineargrid")(sets, CPU)
+    alone = LinearProbe(l2=[0.01, 0.1])(sets.pooled["telling"], CPU)
+    assert found == {"lineargrid_top1": alone["linear_top1"], "lineargrid_l2": alone["linear_l2"], "lineargrid_pool": 1}
+    assert LinearProbe(l2=[0.1])(sets, CPU)["linear_top1"] < 0.5  # without a grid of pools: what there is
+    # queries by which the other pool were the better one
+    swapped = FeatureSets(sets.bank, sets.query, dict(sets.pooled))
+    swapped.pooled["telling"].query.features.zero_()
+    assert LinearProbe(l2=[0.1], pools=pools)(swapped, CPU)["linear_pool"] == 1
+
+
+def test_of_equally_good_pools_the_first() -> None:
+    labels = torch.arange(60) % 3
+    same = FeatureSets(*(FeatureSet(10 * torch.eye(3)[labels], labels),) * 2)
+    pools = {name: (lambda features: features.embedding) for name in ("one", "two")}
+    sets = FeatureSets(same.bank, same.query, {"one": same, "two": same})
+    assert LinearProbe(l2=[1e-2], pools=pools)(sets, CPU) == {"linear_top1": 1.0, "linear_l2": 1e-2, "linear_pool": 0.0}

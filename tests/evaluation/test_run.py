@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from src.errors import SettingError
-from src.evaluation.features import FeatureSets
+from src.evaluation.features import FeatureSets, embedding_and_patches, mean_of_patches
 from src.evaluation.knn import KNN
 from src.evaluation.linear import LinearProbe
 from src.evaluation.pixels import PixelEncoder
@@ -107,3 +107,24 @@ def test_queries_come_from_the_split_that_is_asked_for() -> None:
     for split in ("train", "tset"):
         with pytest.raises(SettingError, match=rf"evaluate.split is val or test.*not '{split}'"):
             feature_sets({"": PixelEncoder(1)}, data, CPU, split=split)
+
+
+def test_pools_are_of_the_same_forward_pass() -> None:
+    encoder, seen = tiny_encoder(), []
+    encoder.register_forward_hook(lambda *_: seen.append(1))
+    probe = LinearProbe(pools={"patches": mean_of_patches, "both": embedding_and_patches})
+    sets = feature_sets({"": encoder}, squares(length=20), CPU, evaluators=[probe])[""]
+    assert len(seen) == 4  # two batches of bank and queries each, once
+    for name, pool in probe.pools.items():
+        alone = feature_sets({"": tiny_encoder()}, squares(length=20), CPU, pool=pool)[""]
+        assert torch.equal(sets.pooled[name].query.features, alone.query.features)
+        assert torch.equal(sets.pooled[name].bank.labels, sets.bank.labels)
+    few = sets.learning_from(torch.tensor([3, 5]))
+    assert torch.equal(few.pooled["both"].bank.features, sets.pooled["both"].bank.features[[3, 5]])
+    assert torch.equal(few.query.features, sets.query.features)
+
+
+def test_a_pool_that_means_two_things_is_refused() -> None:
+    probes = [LinearProbe(pools={"it": pool}) for pool in (mean_of_patches, embedding_and_patches)]
+    with pytest.raises(SettingError, match="something different by the pool 'it'"):
+        feature_sets({"": tiny_encoder()}, squares(), CPU, evaluators=probes)

@@ -15,12 +15,16 @@ from lightning.pytorch.plugins.precision import Precision
 
 from src.callbacks.online_probe import OnlineProbe
 from src.callbacks.representation_health import RepresentationHealth
+from src.datamodules.scenes.source import ScenesSource
 from src.evaluation.features import FeatureSet, FeatureSets, extract
 from src.evaluation.image_text import ImageTextEvaluation
 from src.evaluation.knn import KNN
-from src.evaluation.run import run_evaluators
+from src.evaluation.label_propagation import LabelPropagation
+from src.evaluation.multilabel import MultiLabelProbe
+from src.evaluation.run import feature_sets, run_evaluators
 from tests.evaluation.test_image_text import Judged, Reader
 from tests.evaluation.test_image_text import data as image_text_data
+from tests.evaluation.test_label_propagation import Patches, Walkers
 from tests.evaluation.toy import PatchySquares, make_data, random_rows, squares, tiny_encoder
 
 CPU = torch.device("cpu")
@@ -45,6 +49,9 @@ def observe(rank: int, world_size: int) -> dict[str, object]:
     pairs.trainer = launch
     shard = extract(encoders, data.val_dataloader(), data, CPU, shard=world_size == 2)["two"]
     scores = run_evaluators(encoders, data, [KNN(k=3)], CPU)
+    scenes = make_data(partial(ScenesSource, count=5, resolution=32), eval_batch_size=2)
+    scenes.trainer = launch
+    tagged = feature_sets({"": encoders["one"]}, scenes, CPU, evaluators=[MultiLabelProbe()])[""].query
     return {
         "features": full.features,
         "labels": full.labels,
@@ -56,6 +63,8 @@ def observe(rank: int, world_size: int) -> dict[str, object]:
         "held": len(shard.features),
         "of the shards": shard.whole(CPU).features,
         "labels of the shards": shard.labels,
+        "tags": tagged.tags,
+        "followed": LabelPropagation(partial(Walkers, count=3), radius=30)({"it": Patches()}, data, CPU)["it"],
         **train(rank, world_size),
     }
 
@@ -124,6 +133,14 @@ def test_extraction_does_not_depend_on_the_number_of_processes(seen: Any) -> Non
         for name in ("features", "sparse features"):
             torch.testing.assert_close(one[name], alone[name], rtol=1e-5, atol=1e-5)
     assert torch.equal(pair[0]["features"], pair[1]["features"])
+
+
+def test_tags_and_films_are_those_of_all_processes(seen: Any) -> None:
+    alone, pair = seen
+    assert alone["tags"].shape[0] == 5
+    for one in pair:
+        assert torch.equal(one["tags"], alone["tags"])
+        assert one["followed"] == pytest.approx(alone["followed"])
 
 
 def test_a_process_without_labelled_samples_takes_part(seen: Any) -> None:

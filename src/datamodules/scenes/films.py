@@ -188,6 +188,14 @@ class FilmsSource:
     def _flows(self, index: int, numbers: Sequence[int]) -> np.ndarray:
         return self.films.flows(self.film(index), numbers)
 
+    def masks(self, index: int) -> Tensor:
+        """What is seen of each thing of the film's scene: bool [F, T, H, W], disjoint, in all of its frames."""
+        film = self.film(index)
+        times = (number / self.films.rate for number in range(self.films.frames))
+        return torch.from_numpy(
+            np.stack([render.instance_masks(film.at(time), self.films.resolution) for time in times])
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the mapped arrays: a pickled one would be a copy of all frames."""
         return self.__dict__ | {"_cached": None}

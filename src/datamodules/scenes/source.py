@@ -178,6 +178,10 @@ class ScenesSource:
         things, kinds = self._things(index)
         return torch.from_numpy(_classes(things, kinds))
 
+    def tags(self, index: int) -> torch.Tensor:
+        """Kinds that can be seen: bool [K], the field ``labels``, whatever ``fields`` says."""
+        return torch.from_numpy(render.labels(self.scene(index), self.world.kinds))
+
     def caption(self, index: int, choice: float) -> str:
         """One of the ways of describing scene ``index``, in the style that was asked for."""
         return self._described(index, int(choice * (self.texts.variants or 2**31)))

@@ -28,6 +28,8 @@ __all__ = [
     "Sample",
     "SegmentedSource",
     "Split",
+    "TaggedSource",
+    "TrackedSource",
 ]
 
 Split = Literal["train", "val", "test"]
@@ -73,6 +75,25 @@ class SegmentedSource(ImageSource, Protocol):
 
     def segmentation(self, index: int) -> torch.Tensor:
         """uint8 [H, W], the size of the picture: 0 for background, 1 + class elsewhere."""
+        ...
+
+
+@runtime_checkable
+class TaggedSource(ImageSource, Protocol):
+    """A source that knows every class its pictures show, and not only the one that is their label."""
+
+    def tags(self, index: int) -> torch.Tensor:
+        """bool [K], by class; the same every time."""
+        ...
+
+
+@runtime_checkable
+class TrackedSource(ImageSource, Protocol):
+    """A source of videos that knows where each thing is in every frame."""
+
+    def masks(self, index: int) -> torch.Tensor:
+        """What is seen of each thing: bool [F, T, H, W], disjoint, in all F frames of the video, at `Footage.rate` from
+        its beginning on."""
         ...
 
 
