@@ -12,7 +12,7 @@ TRAIN  := $(if $(EXP),experiment=$(EXP)) $(if $(SCALE),scale=$(SCALE)) $(if $(DA
           $(if $(DATA_DIR),paths.data='"$(DATA_DIR)"') $(if $(CKPT),checkpoint='"$(CKPT)"') \
           $(if $(TYPED_NAME),run.name='"$(TYPED_NAME)"') $(COMMON)
 
-.PHONY: help setup train submit resume evaluate export list new bench claim claims tensorboard test lint format clean
+.PHONY: help setup train submit resume evaluate gauntlet export list new bench claim claims tensorboard test lint format clean
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,10 @@ resume: setup ## continue a run, to the same bits: RUN=runs/<experiment>/<name>
 
 evaluate: setup ## judge a run's encoder: RUN=... EVAL=knn,linear,finetune [DATA=emoji]
 	@$(PY) -m src.evaluate run='$(RUN)' $(if $(EVAL),eval=$(EVAL)) $(if $(DATA),data=$(DATA)) \
+	  $(if $(DATA_DIR),paths.data='"$(DATA_DIR)"') $(ARGS)
+
+gauntlet: setup ## rank several runs' encoders by many tasks: RUN="runs/a/x runs/b/y" [DATA=emoji]
+	@$(PY) -m src.gauntlet run='$(RUN)' $(if $(DATA),data='$(DATA)') \
 	  $(if $(DATA_DIR),paths.data='"$(DATA_DIR)"') $(ARGS)
 
 export: setup ## write a run's encoder, or both its towers, for others: RUN=... FORMAT=timm|hf

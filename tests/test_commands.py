@@ -97,6 +97,10 @@ def test_words_become_overrides_whatever_is_in_a_folders_name() -> None:
             ["evaluate", "RUN=runs/a/b c", "EVAL=knn,linear", "DATA=emoji", "DATA_DIR=/my data"],
             ["src.evaluate", "run=runs/a/b c", "eval=knn,linear", "data=emoji", 'paths.data="/my data"'],
         ),
+        (
+            ["gauntlet", "RUN=runs/a/x runs/b/y", "DATA=scenes emoji", "ARGS=tasks=knn"],
+            ["src.gauntlet", "run=runs/a/x runs/b/y", "data=scenes emoji", "tasks=knn"],
+        ),
         (["export", "RUN=runs/a/b c", "FORMAT=hf"], ["src.export", "run=runs/a/b c", "format=hf"]),
         (["new", "METHOD=mine", "FROM=mae"], ["src.new", "method=mine", "from=mae"]),
     ],

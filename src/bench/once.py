@@ -1,4 +1,4 @@
-"""Hours of training runs: each is trained as `make train` does, kept as soon as it is judged, and not done again."""
+"""Hours of measuring: each result is kept as soon as it is there, and not measured again while its recipe stays."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,9 +20,21 @@ from src.bench import command, machine
 IDENTITY = ("run", "paths", "about", "logger")  # of the configuration: what names a run and changes no result
 
 
+class Measurable(Protocol):
+    """What a result depends on: a configuration, and what else there is."""
+
+    @property
+    def also(self) -> Any: ...
+
+    def config(self) -> DictConfig: ...
+
+
+J = TypeVar("J", bound=Measurable)
+
+
 @dataclass(frozen=True)
 class Job:
-    """One run to be measured.
+    """One run to be measured, trained as `make train` does.
 
     Args:
         words: what `make train` is given.
@@ -49,11 +61,12 @@ class Finished:
 
 
 def measure_missing(
-    jobs: Mapping[str, Job],
-    measure: Callable[[Job, DictConfig], dict[str, Any]],
+    jobs: Mapping[str, J],
+    measure: Callable[[J, DictConfig], dict[str, Any]],
     *,
     known: Mapping[str, Any],
     keep: Callable[[dict[str, Any]], None],
+    about: Callable[[], dict[str, Any]] = machine.about,
 ) -> dict[str, Any]:
     """What is known of ``jobs`` and what had to be measured now, by key.
 
@@ -62,13 +75,14 @@ def measure_missing(
         known: an earlier result. What it holds of another recipe is dropped before anything is measured, so that runs
             of two recipes never stand side by side; keys without a job stay.
         keep: is given the whole result after each job, so that nothing finished is lost.
+        about: says where a job is measured.
     """
     configs = {key: job.config() for key, job in jobs.items()}
     recipes = {key: fingerprint(config, jobs[key].also) for key, config in configs.items()}
     result = {key: each for key, each in known.items() if recipes.get(key, each["recipe"]) == each["recipe"]}
     for key, job in jobs.items():
         if key not in result:
-            result[key] = {"about": machine.about(), "recipe": recipes[key], **measure(job, configs[key])}
+            result[key] = {"about": about(), "recipe": recipes[key], **measure(job, configs[key])}
             keep(dict(result))
     return result
 

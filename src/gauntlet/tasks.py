@@ -1,0 +1,252 @@
+"""What encoders are put through: frozen under the evaluations of `make evaluate`, and fine-tuned by an experiment."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from src import evaluate, runs, trained
+from src.bench.once import fingerprint
+from src.configuration import UserError, nearest
+
+RANDOM = "random"
+
+
+@dataclass
+class Contender:
+    """An encoder on one data set: a run's first, or the same one as it was before its training.
+
+    Args:
+        run: its folder.
+        config: of the run, with the evaluation's part and the data it is judged on, see `evaluate.settle`.
+        data: what that data is called.
+        checkpoint: its weights; None for the untrained one.
+        frozen: the evaluations that may be asked for, so that the data is read once for all of them.
+        folder: where fine-tuned runs go.
+        overrides: of the fine-tuning's recipes.
+    """
+
+    run: runs.Run
+    config: DictConfig
+    data: str
+    checkpoint: Path | None
+    frozen: Sequence[str]
+    folder: Path
+    overrides: Sequence[str] = ()
+
+    @property
+    def experiment(self) -> str:
+        return str(self.config.run.experiment)
+
+    @property
+    def title(self) -> str:
+        """Such as "mae_tiny/first", or "random mae_tiny/first"."""
+        name = f"{self.experiment}/{self.run.dir.name}"
+        return name if self.checkpoint is not None else f"{RANDOM} {name}"
+
+    @cached_property
+    def weights(self) -> str:
+        """A hash of the checkpoint, or that there is none."""
+        if self.checkpoint is None:
+            return RANDOM
+        with self.checkpoint.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+
+    @property
+    def decides(self) -> DictConfig:
+        """What of the configuration its frozen features depend on; of the untrained, what has made the encoder."""
+        content: Any = OmegaConf.to_container(self.config, resolve=False)
+        if self.checkpoint is None:
+            made = {key: content.get(key) for key in ("backbone", "image_size", "data")}
+            return OmegaConf.create(made | {"method": content["model"]["_target_"]})
+        return OmegaConf.create({key: value for key, value in content.items() if key != "evaluate"})
+
+    @cached_property
+    def recipe(self) -> str:
+        """What runs that differ by their seed alone have in common."""
+        content: Any = OmegaConf.to_container(self.decides if self.checkpoint is None else self.run.config())
+        dropped = "data" if self.checkpoint is None else "seed"  # one encoder on several data sets is one
+        return fingerprint(OmegaConf.create({key: value for key, value in content.items() if key != dropped}))
+
+    @cached_property
+    def judged_on(self) -> str:
+        """What has to be the same for all in a setting; resolution and normalisation are each encoder's own."""
+        data: Any = OmegaConf.to_container(self.config.data, resolve=False)
+        source = {key: value for key, value in data["source"].items() if key not in ("cache_dir", "root", "resolution")}
+        settings = {key: self.config.evaluate[key] for key in ("split", "bank_samples", "query_samples")}
+        samples = {key: self.config.data.get(key) for key in ("train_samples", "eval_samples")}
+        return fingerprint(OmegaConf.create({"source": source, **samples, **settings}))
+
+    @property
+    def identity(self) -> str:
+        """What is the same encoder, whatever run it is taken from."""
+        return f"{self.recipe}/{self.config.seed}" if self.checkpoint is None else self.title
+
+    @cached_property
+    def encoder(self) -> nn.Module:
+        module = trained.fresh(self.config) if self.checkpoint is None else trained.load(self.config, self.checkpoint)
+        return next(iter(module.encoders().values()))
+
+    @cached_property
+    def judged(self) -> evaluate.Judged:
+        return evaluate.Judged(self.config, {"encoder": self.encoder}, self.frozen)
+
+    def forget(self) -> None:
+        """Weights and features, which the next contender needs the room of."""
+        for name in ("encoder", "judged"):
+            self.__dict__.pop(name, None)
+
+
+class Task(Protocol):
+    """One number of a contender. Frozen and fine-tuned encoders never share a setting: a task is one or the other."""
+
+    metric: str
+    kind: str  # what several tasks have in common, such as "classification"
+    lower_is_better: bool
+
+    @property
+    def adaptation(self) -> str: ...
+
+    def recipe(self, contender: Contender) -> tuple[DictConfig, Any]:
+        """Everything that decides the number: a configuration and what else. Raises UserError where the task does not
+        apply."""
+        ...
+
+    def __call__(self, contender: Contender) -> float:
+        """Raises UserError where the data has not what is needed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A number of an evaluation.
+
+    Args:
+        evaluation: its name in `make evaluate`'s EVAL=, of those in configs/evaluate.yaml.
+        metric: which of its numbers.
+        kind: see `Task`.
+        lower_is_better: the metric is an error.
+    """
+
+    evaluation: str
+    metric: str
+    kind: str
+    lower_is_better: bool = False
+
+    adaptation: ClassVar[str] = "frozen"
+
+    def recipe(self, contender: Contender) -> tuple[DictConfig, Any]:
+        settings = contender.config.evaluate
+        known: Mapping[str, Any] = {**settings.evaluators, **settings.encoders}
+        if self.evaluation not in known:
+            raise UserError(f"there is no evaluation '{self.evaluation}'{nearest(self.evaluation, list(known))}")
+        own = {key: settings[key] for key in ("split", "bank_samples", "query_samples")}
+        own = own | {"evaluation": OmegaConf.to_container(known[self.evaluation], resolve=True)}
+        return contender.decides, [asdict(self), own, contender.weights]
+
+    def __call__(self, contender: Contender) -> float:
+        return _named(self.metric, contender.judged.scores(self.evaluation)["encoder"])
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """The last value of what an experiment logs that goes on from the encoder; the untrained one begins anew.
+
+    Args:
+        experiment: trained with the contender's backbone and data, at its scale.
+        metric: such as ``eval/top1``.
+        kind: see `Task`.
+        lower_is_better: the metric is an error.
+        keeps: what else of ``data`` is the experiment's own and not the contender's, such as ``eval_view``.
+        overrides: of the experiment.
+    """
+
+    experiment: str
+    metric: str
+    kind: str
+    lower_is_better: bool = False
+    keeps: Sequence[str] = ()
+    overrides: Sequence[str] = field(default_factory=list)
+
+    adaptation: ClassVar[str] = "fine-tuned"
+
+    def recipe(self, contender: Contender) -> tuple[DictConfig, Any]:
+        config = self._config(contender)
+        config.checkpoint = None  # its weights say more than where they lie
+        return config, [asdict(self), contender.weights]
+
+    def __call__(self, contender: Contender) -> float:
+        folder = runs.unused(contender.folder, f"{self.experiment}_{contender.run.dir.name}_{contender.data}")
+        return evaluate.fine_tuned(self._config(contender), folder, self.metric)
+
+    def _config(self, contender: Contender) -> DictConfig:
+        config = contender.config.copy()
+        config.evaluate.finetune = self.experiment
+        kept = (*evaluate.KEPT, *self.keeps)
+        return evaluate.finetune_config(
+            config, contender.checkpoint, [*self.overrides, *contender.overrides], kept=kept
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A task of a contender; see `once.Measurable`. The configuration is composed once.
+
+    Raises:
+        UserError: the task does not apply.
+    """
+
+    name: str
+    task: Task
+    contender: Contender
+
+    def __post_init__(self) -> None:
+        self._recipe  # noqa: B018  says at once what does not apply
+
+    @cached_property
+    def _recipe(self) -> tuple[DictConfig, Any]:
+        return self.task.recipe(self.contender)
+
+    @property
+    def also(self) -> Any:
+        return self._recipe[1]
+
+    def config(self) -> DictConfig:
+        return self._recipe[0]
+
+    @property
+    def setting(self) -> str:
+        return f"{self.name}/{self.contender.data}"
+
+    @property
+    def key(self) -> str:
+        return f"{self.contender.identity} {self.setting}"
+
+    def facts(self) -> dict[str, Any]:
+        """All that the table says of the number, but the number."""
+        return {
+            "setting": self.setting,
+            "metric": self.task.metric,
+            "seed": int(self.contender.config.seed),
+            "run": self.contender.title,
+            "experiment": self.contender.experiment,
+            "trained": self.contender.checkpoint is not None,
+            "made_by": self.contender.recipe,
+            "kind": self.task.kind,
+            "adaptation": self.task.adaptation,
+            "lower_is_better": self.task.lower_is_better,
+            "judged_on": self.contender.judged_on,
+        }
+
+
+def _named(metric: str, scores: Mapping[str, float]) -> float:
+    if metric not in scores:
+        raise UserError(f"it reports no '{metric}'{nearest(metric, list(scores))}")
+    return float(scores[metric])

@@ -1,0 +1,60 @@
+"""The page says what the numbers are, in an order that is theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from src.gauntlet.report import dashboard, markdown, terminal
+from src.gauntlet.standing import Standing
+from tests.gauntlet.test_standing import row
+
+SCORES = [
+    row("mae", "knn/scenes", 0.25, metric="knn_top1"),
+    row("dino", "knn/scenes", 0.75, metric="knn_top1"),
+    row("mae", "depth/scenes", 0.5, metric="eval/rmse", kind="dense", adaptation="fine-tuned", lower_is_better=True),
+]
+
+
+def test_the_page_by_hand() -> None:
+    page = markdown(Standing(SCORES), {"dino, depth/scenes": "no depth there"})
+    lines = page.splitlines()
+    assert "|  | rank | mean z | coverage | classification, frozen | dense, fine-tuned |" in lines
+    assert "| dino | 1 | +1.00 | 50 % | +1.00 | – |" in lines
+    assert "| mae | 2 | -0.50 | 100 % | -1.00 | +0.00 |" in lines
+    assert "|  | adaptation | metric | dino | mae |" in lines
+    assert "| knn/scenes | frozen | knn_top1 ↑ | 0.75 | 0.25 |" in lines
+    assert "| depth/scenes | fine-tuned | eval/rmse ↓ | – | 0.5 |" in lines
+    assert "| mae | -1.00 | +0.00 |" in lines
+    assert "| knn/scenes | – | – |" in lines  # two backbones have no correlation
+    assert lines[-1] == "- dino, depth/scenes: no depth there"
+
+
+def test_a_page_without_a_number_says_why() -> None:
+    page = markdown(Standing([]), {"mae, knn/scenes": "no labels"})
+    assert "Ranking" not in page
+    assert page.endswith("## Not measured\n\n- mae, knn/scenes: no labels\n")
+
+
+def test_the_terminal_s_table_has_the_ranking() -> None:
+    shown = terminal(Standing(SCORES))
+    assert [column.header for column in shown.columns][:4] == ["", "rank", "mean z", "coverage"]
+    assert list(shown.columns[0].cells) == ["dino", "mae"]
+
+
+def test_the_dashboard_has_page_and_numbers_once(tmp_path: Path) -> None:
+    for scores in (SCORES[:1], SCORES):
+        dashboard(tmp_path, Standing(scores), "# Gauntlet")
+    assert len(list(tmp_path.iterdir())) == 1
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "mean_z/mae",
+        "mean_z/dino",
+        "knn/scenes/mae",
+        "knn/scenes/dino",
+        "depth/scenes/mae",
+    }
+    assert [each.value for each in events.Scalars("knn/scenes/dino")] == [0.75]
+    assert events.Tags()["tensors"] == ["gauntlet/text_summary"]
