@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
     standing = write(folder, measure(cells, known(folder), told, keep=keep), told)
     report.dashboard(folder, standing, report.markdown(standing, told))
-    Console().print(report.terminal(standing))
+    Console(width=None if sys.stdout.isatty() else 200).print(report.terminal(standing))
     for name, reason in told.items():
         print(f"not measured: {name}: {reason}")
     print(f"gauntlet: wrote {folder / 'report.md'}")
@@ -113,7 +114,8 @@ def _cells(
                     except UserError as problem:
                         told[f"{contender.title}, {name}/{contender.data}"] = str(problem)
                     else:
-                        cells.setdefault(cell.key, cell)  # runs of one method have one untrained encoder
+                        cells.setdefault(cell.key, cell)  # several runs may have begun with the same weights
+                contender.forget()
     return cells
 
 
@@ -142,9 +144,9 @@ def measure(
     """
     alike = {row["setting"]: row["judged_on"] for key, row in earlier.items() if key not in cells}
     for cell in cells.values():
-        if alike.setdefault(cell.setting, cell.contender.judged_on) != cell.contender.judged_on:
+        if alike.setdefault(cell.setting, cell.judged_on) != cell.judged_on:
             raise UserError(
-                f"{cell.contender.title} would be judged on other samples of {cell.contender.data} than the others: "
+                f"{cell.contender.title} would be judged by {cell.setting} on other samples than the rest: "
                 'say the same for all, such as ARGS="data.source.count={train: 2000, val: 500, test: 500} '
                 'data.train_samples=null evaluate.bank_samples=null evaluate.query_samples=null", or another out='
             )
@@ -157,6 +159,7 @@ def measure(
         title = f"{cell.contender.title}, {cell.setting}"
         print(f"gauntlet: {title} …", flush=True)
         try:
+            parameters = sum(each.numel() for each in cell.contender.encoder.parameters())
             value = cell.task(cell.contender)
             if not math.isfinite(value):
                 raise UserError(f"{cell.task.metric} is not a finite number")
@@ -166,7 +169,7 @@ def measure(
             log.exception("%s", title)
             told[title] = f"{type(problem).__name__}: {problem}"
         else:
-            return {**cell.facts(), "value": value}
+            return {**cell.facts(), "parameters": parameters, "value": value}
         return {"value": None}
 
     def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:

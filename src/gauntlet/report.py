@@ -10,6 +10,7 @@ import numpy as np
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
+from src.bench import machine
 from src.bench.report import percent, table
 from src.gauntlet.standing import Standing
 
@@ -46,6 +47,8 @@ def markdown(standing: Standing, failures: Mapping[str, str]) -> str:
                 ],
             ),
         ]
+        where = {machine.line(score["about"]): None for score in standing.scores}
+        parts += ["## Where", "\n".join(f"- {line}" for line in where)]
     if failures:
         parts += ["## Not measured", "\n".join(f"- {name}: {reason}" for name, reason in failures.items())]
     return "\n\n".join(parts) + "\n"
@@ -59,11 +62,12 @@ def ranking(standing: Standing) -> tuple[list[str], list[list[str]]]:
             str(place),
             _signed(standing.overall[row]),
             percent(standing.coverage[row], 0),
+            f"{standing.parameters[row] / 1e6:.1f} M",
             *(_signed(each[row]) for each in standing.kinds.values()),
         ]
         for place, row in enumerate(standing.order, start=1)
     ]
-    return ["", "rank", "mean z", "coverage", *standing.kinds], rows
+    return ["", "rank", "mean z", "coverage", "parameters", *standing.kinds], rows
 
 
 def scores(standing: Standing) -> tuple[list[str], list[list[str]]]:

@@ -83,6 +83,11 @@ class Standing:
         return sorted(range(len(self.backbones)), key=lambda row: (-self.overall[row], self.backbones[row]))
 
     @cached_property
+    def parameters(self) -> list[int]:
+        """Of each backbone's encoder: [B]."""
+        return [next(s["parameters"] for s in self.scores if s["backbone"] == each) for each in self.backbones]
+
+    @cached_property
     def kinds(self) -> dict[str, np.ndarray]:
         """Each backbone's mean over the settings of a kind, NaN where it has none: [B] by kind and adaptation, as
         frozen and fine-tuned encoders are not mixed."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -53,41 +55,38 @@ class Contender:
 
     @cached_property
     def weights(self) -> str:
-        """A hash of the checkpoint, or that there is none."""
+        """A hash of the checkpoint, or of the untrained encoder, which several methods may begin with."""
         if self.checkpoint is None:
-            return RANDOM
+            return hash_of(self.encoder)
         with self.checkpoint.open("rb") as file:
             return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
 
     @property
     def decides(self) -> DictConfig:
-        """What of the configuration its frozen features depend on; of the untrained, what has made the encoder."""
+        """What of the configuration its frozen features depend on, besides its weights."""
         content: Any = OmegaConf.to_container(self.config, resolve=False)
         if self.checkpoint is None:
-            made = {key: content.get(key) for key in ("backbone", "image_size", "data")}
-            return OmegaConf.create(made | {"method": content["model"]["_target_"]})
+            return OmegaConf.create({key: content[key] for key in ("image_size", "data")})
         return OmegaConf.create({key: value for key, value in content.items() if key != "evaluate"})
 
     @cached_property
     def recipe(self) -> str:
-        """What runs that differ by their seed alone have in common."""
-        content: Any = OmegaConf.to_container(self.decides if self.checkpoint is None else self.run.config())
-        dropped = "data" if self.checkpoint is None else "seed"  # one encoder on several data sets is one
-        return fingerprint(OmegaConf.create({key: value for key, value in content.items() if key != dropped}))
+        """What runs that differ by their seed alone have in common; of the untrained, what makes the encoder."""
+        content: Any = OmegaConf.to_container(self.run.config(), resolve=False)
+        if self.checkpoint is None:
+            content = {key: content.get(key) for key in ("backbone", "image_size")}
+        return fingerprint(OmegaConf.create({key: value for key, value in content.items() if key != "seed"}))
 
     @cached_property
     def judged_on(self) -> str:
         """What has to be the same for all in a setting; resolution and normalisation are each encoder's own."""
-        data: Any = OmegaConf.to_container(self.config.data, resolve=False)
-        source = {key: value for key, value in data["source"].items() if key not in ("cache_dir", "root", "resolution")}
         settings = {key: self.config.evaluate[key] for key in ("split", "bank_samples", "query_samples")}
-        samples = {key: self.config.data.get(key) for key in ("train_samples", "eval_samples")}
-        return fingerprint(OmegaConf.create({"source": source, **samples, **settings}))
+        return samples_of(self.config.data, settings)
 
     @property
     def identity(self) -> str:
         """What is the same encoder, whatever run it is taken from."""
-        return f"{self.recipe}/{self.config.seed}" if self.checkpoint is None else self.title
+        return f"{RANDOM} {self.weights}" if self.checkpoint is None else self.title
 
     @cached_property
     def encoder(self) -> nn.Module:
@@ -110,9 +109,14 @@ class Task(Protocol):
     metric: str
     kind: str  # what several tasks have in common, such as "classification"
     lower_is_better: bool
+    data: str | None  # what its own data is called, if it does not judge on the contender's
 
     @property
     def adaptation(self) -> str: ...
+
+    def judged_on(self, contender: Contender) -> str:
+        """Equal where two contenders are judged on the same samples."""
+        ...
 
     def recipe(self, contender: Contender) -> tuple[DictConfig, Any]:
         """Everything that decides the number: a configuration and what else. Raises UserError where the task does not
@@ -131,7 +135,7 @@ class Frozen:
     Args:
         evaluation: its name in `make evaluate`'s EVAL=, of those in configs/evaluate.yaml.
         metric: which of its numbers.
-        kind: see `Task`.
+        kind, data: see `Task`.
         lower_is_better: the metric is an error.
     """
 
@@ -139,6 +143,7 @@ class Frozen:
     metric: str
     kind: str
     lower_is_better: bool = False
+    data: str | None = None
 
     adaptation: ClassVar[str] = "frozen"
 
@@ -151,6 +156,12 @@ class Frozen:
         own = own | {"evaluation": OmegaConf.to_container(known[self.evaluation], resolve=True)}
         return contender.decides, [asdict(self), own, contender.weights]
 
+    def judged_on(self, contender: Contender) -> str:
+        if self.data is None:
+            return contender.judged_on
+        evaluation = OmegaConf.to_container(contender.config.evaluate.encoders[self.evaluation], resolve=False)
+        return fingerprint(OmegaConf.create({"evaluation": evaluation, "split": contender.config.evaluate.split}))
+
     def __call__(self, contender: Contender) -> float:
         return _named(self.metric, contender.judged.scores(self.evaluation)["encoder"])
 
@@ -162,9 +173,10 @@ class FineTuned:
     Args:
         experiment: trained with the contender's backbone and data, at its scale.
         metric: such as ``eval/top1``.
-        kind: see `Task`.
+        kind, data: see `Task`.
         lower_is_better: the metric is an error.
-        keeps: what else of ``data`` is the experiment's own and not the contender's, such as ``eval_view``.
+        keeps: what else of ``data`` is the experiment's own and not the contender's: ``source`` and ``eval_view``,
+            where ``data`` says what that is.
         overrides: of the experiment.
     """
 
@@ -172,6 +184,7 @@ class FineTuned:
     metric: str
     kind: str
     lower_is_better: bool = False
+    data: str | None = None
     keeps: Sequence[str] = ()
     overrides: Sequence[str] = field(default_factory=list)
 
@@ -182,8 +195,12 @@ class FineTuned:
         config.checkpoint = None  # its weights say more than where they lie
         return config, [asdict(self), contender.weights]
 
+    def judged_on(self, contender: Contender) -> str:
+        return samples_of(self._config(contender).data, {})
+
     def __call__(self, contender: Contender) -> float:
-        folder = runs.unused(contender.folder, f"{self.experiment}_{contender.run.dir.name}_{contender.data}")
+        name = "_".join([self.experiment, contender.title, self.data or contender.data])
+        folder = runs.unused(contender.folder, re.sub(r"[/ ]", "_", name))
         return evaluate.fine_tuned(self._config(contender), folder, self.metric)
 
     def _config(self, contender: Contender) -> DictConfig:
@@ -214,6 +231,10 @@ class Cell:
     def _recipe(self) -> tuple[DictConfig, Any]:
         return self.task.recipe(self.contender)
 
+    @cached_property
+    def judged_on(self) -> str:
+        return self.task.judged_on(self.contender)
+
     @property
     def also(self) -> Any:
         return self._recipe[1]
@@ -223,7 +244,7 @@ class Cell:
 
     @property
     def setting(self) -> str:
-        return f"{self.name}/{self.contender.data}"
+        return f"{self.name}/{self.task.data or self.contender.data}"
 
     @property
     def key(self) -> str:
@@ -242,8 +263,28 @@ class Cell:
             "kind": self.task.kind,
             "adaptation": self.task.adaptation,
             "lower_is_better": self.task.lower_is_better,
-            "judged_on": self.contender.judged_on,
+            "judged_on": self.judged_on,
         }
+
+
+def hash_of(encoder: nn.Module) -> str:
+    """Of the weights, and of what makes an embedding of them."""
+    pool = getattr(encoder, "pool", None)
+    while isinstance(pool, partial):
+        pool = pool.func
+    digest = hashlib.blake2b(f"{type(encoder)} {getattr(pool, '__qualname__', type(pool))}".encode(), digest_size=8)
+    for name, value in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def samples_of(data: DictConfig, settings: Mapping[str, Any]) -> str:
+    """A fingerprint of which samples there are, wherever they lie and however large they are shown."""
+    content: Any = OmegaConf.to_container(data, resolve=False)
+    source = {key: value for key, value in content["source"].items() if key not in ("cache_dir", "root", "resolution")}
+    limits = {key: content.get(key) for key in ("train_samples", "eval_samples")}
+    return fingerprint(OmegaConf.create({"source": source, **limits, **settings}))
 
 
 def _named(metric: str, scores: Mapping[str, float]) -> float:

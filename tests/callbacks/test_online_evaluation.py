@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from src.callbacks.online_evaluation import OnlineEvaluation
 from src.callbacks.online_probe import OnlineProbe
 from src.callbacks.representation_health import RepresentationHealth
 from src.datamodules.image import ImageDataModule
+from src.datamodules.scenes.films import FilmsSource
 from src.evaluation.features import FeatureSets
 from src.evaluation.knn import KNN
+from src.evaluation.label_propagation import LabelPropagation
 from src.evaluation.linear import LinearProbe
 from src.evaluation.run import run_evaluators
 from tests.evaluation.toy import Toy, squares
@@ -143,6 +146,18 @@ def test_without_labels_it_says_so_once(caplog: pytest.LogCaptureFixture) -> Non
     assert sorted(ours) == ["the data has no labels: no online evaluation", "the data has no labels: no online probe"]
     assert recorder.calls == []
     assert not any(name.startswith("eval/") for name in trainer.callback_metrics)
+
+
+def test_what_encoders_say_of_positions_is_judged_along() -> None:
+    follow = LabelPropagation(partial(FilmsSource, count=1, resolution=32, duration=0.5, rate=8.0))
+    trainer = fit([OnlineEvaluation([KNN(k=3)], of_positions=[follow])], max_epochs=1)
+    module = trainer.lightning_module
+    offline = follow(module.encoders(), squares(), CPU)  # type: ignore[operator]
+    assert set(offline) == {"student", "teacher"}
+    for name, end in (("student", ""), ("teacher", "_teacher")):
+        online = trainer.callback_metrics[f"eval/labelpropagation_jf{end}"]
+        assert float(online) == pytest.approx(offline[name]["labelpropagation_jf"])
+    assert "eval/knn_top1" in trainer.callback_metrics
 
 
 def test_refuses_what_makes_no_sense() -> None:

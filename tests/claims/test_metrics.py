@@ -1,5 +1,6 @@
 """A claim about two towers is judged by the evaluation that training and `make evaluate` use, on the claim's split."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,10 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from src.claims.metrics import ImageText
+from src.claims.metrics import ImageText, OnEncoder, OnPatches
 from src.configuration import UserError
 from src.evaluation.image_text import ImageTextEvaluation
+from src.evaluation.label_propagation import LabelPropagation
+from src.evaluation.patch_knn import PatchSegmentation
 from tests.evaluation.test_image_text import Reader, data
+from tests.evaluation.test_label_propagation import Patches, Walkers
+from tests.evaluation.test_patch_knn import Colours, bands
 
 
 def trained(tmp_path, module: nn.Module | None = None, **options: Any) -> Any:
@@ -38,3 +43,21 @@ def test_what_cannot_be_judged_is_refused(tmp_path):
         ImageText("zeroshot_top")(trained(tmp_path))
     with pytest.raises(UserError, match=r"of a method with a text tower, which Linear is not"):
         ImageText("zeroshot_top1")(trained(tmp_path, module=nn.Linear(1, 1)))
+
+
+def test_a_number_of_positions_is_the_evaluation_s_own():
+    run: Any = SimpleNamespace(
+        encoder=lambda name: Colours(),
+        datamodule=bands(),
+        device=torch.device("cpu"),
+        precision="32-true",
+        split="test",
+    )
+    expected = PatchSegmentation()({"it": Colours()}, bands(), run.device, split="test")["it"]
+    assert OnPatches()(run) == expected["patch_miou"]
+    assert OnEncoder(PatchSegmentation(), "patch_accuracy")(run) == expected["patch_accuracy"]
+    run.encoder = lambda name: Patches()
+    follow = LabelPropagation(partial(Walkers), radius=30)
+    assert OnEncoder(follow, "labelpropagation_j")(run) > 0.5
+    with pytest.raises(UserError, match=r"LabelPropagation reports no 'labelpropagation'; did you mean"):
+        OnEncoder(follow, "labelpropagation")(run)

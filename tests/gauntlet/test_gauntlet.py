@@ -15,10 +15,11 @@ from omegaconf import DictConfig
 from src import configuration, evaluate, runs, train, trained
 from src.configuration import CONFIGS, UserError
 from src.gauntlet import __main__ as gauntlet
-from src.gauntlet.tasks import Contender, FineTuned, Frozen
+from src.gauntlet.tasks import Contender, FineTuned, Frozen, hash_of
+from src.models.backbones.image_encoder import ImageEncoder, cls_token
 from tests.commands import SECONDS
-
-ABOUT = {"date": "2030-01-01"}
+from tests.evaluation.toy import tiny_encoder
+from tests.gauntlet.test_standing import ABOUT
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,7 @@ class Fake:
     metric: str = "top1"
     kind: str = "classification"
     lower_is_better: bool = False
+    data: str | None = None
     version: int = 0
     seen: list[str] = field(default_factory=list)
 
@@ -56,6 +58,9 @@ class Fake:
 
     def recipe(self, contender: Contender) -> tuple[DictConfig, Any]:
         return contender.decides, [self.name, self.version, contender.weights]
+
+    def judged_on(self, contender: Contender) -> str:
+        return contender.judged_on if self.data is None else self.data
 
     def __call__(self, contender: Contender) -> float:
         self.seen.append(contender.title)
@@ -138,8 +143,20 @@ def test_numbers_that_are_none_are_told(run_with: Any, tmp_path: Path, monkeypat
 
 def test_a_setting_has_the_same_samples_for_all(run_with: Any) -> None:
     run_with(Fake("knn"))
-    with pytest.raises(UserError, match=r"mae_tiny/run0 would be judged on other samples of scenes"):
+    with pytest.raises(UserError, match=r"mae_tiny/run0 would be judged by .*/scenes on other samples"):
         run_with(Fake("linear"), Fake("knn"), count=1, words=("data.eval_samples=8",))
+
+
+def test_an_untrained_encoder_is_one_whatever_method_begins_with_it() -> None:
+    assert hash_of(tiny_encoder(0)) == hash_of(tiny_encoder(0)) != hash_of(tiny_encoder(1))
+    assert hash_of(ImageEncoder(tiny_encoder(0).backbone, pool=cls_token)) != hash_of(tiny_encoder(0))
+
+
+def test_a_task_with_data_of_its_own_is_one_setting_whatever_the_runs_data(run_with: Any) -> None:
+    films = Fake("follow", data="films")
+    rows = run_with(films, count=1, words=("data=scenes,emoji", "data.num_workers=0"))
+    assert films.seen == TITLES[:2]
+    assert {row["setting"] for row in rows.values()} == {"follow/films"}
 
 
 def test_frozen_tasks_are_the_evaluations_of_make_evaluate(two: list[runs.Run], tmp_path: Path) -> None:

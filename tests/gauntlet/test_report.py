@@ -20,14 +20,15 @@ SCORES = [
 def test_the_page_by_hand() -> None:
     page = markdown(Standing(SCORES), {"dino, depth/scenes": "no depth there"})
     lines = page.splitlines()
-    assert "|  | rank | mean z | coverage | classification, frozen | dense, fine-tuned |" in lines
-    assert "| dino | 1 | +1.00 | 50 % | +1.00 | – |" in lines
-    assert "| mae | 2 | -0.50 | 100 % | -1.00 | +0.00 |" in lines
+    assert "|  | rank | mean z | coverage | parameters | classification, frozen | dense, fine-tuned |" in lines
+    assert "| dino | 1 | +1.00 | 50 % | 5.5 M | +1.00 | – |" in lines
+    assert "| mae | 2 | -0.50 | 100 % | 5.5 M | -1.00 | +0.00 |" in lines
     assert "|  | adaptation | metric | dino | mae |" in lines
     assert "| knn/scenes | frozen | knn_top1 ↑ | 0.75 | 0.25 |" in lines
     assert "| depth/scenes | fine-tuned | eval/rmse ↓ | – | 0.5 |" in lines
     assert "| mae | -1.00 | +0.00 |" in lines
     assert "| knn/scenes | – | – |" in lines  # two backbones have no correlation
+    assert lines.count("- 2030-01-01, commit abc, a CPU (2 cores), torch 2, 1 threads.") == 1
     assert lines[-1] == "- dino, depth/scenes: no depth there"
 
 

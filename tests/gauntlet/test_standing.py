@@ -9,9 +9,12 @@ import pytest
 
 from src.gauntlet.standing import Standing, mean_of_known, with_backbones, z_scores
 
+ABOUT = {"date": "2030-01-01", "commit": "abc", "cpu": "a CPU", "cores": 2, "torch": "2", "threads": 1, "others": 0.0}
+
 
 def row(backbone: str, setting: str, value: float, **more: Any) -> dict[str, Any]:
     facts = {"metric": "top1", "kind": "classification", "adaptation": "frozen", "lower_is_better": False, "seed": 0}
+    facts |= {"parameters": 5_500_000, "about": ABOUT}
     return {"backbone": backbone, "setting": setting, "value": value, **facts, **more}
 
 
