@@ -92,18 +92,6 @@ class Switch:
 
 
 @dataclass(frozen=True)
-class Steps:
-    """``start``, and ``factor`` times as much after every duration ``every``."""
-
-    start: float
-    factor: float
-    every: int | float | str
-
-    def value(self, step: int, horizon: Horizon) -> float:
-        return self.start * self.factor ** (step // horizon.steps(self.every))
-
-
-@dataclass(frozen=True)
 class Linear:
     """From ``start`` to ``end`` in a straight line over ``duration``, then ``end``."""
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from src.schedules import Constant, Cosine, Horizon, Linear, Steps, Switch, WarmupCosine, WarmupDrops, WarmupLinear
+from src.schedules import Constant, Cosine, Horizon, Linear, Switch, WarmupCosine, WarmupDrops, WarmupLinear
 
 RUN = Horizon(total_steps=1000, steps_per_epoch=50.0, batch_size=256)
 
@@ -86,8 +86,8 @@ def test_a_switch_turns_after_its_duration():
     assert [schedule.value(step, RUN) for step in (0, boundary - 1, boundary, RUN.total_steps)] == [0, 0, 1, 1]
 
 
-def test_steps_fall_by_a_factor_after_every_duration():
+def test_drops_without_a_warmup():
     horizon = Horizon(total_steps=180, steps_per_epoch=10, batch_size=4)
-    schedule = Steps(start=0.5, factor=0.1, every="6 epochs")
+    schedule = WarmupDrops(peak=0.5, drops=["6 epochs", "12 epochs"])
     found = [schedule.value(step, horizon) for step in (0, 59, 60, 119, 120, 179)]
     assert found == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005, 0.005])
