@@ -249,6 +249,9 @@ class TestGeometry:
         assert torch.equal(batch["mask"][0], Encoded()[0]["fields"]["segmentation"])
         with pytest.raises(SettingError, match=r"2 sizes do not make one batch.*data.eval_batch_size must be 1"):
             rows(view, [0, 1])
+        alike = [{"image": torch.zeros(3, 8, 8), "mask": torch.zeros(side, side)} for side in (4, 5)]
+        with pytest.raises(SettingError, match="2 sizes do not make one batch"):
+            view.collate(alike)
 
 
 class TestDraws:

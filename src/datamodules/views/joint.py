@@ -78,8 +78,12 @@ class JointView(ABC):
         return sample
 
     def collate(self, rows: list[dict[str, Tensor]]) -> dict[str, Any]:
-        """The batch of the rows."""
-        shapes = {tuple(row["image"].shape[-2:]) for row in rows}
+        """The batch of the rows.
+
+        Raises:
+            SettingError: pictures or ground truth are of several sizes.
+        """
+        shapes = {tuple(tuple(value.shape) for value in row.values()) for row in rows}
         if len(shapes) > 1:
             raise SettingError(
                 f"{type(self).__name__}: pictures of {len(shapes)} sizes do not make one batch: transforms must end "
