@@ -27,7 +27,7 @@ from src import configuration, runs, trained
 from src.configuration import UserError, nearest
 from src.datamodules.image_text import ImageTextDataModule
 from src.datamodules.text.tokenizer import Tokenizer
-from src.export_pairs import as_transformers, renamed
+from src.export_pairs import VIT_BLOCK, VIT_QKV, as_transformers, renamed
 from src.export_videos import as_videomae
 from src.models.backbones.image_encoder import ImageEncoder
 from src.models.backbones.video_vit import CubeEmbed
@@ -384,14 +384,8 @@ def hf_weights(vit: VisionTransformer) -> dict[str, Tensor]:
             "norm": "layernorm",
         },
         layers="encoder.layer",
-        block={
-            "norm1": "layernorm_before",
-            "norm2": "layernorm_after",
-            "attn.proj": "attention.output.dense",
-            "mlp.fc1": "intermediate.dense",
-            "mlp.fc2": "output.dense",
-        },
-        qkv=("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+        block=VIT_BLOCK,
+        qkv=VIT_QKV,
         what="ViTModel",
     )
     weights["pooler.dense.weight"] = torch.eye(vit.embed_dim)

@@ -20,6 +20,16 @@ from src.models.image_text.text_tower import SigmoidTextTower, TextTower
 
 _ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu")
 
+# what the parts of a block are called in transformers' ViTs
+VIT_BLOCK = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+VIT_QKV = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
+
 
 def as_transformers(module: ImageTextModule, tokenizer: Tokenizer) -> PreTrainedModel:
     """`CLIPModel` or `SiglipModel`, whichever has this text tower, with the run's weights.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import VideoMAEConfig, VideoMAEModel
 
 from src.configuration import UserError
-from src.export_pairs import renamed
+from src.export_pairs import VIT_BLOCK, VIT_QKV, renamed
 from src.models.backbones.video_vit import CubeEmbed, sinusoids
 
 _ENCODER = {"patch_embed.projection": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
@@ -82,14 +82,8 @@ def videomae_weights(
         {name: value for name, value in state.items() if name != "pos_embed"},
         names=names,
         layers=layers,
-        block={
-            "norm1": "layernorm_before",
-            "norm2": "layernorm_after",
-            "attn.proj": "attention.output.dense",
-            "mlp.fc1": "intermediate.dense",
-            "mlp.fc2": "output.dense",
-        },
-        qkv=("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+        block=VIT_BLOCK,
+        qkv=VIT_QKV,
         what="VideoMAEModel",
     )
     return {name: value for name, value in weights.items() if not name.endswith("attention.key.bias")}

@@ -169,11 +169,12 @@ def summarise(run: runs.Run, trainer: L.Trainer) -> None:
     console = Console()
     console.print(Panel(lines, title="done", expand=False, border_style="green"))
     longer = 2 * max(1, trainer.max_epochs or 1)
+    reads_clips = trainer.datamodule.seen == "video"  # type: ignore[attr-defined]  # of which timm has no encoders
     for what, command in (
         ("look", "make tensorboard"),
         ("judge", f"make evaluate RUN={run.title} EVAL=knn,linear"),
         ("go on", f'make resume RUN={run.title} ARGS="trainer.max_epochs={longer}"'),
-        ("take away", f"make export RUN={run.title} FORMAT=timm"),
+        ("take away", f"make export RUN={run.title} FORMAT={'hf' if reads_clips else 'timm'}"),
     ):
         # outside of the frame and never broken, so that a line can be copied
         console.print(f"  {what:<10} {command}", soft_wrap=True, highlight=False)

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,20 +15,9 @@ from src.errors import SettingError
 from src.models.downstream.depth import DepthEstimator, Fusion, Reassemble, depth_errors
 from src.models.losses.depth import silog
 from src.optim import OptimizerRecipe, Rule
+from tests.models.downstream.toy import SIZE, resnet, vit
 
-SIZE = 32
 RECIPE = OptimizerRecipe(torch.optim.AdamW, lr=0.1)
-
-
-def vit(**options: Any) -> nn.Module:
-    torch.manual_seed(0)
-    shape = {"img_size": SIZE, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2, "num_classes": 0}
-    return timm.create_model("vit_tiny_patch16_224", **shape | options)
-
-
-def resnet() -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("resnet18", num_classes=0, channels=[8, 8, 8, 8])
 
 
 def dpt(backbone: nn.Module | None = None, **options: Any) -> DepthEstimator:
