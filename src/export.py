@@ -98,10 +98,11 @@ class Export:
 
     def as_encoder(self, library: str, load: str) -> Written:
         """What is said of the encoder where that was written."""
-        kind = "image" if self.cubes is None else "video"
-        task = f"{kind}-classification" if self.classes or kind == "video" else "image-feature-extraction"
-        article = "An" if kind == "image" else "A"
-        return Written(f"encoder '{self.encoder}'", f"{article} {kind} encoder", library, task, load)
+        parts = f"encoder '{self.encoder}'"
+        if self.cubes is not None:
+            return Written(parts, "A video encoder", library, "video-classification", load)
+        task = "image-classification" if self.classes else "image-feature-extraction"
+        return Written(parts, "An image encoder", library, task, load)
 
 
 class Written(NamedTuple):

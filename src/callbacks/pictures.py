@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -22,8 +22,6 @@ from src.models.backbones.image_encoder import inference
 from src.models.pretrain_module import PretrainModule
 from src.randomness import fold, seeded
 from src.sharding import gathered
-
-Draw = Callable[[Any], Mapping[str, Tensor]]
 
 
 class Shown(L.Callback, ABC):
@@ -87,12 +85,13 @@ class Pictures(Shown):
         if not _shows(pl_module):
             return
         module, datamodule = cast(PretrainModule, pl_module), cast(Any, trainer.datamodule)  # type: ignore[attr-defined]
-        for name, rows in self._draw(module, module.pictures, datamodule).items():
+        stills, clips = self._draw(module, datamodule)
+        for name, rows in stills.items():
             grid = make_grid(datamodule.denormalise(rows.float()).flatten(0, 1).cpu(), nrow=rows.shape[1])
             for writer in writers(trainer):
                 writer.add_image(f"pictures/{name}", grid, trainer.global_step)
                 writer.flush()
-        for name, rows in self._draw(module, module.clips, datamodule).items():
+        for name, rows in clips.items():
             shown = datamodule.denormalise(rows.float()).transpose(0, 2).cpu()  # [T, columns, n, 3, H, W]
             frames = [make_grid(each.transpose(0, 1).flatten(0, 1), nrow=rows.shape[1]) for each in shown]
             batch = self._fixed_batch(datamodule)
@@ -101,17 +100,16 @@ class Pictures(Shown):
                 seconds = datamodule.seconds_a_frame(readable[0])
                 add_animation(writer, f"clips/{name}", frames, seconds, trainer.global_step)
 
-    def _draw(self, pl_module: PretrainModule, draw: Draw, datamodule: Any) -> dict[str, Tensor]:
+    def _draw(self, pl_module: PretrainModule, datamodule: Any) -> list[dict[str, Tensor]]:
+        """Its pictures and its clips."""
         batch = datamodule.transfer_batch_to_device(self._fixed_batch(datamodule), pl_module.device, 0)
         batch = datamodule.on_after_batch_transfer(batch, 0)
-        trainer = pl_module.trainer
-        with (
-            inference(pl_module),
-            seeded_everywhere(self.seed, pl_module.device),
-            trainer.precision_plugin.forward_context(),
-            gathered(pl_module),
-        ):
-            return dict(draw(batch))
+        shown = []
+        with inference(pl_module), pl_module.trainer.precision_plugin.forward_context(), gathered(pl_module):
+            for draw in (pl_module.pictures, pl_module.clips):
+                with seeded_everywhere(self.seed, pl_module.device):
+                    shown.append(dict(draw(batch)))
+        return shown
 
     def _fixed_batch(self, datamodule: Any) -> dict[str, Tensor]:
         if self._batch is None:

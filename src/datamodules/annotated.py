@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from src.datamodules.dataset import ViewedDataset
@@ -67,9 +66,10 @@ class AnnotatedDataModule(ImageDataModule):
         return names
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
-        pictures = super().on_after_batch_transfer({"image": batch["image"]}, dataloader_idx)
-        masks = {name: value.long() for name, value in batch.items() if name == "mask" and value.dtype == torch.uint8}
-        return {**batch, **pictures, **masks}
+        batch = {**batch, **super().on_after_batch_transfer({"image": batch["image"]}, dataloader_idx)}
+        if "mask" in batch:
+            batch["mask"] = batch["mask"].long()  # an eighth of it came from the loader
+        return batch
 
     def _dataset(self, source: ImageSource, view: View, limit: int | None) -> ViewedDataset:
         assert isinstance(view, JointView)  # `batch_type` has looked
