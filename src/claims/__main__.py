@@ -64,7 +64,10 @@ def measure(claim: Claim, folder: Path, again: str | None = None, data: str | No
     results = _read(folder)
     known = results.get(claim.name, {})
     forgotten = FORGET[again] if again else ()
-    kept = {key: run for key, run in known.get("runs", {}).items() if not any(word in run for word in forgotten)}
+    kept = {
+        kind: {key: run for key, run in known.get(kind, {}).items() if not any(word in run for word in forgotten)}
+        for kind in ("runs", "floors")
+    }
 
     def keep(entry: dict[str, Any]) -> None:
         # read anew: another claim may be under way beside this one
@@ -73,9 +76,9 @@ def measure(claim: Claim, folder: Path, again: str | None = None, data: str | No
     for each in claim.data:
         for key, (ours, theirs) in claim.difference(each).items():
             print(f"  {each}: {key}: {ours} in '{claim.arms[0].name}', {theirs} in '{claim.arms[1].name}'", flush=True)
-    entry = ledger.measure(claim, known=known | {"runs": kept}, keep=keep, data=data)
+    entry = ledger.measure(claim, known=known | kept, keep=keep, data=data)
     for each in claim.data:
-        known_now = ledger.outcome(claim, entry["runs"], each)
+        known_now = ledger.outcome(claim, entry, each)
         print(f"  {each}: {known_now.verdict}{f' ({known_now.note})' if known_now.note else ''}", flush=True)
     print(f"claim: wrote {folder / 'claims.md'}")
 
@@ -88,8 +91,7 @@ def show() -> None:
     results = _read(PROJECT / "docs")
     for name in configuration.names("claim"):
         claim = load(name)
-        runs = results.get(name, {}).get("runs", {})
-        verdicts = [f"{data}: {ledger.outcome(claim, runs, data).verdict}" for data in claim.data]
+        verdicts = [f"{data}: {ledger.outcome(claim, results.get(name, {}), data).verdict}" for data in claim.data]
         table.add_row(name, claim.title, ", ".join(verdicts))
     console = Console()
     console.print(table)

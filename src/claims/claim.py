@@ -70,6 +70,7 @@ class Claim:
         common: overrides of both arms.
         start: what both arms go on from: a run of its own with each seed, whose last checkpoint is their
             ``checkpoint``.
+        tried: what was done about a claim that failed; the page says it, and no result depends on it.
         split: what is judged on. Recipes are chosen on val, so that test has decided nothing; train for what training
             itself logs of its batches.
     """
@@ -90,6 +91,7 @@ class Claim:
     common: Sequence[str] = ("scale=tiny",)
     split: str = "test"
     start: Arm | None = None
+    tried: str = ""
 
     def metric_of(self, arm: Arm) -> Mapping[str, Any]:
         return self.metric if arm.metric is None else arm.metric
@@ -195,7 +197,7 @@ def parse(name: str, content: Any) -> Claim:
 
 
 def plain(claim: Claim) -> dict[str, Any]:
-    """What `parse` reads, as JSON can say it."""
+    """What `parse` reads, as JSON can say it; of what was measured, so without what was tried since."""
     return {
         "title": claim.title,
         "paper": claim.paper,

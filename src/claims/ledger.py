@@ -6,7 +6,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig
@@ -16,7 +16,7 @@ from src.bench import machine, once
 from src.bench.command import TrainingFailed
 from src.bench.report import table
 from src.claims.claim import Claim, parse, plain
-from src.claims.metrics import Metric, TrainedRun
+from src.claims.metrics import Metric, Subject
 from src.claims.verdict import Paired, paired, verdict
 from src.configuration import UserError
 
@@ -35,7 +35,8 @@ def measure(
     keep: Callable[[dict[str, Any]], None] = lambda entry: None,
     data: str | None = None,
 ) -> dict[str, Any]:
-    """Both arms with every seed on every data set, pair by pair.
+    """Both arms with every seed on every data set, pair by pair; then their floor: what the second arm scores before
+    its first step. There is none of arms that go on from another run, nor of what only training can say.
 
     Args:
         data: the data set to measure on now, the others another time; None for all.
@@ -43,8 +44,8 @@ def measure(
         keep: is given the entry after each run.
 
     Returns:
-        The claim, the arms' ``difference`` by data set, and ``runs``: for "<data>/<seed>/<arm>" the ``value`` and what
-        was ``spent``, or why it ``failed``; with where it was measured.
+        The claim, the arms' ``difference`` by data set, ``runs``: for "<data>/<seed>/<arm>" the ``value`` and what was
+        ``spent``, or why it ``failed``; and ``floors``: for "<data>/<seed>" likewise. With where each was measured.
 
     Raises:
         UserError: the arms differ in more than the claim says, the claim is not about ``data``, or a training was
@@ -54,11 +55,13 @@ def measure(
         raise UserError(f"claim '{claim.name}' is about {', '.join(claim.data)}, not about {data}")
     # before anything is trained
     differences = {each: claim.difference(each) for each in claim.data}
-    for metric in map(_metric, map(claim.metric_of, claim.arms)):
+    metrics = [_metric(claim.metric_of(arm)) for arm in claim.arms]
+    for metric in metrics:
         if claim.split not in metric.splits:
             judges = f"judges on {' or '.join(metric.splits)}"
             raise UserError(f"claim '{claim.name}': {claim.measured} {judges}, but split is {claim.split}")
-    jobs, starts = {}, {}
+    jobs, starts, floors = {}, {}, {}
+    floored = claim.start is None and claim.direction == "higher" and metrics[1].untrained
     for each in claim.data:
         for seed in claim.seeds:
             start = claim.start_words(each, seed)
@@ -67,13 +70,18 @@ def measure(
                 judged = {"metric": dict(claim.metric_of(arm)), "split": claim.split}
                 job = once.Job([*claim.words(arm, each, seed), COUNT], judged | begun)
                 jobs[key_of(each, seed, arm.name)], starts[tuple(job.words)] = job, start
+            if floored:
+                floors[f"{each}/{seed}"] = once.Job(claim.words(claim.arms[1], each, seed), judged)
 
-    def entry(runs: Mapping[str, Any]) -> dict[str, Any]:
+    def entry(runs: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "claim": plain(claim),
             "difference": {each: {key: list(pair) for key, pair in of.items()} for each, of in differences.items()},
             "runs": {key: runs[key] for key in jobs if key in runs},
+            **({"floors": {key: before[key] for key in floors if key in before}} if floors else {}),
         }
+
+    known_floors = (known or {}).get("floors", {})
 
     with _Held() as begun_from, _Held() as judged_last:
 
@@ -88,10 +96,16 @@ def measure(
             {key: job for key, job in jobs.items() if data in (None, key.split("/")[0])},
             lambda job, config: _one_run(job, config, claim.split, trained),
             known=(known or {}).get("runs", {}),
-            keep=lambda runs: keep(entry(runs)),
+            keep=lambda runs: keep(entry(runs, known_floors)),
         )
-    keep(entry(found))
-    return entry(found)
+    found_floors = once.measure_missing(
+        {key: job for key, job in floors.items() if data in (None, key.split("/")[0])},
+        lambda job, config: _one_floor(job, config, claim.split),
+        known=known_floors,
+        keep=lambda each: keep(entry(found, each)),
+    )
+    keep(entry(found, found_floors))
+    return entry(found, found_floors)
 
 
 def key_of(data: str, seed: int, arm: str) -> str:
@@ -128,7 +142,7 @@ def _one_run(
     print(f"  {' '.join(job.words)} …", flush=True)
     try:
         finished = trained(job.words, config)
-        value = _metric(job.also["metric"])(TrainedRun(finished.run, split))  # type: ignore[arg-type]
+        value = _metric(job.also["metric"])(Subject.of(finished.run, split))  # type: ignore[arg-type]
         metrics = finished.run.metrics()["train"]
         spent: dict[str, Any] = {
             "steps": finished.steps,
@@ -144,8 +158,23 @@ def _one_run(
         reason = failure.reason
     except Exception as problem:
         # whatever went wrong with one run, the others are worth having, and the page says it
-        reason = str(problem) if isinstance(problem, UserError) else f"{type(problem).__name__}: {problem}"
+        reason = _reason(problem)
     return {"failed": _short(reason)}
+
+
+def _one_floor(job: once.Job, config: DictConfig, split: str) -> dict[str, Any]:
+    print(f"  {' '.join(job.words)}, before its first step …", flush=True)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config = config.copy()
+            config.run.dir = folder  # for a tokenizer that is learned here
+            return {"value": _metric(job.also["metric"])(Subject(config, split))}  # type: ignore[arg-type]
+    except Exception as problem:
+        return {"failed": _short(_reason(problem))}
+
+
+def _reason(problem: Exception) -> str:
+    return str(problem) if isinstance(problem, UserError) else f"{type(problem).__name__}: {problem}"
 
 
 def _short(reason: str) -> str:
@@ -175,8 +204,9 @@ class Outcome:
     note: str = ""
 
 
-def outcome(claim: Claim, runs: Mapping[str, Any], data: str) -> Outcome:
+def outcome(claim: Claim, entry: Mapping[str, Any], data: str) -> Outcome:
     """A verdict needs every pair: one that fails or is missing may be the one that speaks against the claim."""
+    runs = entry.get("runs", {})
     names = [arm.name for arm in claim.arms]
     pairs: dict[int, tuple[float, float]] = {}
     failed: dict[str, str] = {}
@@ -204,8 +234,22 @@ def outcome(claim: Claim, runs: Mapping[str, Any], data: str) -> Outcome:
     if uneven:
         return Outcome(UNEVEN, pairs, failed, found, uneven)
     assert found is not None
-    note = "one seed is no verdict" if len(pairs) == 1 else ""
+    note = "one seed is no verdict" if len(pairs) == 1 else _unlearned(pairs, _floors(claim, entry, data))
     return Outcome(verdict(found, direction=claim.direction, least=claim.least), pairs, failed, found, note)
+
+
+def _floors(claim: Claim, entry: Mapping[str, Any], data: str) -> list[Mapping[str, Any] | None]:
+    """By seed; None where it was not measured."""
+    return [entry.get("floors", {}).get(f"{data}/{seed}") for seed in claim.seeds]
+
+
+def _unlearned(pairs: Mapping[int, tuple[float, float]], floors: Sequence[Mapping[str, Any] | None]) -> str:
+    """A comparison of arms of which neither has learned is one of something else, and has to say so."""
+    values = [each["value"] for each in floors if each and "value" in each]
+    if len(values) < len(floors):
+        return ""
+    best = max(statistics.fmean(arm) for arm in zip(*pairs.values(), strict=True))
+    return "" if best > statistics.fmean(values) else "neither arm ends above its random start"
 
 
 def _uneven(claim: Claim, runs: Mapping[str, Any], data: str) -> str:
@@ -223,8 +267,10 @@ def _uneven(claim: Claim, runs: Mapping[str, Any], data: str) -> str:
 
 def render(results: Mapping[str, Any], claims: Sequence[Claim]) -> str:
     """The page as markdown: of measured claims as they were measured, of ``claims`` those that were not."""
+    tried = {claim.name: claim.tried for claim in claims}
     entries: list[tuple[Claim, Mapping[str, Any]]] = [
-        (parse(name, entry["claim"]), entry) for name, entry in sorted(results.items())
+        (replace(parse(name, entry["claim"]), tried=tried.get(name, "")), entry)
+        for name, entry in sorted(results.items())
     ]
     entries += [(claim, {}) for claim in claims if claim.name not in results]
     entries.sort(key=lambda each: each[0].name)
@@ -235,8 +281,10 @@ def render(results: Mapping[str, Any], claims: Sequence[Claim]) -> str:
         "A pair of runs, one an arm, shares its seed; the arms' configurations differ in the listed keys alone. The "
         "last checkpoint is judged. *Reproduced*: the 95 % confidence interval (Student's t) of the paired difference "
         "lies on the claimed side of 0 and the mean difference reaches the least one that counts. *Not reproduced*: "
-        "the interval excludes that least difference. *Inconclusive*: neither, or runs have failed. A small "
-        "model on small pictures says nothing of the paper's own scale.",
+        "the interval excludes that least difference. *Inconclusive*: neither, or runs have failed. The *random start* "
+        "is what the second arm's network scores before its first step; where neither arm ends above it, the verdict "
+        "says so, for then it is none about what is learned. A small model on small pictures says nothing of the "
+        "paper's own scale.",
     ]
     rows = []
     for claim, entry in entries:
@@ -250,7 +298,7 @@ def render(results: Mapping[str, Any], claims: Sequence[Claim]) -> str:
 
 
 def _row(claim: Claim, entry: Mapping[str, Any], data: str) -> list[str]:
-    known = outcome(claim, entry.get("runs", {}), data)
+    known = outcome(claim, entry, data)
     return [
         f"[{claim.title}](#{claim.name})",
         data,
@@ -289,6 +337,8 @@ def _section(claim: Claim, entry: Mapping[str, Any]) -> list[str]:
     if claim.start is not None:
         how = " ".join([f"experiment={claim.start.experiment}", *claim.start.overrides])
         lines.append(f"With each seed both go on from one run of *{claim.start.name}*: `{how}`.")
+    if claim.tried:
+        lines.append(f"Tried: {' '.join(claim.tried.split())}")
     if not entry:
         return [*lines, f"Not measured yet: `make claim CLAIM={claim.name}`."]
     for data in claim.data:
@@ -298,7 +348,7 @@ def _section(claim: Claim, entry: Mapping[str, Any]) -> list[str]:
 
 def _part(claim: Claim, entry: Mapping[str, Any], data: str) -> list[str]:
     runs = {key: each for key, each in entry["runs"].items() if key.startswith(f"{data}/")}
-    known = outcome(claim, runs, data)
+    known = outcome(claim, entry, data)
     lines = [f"### {claim.name} on {data}: {_said(known)}"]
     if not runs:
         return lines
@@ -307,13 +357,16 @@ def _part(claim: Claim, entry: Mapping[str, Any], data: str) -> list[str]:
     rows = []
     for arm in claim.arms:
         each = [runs.get(key_of(data, seed, arm.name)) for seed in claim.seeds]
-        rows.append([arm.name, *map(_shown, each), _mean([run["value"] for run in each if run and "value" in run])])
+        rows.append(_scored(arm.name, each))
     if known.pairs:
         differences = [
             f"{known.pairs[seed][1] - known.pairs[seed][0]:+.4g}" if seed in known.pairs else "–"
             for seed in claim.seeds
         ]
         rows.append(["difference", *differences, _interval(known.found)])
+    floors = _floors(claim, entry, data)
+    if any(floors):
+        rows.append(_scored("random start", floors))
     lines.append(table(["", *(f"seed {seed}" for seed in claim.seeds), "mean ± deviation"], rows))
     lines += [f"- Failed, seed {key.replace('/', ', ', 1)}: {reason}" for key, reason in known.failed.items()]
     spent = [
@@ -336,6 +389,10 @@ def _where(places: Sequence[Mapping[str, Any]]) -> list[str]:
             machine.line({**group[0], "date": " to ".join(dict.fromkeys((dates[0], dates[-1]))), "others": others})
         )
     return sorted(lines)
+
+
+def _scored(name: str, runs: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    return [name, *map(_shown, runs), _mean([run["value"] for run in runs if run and "value" in run])]
 
 
 def _shown(run: Mapping[str, Any] | None) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import ClassVar, Protocol, cast
 
 import torch
@@ -29,25 +30,30 @@ HELD_OUT: tuple[Split, ...] = ("test", "val")
 
 
 @dataclass(frozen=True)
-class TrainedRun:
-    """A finished run, and where it is to be judged.
+class Subject:
+    """A method with its weights, and the data to judge it on.
 
     Args:
-        run: its folder.
+        config: its run's.
         split: what is judged on.
+        checkpoint: its weights; None for those before its first step, which are its floor.
+        logged: the last values that training logged.
     """
 
-    run: runs.Run
+    config: DictConfig
     split: Split
+    checkpoint: Path | None = None
+    logged: Mapping[str, float] = field(default_factory=dict)
 
-    @cached_property
-    def config(self) -> DictConfig:
-        return self.run.config()
+    @classmethod
+    def of(cls, run: runs.Run, split: Split) -> Subject:
+        """A finished run, with its last weights: the best ones were chosen by their score on the validation split."""
+        return cls(run.config(), split, run.last, run.metrics().get("train", {}))
 
     @cached_property
     def module(self) -> PretrainModule:
-        """With the last weights: the best ones were chosen by their score on the validation split."""
-        return trained.load(self.config, self.run.last).to(self.device)
+        loaded = trained.fresh(self.config) if self.checkpoint is None else trained.load(self.config, self.checkpoint)
+        return loaded.to(self.device)
 
     @cached_property
     def datamodule(self) -> ImageDataModule:
@@ -83,7 +89,12 @@ class Metric(Protocol):
         """What it can judge on."""
         ...
 
-    def __call__(self, trained: TrainedRun) -> float: ...
+    @property
+    def untrained(self) -> bool:
+        """Whether it says something of a network before its first step as well."""
+        ...
+
+    def __call__(self, subject: Subject) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -98,13 +109,14 @@ class Logged:
     """
 
     name: str
+    untrained: ClassVar[bool] = False
 
     @property
     def splits(self) -> Sequence[Split]:
         return ("val",) if self.name.startswith("eval/") else ("train",)
 
-    def __call__(self, trained: TrainedRun) -> float:
-        logged = trained.run.metrics().get("train", {})
+    def __call__(self, subject: Subject) -> float:
+        logged = subject.logged
         if self.name not in logged:
             raise UserError(f"training logged no '{self.name}'{nearest(self.name, list(logged))}")
         return _finite(self.name, logged[self.name])
@@ -124,19 +136,20 @@ class OnEmbeddings:
     name: str
     encoder: str | None = None
     splits: ClassVar[Sequence[Split]] = HELD_OUT
+    untrained: ClassVar[bool] = True
 
-    def __call__(self, trained: TrainedRun) -> float:
+    def __call__(self, subject: Subject) -> float:
         sets = feature_sets(
-            {"encoder": trained.encoder(self.encoder)},
-            trained.datamodule,
-            trained.device,
+            {"encoder": subject.encoder(self.encoder)},
+            subject.datamodule,
+            subject.device,
             bank_samples=None,
             query_samples=None,
-            split=trained.split,
-            precision=trained.precision,
+            split=subject.split,
+            precision=subject.precision,
             evaluators=[self.evaluator],
         )
-        return _of(self.evaluator, sets, self.name, trained.device)
+        return _of(self.evaluator, sets, self.name, subject.device)
 
 
 @dataclass(frozen=True)
@@ -156,15 +169,16 @@ class OnPatches:
     query_images: int = QUERY_IMAGES
     bank_patches: int = BANK_PATCHES
     splits: ClassVar[Sequence[Split]] = HELD_OUT
+    untrained: ClassVar[bool] = True
 
-    def __call__(self, trained: TrainedRun) -> float:
+    def __call__(self, subject: Subject) -> float:
         evaluation = PatchSegmentation(
             self.evaluator,
             bank_images=self.bank_images,
             query_images=self.query_images,
             bank_patches=self.bank_patches,
         )
-        return OnEncoder(evaluation, self.name, self.encoder)(trained)
+        return OnEncoder(evaluation, self.name, self.encoder)(subject)
 
 
 @dataclass(frozen=True)
@@ -181,11 +195,12 @@ class OnEncoder:
     name: str
     encoder: str | None = None
     splits: ClassVar[Sequence[Split]] = HELD_OUT
+    untrained: ClassVar[bool] = True
 
-    def __call__(self, trained: TrainedRun) -> float:
-        encoders = {"encoder": trained.encoder(self.encoder)}
+    def __call__(self, subject: Subject) -> float:
+        encoders = {"encoder": subject.encoder(self.encoder)}
         scores = self.evaluation(
-            encoders, trained.datamodule, trained.device, split=trained.split, precision=trained.precision
+            encoders, subject.datamodule, subject.device, split=subject.split, precision=subject.precision
         )
         return _named(self.evaluation, scores["encoder"], self.name)
 
@@ -205,12 +220,13 @@ class ImageText:
     name: str
     evaluation: ImageTextEvaluation | Localisation = field(default_factory=lambda: ImageTextEvaluation(samples=None))
     splits: ClassVar[Sequence[Split]] = HELD_OUT
+    untrained: ClassVar[bool] = True
 
-    def __call__(self, trained: TrainedRun) -> float:
-        evaluation = replace(self.evaluation, split=trained.split)
-        datamodule = cast(ImageTextDataModule, trained.datamodule)
+    def __call__(self, subject: Subject) -> float:
+        evaluation = replace(self.evaluation, split=subject.split)
+        datamodule = cast(ImageTextDataModule, subject.datamodule)
         try:
-            scores = evaluation(trained.module, datamodule, trained.device, precision=trained.precision)
+            scores = evaluation(subject.module, datamodule, subject.device, precision=subject.precision)
         except SettingError as problem:
             raise UserError(str(problem)) from problem
         return _named(self.evaluation, scores, self.name)

@@ -60,45 +60,62 @@ def entry(of: Claim, found: dict[str, Any]) -> dict[str, Any]:
 
 class TestOutcome:
     def test_a_verdict_of_pairs(self) -> None:
-        found = ledger.outcome(claim(), runs([1.0, 2.0, 3.0], [2.0, 3.1, 3.9]), "scenes")
+        found = ledger.outcome(claim(), {"runs": runs([1.0, 2.0, 3.0], [2.0, 3.1, 3.9])}, "scenes")
         assert (found.verdict, found.note) == ("reproduced", "")
         assert found.pairs == {0: (1.0, 2.0), 1: (2.0, 3.1), 2: (3.0, 3.9)}
-        lower = ledger.outcome(claim(direction="lower"), runs([1.0, 2.0, 3.0], [2.0, 3.1, 3.9]), "scenes")
+        lower = ledger.outcome(claim(direction="lower"), {"runs": runs([1.0, 2.0, 3.0], [2.0, 3.1, 3.9])}, "scenes")
         assert lower.verdict == "not reproduced"
 
     def test_before_the_last_pair_there_is_none(self) -> None:
-        found = ledger.outcome(claim(), runs([1.0, 2.0, 3.0], [2.0, 3.0, None]), "scenes")
+        found = ledger.outcome(claim(), {"runs": runs([1.0, 2.0, 3.0], [2.0, 3.0, None])}, "scenes")
         assert (found.verdict, found.note) == ("unfinished", "2 of 3 pairs")
         assert ledger.outcome(claim(), {}, "scenes").verdict == "not measured yet"
 
     def test_a_failed_run_costs_the_verdict(self) -> None:
-        found = ledger.outcome(claim(), runs([1.0, 2.0, 3.0], [2.0, broken("the loss is nan"), 4.0]), "scenes")
+        found = ledger.outcome(
+            claim(), {"runs": runs([1.0, 2.0, 3.0], [2.0, broken("the loss is nan"), 4.0])}, "scenes"
+        )
         assert (found.verdict, found.note) == ("inconclusive", "1 of 6 runs failed")
         assert found.failed == {"1/more": "the loss is nan"}
         assert found.pairs == {0: (1.0, 2.0), 2: (3.0, 4.0)}
 
     def test_without_any_pair_it_has_failed(self) -> None:
-        found = ledger.outcome(claim(), runs([1.0, 2.0, 3.0], [broken("nan")] * 3), "scenes")
+        found = ledger.outcome(claim(), {"runs": runs([1.0, 2.0, 3.0], [broken("nan")] * 3)}, "scenes")
         assert (found.verdict, found.note, found.found) == ("failed", "3 of 6 runs failed", None)
 
     def test_one_seed_is_no_verdict(self) -> None:
-        found = ledger.outcome(claim(seeds=[0]), runs([1.0], [9.0]), "scenes")
+        found = ledger.outcome(claim(seeds=[0]), {"runs": runs([1.0], [9.0])}, "scenes")
         assert (found.verdict, found.note) == ("inconclusive", "one seed is no verdict")
 
     def test_budgets_that_are_not_equal_are_no_verdict(self) -> None:
         long = [run(2.0), run(3.0), run(4.0, steps=125, seconds=63.0)]
-        found = ledger.outcome(claim(), runs([1.0, 2.0, 3.0], long), "scenes")
+        found = ledger.outcome(claim(), {"runs": runs([1.0, 2.0, 3.0], long)}, "scenes")
         assert (found.verdict, found.note) == ("no verdict", "budgets are 20 % apart in steps (100 and 125)")
         by_time = claim(budget={"equal": "seconds", "how": "x", "within": 0.05})  # 3 of 63 seconds are 4.8 %
-        assert ledger.outcome(by_time, runs([1.0, 2.0, 3.0], long), "scenes").verdict == "reproduced"
+        assert ledger.outcome(by_time, {"runs": runs([1.0, 2.0, 3.0], long)}, "scenes").verdict == "reproduced"
         stricter = claim(budget={"equal": "seconds", "how": "x", "within": 0.04})
-        assert ledger.outcome(stricter, runs([1.0, 2.0, 3.0], long), "scenes").verdict == "no verdict"
+        assert ledger.outcome(stricter, {"runs": runs([1.0, 2.0, 3.0], long)}, "scenes").verdict == "no verdict"
 
     def test_what_was_not_counted_cannot_be_equal(self) -> None:
         uncounted = run(1.0)
         del uncounted["spent"]["flops"]
         of = claim(budget={"equal": "flops", "how": "x"})
-        assert ledger.outcome(of, runs([uncounted, 1.0, 1.0], [2.0] * 3), "scenes").note == "flops were not counted"
+        assert (
+            ledger.outcome(of, {"runs": runs([uncounted, 1.0, 1.0], [2.0] * 3)}, "scenes").note
+            == "flops were not counted"
+        )
+
+    def test_arms_that_have_not_learned_say_so(self) -> None:
+        """Both means are 2 and 3; the floor's is 2.9, then 3. A floor that is not there says nothing."""
+        of, found = claim(), runs([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])
+
+        def note(*floors: float) -> str:
+            known = {f"scenes/{seed}": {"value": value} for seed, value in enumerate(floors)}
+            return ledger.outcome(of, {"runs": found, "floors": known}, "scenes").note
+
+        assert note(2.9, 2.8, 3.0) == ""
+        assert note(3.0, 2.8, 3.2) == "neither arm ends above its random start"
+        assert note(9.0, 9.0) == ""
 
 
 class TestPage:
@@ -127,6 +144,15 @@ class TestPage:
         assert "| `model.mask_ratio` | `0.5` | `0.75` |" in page
         assert "- Spent by a run of *more*: 100 steps, 6,400 images, 60 seconds, 1e+12 flops" in page
         assert page.count("commit abc") == 1
+
+    def test_the_floor_is_a_row_and_what_was_tried_is_a_line(self) -> None:
+        of = claim(tried="Half of the\n rate.")
+        known = entry(of, runs([1.0, 2.0, 3.0], [2.0, 3.0, 4.0]))
+        known["floors"] = {"scenes/0": run(3.0), "scenes/1": run(4.0), "scenes/2": broken("no data")}
+        page = ledger.render({"more": known}, [of])
+        assert "| random start | 3 | 4 | failed | 3.5 ± 0.71 |" in page
+        assert "\n\nTried: Half of the rate.\n\n" in page
+        assert "tried" not in known["claim"]  # it may be written after measuring
 
     def test_failures_stay_with_their_reasons(self) -> None:
         of = claim(data={"scenes": [], "emoji": []})
@@ -190,6 +216,28 @@ class TestMeasure:
         assert [each["value"] for each in found["runs"].values()] == [1.0, 2.0, 3.0, 4.0]
         assert found["difference"] == {"scenes": {"model.mask_ratio": [0.5, 0.75]}}
 
+    def test_the_floor_is_what_the_second_arm_begins_with(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Not where the metric is of training alone, where less is better, nor where the arms go on from a run."""
+        asked: list[list[str]] = []
+
+        def one_floor(job: once.Job, *_: Any) -> dict[str, Any]:
+            asked.append(list(job.words))
+            return {"value": 0.5}
+
+        monkeypatch.setattr(ledger, "_one_floor", one_floor)
+        patches = {"metric": {"_target_": "src.claims.metrics.OnPatches"}, "split": "val"}
+        of = self.of(**patches, arms=arms([], ["model.mask_ratio=0.5"]))
+        found = ledger.measure(of)
+        assert asked == [of.words(of.arms[1], "scenes", seed) for seed in (0, 3)]
+        assert {key: each["value"] for key, each in found["floors"].items()} == {"scenes/0": 0.5, "scenes/3": 0.5}
+        assert len(found["runs"]) == 4
+        ledger.measure(of, known=found)
+        assert (len(asked), len(self.done)) == (2, 4)
+        less = self.of(**patches, direction="lower")
+        begun = self.of(**patches, start={"name": "before", "experiment": "mae_tiny"})
+        assert not any("floors" in ledger.measure(each) for each in (self.of(), less, begun))
+        assert len(asked) == 2
+
     def test_another_recipe_metric_or_split_is_measured_again_and_nothing_else(self) -> None:
         known = ledger.measure(self.of())
         self.done.clear()
@@ -219,6 +267,11 @@ class TestMeasure:
         assert self.done == []
 
 
+def finish(folder: Path, logged: dict[str, float]) -> None:
+    (folder / "config.yaml").write_text("run: {dir: moved}\n")
+    (folder / "metrics.json").write_text(json.dumps({"train": logged}))
+
+
 def test_both_arms_of_a_pair_go_on_from_one_run(monkeypatch: pytest.MonkeyPatch, quick: None, tmp_path: Path) -> None:
     """Trained once a seed, before them; gone afterwards; a changed start is a changed recipe."""
     trained: list[list[str]] = []
@@ -234,7 +287,7 @@ def test_both_arms_of_a_pair_go_on_from_one_run(monkeypatch: pytest.MonkeyPatch,
                 checkpoint = Path(word.removeprefix("checkpoint=").strip("'"))
                 assert checkpoint.parent.parent.is_dir()
                 there.append(checkpoint.parent.parent)
-        (folder / "metrics.json").write_text(json.dumps({"train": {"step": 3, "health/effective_rank": 2.0}}))
+        finish(folder, {"step": 3, "health/effective_rank": 2.0})
         yield once.Finished(Run(folder), 1.0)
         shutil.rmtree(folder)
 
@@ -268,8 +321,7 @@ def test_arms_that_differ_in_what_they_are_judged_by_are_one_run(
         folder = tmp_path / str(len(trained))
         folder.mkdir()
         trained.append(words[2])
-        logged = {"step": 3, "health/effective_rank": 2.0, "health/feature_std": float(len(trained))}
-        (folder / "metrics.json").write_text(json.dumps({"train": logged}))
+        finish(folder, {"step": 3, "health/effective_rank": 2.0, "health/feature_std": float(len(trained))})
         yield once.Finished(Run(folder), 1.0)
         shutil.rmtree(folder)
 
@@ -296,12 +348,13 @@ def test_a_training_that_somebody_stops_did_not_fail(code: int) -> None:
 
 
 def test_from_the_command_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
-    """One arm trains and is judged on the test split, the other one's loss is no number: it is said, and kept."""
+    """One arm stays as it began and is judged on the test split, so its floor is the same; the other one's loss is no
+    number: it is said, and kept."""
     of = claim(
         seeds=[0],
         common=["scale=tiny", *SECONDS[1:-1], "trainer.max_epochs=1", "callbacks.throughput.every_n_steps=2"],
-        arms=arms(["model.mask_ratio=0.5"], ["optimizer.lr=1e20"]),
-        differs=["model.mask_ratio", "optimizer.lr", "schedules.optimizer.lr.peak"],
+        arms=arms(["optimizer.lr=0.0"], ["optimizer.lr=1e20"]),
+        differs=["optimizer.lr", "schedules.optimizer.lr.peak"],
         split="test",
         metric={
             "_target_": "src.claims.metrics.OnPatches",
@@ -316,6 +369,7 @@ def test_from_the_command_to_the_page(tmp_path: Path, monkeypatch: pytest.Monkey
     assert good["spent"]["flops"] > 0
     # 16 test pictures of 4 x 4 patches
     assert 256 * good["value"] == pytest.approx(round(256 * good["value"]), abs=1e-4)
+    assert stored["floors"]["scenes/0"]["value"] == good["value"]
     assert "the loss is" in bad["failed"]
     assert str(Path(tmp_path).parent) not in bad["failed"]
     page = (tmp_path / "claims.md").read_text()
