@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from src.datamodules.sources.source import BadSample, ImageSource, Sample
+from src.datamodules.sources.source import BadSample, ImageSource, OrderedSource, Sample
 from src.datamodules.views.view import View, stack
 from src.errors import SettingError
 from src.randomness import fold, uniform
@@ -153,7 +153,11 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
                 return sample, self.viewed(sample, numbers), beside, candidate
             except BadSample as problem:
                 self._report(candidate, problem)
-                candidate = fold(self.seed, position, attempt) % len(self.source)
+                number = fold(self.seed, position, attempt)
+                if isinstance(self.source, OrderedSource):
+                    candidate = self.source.stand_in(position, number)
+                else:
+                    candidate = number % len(self.source)
         raise BadSample(f"{_REPLACEMENTS} samples in a row could not be read, the last {self.source.name(candidate)}")
 
     def _report(self, index: int, problem: BadSample) -> None:
@@ -175,12 +179,23 @@ class TrainSampler(Sampler[list[Draw]]):
     ``micro_batches`` x ``world_size`` equal parts, of which this process takes one after the other its own. What does
     not fill a whole batch waits for another epoch's permutation.
 
+    Args:
+        order: what is dealt instead of a permutation, see `OrderedSource`.
+
     Raises:
         SettingError: the batch cannot be cut that way, or there is not one whole batch.
     """
 
     def __init__(
-        self, length: int, *, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, micro_batches: int = 1
+        self,
+        length: int,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batches: int = 1,
+        order: Callable[[int, np.random.Generator], np.ndarray] | None = None,
     ) -> None:
         if micro_batches < 1:
             raise SettingError(f"trainer.accumulate_grad_batches must be at least 1, got {micro_batches}")
@@ -198,6 +213,7 @@ class TrainSampler(Sampler[list[Draw]]):
         self.rank = rank
         self.world_size = world_size
         self.micro_batches = micro_batches
+        self.order = order
         self.epoch = 0
         self.start = 0
 
@@ -208,7 +224,8 @@ class TrainSampler(Sampler[list[Draw]]):
         return self.length // self.batch_size * self.micro_batches
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        order = np.random.default_rng(fold(self.seed, self.epoch)).permutation(self.length)
+        generator = np.random.default_rng(fold(self.seed, self.epoch))
+        order = generator.permutation(self.length) if self.order is None else self.order(self.length, generator)
         share = self.batch_size // (self.world_size * self.micro_batches)
         for micro_batch in range(self.start, len(self)):
             begin = (micro_batch * self.world_size + self.rank) * share

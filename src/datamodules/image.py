@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from src.datamodules.dataset import EvalSampler, ResumableLoader, TrainSampler, ViewedDataset
-from src.datamodules.sources.source import ImageSource, SegmentedSource, Split, TaggedSource
+from src.datamodules.sources.source import ImageSource, OrderedSource, SegmentedSource, Split, TaggedSource
 from src.datamodules.views.view import View
 from src.errors import SettingError
 
@@ -36,7 +36,8 @@ class ImageDataModule(L.LightningDataModule):
         batch_size: images per optimizer step.
         eval_batch_size: images per forward pass of an evaluation, in each process.
         seed: of order and augmentation.
-        train_samples, eval_samples: use only so many (a fixed random choice); None for all.
+        train_samples, eval_samples: use only so many (a fixed random choice; of an `OrderedSource` the first); None for
+            all.
         num_workers: loader processes; None for as many as the cores leave.
         mean, std: normalisation, per channel, of values in [0, 1].
         max_bad_share: the run stops once more than this share of the samples seen had to be replaced.
@@ -135,6 +136,7 @@ class ImageDataModule(L.LightningDataModule):
             rank=rank,
             world_size=world_size,
             micro_batches=micro_batches,
+            order=self.train_source.order if isinstance(self.train_source, OrderedSource) else None,
         )
         return ResumableLoader(dataset, sampler, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
 
@@ -223,6 +225,8 @@ class ImageDataModule(L.LightningDataModule):
     def _subset(self, source: ImageSource, limit: int | None) -> np.ndarray | None:
         if limit is None or limit >= len(source):
             return None
+        if isinstance(source, OrderedSource):
+            return np.arange(limit)  # those that lie together
         # chosen without the run's seed: every seed of a comparison trains on the same images
         return np.sort(np.random.default_rng(len(source)).permutation(len(source))[:limit])
 

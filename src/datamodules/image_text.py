@@ -11,7 +11,7 @@ from torch import Tensor
 
 from src.datamodules.batch import ImageBatch, ImageTextBatch
 from src.datamodules.dataset import ViewedDataset
-from src.datamodules.sources.source import BadSample, CaptionedSource, ImageSource
+from src.datamodules.sources.source import BadSample, CaptionedSource, ImageSource, OrderedSource
 from src.datamodules.sources.text_filter import TextFilter
 from src.datamodules.text.tokenizer import Tokenizer
 from src.datamodules.text.tokenizing import TokenizingDataModule
@@ -101,7 +101,9 @@ class ImageTextDataModule(TokenizingDataModule):
 
     def texts_to_learn_from(self) -> Iterator[str]:
         source = _captioned(self.train_source)
-        for position in np.linspace(0, len(source), min(len(source), _LEARNED_FROM), endpoint=False).astype(int):
+        few = min(len(source), _LEARNED_FROM)
+        anywhere = np.linspace(0, len(source), few, endpoint=False).astype(int)
+        for position in range(few) if isinstance(source, OrderedSource) else anywhere:
             try:
                 yield source.caption(int(position), 0.5)
             except BadSample:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
 
+import numpy as np
 import torch
 
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
@@ -23,6 +24,7 @@ __all__ = [
     "ListedTexts",
     "Mistaken",
     "MistakenSource",
+    "OrderedSource",
     "PromptedSource",
     "Prompts",
     "Sample",
@@ -67,6 +69,19 @@ class AnnotatedSource(ImageSource, Protocol):
     [T, H, W]). What the classes of ``segmentation`` are called is in an attribute ``mask_classes``."""
 
     fields: Sequence[str]
+
+
+@runtime_checkable
+class OrderedSource(ImageSource, Protocol):
+    """A source that cannot be read in any order at the same cost."""
+
+    def order(self, count: int, generator: np.random.Generator) -> np.ndarray:
+        """The positions of one epoch of the first ``count`` samples, int64 [count], drawn by ``generator`` alone."""
+        ...
+
+    def stand_in(self, index: int, number: int) -> int:
+        """A sample that costs little once the one at ``index`` was asked for; each ``number`` another one."""
+        ...
 
 
 @runtime_checkable

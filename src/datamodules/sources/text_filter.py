@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from src.datamodules.sources.source import BadSample, CaptionedSource, ListedTexts, Sample
+from src.datamodules.sources.source import BadSample, CaptionedSource, ListedTexts, OrderedSource, Sample
 from src.datamodules.sources.texts import WithTexts
 from src.errors import SettingError
 
@@ -51,6 +51,10 @@ class TextFilter:
         """
         if not isinstance(source, ListedTexts):
             raise SettingError(f"data.text_filter: {type(source).__name__} has no list of texts to filter")
+        if isinstance(source, OrderedSource):
+            raise SettingError(
+                f"data.text_filter reads all texts at the start, for which {type(source).__name__} is not"
+            )
         return FilteredTexts(source, self)
 
 

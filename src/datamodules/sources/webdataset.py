@@ -1,4 +1,5 @@
-"""WebDataset shards on local disks, read in any order: each tar's members are listed once, then read by offset."""
+"""WebDataset shards on local disks, read in any order: each tar's members are listed once, then read by offset. Those
+that are elsewhere are `sources.streamed_shards`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +28,26 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _INDEX_VERSION = 2
 
 
+class Place(NamedTuple):
+    """Where a sample is.
+
+    Args:
+        shard: its file.
+        image, text: offset and length of the members, -1 where there is none.
+        label: -1 where there is none.
+    """
+
+    shard: str
+    image: tuple[int, int]
+    label: int
+    text: tuple[int, int]
+
+
 class WebDatasetSource:
     """Samples of tar shards: members that follow each other and share a key (``a/0001`` of ``a/0001.jpg``).
 
     Random access gives what streaming cannot: exact resume, real shuffling, a length. It needs uncompressed shards on a
-    disk of this machine; an ``http://…`` address is refused.
+    disk of this machine; an ``http://…`` address is for `StreamedShards`.
 
     Args:
         split: "train", "val" or "test".
@@ -70,9 +86,9 @@ class WebDatasetSource:
     ) -> None:
         self.classes: Sequence[str] = list(classes)
         patterns, shared = files_of(split, shards, key="shards")
-        reader = _Reader(label, json_key, list(self.classes), list(image_extensions), text)
+        reader = ShardReader(label, json_key, list(self.classes), list(image_extensions), text)
         self._shards = expand(patterns)
-        keys, places, problems = [], [], dict.fromkeys(_PROBLEMS, 0)
+        keys, places, problems = [], [], no_problems()
         for number, shard in enumerate(self._shards):
             index = reader.read(shard, Path(cache_dir) if cache_dir is not None else None)
             for problem, count in index["problems"].items():
@@ -99,15 +115,29 @@ class WebDatasetSource:
         return len(self._places)
 
     def __getitem__(self, index: int) -> Sample:
-        _, offset, length, label, *_ = (int(value) for value in self._places[index])
-        return {"image": EncodedImage(self._member(index, offset, length)), "label": label}
+        place = self.place(index)
+        return {"image": EncodedImage(self.member(index, place.shard, *place.image)), "label": place.label}
 
     def name(self, index: int) -> str:
         return f"{self._shards[int(self._places[index, 0])]}#{self._keys[index]}"
 
-    def _member(self, index: int, offset: int, length: int) -> bytes:
+    def place(self, index: int) -> Place:
+        """Where the sample is.
+
+        Raises:
+            BadSample: it cannot be had.
+        """
+        shard, offset, length, label, *text = (int(value) for value in self._places[index])
+        return Place(self._shards[shard], (offset, length), label, (text[0], text[1]))
+
+    def member(self, index: int, shard: str, offset: int, length: int) -> bytes:
+        """The content of a member of the sample.
+
+        Raises:
+            BadSample: it is not there any more.
+        """
         try:
-            with open(self._shards[int(self._places[index, 0])], "rb") as file:
+            with open(shard, "rb") as file:
                 file.seek(offset)
                 data = file.read(length)
         except OSError as error:
@@ -117,12 +147,42 @@ class WebDatasetSource:
         return data
 
 
-class CaptionedWebDatasetSource(WithTexts, WebDatasetSource):
+class TextsInShards(WithTexts):
+    """The texts of a source of shards.
+
+    Args:
+        text: extension of their member.
+        text_key: where that is JSON, the key of the text, or list of texts; several keys are several texts.
+    """
+
+    place: Callable[[int], Place]
+    member: Callable[[int, str, int, int], bytes]
+    name: Callable[[int], str]
+
+    def __init__(self, text: str, text_key: str | Sequence[str]) -> None:
+        self._text_keys = None if text != "json" else [text_key] if isinstance(text_key, str) else list(text_key)
+
+    def told(self, index: int) -> Sequence[object]:
+        place = self.place(index)
+        data = self.member(index, place.shard, *place.text) if place.text[1] > 0 else b""
+        # what is no UTF-8 stays recognisable, and is refused as such
+        text = data.decode("utf-8-sig", "surrogateescape")
+        if self._text_keys is None or not text:
+            return [text]
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BadSample(f"{self.name(index)}: its text is no JSON: {error}") from error
+        found = content if isinstance(content, dict) else {}
+        return [each for key in self._text_keys for each in listed(found.get(key))]
+
+
+class CaptionedWebDatasetSource(TextsInShards, WebDatasetSource):
     """Shards with texts, as img2dataset writes them: ``key.jpg``, ``key.txt``, ``key.json``.
 
-    As in `WebDatasetSource`, samples are read by offset, in any order, so nothing special is needed for these shards:
-    an epoch is one permutation of all samples of all shards, dealt to processes and workers like any other data, and a
-    run that is taken up again goes on with the sample it had come to.
+    As in `WebDatasetSource`, samples are read by offset, in any order: an epoch is one permutation of all samples,
+    dealt to processes and workers like any other data, and a run that is taken up again goes on with the sample it had
+    come to.
 
     A picture without a text stays in the list and is replaced when it is drawn; texts without a picture are left out.
     Texts are read when they are drawn: only their places are held.
@@ -147,8 +207,8 @@ class CaptionedWebDatasetSource(WithTexts, WebDatasetSource):
         label: str | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(split, shards=shards, label=label, text=text, **options)
-        self._text_keys = None if text != "json" else [text_key] if isinstance(text_key, str) else list(text_key)
+        WebDatasetSource.__init__(self, split, shards=shards, label=label, text=text, **options)
+        TextsInShards.__init__(self, text, text_key)
         without = int((self._places[:, 5] <= 0).sum())
         if without == len(self):
             raise DataError(
@@ -157,20 +217,6 @@ class CaptionedWebDatasetSource(WithTexts, WebDatasetSource):
             )
         if without:
             log.warning("samples without a text (replaced when drawn): %d of %d", without, len(self))
-
-    def told(self, index: int) -> Sequence[object]:
-        offset, length = (int(value) for value in self._places[index, 4:6])
-        data = self._member(index, offset, length) if length > 0 else b""
-        # what is no UTF-8 stays recognisable, and is refused as such
-        text = data.decode("utf-8-sig", "surrogateescape")
-        if self._text_keys is None or not text:
-            return [text]
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BadSample(f"{self.name(index)}: its text is no JSON: {error}") from error
-        found = content if isinstance(content, dict) else {}
-        return [each for key in self._text_keys for each in listed(found.get(key))]
 
 
 _NO_TAR = "shards that are not an uncompressed tar (left out)"
@@ -182,7 +228,11 @@ _TWICE = "members or samples of a name that was there before (left out)"
 _PROBLEMS = (_NO_TAR, _CUT, _NO_IMAGE, _NO_KEY, _NO_LABEL, _TWICE)
 
 
-class _Reader(NamedTuple):
+def no_problems() -> dict[str, int]:
+    return dict.fromkeys(_PROBLEMS, 0)
+
+
+class ShardReader(NamedTuple):
     """Lists the samples of a shard: [key, offset, length, label, offset and length of the text] of each picture, the
     last two -1 where there is none, and what was wrong."""
 
@@ -216,7 +266,7 @@ class _Reader(NamedTuple):
         return index
 
     def _list(self, shard: str, size: int) -> dict[str, Any]:
-        samples, seen, problems = [], set(), dict.fromkeys(_PROBLEMS, 0)
+        samples, seen, problems = [], set(), no_problems()
         with open(shard, "rb") as file:
             for key, members in itertools.groupby(_members(file, size, problems), key=lambda member: member[0]):
                 if not key:
@@ -287,6 +337,11 @@ def _members(file: Any, size: int, problems: dict[str, int]) -> Iterator[tuple[s
         problems[_CUT] += 1
 
 
+def is_address(path: str) -> bool:
+    """Whether it is elsewhere, and not a path on this machine."""
+    return re.match(r"[a-z][a-z0-9+.-]*:", path) is not None and not path.startswith("file:")
+
+
 def expand(patterns: Iterable[str]) -> list[str]:
     """Paths of shards: braces and wildcards expanded, in order.
 
@@ -295,11 +350,12 @@ def expand(patterns: Iterable[str]) -> list[str]:
     """
     paths: list[str] = []
     for pattern in patterns:
-        if re.match(r"[a-z][a-z0-9+.-]*:", pattern) and not pattern.startswith("file:"):
+        if is_address(pattern):
             raise DataError(
-                f"{pattern} is not a path on this machine, but random access needs local shards: download them first"
+                f"{pattern} is not a path on this machine, but random access needs local shards: download them first, "
+                "or take data=img2dataset_streamed or webdataset_streamed"
             )
-        for path in _braces(os.path.expanduser(pattern.removeprefix("file://").removeprefix("file:"))):
+        for path in braces(os.path.expanduser(pattern.removeprefix("file://").removeprefix("file:"))):
             found = sorted(glob.glob(path)) if re.search(r"[*?]", path) else [path]
             paths.extend(found)
             if not found:
@@ -310,7 +366,7 @@ def expand(patterns: Iterable[str]) -> list[str]:
     return paths
 
 
-def _braces(pattern: str) -> list[str]:
+def braces(pattern: str) -> list[str]:
     """``a{00..02}`` as a00, a01, a02; ``{x,y}`` as x, y; several in one pattern multiply."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if match is None:
@@ -321,4 +377,4 @@ def _braces(pattern: str) -> list[str]:
         options = [str(number).zfill(len(span[1])) for number in range(low, high + 1)]
     else:
         options = match[1].split(",")
-    return [path for option in options for path in _braces(pattern[: match.start()] + option + pattern[match.end() :])]
+    return [path for option in options for path in braces(pattern[: match.start()] + option + pattern[match.end() :])]

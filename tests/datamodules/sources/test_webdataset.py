@@ -127,13 +127,13 @@ class TestKeptIndex:
     def test_is_used_until_the_shard_changes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shard = write(tmp_path / "a.tar", plain(0, 3))
         listed: list[str] = []
-        read = webdataset._Reader._list
+        read = webdataset.ShardReader._list
 
-        def spy(self: webdataset._Reader, path: str, size: int) -> dict:
+        def spy(self: webdataset.ShardReader, path: str, size: int) -> dict:
             listed.append(path)
             return read(self, path, size)
 
-        monkeypatch.setattr(webdataset._Reader, "_list", spy)
+        monkeypatch.setattr(webdataset.ShardReader, "_list", spy)
 
         def load(**options: object) -> WebDatasetSource:
             return WebDatasetSource("train", shards=str(shard), cache_dir=tmp_path / "cache", val_share=0.0, **options)
