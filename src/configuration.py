@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +65,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
             values = [override for override in parsed if override not in groups]
             for override in values:
                 _check_value(override, base)
-            return hydra_compose(config_name, list(overrides)) if values else base
+            return hydra_compose(config_name, [override.input_line or "" for override in parsed]) if values else base
         except (HydraException, OmegaConfBaseException) as problem:
             raise UserError(_first_lines(problem)) from problem
 
@@ -156,10 +157,17 @@ def default_precision() -> str:
     return "bf16-mixed" if torch.cpu._is_amx_tile_supported() else "32-true"
 
 
+_NUMBERED = re.compile(r"\{\d+\.\.\d+\}")
+
+
 def _parse(overrides: Sequence[str]) -> list[Override]:
     parser = OverridesParser.create()
     parsed = []
     for line in overrides:
+        key, equals, value = line.partition("=")
+        if _NUMBERED.search(value) and value[:1] not in "'\"[{":
+            # shards {000..099}.tar, whose quotes the shell has taken: nothing else is written that way
+            line = f"{key}{equals}'{value}'"
         try:
             parsed.append(parser.parse_override(line))
         except HydraException as problem:

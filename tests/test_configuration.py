@@ -72,6 +72,15 @@ def test_a_mistake_is_answered_with_what_to_type(words, told):
     assert told in answer(*words)
 
 
+@pytest.mark.parametrize("word", ["a/{00..11}.tar", "'a/{00..11}.tar'", '"a/{00..11}.tar"'])
+def test_numbered_shards_need_no_quotes_that_outlast_the_shell(word):
+    words = [TINY, "data=webdataset", f"data.source.shards.train={word}", "data.source.shards.val=[a/{0..1}.tar,b.tar]"]
+    with pytest.raises(UserError, match="cannot read the override"):
+        compose("train", words)  # a list is Hydra's own to read
+    shards = compose("train", words[:-1]).data.source.shards
+    assert shards.train == "a/{00..11}.tar"
+
+
 def test_nearest_names_at_most_three_and_nothing_where_nothing_is_near():
     assert nearest("mae_vitb", ["mae_vitl", "mae_vitb16", "mae_vith", "mae_vits"]).count(" or ") == 2
     assert nearest("zzz", ["a", "b"]) == "; there are a, b"
