@@ -86,6 +86,18 @@ class DepthBatch(TypedDict):
     replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
 
 
+class NormalsBatch(TypedDict):
+    """One view an image, and which way faces what its pixels show."""
+
+    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalised with the DataModule's mean and std
+    # unit vectors to the side the camera is on: x to the right, y down, z away from the camera, so z < 0
+    normals: Annotated[Tensor, Field("B 3 H W", torch.float32, exact=True)]
+    valid: Annotated[Tensor, Field("B H W", torch.bool)]  # where they are known
+    label: Annotated[Tensor, Field("B", torch.int64)]  # class of the image, -1 where the source has none
+    index: Annotated[Tensor, Field("B", torch.int64)]  # position in the source
+    replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
+
+
 class DetectionBatch(TypedDict):
     """One view an image, filled up to one size at the right and at the bottom, and the things that are seen in it."""
 

@@ -21,6 +21,7 @@ from src.datamodules.batch import (
     BatchError,
     DepthBatch,
     DetectionBatch,
+    NormalsBatch,
     SegmentationBatch,
     validate,
 )
@@ -30,7 +31,15 @@ from src.datamodules.scenes import render
 from src.datamodules.scenes.source import ScenesSource
 from src.datamodules.sources.source import BadSample, Sample, Split
 from src.datamodules.views.image import CentreCrop
-from src.datamodules.views.joint import DepthView, DetectionView, FilledCrop, JointView, RandomRescale, SegmentationView
+from src.datamodules.views.joint import (
+    DepthView,
+    DetectionView,
+    FilledCrop,
+    JointView,
+    NormalsView,
+    RandomRescale,
+    SegmentationView,
+)
 from src.errors import SettingError
 from src.train import check_batches
 from tests.models.downstream.test_segmentation import linear
@@ -44,7 +53,7 @@ class Encoded:
     What a view does to a mask can so be read off the picture. Every class is a block of pixels; blocks are 8 wide.
     """
 
-    fields = ("segmentation", "depth", "boxes", "box_labels", "instance_masks")
+    fields = ("segmentation", "depth", "normals", "boxes", "box_labels", "instance_masks")
     mask_classes = tuple("abcdefghijklmnopqrstuvwx")
     classes = ()
 
@@ -62,7 +71,9 @@ class Encoded:
         kinds = classes.unique()
         masks = classes == kinds[:, None, None]
         mask = classes.to(torch.uint8)
+        turn = (1 + classes) / 30
         fields = {
+            "normals": torch.stack([turn.sin() * 0.8, turn.sin() * 0.6, -turn.cos()]),
             "segmentation": mask[:-1] if index in self.torn else mask,
             "depth": (classes + 1).float() / 10,
             "boxes": torch.from_numpy(render.boxes_of(masks.numpy())),
@@ -131,6 +142,27 @@ class TestGeometry:
         assert {round(value, 5) for value in found.unique().tolist()} <= known
         pure = inner(batch["depth"]) & batch["valid"]
         torch.testing.assert_close(batch["image"][:, 0][pure].float() / 100 + 0.1, batch["depth"][pure])
+
+    def test_normals_are_mirrored_with_their_picture(self) -> None:
+        """A picture's class says its normal: to the right and down, but where the picture was turned round."""
+        for flip, senses in (
+            (v2.RandomHorizontalFlip(p=0.0), (1, 1)),
+            (v2.RandomHorizontalFlip(p=1.0), (-1, 1)),
+            (v2.RandomVerticalFlip(p=1.0), (1, -1)),
+        ):
+            batch = rows(NormalsView((RandomRescale(32, 64, (0.5, 2.0)), FilledCrop(32), flip)))
+            x, y, z = batch["normals"].unbind(dim=1)
+            pure = inner(z) & batch["valid"]
+            turn = (batch["image"][:, 0][pure].float() / 10 + 1) / 30
+            torch.testing.assert_close(z[pure], -turn.cos())
+            torch.testing.assert_close(x[pure], senses[0] * 0.8 * turn.sin())
+            torch.testing.assert_close(y[pure], senses[1] * 0.6 * turn.sin())
+            assert not batch["normals"].movedim(1, -1)[~batch["valid"]].any()
+        drawn = rows(NormalsView(GEOMETRY))
+        signs = {
+            float(each[0][valid].sign().mean()) for each, valid in zip(drawn["normals"], drawn["valid"], strict=True)
+        }
+        assert signs == {1.0, -1.0}  # some of the twelve, and those alone
 
     def test_depths_out_of_range_or_not_finite_are_unknown(self) -> None:
         image = torch.zeros(3, 1, 5, dtype=torch.uint8)
@@ -310,10 +342,11 @@ class TestBatches:
         [
             (SegmentationView(GEOMETRY), SegmentationBatch),
             (DepthView(GEOMETRY), DepthBatch),
+            (NormalsView(GEOMETRY), NormalsBatch),
             (DetectionView(GEOMETRY), DetectionBatch),
             (DetectionView(GEOMETRY, masks=True), DetectionBatch),
         ],
-        ids=["segmentation", "depth", "boxes", "things"],
+        ids=["segmentation", "depth", "normals", "boxes", "things"],
     )
     def test_they_are_what_their_type_says(self, view: JointView, kind: type) -> None:
         data = module(view)
@@ -351,7 +384,7 @@ class TestBatches:
 
 
 class TestScenes:
-    FIELDS = ("segmentation", "depth", "boxes", "box_labels", "instance_masks")
+    FIELDS = ("segmentation", "depth", "normals", "boxes", "box_labels", "instance_masks")
 
     def test_truth_from_the_cache_is_that_which_is_rendered(self, tmp_path: Path) -> None:
         make = partial(ScenesSource, "val", count=6, resolution=24, fields=self.FIELDS)
@@ -375,6 +408,9 @@ class TestScenes:
             expected = (masks * (1 + kinds)[:, None, None]).sum(axis=0)
             assert np.array_equal(ours["segmentation"].numpy(), expected)
             assert torch.equal(kept.segmentation(index), ours["segmentation"])
+            shown = np.concatenate([~masks.any(axis=0, keepdims=True), masks])
+            facing = np.einsum("thw,tc->chw", shown.astype(np.float32), render.facings(scene))
+            np.testing.assert_allclose(ours["normals"], facing, atol=1e-7)
         theirs["depth"].zero_()  # a sample is a copy
         assert kept[5]["fields"]["depth"].min() > 0
 

@@ -100,6 +100,18 @@ def depth(scene: Scene, resolution: int) -> np.ndarray:
     return result
 
 
+def facings(scene: Scene) -> np.ndarray:
+    """Unit vectors across the planes of the backdrop and of each thing, to the camera's side: float32 [1 + T, 3], x to
+    the right, y down, z away from the camera. Reliefs and rims of things are light, and count for nothing."""
+    across: list[tuple[float, ...]] = [(*scene.background.slope, -1.0)]
+    for thing in scene.things:
+        away = axes(thing.rotation)[2]
+        offset = tuple(p - c for p, c in zip(thing.position, scene.camera.position, strict=True))
+        across.append(tuple(-math.copysign(1.0, _dot(away, offset)) * each for each in away))
+    found = np.asarray(across, np.float32)
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
 def label(scene: Scene, kinds: tuple[Kind, ...] = KINDS) -> int:
     """The kind of the main thing, as its position in ``kinds``."""
     return kinds.index(scene.things[0].kind)

@@ -32,8 +32,8 @@ PROMPTS = Prompts(
     single="a photo of a {}",
 )
 _ATTEMPTS = 64  # every other one succeeds
-FIELDS = ("labels", "boxes", "box_labels", "instance_masks", "segmentation", "depth")
-_OF_THINGS = ("boxes", "box_labels", "instance_masks", "segmentation")
+FIELDS = ("labels", "boxes", "box_labels", "instance_masks", "segmentation", "normals", "depth")
+_OF_THINGS = ("boxes", "box_labels", "instance_masks", "segmentation", "normals")
 
 
 @dataclass(frozen=True)
@@ -285,6 +285,8 @@ class ScenesSource:
                 found["boxes"] = render.boxes_of(masks)
             if "segmentation" in self.fields:
                 found["segmentation"] = _classes(things, kinds)
+            if "normals" in self.fields:
+                found["normals"] = np.moveaxis(render.facings(self.scene(index))[things], -1, 0).copy()
         if "depth" in self.fields:
             kept = self._truths.get("depth")
             depth = render.depth(self.scene(index), self.resolution) if kept is None else np.array(kept[index])

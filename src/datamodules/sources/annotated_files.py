@@ -19,6 +19,7 @@ from src.datamodules.sources.source import Sample, Split
 from src.datamodules.sources.splits import PackedNames
 from src.errors import SettingError
 
+_OFF_UNIT = 0.25  # a unit vector in 8 bits a channel is off by a hundredth
 _INDEXED = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # Pillow's modes of one number a pixel
 
 
@@ -76,9 +77,9 @@ class PairedFiles(ABC):
         if not path.is_file():
             raise BadSample(f"its {self.fields[0]} {path} does not exist")
         value = self.read(path)
-        if tuple(value.shape) != image.size:
+        if tuple(value.shape[-2:]) != image.size:
             raise BadSample(
-                f"its {self.fields[0]} has {value.shape[0]}x{value.shape[1]} pixels, the picture "
+                f"its {self.fields[0]} has {value.shape[-2]}x{value.shape[-1]} pixels, the picture "
                 f"{image.size[0]}x{image.size[1]}"
             )
         return {"image": image, "label": -1, "fields": {self.fields[0]: value}}
@@ -88,7 +89,7 @@ class PairedFiles(ABC):
 
     @abstractmethod
     def read(self, path: Path) -> Tensor:
-        """The ground truth in a file: [H, W]. Raises BadSample."""
+        """The ground truth in a file: [..., H, W]. Raises BadSample."""
 
 
 class SegmentationFiles(PairedFiles):
@@ -198,6 +199,50 @@ class DepthFiles(PairedFiles):
         return torch.from_numpy(np.where(known, depth, 0).astype(np.float32))
 
 
+class NormalFiles(PairedFiles):
+    """Pictures with surface normals: PNGs of three channels that say (n + 1) / 2 of 255, or arrays of NumPy (``.npy``,
+    [H, W, 3]). What has not about the length of a unit, such as grey or black, is not known.
+
+    Args:
+        split, root, images: see `PairedFiles`.
+        normals: by split the folder of the normals.
+        signs: what the three channels are multiplied by, so that x points to the right, y down and z away from the
+            camera. Data sets differ: one whose y points up and whose z points to the camera has [1, -1, -1].
+
+    Raises:
+        DataError: see `PairedFiles`.
+        SettingError: signs that are not three of 1 and -1.
+    """
+
+    fields = ("normals",)
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        root: str | Path,
+        images: Mapping[Split, str],
+        normals: Mapping[Split, str] | None = None,
+        signs: Sequence[int] = (1, 1, 1),
+    ) -> None:
+        super().__init__(split, root=root, images=images, truths=normals, key="normals", extensions=(".png", ".npy"))
+        if len(signs) != 3 or set(signs) - {1, -1}:
+            raise SettingError(f"data.source.signs: three numbers of 1 and -1 are needed, got {list(signs)}")
+        self.signs = np.array(signs, np.float32)
+
+    def read(self, path: Path) -> Tensor:
+        if path.suffix == ".npy":
+            said = _array(path, channels=3)
+        else:
+            said = _pixels(path, ("RGB", "RGBA"), "three channels")[..., :3] / 127.5 - 1
+        length = np.linalg.norm(said, axis=-1, keepdims=True)
+        known = np.isfinite(length) & (np.abs(length - 1) < _OFF_UNIT)
+        if not known.any():
+            raise BadSample(f"nothing is known in {path}")
+        normals = np.divide(said * self.signs, length, out=np.zeros_like(said), where=known)
+        return torch.from_numpy(np.moveaxis(normals, -1, 0).astype(np.float32))
+
+
 def _listed(place: Path) -> list[tuple[str, str]]:
     pairs = []
     for number, line in enumerate(place.read_text(encoding="utf-8").splitlines(), start=1):
@@ -227,12 +272,16 @@ def _in_folders(root: Path, images: str, truths: str, extensions: Sequence[str],
 
 def _indices(path: Path) -> np.ndarray:
     """A picture whose pixels are numbers, as they are in the file: [H, W]."""
+    return _pixels(path, _INDEXED, "one number a pixel")
+
+
+def _pixels(path: Path, modes: Sequence[str], wanted: str) -> np.ndarray:
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise BadSample(f"{path}: more pixels than {MAX_PIXELS}")
-            if image.mode not in _INDEXED:
-                raise BadSample(f"{path} has colours ('{image.mode}'), not one number a pixel")
+            if image.mode not in modes:
+                raise BadSample(f"{path} has pixels of the kind '{image.mode}', not {wanted}")
             return np.asarray(image)
     except BadSample:
         raise
@@ -240,11 +289,14 @@ def _indices(path: Path) -> np.ndarray:
         raise BadSample(f"{path} cannot be decoded: {error or type(error).__name__}") from error
 
 
-def _array(path: Path) -> np.ndarray:
+def _array(path: Path, channels: int | None = None) -> np.ndarray:
+    """[H, W], or [H, W, channels]."""
     try:
         values = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise BadSample(f"{path} cannot be read: {error}") from error
-    if values.ndim != 2 or values.dtype.kind not in "fiu":
-        raise BadSample(f"{path} holds {values.dtype} {list(values.shape)}, not numbers [H, W]")
+    last = () if channels is None else (channels,)
+    if values.ndim != 2 + len(last) or values.shape[2:] != last or values.dtype.kind not in "fiu":
+        wanted = ", ".join(["H", "W", *map(str, last)])
+        raise BadSample(f"{path} holds {values.dtype} {list(values.shape)}, not numbers [{wanted}]")
     return values

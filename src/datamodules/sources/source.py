@@ -65,8 +65,10 @@ class ImageSource(Protocol):
 class AnnotatedSource(ImageSource, Protocol):
     """A source whose samples carry ``fields``. Of the same names in all sources are ``segmentation`` (uint8 [H, W],
     class of each pixel, 255 where it counts for nothing), ``depth`` (float32 [H, W], metres, 0 or NaN where it is not
-    known), ``boxes`` (float32 [T, 4], x0 y0 x1 y1 in pixels), ``box_labels`` (int64 [T]) and ``instance_masks`` (bool
-    [T, H, W]). What the classes of ``segmentation`` are called is in an attribute ``mask_classes``."""
+    known), ``normals`` (float32 [3, H, W], of unit length, x to the right, y down and z away from the camera, which is
+    on their side; nought where they are not known), ``boxes`` (float32 [T, 4], x0 y0 x1 y1 in pixels), ``box_labels``
+    (int64 [T]) and ``instance_masks`` (bool [T, H, W]). What the classes of ``segmentation`` are called is in an
+    attribute ``mask_classes``."""
 
     fields: Sequence[str]
 

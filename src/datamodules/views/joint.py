@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from src.datamodules.batch import IGNORED, DepthBatch, DetectionBatch, SegmentationBatch
+from src.datamodules.batch import IGNORED, DepthBatch, DetectionBatch, NormalsBatch, SegmentationBatch
 from src.datamodules.decoding import BadSample, EncodedImage
 from src.datamodules.views.image import to_tensor
 from src.datamodules.views.view import stack
@@ -153,6 +153,32 @@ class DepthView(JointView):
     def unwrapped(self, moved: Mapping[str, Any]) -> dict[str, Tensor]:
         depth = _plain(moved["depth"])
         return {"image": _plain(moved["image"]), "depth": depth, "valid": depth > 0}
+
+
+@dataclass(frozen=True)
+class NormalsView(JointView):
+    """Which way faces what each pixel shows, of the field ``normals``: float32 [3, H, W], of unit length, or nought
+    where it is not known. In a mirrored picture normals are mirrored as well: the numbers of rows and columns go
+    through the transforms with them, and tell. Nothing is interpolated.
+    """
+
+    batch_type: ClassVar[type] = NormalsBatch
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return ("normals",)
+
+    def wrapped(self, fields: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        normals = _fitting("normals", fields, size).to(torch.float32)
+        rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float32) for side in size), indexing="ij")
+        return {"normals": tv_tensors.Mask(torch.stack([*normals, columns, rows]))}
+
+    def unwrapped(self, moved: Mapping[str, Any]) -> dict[str, Tensor]:
+        normals, places = _plain(moved["normals"]).split([3, 2])
+        valid = normals.square().sum(dim=0) > 0.5
+        normals[0] *= _sense(places[0], valid)
+        normals[1] *= _sense(places[1].T, valid.T)
+        return {"image": _plain(moved["image"]), "normals": normals, "valid": valid}
 
 
 @dataclass(frozen=True)
@@ -326,6 +352,12 @@ def _size_of(inputs: list[Any]) -> tuple[int, int]:
     """Height and width of the picture among them."""
     height, width = next(each for each in inputs if isinstance(each, tv_tensors.Image)).shape[-2:]
     return int(height), int(width)
+
+
+def _sense(places: Tensor, valid: Tensor) -> int:
+    """-1 where the numbers of places, [H, W], fall from the left to the right, else 1."""
+    steps = places.diff(dim=1)[valid[:, 1:] & valid[:, :-1]]
+    return -1 if steps.sum() < 0 else 1
 
 
 def _fitting(name: str, fields: Mapping[str, Tensor], size: tuple[int, int]) -> Tensor:

@@ -26,6 +26,13 @@ def of_depths(depth: Tensor, nearest: Tensor, farthest: Tensor) -> Tensor:
     return _channels_first(_ramp().to(depth.device)[(share * 255).round().long()])
 
 
+def of_normals(normals: Tensor) -> Tensor:
+    """Red the farther to the right they point, green the farther up, blue the more to the camera: [B, 3, H, W] ->
+    uint8 [B, 3, H, W]; what has no length is grey."""
+    signs = torch.tensor((1.0, -1.0, -1.0), device=normals.device)[:, None, None]
+    return ((normals.float() * signs + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def _channels_first(colours: Tensor) -> Tensor:
     return colours.movedim(-1, -3).contiguous()
 

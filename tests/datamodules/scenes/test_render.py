@@ -267,6 +267,28 @@ def test_camera_that_moves_right_shifts_near_things_more_than_far_ones() -> None
     np.testing.assert_allclose(shift, [0.3 * 2 / 3 * 300, 0.3 * 2 / 6 * 300], atol=1.0)
 
 
+def test_normals_are_those_of_the_surface_that_the_depths_span(scenes: list[Scene]) -> None:
+    """Three pixels that show one thing span a triangle in space; its normal, to the camera's side, is the thing's."""
+    checked = 0
+    for scene in scenes:
+        resolution, focal = 64, scene.camera.focal
+        depth = render.depth(scene, resolution).astype(np.float64)
+        axis = (np.arange(resolution) + 0.5) * 2 / resolution - 1
+        points = np.stack([axis[None, :] * depth / focal, axis[:, None] * depth / focal, depth])
+        beside, below = np.diff(points, axis=2)[:, :-1], np.diff(points, axis=1)[:, :, :-1]
+        spanned = -np.cross(beside, below, axis=0)  # x to the right, y down: their product points away
+        spanned /= np.linalg.norm(spanned, axis=0)
+        masks = render.instance_masks(scene, resolution)
+        facings = render.facings(scene)
+        assert np.sum(facings * facings, axis=1) == pytest.approx(1)
+        assert (facings[:, 2] < 0).all()
+        for mask, facing in zip([~masks.any(axis=0), *masks], facings, strict=True):
+            whole = mask[:-1, :-1] & mask[1:, :-1] & mask[:-1, 1:]
+            np.testing.assert_allclose(spanned[:, whole], np.broadcast_to(facing[:, None], (3, whole.sum())), atol=2e-3)
+            checked += whole.sum()
+    assert checked > 1000
+
+
 def test_backdrop_depth_is_its_plane() -> None:
     background = replace(_scene().background, slope=(0.2, -0.1))
     scene = _scene(camera=Camera(position=(0.5, -0.3, 0.2), focal=2.0), background=background)

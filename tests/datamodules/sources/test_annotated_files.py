@@ -14,7 +14,7 @@ from PIL import Image
 from src.datamodules.annotated import AnnotatedDataModule
 from src.datamodules.batch import IGNORED, DepthBatch, SegmentationBatch, validate
 from src.datamodules.decoding import BadSample, DataError
-from src.datamodules.sources.annotated_files import DepthFiles, SegmentationFiles
+from src.datamodules.sources.annotated_files import DepthFiles, NormalFiles, SegmentationFiles
 from src.datamodules.views.joint import DepthView, FilledCrop, RandomRescale, SegmentationView
 from src.errors import SettingError
 
@@ -75,7 +75,7 @@ def test_a_palette_is_read_as_its_numbers(ade: Path) -> None:
             lambda file: save(file, np.full((2, 3), 4, np.uint8)),
             "holds 4, which is none of 3 classes after the shift by 1",
         ),
-        (lambda file: save(file, np.ones((2, 3, 3), np.uint8)), r"has colours \('RGB'\), not one number a pixel"),
+        (lambda file: save(file, np.ones((2, 3, 3), np.uint8)), r"pixels of the kind 'RGB', not one number a pixel"),
     ],
     ids=["missing", "nonsense", "cut", "size", "class", "colours"],
 )
@@ -151,6 +151,35 @@ def test_depths_in_metres_in_arrays(nyu: Path) -> None:
         np.save(nyu / "depth/a.npy", values, allow_pickle=True)
         with pytest.raises(BadSample, match=message):
             source[0]
+
+
+def test_normals_in_colours_and_in_arrays(nyu: Path) -> None:
+    """Right is +x; up and to the camera where the data set says so by its signs; grey and black say nothing."""
+    said = np.array([[[255, 128, 128], [128, 255, 128], [128, 128, 255]]], np.uint8)
+    for name in "ab":
+        save(nyu / f"normals/{name}.png", said)
+    folders: Any = {"images": {"train": "rgb"}, "normals": {"train": "normals"}}
+    found = NormalFiles("train", root=nyu, **folders, signs=(1, -1, -1))[0]["fields"]["normals"]
+    expected = torch.tensor([[[1.0, 0, 0]], [[0, -1.0, 0]], [[0, 0, -1.0]]])
+    torch.testing.assert_close(found, expected, atol=0.006, rtol=0)
+    torch.testing.assert_close(found.norm(dim=0), torch.ones(1, 3))
+    said[0, 1:] = [[128, 128, 128], [0, 0, 0]]
+    save(nyu / "normals/a.png", said)
+    assert NormalFiles("train", root=nyu, **folders)[0]["fields"]["normals"].norm(dim=0).round().tolist() == [[1, 0, 0]]
+    (nyu / "normals/a.png").unlink()
+    for values, message in (
+        (np.zeros((1, 3)), r"holds float64 \[1, 3\], not numbers \[H, W, 3\]"),
+        (np.zeros((1, 3, 3)), "nothing is known in"),
+        (np.ones((2, 3, 3)) / 3**0.5, "its normals has 2x3 pixels, the picture 1x3"),
+    ):
+        np.save(nyu / "normals/a.npy", values)
+        with pytest.raises(BadSample, match=message):
+            NormalFiles("train", root=nyu, **folders)[0]
+    save(nyu / "normals/b.png", np.zeros((1, 3), np.uint8))
+    with pytest.raises(BadSample, match="pixels of the kind 'L', not three channels"):
+        NormalFiles("train", root=nyu, **folders)[1]
+    with pytest.raises(SettingError, match=r"three numbers of 1 and -1 are needed, got \[1, 0, 1\]"):
+        NormalFiles("train", root=nyu, **folders, signs=(1, 0, 1))
 
 
 def test_lists_and_settings_that_make_no_sense_are_refused(nyu: Path) -> None:

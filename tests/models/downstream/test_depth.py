@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.errors import SettingError
-from src.models.downstream.depth import DepthEstimator, Fusion, Reassemble, depth_errors
+from src.models.downstream.depth import DepthEstimator, depth_errors
+from src.models.downstream.dpt import Fusion, Reassemble
 from src.models.losses.depth import silog
 from src.optim import OptimizerRecipe, Rule
 from tests.models.downstream.toy import SIZE, resnet, vit
