@@ -22,6 +22,7 @@ from src import configuration, runs
 from src.callbacks.batch_check import batch_type_of
 from src.callbacks.checkpoints import AtomicCheckpointIO, CheckpointError, Preempted
 from src.callbacks.data_health import TooManyBadSamples
+from src.callbacks.last_validation import LastValidation
 from src.callbacks.nan_guard import NonFiniteLoss
 from src.callbacks.recipe_card import RecipeCard
 from src.configuration import UserError
@@ -82,6 +83,7 @@ def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int
             config.trainer,
             callbacks=[
                 *(configuration.instantiate(each) for each in config.callbacks.values() if each and "_target_" in each),
+                LastValidation(),
                 RecipeCard(run.dir, config=plain(config), summary=recipe(config)),
             ],
             logger=[configuration.instantiate(each) for each in config.logger.values() if each],
