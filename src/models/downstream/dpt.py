@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from src.errors import SettingError
 from src.models.backbones.feature_maps import FeatureMaps
 from src.models.backbones.image_encoder import ImageEncoder, cls_token_or_mean
+from src.models.losses.precision import at_least_float32
 from src.models.pretrain_module import PretrainModule
 from src.optim import OptimizerRecipe
 
@@ -67,13 +68,13 @@ class DensePrediction(PretrainModule):
         )
 
     def predicted(self, image: Tensor) -> Tensor:
-        """image [B, 3, H, W] -> what the last convolution says, float32 [B, outputs, H, W]."""
+        """image [B, 3, H, W] -> what the last convolution says, [B, outputs, H, W], in float32 at least."""
         maps = [project(each) for project, each in zip(self.project, self.reassembled(image), strict=True)]
         x = self.fuse[3](maps[3])
         for level in (2, 1, 0):
             x = self.fuse[level](_as_large(x, maps[level]), maps[level])
         x = F.interpolate(self.narrow(x), size=image.shape[-2:], mode="bilinear", align_corners=True)
-        return self.output(x).float()
+        return at_least_float32(self.output(x))
 
     def reassembled(self, image: Tensor) -> list[Tensor]:
         """Four maps of falling resolution; of patches of 16 pixels at the strides 4, 8, 16 and 32."""

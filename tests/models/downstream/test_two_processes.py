@@ -1,0 +1,57 @@
+"""Two processes with half of a batch each have the gradient of one with all of it, batch norms that look across
+included. Mask R-CNN is not among them: which proposals it learns from is drawn by each process for its own pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from src.models.pretrain_module import PretrainModule
+from src.sync_batchnorm import SyncBatchNormPlugin
+from tests.distributed import in_two_processes
+from tests.models.downstream import test_depth, test_normals, test_segmentation
+from tests.models.downstream.toy import resnet, vit
+from tests.models.joint_embedding.toy import gradients, part_of
+
+HEADS: dict[str, tuple[Callable[[], PretrainModule], Callable[[int], dict[str, Tensor]]]] = {
+    "upernet": (lambda: test_segmentation.upernet(resnet()), test_segmentation.batch),
+    "linear": (lambda: test_segmentation.linear(vit()), test_segmentation.batch),
+    "depth": (lambda: test_depth.dpt(resnet()), test_depth.batch),
+    "normals": (lambda: test_normals.head(vit()), test_normals.batch),
+}
+
+
+def on_each(process: int) -> dict[str, dict[str, Tensor]]:
+    return {name: learned(name, process) for name in HEADS}
+
+
+def learned(name: str, process: int | None) -> dict[str, Tensor]:
+    make, data = HEADS[name]
+    torch.manual_seed(0)
+    module, batch = make().double().train(), data(4)
+    for part in module.modules():
+        if isinstance(part, nn.Dropout2d):
+            part.p = 0.0  # it is drawn for each process's own rows
+    batch["index"] = torch.arange(4)
+    batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
+    if process is not None:
+        module, batch = SyncBatchNormPlugin().apply(module), part_of(batch, process)
+    module.training_step(batch, 0)["loss"].backward()
+    return gradients(module)
+
+
+@pytest.fixture(scope="module")
+def parts() -> list[Mapping[str, Mapping[str, Tensor]]]:
+    return in_two_processes(on_each)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_two_processes_are_one(name: str, parts: list[Mapping[str, Mapping[str, Tensor]]]) -> None:
+    whole = learned(name, None)
+    assert len(whole) >= 2
+    for parameter, gradient in whole.items():
+        mean = (parts[0][name][parameter] + parts[1][name][parameter]) / 2
+        assert torch.allclose(mean, gradient, rtol=0, atol=1e-8), parameter
