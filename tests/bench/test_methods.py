@@ -42,14 +42,19 @@ def test_the_encoder_that_the_paper_judges_is_the_one_in_the_table() -> None:
     section = methods.report({"rates": rates("dino/scenes"), "runs": runs})
     assert "| DINO | 50.0 ± 2.0 | 60.0 ± 2.0 | 711 | 128,000 | 1.50 |" in section.body
     assert "| random initialisation | 10.0 ± 0.0 | 20.0 ± 0.0 |" in section.body
+    assert "DINO's student 30.0 ± 0.0, 40.0 ± 0.0." in section.body
+    assert "and why" not in section.body
     (check,) = section.checks
     assert (check.met, check.measured) == (None, "all of 3 runs above")  # of one method: the table is not whole
 
 
 def test_a_method_below_its_beginning_is_named() -> None:
     low = {"byol/emoji/0": run(student=0.1, teacher=0.4, random=0.2, pixels=0.3)}
-    (check,) = methods.report({"rates": rates("byol/emoji"), "runs": low}).checks
+    section = methods.report({"rates": rates("byol/emoji"), "runs": low})
+    (check,) = section.checks
     assert (check.met, check.measured) == (False, "below: BYOL by kNN, BYOL by linear")
+    assert "The other of two encoders, kNN and linear: BYOL's teacher 40.0, 50.0." in section.body
+    assert f"and why:\n\n- BYOL: {methods.METHODS['byol'].why}" in section.body
 
 
 def test_a_whole_table_of_good_methods_is_met() -> None:
