@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from src.collectives import gather_rows, rank
 from src.datamodules.batch import mean_of_samples
 from src.datamodules.image import ImageDataModule
-from src.models.backbones.image_encoder import Features, inference
+from src.models.backbones.image_encoder import Features, ImageEncoder, inference
 
 Pool = Callable[[Features], Tensor]
 Tags = Callable[[Tensor], Tensor]  # positions in a source, int64 [B] -> bool [B, K]
@@ -96,6 +96,35 @@ def embedding_and_patches(features: Features) -> Tensor:
     return torch.cat([features.embedding, features.patches.mean(dim=1)], dim=1)
 
 
+@dataclass(frozen=True)
+class LastBlocks:
+    """The class tokens of the last blocks beside each other, as DINO probes its small ViTs: [B, blocks D]. The
+    embedding, of encoders that have none.
+
+    Args:
+        blocks: how many; those there are, of a backbone with fewer.
+    """
+
+    blocks: int = 4
+
+    def __call__(self, features: Features) -> Tensor:
+        return features.embedding if features.deep is None else features.deep[:, -self.blocks :].flatten(1)
+
+
+@contextmanager
+def reaching(encoders: Iterable[nn.Module], pools: Iterable[Pool]) -> Iterator[None]:
+    """Encoders that give what the pools read of earlier blocks; afterwards they do not any more."""
+    deep = max((pool.blocks for pool in pools if isinstance(pool, LastBlocks)), default=0)
+    able = [encoder for encoder in encoders if isinstance(encoder, ImageEncoder)]
+    for encoder in able:
+        encoder.deep = deep
+    try:
+        yield
+    finally:
+        for encoder in able:
+            encoder.deep = 0
+
+
 @dataclass
 class Rows:
     """What this process has read so far."""
@@ -166,7 +195,8 @@ def extract_pooled(
         tags: what else is known of samples, by their positions in the source.
     """
     rows = {name: {pool: Rows([], [], []) for pool in pools} for name in encoders}
-    with inference(nn.ModuleList(encoders.values())), autocast(precision, device):
+    every = list(encoders.values())
+    with inference(nn.ModuleList(every)), reaching(every, pools.values()), autocast(precision, device):
         for loaded in loader:
             batch = labelled(loaded, datamodule.seen)
             if len(batch["label"]) == 0:

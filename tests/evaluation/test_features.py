@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from src.evaluation.features import (
     BadFeatures,
+    LastBlocks,
     NoLabels,
     embedding_and_patches,
     extract,
@@ -105,6 +107,23 @@ def test_pools() -> None:
     assert torch.equal(by["mean"], by["mean though cls"])
     assert not torch.equal(by["mean"], by["cls"])
     assert torch.equal(by["both"], torch.cat([by["cls"], by["mean"]], dim=1))
+
+
+def test_the_class_tokens_of_the_last_blocks_stand_beside_each_other() -> None:
+    """Those of the first block are what a ViT of one block ends with; an encoder without any gives its embedding."""
+    data, whole = squares(length=6), tiny_vit()
+    short = copy.deepcopy(whole)
+    short.blocks = short.blocks[:1]
+    encoder = ImageEncoder(whole, cls_token)
+    read = partial(extract, loader=data.val_dataloader(), datamodule=data, device=CPU)
+    both = read({"": encoder}, pool=LastBlocks(4))[""].features  # it has two
+    first, last = (read({"": ImageEncoder(vit, cls_token)})[""].features for vit in (short, whole))
+    torch.testing.assert_close(both, torch.cat([first, last], dim=1))
+    torch.testing.assert_close(read({"": encoder}, pool=LastBlocks(1))[""].features, last)
+    assert encoder.deep == 0
+    assert encoder(torch.zeros(1, 3, 32, 32)).deep is None
+    colours = read({"": MeanColour()}, pool=LastBlocks(4))[""].features
+    assert torch.equal(colours, read({"": MeanColour()})[""].features)
 
 
 def test_precision_and_storage() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ class Features:
     embedding: Tensor  # [B, D], one vector an image
     patches: Tensor  # [B, N, D], one vector a position, raster order
     grid: tuple[int, ...]  # rows and columns of the positions, times before them of a video; N is their product
+    deep: Tensor | None = None  # [B, L, D], class tokens after each of the last L blocks, where they are asked for
 
 
 Pool = Callable[[Tensor, Tensor], Tensor]
@@ -63,7 +65,12 @@ class ImageEncoder(nn.Module):
     Args:
         backbone: any timm model with ``forward_features``: tokens [B, P + N, D], or a map [B, D, H, W].
         pool: makes the embedding of the prefix tokens and the patches.
+
+    Attributes:
+        deep: of how many of the last blocks `Features.deep` is wanted; of a backbone with a class token.
     """
+
+    deep: int = 0
 
     def __init__(self, backbone: nn.Module, pool: Pool = mean_patch) -> None:
         super().__init__()
@@ -77,7 +84,10 @@ class ImageEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Features:
         """image: [B, 3, H, W], normalised."""
-        output = self.backbone.forward_features(image)  # type: ignore[operator]
+        if self.deep and getattr(self.backbone, "cls_token", None) is not None:
+            output, deep = self._deep(image)
+        else:
+            output, deep = self.backbone.forward_features(image), None  # type: ignore[operator]
         if output.ndim == 4:
             rows, columns = output.shape[-2:]
             patches = output.flatten(2).transpose(1, 2)
@@ -86,7 +96,19 @@ class ImageEncoder(nn.Module):
             prefix_tokens = int(self.backbone.num_prefix_tokens)  # type: ignore[arg-type]
             prefix, patches = output[:, :prefix_tokens], output[:, prefix_tokens:]
             rows, columns = self.backbone.patch_embed.dynamic_feat_size(image.shape[-2:])  # type: ignore[union-attr,operator]
-        return Features(embedding=self.pool(prefix, patches), patches=patches, grid=(rows, columns))
+        return Features(self.pool(prefix, patches), patches, (rows, columns), deep)
+
+    def _deep(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens, and the class tokens after each of the last blocks, all through the final norm as in DINO."""
+        taken: list[Tensor] = []
+        blocks: Any = self.backbone.blocks
+        hooks = [block.register_forward_hook(lambda _, __, x: taken.append(x[:, 0])) for block in blocks[-self.deep :]]
+        try:
+            output = self.backbone.forward_features(image)  # type: ignore[operator]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return output, self.backbone.norm(torch.stack(taken, dim=1))  # type: ignore[operator]
 
 
 @contextmanager
