@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from src.datamodules.dataset import EvalSampler, ResumableLoader, TrainSampler, ViewedDataset
 from src.datamodules.sources.source import ImageSource, OrderedSource, SegmentedSource, Split, TaggedSource
+from src.datamodules.sources.splits import of_each_class
 from src.datamodules.views.view import View
 from src.errors import SettingError
 
@@ -38,6 +39,7 @@ class ImageDataModule(L.LightningDataModule):
         seed: of order and augmentation.
         train_samples, eval_samples: use only so many (a fixed random choice; of an `OrderedSource` the first); None for
             all.
+        train_shots: use only so many of each class, another choice with each seed; None for all.
         num_workers: loader processes; None for as many as the cores leave.
         mean, std: normalisation, per channel, of values in [0, 1].
         max_bad_share: the run stops once more than this share of the samples seen had to be replaced.
@@ -55,6 +57,7 @@ class ImageDataModule(L.LightningDataModule):
         seed: int = 0,
         train_samples: int | None = None,
         eval_samples: int | None = None,
+        train_shots: int | None = None,
         num_workers: int | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
@@ -77,6 +80,7 @@ class ImageDataModule(L.LightningDataModule):
         self.seed = seed
         self.train_samples = train_samples
         self.eval_samples = eval_samples
+        self.train_shots = train_shots
         self.num_workers = default_workers() if num_workers is None else num_workers
         self.mean = torch.tensor(tuple(mean)).view(3, 1, 1)
         self.std = torch.tensor(tuple(std)).view(3, 1, 1)
@@ -223,12 +227,27 @@ class ImageDataModule(L.LightningDataModule):
         return ViewedDataset(source, view, seed=self.seed, subset=subset, bad_log=self.bad_log)
 
     def _subset(self, source: ImageSource, limit: int | None) -> np.ndarray | None:
+        if self.train_shots is not None and source is self.train_source:
+            return self._shots(source, self.train_shots)[:limit]
         if limit is None or limit >= len(source):
             return None
         if isinstance(source, OrderedSource):
             return np.arange(limit)  # those that lie together
         # chosen without the run's seed: every seed of a comparison trains on the same images
         return np.sort(np.random.default_rng(len(source)).permutation(len(source))[:limit])
+
+    def _shots(self, source: ImageSource, shots: int) -> np.ndarray:
+        labels = getattr(source, "labels", None)
+        if labels is None:
+            raise SettingError(
+                f"data.train_shots: {type(source).__name__} does not know its labels before it is read; films and "
+                "scenes do with data.source.cache_dir"
+            )
+        known = np.unique(labels[labels >= 0], return_counts=True)
+        fewest = int(known[1].min(initial=len(labels)))
+        if shots < 1 or fewest < shots:
+            raise SettingError(f"data.train_shots={shots}: there are {fewest} samples of a class, and 1 is the least")
+        return of_each_class(np.asarray(labels), lambda _: shots, self.seed)
 
     def _eval_loader(self, source: ImageSource, limit: int | None) -> DataLoader[dict[str, Tensor]]:
         rank, world_size, _ = self._launch()

@@ -14,27 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from src.datamodules.sources.splits import of_each_class
 from src.errors import SettingError
 from src.evaluation.features import FeatureSet, FeatureSets, Pool
 from src.evaluation.linear import LinearProbe
 from src.randomness import fold
-
-
-def of_each_class(labels: Tensor, wanted: Callable[[int], int], seed: int) -> Tensor:
-    """A random choice of each class's rows, a function of ``seed`` and the labels alone: int64 [m], ascending.
-
-    Args:
-        labels: int64 [n].
-        wanted: how many of a class that has so many.
-    """
-    every = labels.cpu().numpy()
-    chosen = []
-    for name in np.unique(every):
-        rows = np.flatnonzero(every == name)
-        # a class's choice does not depend on the others, and a larger one of a seed holds the smaller
-        order = np.random.default_rng(fold(seed, int(name))).permutation(len(rows))
-        chosen.append(rows[order[: wanted(len(rows))]])
-    return torch.from_numpy(np.sort(np.concatenate(chosen)))
 
 
 @dataclass(frozen=True)
@@ -86,7 +70,7 @@ class FewShot:
         return scores
 
     def _trial(self, sets: FeatureSets, shots: int, trial: int, device: torch.device) -> dict[str, float]:
-        few = sets.learning_from(of_each_class(sets.bank.labels, lambda _: shots, fold(self.seed, trial)))
+        few = sets.learning_from(_rows(sets.bank.labels, lambda _: shots, fold(self.seed, trial)))
         predicted = nearest_mean(few.bank, few.query.features, sets.classes, device)
         right = multiclass_accuracy(
             predicted, sets.query.labels, num_classes=sets.classes, average="micro", validate_args=False
@@ -122,10 +106,14 @@ class LowShot:
     def __call__(self, sets: FeatureSets, device: torch.device) -> dict[str, float]:
         scores = {}
         for percent in self.percent:
-            rows = of_each_class(sets.bank.labels, partial(_share, percent), self.seed)
+            rows = _rows(sets.bank.labels, partial(_share, percent), self.seed)
             top1 = self.probe(sets.learning_from(rows), device)[f"{self.probe.name}_top1"]
             scores[f"lowshot{percent:g}_top1"] = top1
         return scores
+
+
+def _rows(labels: Tensor, wanted: Callable[[int], int], seed: int) -> Tensor:
+    return torch.from_numpy(of_each_class(labels.cpu().numpy(), wanted, seed))
 
 
 def _share(percent: float, count: int) -> int:

@@ -6,6 +6,7 @@ from src.datamodules.batch import BatchError, ImageBatch, validate
 from src.datamodules.dataset import Draw, EvalSampler, ResumableLoader, TrainSampler, ViewedDataset
 from src.datamodules.image import ImageDataModule
 from src.datamodules.sources.source import BadSample
+from src.datamodules.sources.splits import of_each_class
 from src.datamodules.views.image import CentreCrop, RandomResizedCrop
 from src.errors import SettingError
 
@@ -192,6 +193,43 @@ def test_batches_are_what_their_type_says_once_they_are_on_the_device():
     expected = (raw["image"].double() / 255 - module.mean.double()) / module.std.double()
     assert torch.allclose(batch["image"].double(), expected, atol=1e-6)
     assert torch.allclose(module.denormalise(batch["image"]) * 255, raw["image"].float(), atol=1e-3)
+
+
+def test_choices_are_of_each_class_by_seed_and_grow() -> None:
+    labels = np.array([0, 2, -1, 0, 2, 2, 0, 5, 0, -1, 2, 5])
+    few, more = (of_each_class(labels, lambda _, n=count: n, seed=3) for count in (1, 2))
+    assert sorted(labels[few]) == [0, 2, 5]
+    assert sorted(labels[more]) == [0, 0, 2, 2, 5, 5]
+    assert set(few.tolist()) < set(more.tolist())
+    assert more.tolist() == sorted(more.tolist())
+    again = [of_each_class(labels, lambda _: 2, seed=seed).tolist() for seed in range(8)]
+    assert again[3] == more.tolist()
+    assert len({tuple(each) for each in again}) > 1
+
+
+def test_training_on_few_of_each_class_takes_others_with_another_seed() -> None:
+    """24 pictures of two classes; the bank that evaluations learn from is of the same few, validation is whole."""
+
+    def seen(seed: int, **options: object) -> list[int]:
+        module = datamodule(train_shots=3, batch_size=2, seed=seed, **options)
+        module.setup("fit")
+        trained = sorted(index for batch in module.train_dataloader() for index in batch["index"].tolist())
+        assert trained == sorted(index for batch in module.bank_dataloader() for index in batch["index"].tolist())
+        assert sum(len(batch["index"]) for batch in module.val_dataloader()) == 24
+        return trained
+
+    few = seen(0)
+    assert [index % 2 for index in few].count(1) == 3
+    assert len(set(few)) == 6
+    assert few == seen(0)
+    assert few != seen(1)
+    assert set(seen(0, train_samples=4)) < set(few)
+    with pytest.raises(SettingError, match=r"data.train_shots=13: there are 12 samples of a class"):
+        datamodule(train_shots=13).train_dataloader()
+    unlabelled = datamodule(train_shots=1)
+    unlabelled.train_source.labels = None
+    with pytest.raises(SettingError, match="does not know its labels before it is read"):
+        unlabelled.train_dataloader()
 
 
 def test_the_bank_holds_training_images_a_smaller_one_being_part_of_a_larger():

@@ -7,23 +7,11 @@ import torch
 
 from src.errors import SettingError
 from src.evaluation.features import FeatureSet, FeatureSets
-from src.evaluation.few_labels import FewShot, LowShot, interval, nearest_mean, of_each_class
+from src.evaluation.few_labels import FewShot, LowShot, interval, nearest_mean
 from src.evaluation.linear import LinearProbe
 from tests.evaluation.test_linear import problem
 
 CPU = torch.device("cpu")
-
-
-def test_choices_are_of_each_class_by_seed_and_grow() -> None:
-    labels = torch.tensor([0, 2, 0, 2, 2, 0, 5, 0, 2, 5])
-    few, more = (of_each_class(labels, lambda _, n=count: n, seed=3) for count in (1, 2))
-    assert labels[few].sort().values.tolist() == [0, 2, 5]
-    assert labels[more].sort().values.tolist() == [0, 0, 2, 2, 5, 5]
-    assert set(few.tolist()) < set(more.tolist())
-    assert more.tolist() == sorted(more.tolist())
-    again = [of_each_class(labels, lambda _: 2, seed=seed).tolist() for seed in range(8)]
-    assert again[3] == more.tolist()
-    assert len({tuple(each) for each in again}) > 1
 
 
 def test_the_nearest_mean_by_hand() -> None:

@@ -176,6 +176,11 @@ class FilmsSource:
         footage = FilmFootage(frames[index].__getitem__, self.films.frames, self.films.rate, flows)
         return {"image": footage, "label": int(labels[index])}
 
+    @property
+    def labels(self) -> np.ndarray | None:
+        """The actions of all films, int64 [N], where they are kept; None where each has to be drawn first."""
+        return None if self._cached is None else np.asarray(self._cached[1])
+
     def name(self, index: int) -> str:
         """Such as "films/train/123"."""
         return f"films/{self.split}/{index}"

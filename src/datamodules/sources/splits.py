@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from src.datamodules.decoding import DataError
 from src.datamodules.sources.source import Split
+from src.randomness import fold
 
 
 def hashed_split(key: str, *, val_share: float, test_share: float = 0.0) -> Split:
@@ -56,6 +57,22 @@ def files_of(split: Split, files: str | Sequence[str] | Mapping[str, str | Seque
 def spread(count: int, few: int = 32) -> list[int]:
     """At most ``few`` positions, evenly spread over ``count``: enough to see whether listed files are there at all."""
     return np.linspace(0, count, min(count, few), endpoint=False).astype(int).tolist()
+
+
+def of_each_class(labels: np.ndarray, wanted: Callable[[int], int], seed: int) -> np.ndarray:
+    """A random choice of each class's rows, a function of ``seed`` and the labels alone: int64 [m], ascending.
+
+    Args:
+        labels: int64 [n]; what has none (-1) is not chosen.
+        wanted: how many of a class that has so many.
+    """
+    chosen = []
+    for name in np.unique(labels[labels >= 0]):
+        rows = np.flatnonzero(labels == name)
+        # a class's choice does not depend on the others, and a larger one of a seed holds the smaller
+        order = np.random.default_rng(fold(seed, int(name))).permutation(len(rows))
+        chosen.append(rows[order[: wanted(len(rows))]])
+    return np.sort(np.concatenate([np.zeros(0, np.int64), *chosen]))
 
 
 class PackedNames:
