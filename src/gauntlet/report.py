@@ -29,6 +29,7 @@ def markdown(standing: Standing, failures: Mapping[str, str]) -> str:
             "(of the population), errors with the sign turned. They depend on who takes part. Coverage is the share of "
             "settings that a backbone has a number in.",
             table(*ranking(standing)),
+            *_by_size(standing),
             "## Scores",
             "Means over seeds. Frozen and fine-tuned encoders are settings of their own.",
             table(*scores(standing)),
@@ -54,8 +55,18 @@ def markdown(standing: Standing, failures: Mapping[str, str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def ranking(standing: Standing) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the ranking."""
+def _by_size(standing: Standing) -> list[str]:
+    """A ranking for each size, where there are backbones of several."""
+    if len(standing.sizes) < 2:
+        return []
+    said = ["The same z-scores among backbones of a size, which has parameters below 10 million, 30 million, or more."]
+    for size, rows in standing.sizes.items():
+        said += [f"### {size.capitalize()}", table(*ranking(standing, rows))]
+    return said
+
+
+def ranking(standing: Standing, among: Sequence[int] | None = None) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the ranking, of all or ``among`` some, best first."""
     rows = [
         [
             standing.backbones[row],
@@ -65,7 +76,7 @@ def ranking(standing: Standing) -> tuple[list[str], list[list[str]]]:
             f"{standing.parameters[row] / 1e6:.1f} M",
             *(_signed(each[row]) for each in standing.kinds.values()),
         ]
-        for place, row in enumerate(standing.order, start=1)
+        for place, row in enumerate(standing.order if among is None else among, start=1)
     ]
     return ["", "rank", "mean z", "coverage", "parameters", *standing.kinds], rows
 

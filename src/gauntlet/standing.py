@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 
 Score = Mapping[str, Any]  # a row of the long table, see `Cell.facts`, with its ``backbone`` and ``value``
 
+SIZES = {"tiny": 10e6, "small": 30e6, "base": float("inf")}  # parameters below which a backbone is called so
 _LEAST = 3  # backbones: two are always in perfect order
 
 
@@ -88,6 +89,15 @@ class Standing:
         return [next(s["parameters"] for s in self.scores if s["backbone"] == each) for each in self.backbones]
 
     @cached_property
+    def sizes(self) -> dict[str, list[int]]:
+        """Positions in ``order``'s order, by size; sizes that nobody has are left out."""
+        found: dict[str, list[int]] = {}
+        for size in SIZES:
+            mine = [row for row in self.order if _size(self.parameters[row]) == size]
+            found |= {size: mine} if mine else {}
+        return found
+
+    @cached_property
     def kinds(self) -> dict[str, np.ndarray]:
         """Each backbone's mean over the settings of a kind, NaN where it has none: [B] by kind and adaptation, as
         frozen and fine-tuned encoders are not mixed."""
@@ -113,6 +123,10 @@ class Standing:
 
     def _first(self, setting: str) -> Score:
         return next(score for score in self.scores if score["setting"] == setting)
+
+
+def _size(parameters: int) -> str:
+    return next(name for name, limit in SIZES.items() if parameters < limit)
 
 
 def z_scores(values: np.ndarray) -> np.ndarray:

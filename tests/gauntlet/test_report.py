@@ -32,6 +32,25 @@ def test_the_page_by_hand() -> None:
     assert lines[-1] == "- dino, depth/scenes: no depth there"
 
 
+def test_backbones_of_several_sizes_are_ranked_among_their_own_too() -> None:
+    """Of 9, 10 and 86 million parameters: a tiny, a small and a base one, the small one behind both."""
+    sizes = {"mae": 9_000_000, "dino": 10_000_000, "clip": 86_000_000}
+    values = {"mae": 0.75, "dino": 0.25, "clip": 0.5}
+    scores = [row(name, "knn/scenes", value) | {"parameters": sizes[name]} for name, value in values.items()]
+    lines = markdown(Standing(scores), {}).splitlines()
+    assert [line for line in lines if line.startswith("### ")] == ["### Tiny", "### Small", "### Base"]
+    places = [line.split(" | ")[:3] for line in lines if line.startswith(("| mae | ", "| dino | ", "| clip | "))]
+    assert places[:6] == [
+        ["| mae", "1", "+1.22"],
+        ["| clip", "2", "+0.00"],
+        ["| dino", "3", "-1.22"],
+        ["| mae", "1", "+1.22"],
+        ["| dino", "1", "-1.22"],
+        ["| clip", "1", "+0.00"],
+    ]
+    assert "### Tiny" not in markdown(Standing(SCORES), {})
+
+
 def test_a_page_without_a_number_says_why() -> None:
     page = markdown(Standing([]), {"mae, knn/scenes": "no labels"})
     assert "Ranking" not in page
