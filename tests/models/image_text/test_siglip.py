@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from torch import nn
 
 from src import configuration
 from src.models.image_text.siglip import SigLIP
@@ -75,6 +76,15 @@ def test_what_does_not_fit_is_refused():
 def test_the_recipe_composes(scale):
     config = compose(["experiment=siglip_vitb16", f"scale={scale}", "run.dir=/tmp/run"])
     if scale == "tiny":
-        assert isinstance(configuration.instantiate(config.model), SigLIP)
+        method = configuration.instantiate(config.model)
+        assert isinstance(method, SigLIP)
+        groups = method.configure_optimizers().param_groups
+        decayed = {name for group in groups for name in group["names"] if group["weight_decay"]}
+        # the authors' code decays its kernels: what layers multiply by, and nothing that is looked up or added
+        assert decayed == {
+            f"{name}.weight" for name, module in method.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+        }
     else:
-        assert (config.optimizer.lr, config.optimizer.weight_decay, config.data.text_length) == (1e-3, 1e-4, 64)
+        # 1e-4 a step there, times the share of the rate that the schedule leaves: AdamW multiplies by the rate itself
+        assert config.optimizer.weight_decay * config.optimizer.lr == pytest.approx(1e-4)
+        assert (config.optimizer.lr, config.data.text_length) == (1e-3, 64)
