@@ -159,7 +159,7 @@ def _part(name: str, mine: Mapping[int, Any]) -> str:
         f"Seeds {', '.join(map(str, sorted(mine)))}; {runs_of[0]['epochs']} epochs, {runs_of[0]['steps']:,} steps; "
         f"{statistics.fmean(minutes):.1f} minutes a run ({min(minutes):.1f} to {max(minutes):.1f})."
     )
-    where = "\n".join(sorted({f"- {machine.line(run['about'])}" for run in runs_of}))
+    where = "\n".join(f"- {each}" for each in machine.lines([run["about"] for run in runs_of]))
     scores = table(["", *(f"{said}, top-1 %" for said in METRICS.values())], rows)
     return f"### {name}\n\n{scores}\n\n{verdict(name, mine)} {facts}\n\n{where}"
 

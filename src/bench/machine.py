@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def about() -> dict[str, Any]:
     }
 
 
-def line(about: dict[str, Any]) -> str:
+def line(about: Mapping[str, Any]) -> str:
     """`about` as a sentence."""
     gpu = f", {about['gpu']}" if about.get("gpu") else ""
     said = (
@@ -40,6 +41,19 @@ def line(about: dict[str, Any]) -> str:
     others = about.get("others") or 0.0
     busy = f" **Others kept {others:.1f} cores busy when it began: do not rely on this.**" if others > TOLERATED else ""
     return f"{said}.{busy}"
+
+
+def lines(places: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of several `about`, a sentence for each machine and commit: from when to when, and the busiest it was."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for each in places:
+        groups.setdefault(line({**each, "date": "", "others": 0.0}), []).append(each)
+    found = []
+    for group in groups.values():
+        dates = sorted({each["date"] for each in group})
+        others = max(each.get("others") or 0.0 for each in group)
+        found.append(line({**group[0], "date": " to ".join(dict.fromkeys((dates[0], dates[-1]))), "others": others}))
+    return sorted(found)
 
 
 def cores_in_use(seconds: float = 2.0) -> float | None:

@@ -242,15 +242,18 @@ def _part(source: str, mine: Mapping[str, Mapping[int, Any]], rates: Mapping[str
         for encoder in next(iter(each.values()))["scores"]
         if encoder not in (METHODS[name].encoder, *FLOORS)
     ]
-    below = _below(mine)
-    reasons = "\n".join(f"- {METHODS[name].title}: {METHODS[name].why}" for name in below if METHODS[name].why)
+    alike: dict[str, list[str]] = {}
+    for name in _below(mine):
+        if METHODS[name].why:
+            alike.setdefault(METHODS[name].why, []).append(METHODS[name].title)
+    reasons = "\n".join(f"- {', '.join(titles)}: {why}" for why, titles in alike.items())
     remarks = [
         *([f"The other of two encoders, kNN and linear: {'; '.join(others)}."] if others else []),
         *([f"Below random initialisation by one of the two, and why:\n\n{reasons}"] if reasons else []),
     ]
     seeds = sorted({seed for each in mine.values() for seed in each})
     trials = [each for key, each in rates.items() if key.endswith(f"/{source}")]
-    where = "\n".join(sorted({f"- {machine.line(run['about'])}" for run in [*trials, *some]}))
+    where = "\n".join(f"- {each}" for each in machine.lines([run["about"] for run in [*trials, *some]]))
     said = "".join(f"{remark}\n\n" for remark in remarks)
     return f"### {source}\n\n{table(head, rows)}\n\n{said}Seeds {', '.join(map(str, seeds))}.\n\n{where}"
 

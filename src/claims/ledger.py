@@ -372,23 +372,8 @@ def _part(claim: Claim, entry: Mapping[str, Any], data: str) -> list[str]:
     spent = [
         _spent(arm.name, [runs.get(key_of(data, seed, arm.name), {}) for seed in claim.seeds]) for arm in claim.arms
     ]
-    where = _where([run["about"] for run in runs.values()])
+    where = machine.lines([run["about"] for run in runs.values()])
     return [*lines, "\n".join(f"- {line}" for line in [*spent, *where] if line)]
-
-
-def _where(places: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each machine and commit: when, and the busiest it was."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for about in places:
-        groups.setdefault(machine.line({**about, "date": "", "others": 0.0}), []).append(about)
-    lines = []
-    for group in groups.values():
-        dates = sorted({about["date"] for about in group})
-        others = max(about.get("others") or 0.0 for about in group)
-        lines.append(
-            machine.line({**group[0], "date": " to ".join(dict.fromkeys((dates[0], dates[-1]))), "others": others})
-        )
-    return sorted(lines)
 
 
 def _scored(name: str, runs: Sequence[Mapping[str, Any] | None]) -> list[str]:

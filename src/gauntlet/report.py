@@ -48,7 +48,7 @@ def markdown(standing: Standing, failures: Mapping[str, str]) -> str:
                 ],
             ),
         ]
-        where = {machine.line(score["about"]): None for score in standing.scores}
+        where = machine.lines([score["about"] for score in standing.scores])
         parts += ["## Where", "\n".join(f"- {line}" for line in where)]
     if failures:
         parts += ["## Not measured", "\n".join(f"- {name}: {reason}" for name, reason in failures.items())]
