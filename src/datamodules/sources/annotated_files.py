@@ -232,7 +232,7 @@ class NormalFiles(PairedFiles):
 
     def read(self, path: Path) -> Tensor:
         if path.suffix == ".npy":
-            said = _array(path, channels=3)
+            said = _array(path, channels=3).astype(np.float64)
         else:
             said = _pixels(path, ("RGB", "RGBA"), "three channels")[..., :3] / 127.5 - 1
         length = np.linalg.norm(said, axis=-1, keepdims=True)

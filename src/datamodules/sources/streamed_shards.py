@@ -33,7 +33,6 @@ from src.errors import SettingError
 log = logging.getLogger(__name__)
 
 _ASKED_AT_ONCE = 32  # small files of counts
-_LISTED = 64  # shards whose lists a process holds
 
 
 class StreamedShards(WebDatasetSource):
@@ -151,7 +150,7 @@ class StreamedShards(WebDatasetSource):
 
     def _samples(self, shard: int, path: Path) -> list[list[Any]]:
         if shard not in self._listed:
-            while len(self._listed) >= max(_LISTED, self.shuffle_shards):
+            while len(self._listed) > self.shuffle_shards:  # those being read, and one
                 self._listed.pop(next(iter(self._listed)))
             try:
                 listed = self._reader.read(str(path), self._folder / "lists")

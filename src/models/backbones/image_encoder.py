@@ -100,15 +100,11 @@ class ImageEncoder(nn.Module):
 
     def _deep(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens, and the class tokens after each of the last blocks, all through the final norm as in DINO."""
-        taken: list[Tensor] = []
-        blocks: Any = self.backbone.blocks
-        hooks = [block.register_forward_hook(lambda _, __, x: taken.append(x[:, 0])) for block in blocks[-self.deep :]]
-        try:
-            output = self.backbone.forward_features(image)  # type: ignore[operator]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return output, self.backbone.norm(torch.stack(taken, dim=1))  # type: ignore[operator]
+        vit: Any = self.backbone
+        output, found = vit.forward_intermediates(
+            image, indices=min(self.deep, len(vit.blocks)), return_prefix_tokens=True, norm=True, output_fmt="NLC"
+        )
+        return output, torch.stack([prefix[:, 0] for _, prefix in found], dim=1)
 
 
 @contextmanager

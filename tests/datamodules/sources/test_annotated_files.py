@@ -167,6 +167,9 @@ def test_normals_in_colours_and_in_arrays(nyu: Path) -> None:
     save(nyu / "normals/a.png", said)
     assert NormalFiles("train", root=nyu, **folders)[0]["fields"]["normals"].norm(dim=0).round().tolist() == [[1, 0, 0]]
     (nyu / "normals/a.png").unlink()
+    np.save(nyu / "normals/a.npy", np.array([[[0, 0, -1], [0, 0, 0], [1, 0, 0]]]))  # whole numbers are numbers too
+    whole = NormalFiles("train", root=nyu, **folders)[0]["fields"]["normals"]
+    assert whole.tolist() == [[[0, 0, 1]], [[0, 0, 0]], [[-1, 0, 0]]]
     for values, message in (
         (np.zeros((1, 3)), r"holds float64 \[1, 3\], not numbers \[H, W, 3\]"),
         (np.zeros((1, 3, 3)), "nothing is known in"),
