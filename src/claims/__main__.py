@@ -1,8 +1,8 @@
 """`make claim` and `make claims`: measure what papers claim, keep it, write the page.
 
 ``claim=<name>`` measures one (without it, and without ``all=true``, they are listed), ``again=failed`` or
-``again=all`` forgets runs of it first, ``data=<data set>`` leaves its other data sets for another time,
-``out=<folder>`` is where page and numbers go, ``--write`` only writes the page anew.
+``again=all`` forgets runs of it first and trains anew what is kept of them, ``data=<data set>`` leaves its other data
+sets for another time, ``out=<folder>`` is where page and numbers go, ``--write`` only writes the page anew.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from src.configuration import PROJECT, UserError, nearest, run_main
 from src.loggers import write_atomically
 from src.trained import words_of
 
+KEPT = PROJECT / "cache" / "claims"
 WORDS = ("claim", "all", "again", "out", "data")
 FORGET: dict[str, tuple[str, ...]] = {"failed": ("failed",), "all": ("failed", "value")}  # runs that have one of these
 
@@ -76,7 +77,9 @@ def measure(claim: Claim, folder: Path, again: str | None = None, data: str | No
     for each in claim.data:
         for key, (ours, theirs) in claim.difference(each).items():
             print(f"  {each}: {key}: {ours} in '{claim.arms[0].name}', {theirs} in '{claim.arms[1].name}'", flush=True)
-    entry = ledger.measure(claim, known=known | kept, keep=keep, data=data)
+    # whoever wants a run again does not want the one that is kept
+    kept_in = None if again else KEPT
+    entry = ledger.measure(claim, known=known | kept, keep=keep, data=data, kept_in=kept_in)
     for each in claim.data:
         known_now = ledger.outcome(claim, entry, each)
         print(f"  {each}: {known_now.verdict}{f' ({known_now.note})' if known_now.note else ''}", flush=True)

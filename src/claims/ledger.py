@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -16,6 +16,7 @@ from src.bench import machine, once
 from src.bench.command import TrainingFailed
 from src.bench.report import table
 from src.claims.claim import Claim, parse, plain
+from src.claims.kept import KeptRuns
 from src.claims.metrics import Metric, Subject
 from src.claims.verdict import Paired, paired, verdict
 from src.configuration import UserError
@@ -34,6 +35,7 @@ def measure(
     known: Mapping[str, Any] | None = None,
     keep: Callable[[dict[str, Any]], None] = lambda entry: None,
     data: str | None = None,
+    kept_in: Path | None = None,
 ) -> dict[str, Any]:
     """Both arms with every seed on every data set, pair by pair; then their floor: what the second arm scores before
     its first step. There is none of arms that go on from another run, nor of what only training can say.
@@ -42,6 +44,7 @@ def measure(
         data: the data set to measure on now, the others another time; None for all.
         known: the claim's earlier entry; a run of the same recipe, judged alike, is not done again.
         keep: is given the entry after each run.
+        kept_in: where trained runs stay for other claims, and other questions; see `KeptRuns`.
 
     Returns:
         The claim, the arms' ``difference`` by data set, ``runs``: for "<data>/<seed>/<arm>" the ``value`` and what was
@@ -65,6 +68,7 @@ def measure(
     for each in claim.data:
         for seed in claim.seeds:
             start = claim.start_words(each, seed)
+            start = [*start, COUNT] if start else []
             begun = {"start": once.fingerprint(train.compose(start))} if start else {}
             for arm in claim.arms:
                 judged = {"metric": dict(claim.metric_of(arm)), "split": claim.split}
@@ -83,14 +87,12 @@ def measure(
 
     known_floors = (known or {}).get("floors", {})
 
-    with _Held() as begun_from, _Held() as judged_last:
+    with KeptRuns(kept_in) as kept:
 
         def trained(words: Sequence[str], config: DictConfig) -> once.Finished:
             start = starts[tuple(words)]
-            if start and not begun_from.holds(start):
-                print(f"  {' '.join(start)}, to begin from …", flush=True)
-            begin = [f"checkpoint='{begun_from.run(start, train.compose(start)).run.last}'"] if start else []
-            return judged_last.run([*words, *begin], config)
+            begun_from = kept.run(start, train.compose(start)).run if start else None
+            return kept.run(words, config, start=begun_from)
 
         found = once.measure_missing(
             {key: job for key, job in jobs.items() if data in (None, key.split("/")[0])},
@@ -112,26 +114,6 @@ def key_of(data: str, seed: int, arm: str) -> str:
     return f"{data}/{seed}/{arm}"
 
 
-class _Held(ExitStack):
-    """The run trained last, until another one is wanted: the arms of a pair follow each other, and may go on from one
-    run, or judge one."""
-
-    _words: Sequence[str] = ()
-    _finished: once.Finished
-
-    def holds(self, words: Sequence[str]) -> bool:
-        return words == self._words
-
-    def run(self, words: Sequence[str], config: DictConfig) -> once.Finished:
-        """The run of ``words``, trained if it is not the last one."""
-        if not self.holds(words):
-            self.close()
-            self._words = ()
-            self._finished = self.enter_context(once.trained(words, config))
-            self._words = words
-        return self._finished
-
-
 def _metric(said: Mapping[str, Any]) -> Metric:
     return configuration.instantiate(dict(said))
 
@@ -139,7 +121,6 @@ def _metric(said: Mapping[str, Any]) -> Metric:
 def _one_run(
     job: once.Job, config: DictConfig, split: str, trained: Callable[[Sequence[str], DictConfig], once.Finished]
 ) -> dict[str, Any]:
-    print(f"  {' '.join(job.words)} …", flush=True)
     try:
         finished = trained(job.words, config)
         value = _metric(job.also["metric"])(Subject.of(finished.run, split))  # type: ignore[arg-type]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -267,9 +267,17 @@ class TestMeasure:
         assert self.done == []
 
 
-def finish(folder: Path, logged: dict[str, float]) -> None:
-    (folder / "config.yaml").write_text("run: {dir: moved}\n")
-    (folder / "metrics.json").write_text(json.dumps({"train": logged}))
+@contextmanager
+def finished(folder: Path, logged: dict[str, float]) -> Iterator[once.Finished]:
+    """A run that is gone when it was looked at."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        run = Run(Path(name))
+        run.config_file.write_text("run: {dir: moved}\n")
+        run.metrics_file.write_text(json.dumps({"train": logged}))
+        run.last.parent.mkdir()
+        for checkpoint in (run.last, run.best):
+            checkpoint.write_text(str(logged))
+        yield once.Finished(run, 1.5)
 
 
 def test_both_arms_of_a_pair_go_on_from_one_run(monkeypatch: pytest.MonkeyPatch, quick: None, tmp_path: Path) -> None:
@@ -279,17 +287,14 @@ def test_both_arms_of_a_pair_go_on_from_one_run(monkeypatch: pytest.MonkeyPatch,
 
     @contextmanager
     def fake(words: Sequence[str], config: Any) -> Iterator[once.Finished]:
-        folder = tmp_path / str(len(trained))
-        folder.mkdir()
         trained.append(list(words))
         for word in words:
             if word.startswith("checkpoint="):
                 checkpoint = Path(word.removeprefix("checkpoint=").strip("'"))
                 assert checkpoint.parent.parent.is_dir()
                 there.append(checkpoint.parent.parent)
-        finish(folder, {"step": 3, "health/effective_rank": 2.0})
-        yield once.Finished(Run(folder), 1.0)
-        shutil.rmtree(folder)
+        with finished(tmp_path, {"step": 3, "health/effective_rank": 2.0}) as done:
+            yield done
 
     monkeypatch.setattr(once, "trained", fake)
     start = {"name": "before", "experiment": "mae_tiny", "overrides": ["trainer.max_epochs=5"]}
@@ -298,7 +303,7 @@ def test_both_arms_of_a_pair_go_on_from_one_run(monkeypatch: pytest.MonkeyPatch,
     begins = [words for words in trained if "trainer.max_epochs=5" in words]
     assert [words[2] for words in begins] == ["seed=0", "seed=3"]
     assert trained.index(begins[1]) == 3
-    assert [folder.name for folder in there] == ["0", "0", "3", "3"]
+    assert there[0] == there[1] != there[2] == there[3]
     assert not any(folder.exists() for folder in there)
     assert all("value" in run for run in found["runs"].values())
     assert "both go on from one run of *before*: `experiment=mae_tiny trainer.max_epochs=5`" in ledger.render(
@@ -316,14 +321,10 @@ def test_arms_that_differ_in_what_they_are_judged_by_are_one_run(
 ) -> None:
     trained: list[str] = []
 
-    @contextmanager
-    def fake(words: Sequence[str], config: Any) -> Iterator[once.Finished]:
-        folder = tmp_path / str(len(trained))
-        folder.mkdir()
+    def fake(words: Sequence[str], config: Any) -> AbstractContextManager[once.Finished]:
         trained.append(words[2])
-        finish(folder, {"step": 3, "health/effective_rank": 2.0, "health/feature_std": float(len(trained))})
-        yield once.Finished(Run(folder), 1.0)
-        shutil.rmtree(folder)
+        logged = {"step": 3, "health/effective_rank": 2.0, "health/feature_std": float(len(trained))}
+        return finished(tmp_path, logged)
 
     monkeypatch.setattr(once, "trained", fake)
     other = {"_target_": "src.claims.metrics.Logged", "name": "health/feature_std"}
@@ -336,6 +337,33 @@ def test_arms_that_differ_in_what_they_are_judged_by_are_one_run(
     assert "`metric.name`" in ledger.render({"more": found}, [of])
     with pytest.raises(UserError, match="do not differ"):
         claim(arms=[each | {"metric": other} for each in both], differs=["metric.name"]).difference("scenes")
+
+
+def test_what_two_claims_want_is_trained_once(monkeypatch: pytest.MonkeyPatch, quick: None, tmp_path: Path) -> None:
+    """Judged by another number the run is there; one that failed is trained again. What began elsewhere is another."""
+    trained: list[str] = []
+
+    def fake(words: Sequence[str], config: Any) -> AbstractContextManager[once.Finished]:
+        trained.append(" ".join(words))
+        if "model.mask_ratio=0.5" in words and len(trained) < 3:
+            raise TrainingFailed(words, 1, "no space left")
+        return finished(tmp_path, {"step": 3, "health/effective_rank": 2.0, "health/feature_std": 0.5})
+
+    monkeypatch.setattr(once, "trained", fake)
+    kept_in = tmp_path / "kept"
+    found = ledger.measure(claim(seeds=[0]), kept_in=kept_in)
+    assert [run.get("value") for run in found["runs"].values()] == [None, 2.0]
+    other = {"_target_": "src.claims.metrics.Logged", "name": "health/feature_std"}
+    again = ledger.measure(claim(seeds=[0], metric=other), kept_in=kept_in)
+    assert [run["value"] for run in again["runs"].values()] == [0.5, 0.5]
+    assert [run["spent"]["seconds"] for run in again["runs"].values()] == [1.5, 1.5]
+    assert len(trained) == 3
+    assert trained[2] == trained[0]
+    assert len(list(kept_in.glob("*/checkpoints/last.ckpt"))) == 2
+    assert not list(kept_in.glob("*/checkpoints/best.ckpt"))
+    begun = claim(seeds=[0], start={"name": "before", "experiment": "mae_tiny", "overrides": ["scale=smoke"]})
+    ledger.measure(begun, kept_in=kept_in)
+    assert len(trained) == 6
 
 
 @pytest.mark.parametrize("code", ledger.STOPPED)
@@ -403,9 +431,11 @@ def test_without_a_name_they_are_listed(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_forgetting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[str]] = []
+    elsewhere: list[bool] = []
 
-    def measure(of: Claim, *, known: dict[str, Any], keep: Any, data: None) -> dict[str, Any]:
+    def measure(of: Claim, *, known: dict[str, Any], keep: Any, data: None, kept_in: Path | None) -> dict[str, Any]:
         seen.append(set(known["runs"]))
+        elsewhere.append(kept_in is None)
         return entry(of, known["runs"])
 
     monkeypatch.setattr(ledger, "measure", measure)
@@ -414,3 +444,4 @@ def test_forgetting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for again in (None, "failed", "all"):
         command.measure(claim(), tmp_path, again)
     assert seen == [set(found), set(found) - {"scenes/1/more"}, set()]
+    assert elsewhere == [False, True, True]  # what is wanted anew is trained anew

@@ -1,0 +1,66 @@
+"""Runs that claims are judged by, kept on disk: what several claims want is trained once, and another question to a run
+costs the judging alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from filelock import FileLock
+from omegaconf import DictConfig
+
+from src.bench import once
+from src.runs import Run
+
+NOT_JUDGED = ("best.ckpt", "events.out.*", "images")  # of a run's files, those that nothing asks for afterwards
+
+
+class KeptRuns:
+    """A run a recipe, trained when it is asked for first.
+
+    Args:
+        folder: where they stay, for other processes too; None for a temporary one, gone on exit.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._temporary = tempfile.TemporaryDirectory() if folder is None else None
+        self.folder = Path(self._temporary.name) if self._temporary else Path(folder)  # type: ignore[arg-type]
+
+    def __enter__(self) -> KeptRuns:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._temporary:
+            self._temporary.cleanup()
+
+    def run(self, words: Sequence[str], config: DictConfig, *, start: Run | None = None) -> once.Finished:
+        """The run of ``config``, which is what ``words`` compose. Of several callers one trains and the others wait.
+
+        Args:
+            start: a kept run, whose last weights it goes on from.
+
+        Raises:
+            TrainingFailed: the command did not end well; nothing is kept of it.
+        """
+        folder = self.folder / once.fingerprint(config, start and start.dir.name)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                print(f"  {' '.join(words)} …", flush=True)
+                begin = [f"checkpoint='{start.last}'"] if start else []
+                with once.trained([*words, *begin], config) as finished:
+                    _keep(finished, folder)
+        return once.Finished(Run(folder), json.loads((folder / "seconds.json").read_text()))
+
+
+def _keep(finished: once.Finished, folder: Path) -> None:
+    """The folder takes its name only when it is complete."""
+    unfinished = folder.with_suffix(".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(finished.run.dir, unfinished, ignore=shutil.ignore_patterns(*NOT_JUDGED))
+    (unfinished / "seconds.json").write_text(json.dumps(finished.seconds))
+    unfinished.rename(folder)
