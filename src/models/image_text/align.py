@@ -61,7 +61,7 @@ class ALIGN(ImageTextModule):
         self.label_smoothing = label_smoothing
         self.mask_equal_texts = mask_equal_texts
         # one axis of one number: what has no axis cannot be dealt out over processes
-        self.temperature = nn.Parameter(torch.full((1,), temperature))
+        self.temperature = nn.Parameter(torch.full((1,), float(temperature)))
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
         features = self.image_encoder(batch["image"]).embedding

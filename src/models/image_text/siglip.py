@@ -63,7 +63,7 @@ class SigLIP(ImageTextModule):
         self.ring = ring
         # one axis of one number: what has no axis cannot be dealt out over processes
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
-        self.logit_bias = nn.Parameter(torch.full((1,), bias))
+        self.logit_bias = nn.Parameter(torch.full((1,), float(bias)))
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
         features = self.image_features(batch["image"])

@@ -76,7 +76,7 @@ def test_a_step_is_the_paper_s_sum_of_two_smoothed_cross_entropies():
 
 def test_the_temperature_divides_and_stays_above_nothing(monkeypatch):
     method = align()
-    assert method.temperature.item() == 1
+    assert method.temperature.item() == align(temperature=1).temperature.item() == 1  # a whole number does as well
     groups = method.configure_optimizers().param_groups
     assert next(g["weight_decay"] for g in groups if "temperature" in g["names"]) == 0
     monkeypatch.setattr(method, "log", lambda *a, **k: None)

@@ -44,7 +44,7 @@ def test_a_step_is_the_paper_s_pseudocode():
 def test_scale_and_bias_begin_as_in_the_paper_and_are_not_decayed():
     method = siglip()
     assert method.logit_scale.item() == pytest.approx(math.log(10))
-    assert method.logit_bias.item() == -10
+    assert method.logit_bias.item() == siglip(bias=-10).logit_bias.item() == -10  # a whole number does as well
     groups = method.configure_optimizers().param_groups
     assert {g["weight_decay"] for g in groups for name in g["names"] if name.startswith("logit_")} == {0}
 
