@@ -131,19 +131,30 @@ class Claim:
 
 
 def load(name: str) -> Claim:
-    """The claim of ``configs/claim/<name>.yaml``.
+    """The claim of ``configs/claim/<name>.yaml``. A file that says ``like: <another claim>`` says the rest.
 
     Raises:
         UserError: there is none, or it does not say what it has to; the message names the key.
     """
+    return parse(name, _content(name))
+
+
+def _content(name: str, followed: Sequence[str] = ()) -> Any:
+    """Keys and values of the file; what it does not say itself is said by the claim that it is ``like``."""
     known = configuration.names("claim")
     if name not in known:
         raise UserError(f"there is no claim '{name}'{nearest(name, known)}")
+    if name in followed:
+        raise UserError(f"claims are like each other in a circle: {', '.join([*followed, name])}")
     try:
         content = OmegaConf.to_container(OmegaConf.load(CONFIGS / "claim" / f"{name}.yaml"), resolve=False)
     except (OmegaConfBaseException, ValueError) as problem:
         raise UserError(f"claim '{name}' cannot be read: {problem}") from problem
-    return parse(name, content)
+    if not isinstance(content, dict) or "like" not in content:
+        return content
+    other = _content(str(content.pop("like")), [*followed, name])
+    of_the_other = {} if not isinstance(other, dict) else {k: v for k, v in other.items() if k != "tried"}
+    return of_the_other | content
 
 
 def parse(name: str, content: Any) -> Claim:

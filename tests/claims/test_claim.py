@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,6 +163,33 @@ def test_differences_of_lists_absent_keys_and_references() -> None:
 def test_what_cannot_be_is_refused_by_its_key(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         claim(**changes)
+
+
+def test_a_claim_like_another_says_what_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key is said in one of the files as a whole; what was tried about the other one was not tried here."""
+    for group in ("claim", "data"):
+        (tmp_path / group).mkdir()
+    (tmp_path / "data" / "scenes.yaml").touch()
+    files = {
+        "more": CONTENT | {"tried": "Half of the rate."},
+        "deviation": {"like": "more", "metric": {"_target_": "x.Y"}, "least": 0.1},
+        "later": {"like": "deviation", "seeds": [5]},
+        "egg": {"like": "hen"},
+        "hen": {"like": "egg"},
+        "lost": {"like": "mroe"},
+    }
+    for name, content in files.items():
+        OmegaConf.save(content, tmp_path / "claim" / f"{name}.yaml")
+    monkeypatch.setattr("src.configuration.CONFIGS", tmp_path)
+    monkeypatch.setattr("src.claims.claim.CONFIGS", tmp_path)
+    own = {"metric": {"_target_": "x.Y"}, "least": 0.1}
+    assert load("deviation") == parse("deviation", CONTENT | own)
+    assert load("later") == parse("later", CONTENT | own | {"seeds": [5]})
+    assert load("more").tried == "Half of the rate."
+    with pytest.raises(UserError, match="in a circle: egg, hen, egg"):
+        load("egg")
+    with pytest.raises(UserError, match="there is no claim 'mroe'; did you mean more"):
+        load("lost")
 
 
 def test_a_claim_that_does_not_exist() -> None:
