@@ -140,8 +140,8 @@ def test_a_clip_is_trained_and_asked_in_words() -> None:
     results = json.loads(said[-1])
     assert len(results["losses"]) == STEPS
     assert np.mean(results["losses"][-3:]) < np.mean(results["losses"][:3])
-    assert {"zeroshot_top1", "zeroshot_single_top1", "hardnegatives_relation"} <= set(results["scores"])
-    assert "swapped    right: " in "".join(said)
+    assert {"zeroshot_top1", "zeroshot_single_top1", "hardnegatives_attribute"} <= set(results["scores"])
+    assert "attribute  right: " in "".join(said)
     chances = np.array(results["chances"])
     assert chances.shape == (256, 5)
     assert chances.sum(axis=1) == pytest.approx(1, abs=1e-5)
