@@ -50,10 +50,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that was trained just now; its folder does not outlast its judging."""
+    """A trained run.
+
+    Args:
+        run: its folder, which need not outlast its judging.
+        seconds: of the training command.
+        about: where it was trained, if not just now and here.
+    """
 
     run: runs.Run
-    seconds: float  # of the training command
+    seconds: float
+    about: Mapping[str, Any] | None = None
 
     @property
     def steps(self) -> int:

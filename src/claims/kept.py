@@ -13,9 +13,10 @@ from types import TracebackType
 from filelock import FileLock
 from omegaconf import DictConfig
 
-from src.bench import once
+from src.bench import machine, once
 from src.runs import Run
 
+TRAINED = "trained.json"
 NOT_JUDGED = ("best.ckpt", "events.out.*", "images")  # of a run's files, those that nothing asks for afterwards
 
 
@@ -54,7 +55,8 @@ class KeptRuns:
                 begin = [f"checkpoint='{start.last}'"] if start else []
                 with once.trained([*words, *begin], config) as finished:
                     _keep(finished, folder)
-        return once.Finished(Run(folder), json.loads((folder / "seconds.json").read_text()))
+        trained = json.loads((folder / TRAINED).read_text())
+        return once.Finished(Run(folder), trained["seconds"], trained["about"])
 
 
 def _keep(finished: once.Finished, folder: Path) -> None:
@@ -62,5 +64,6 @@ def _keep(finished: once.Finished, folder: Path) -> None:
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(finished.run.dir, unfinished, ignore=shutil.ignore_patterns(*NOT_JUDGED))
-    (unfinished / "seconds.json").write_text(json.dumps(finished.seconds))
+    # a run may be judged long after, and is still one of this commit and machine
+    (unfinished / TRAINED).write_text(json.dumps({"seconds": finished.seconds, "about": machine.about()}))
     unfinished.rename(folder)

@@ -132,7 +132,7 @@ def _one_run(
         }
         if metrics.get("speed/step_flops"):
             spent["flops"] = finished.steps * metrics["speed/step_flops"]
-        return {"value": value, "spent": spent}
+        return {"value": value, "spent": spent} | ({"about": finished.about} if finished.about else {})
     except TrainingFailed as failure:
         if failure.code in STOPPED:
             raise UserError("the training was stopped; the same command goes on with what is missing") from failure

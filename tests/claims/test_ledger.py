@@ -351,12 +351,16 @@ def test_what_two_claims_want_is_trained_once(monkeypatch: pytest.MonkeyPatch, q
 
     monkeypatch.setattr(once, "trained", fake)
     kept_in = tmp_path / "kept"
-    found = ledger.measure(claim(seeds=[0]), kept_in=kept_in)
+    with monkeypatch.context() as before:
+        before.setattr(machine, "about", lambda: ABOUT | {"commit": "trained"})
+        found = ledger.measure(claim(seeds=[0]), kept_in=kept_in)
     assert [run.get("value") for run in found["runs"].values()] == [None, 2.0]
     other = {"_target_": "src.claims.metrics.Logged", "name": "health/feature_std"}
     again = ledger.measure(claim(seeds=[0], metric=other), kept_in=kept_in)
     assert [run["value"] for run in again["runs"].values()] == [0.5, 0.5]
     assert [run["spent"]["seconds"] for run in again["runs"].values()] == [1.5, 1.5]
+    first, second = (measured["runs"]["scenes/0/more"]["about"] for measured in (found, again))
+    assert (first["commit"], second) == ("trained", first)  # judged later, and trained when it was
     assert len(trained) == 3
     assert trained[2] == trained[0]
     assert len(list(kept_in.glob("*/checkpoints/last.ckpt"))) == 2
