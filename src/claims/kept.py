@@ -50,7 +50,8 @@ class KeptRuns:
         folder = self.folder / once.fingerprint(config, start and start.dir.name)
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
-            if not folder.is_dir():
+            if not (folder / TRAINED).is_file():
+                shutil.rmtree(folder, ignore_errors=True)
                 print(f"  {' '.join(words)} …", flush=True)
                 begin = [f"checkpoint='{start.last}'"] if start else []
                 with once.trained([*words, *begin], config) as finished:
