@@ -1,8 +1,8 @@
 """`make claim` and `make claims`: measure what papers claim, keep it, write the page.
 
 ``claim=<name>`` measures one (without it, and without ``all=true``, they are listed), ``again=failed`` or
-``again=all`` forgets runs of it first and trains anew what is kept of them, ``data=<data set>`` leaves its other data
-sets for another time, ``out=<folder>`` is where page and numbers go, ``--write`` only writes the page anew.
+``again=all`` forgets runs of it first, the latter the trained ones that are kept as well, ``data=<data set>`` leaves its
+other data sets for another time, ``out=<folder>`` is where page and numbers go, ``--write`` only writes the page anew.
 """
 
 from __future__ import annotations
@@ -77,8 +77,7 @@ def measure(claim: Claim, folder: Path, again: str | None = None, data: str | No
     for each in claim.data:
         for key, (ours, theirs) in claim.difference(each).items():
             print(f"  {each}: {key}: {ours} in '{claim.arms[0].name}', {theirs} in '{claim.arms[1].name}'", flush=True)
-    # whoever wants a run again does not want the one that is kept
-    kept_in = None if again else KEPT
+    kept_in = None if again == "all" else KEPT  # of a training that failed nothing is kept
     entry = ledger.measure(claim, known=known | kept, keep=keep, data=data, kept_in=kept_in)
     for each in claim.data:
         known_now = ledger.outcome(claim, entry, each)

@@ -139,7 +139,7 @@ def load(name: str) -> Claim:
     return parse(name, _content(name))
 
 
-def _content(name: str, followed: Sequence[str] = ()) -> Any:
+def _content(name: str, followed: Sequence[str] = ()) -> dict[str, Any]:
     """Keys and values of the file; what it does not say itself is said by the claim that it is ``like``."""
     known = configuration.names("claim")
     if name not in known:
@@ -147,14 +147,14 @@ def _content(name: str, followed: Sequence[str] = ()) -> Any:
     if name in followed:
         raise UserError(f"claims are like each other in a circle: {', '.join([*followed, name])}")
     try:
-        content = OmegaConf.to_container(OmegaConf.load(CONFIGS / "claim" / f"{name}.yaml"), resolve=False)
+        content: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "claim" / f"{name}.yaml"), resolve=False)
     except (OmegaConfBaseException, ValueError) as problem:
         raise UserError(f"claim '{name}' cannot be read: {problem}") from problem
-    if not isinstance(content, dict) or "like" not in content:
+    _require(isinstance(content, dict), f"claim '{name}': keys and values are expected, not {content!r}")
+    if "like" not in content:
         return content
-    other = _content(str(content.pop("like")), [*followed, name])
-    of_the_other = {} if not isinstance(other, dict) else {k: v for k, v in other.items() if k != "tried"}
-    return of_the_other | content
+    # what was tried about another claim was not tried about this one
+    return _content(str(content.pop("like")), [*followed, name]) | {"tried": ""} | content
 
 
 def parse(name: str, content: Any) -> Claim:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 from filelock import FileLock
 from omegaconf import DictConfig
@@ -20,23 +20,15 @@ TRAINED = "trained.json"
 NOT_JUDGED = ("best.ckpt", "events.out.*", "images")  # of a run's files, those that nothing asks for afterwards
 
 
+@dataclass(frozen=True)
 class KeptRuns:
     """A run a recipe, trained when it is asked for first.
 
     Args:
-        folder: where they stay, for other processes too; None for a temporary one, gone on exit.
+        folder: where they stay, for other processes too.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._temporary = tempfile.TemporaryDirectory() if folder is None else None
-        self.folder = Path(self._temporary.name) if self._temporary else Path(folder)  # type: ignore[arg-type]
-
-    def __enter__(self) -> KeptRuns:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._temporary:
-            self._temporary.cleanup()
+    folder: Path
 
     def run(self, words: Sequence[str], config: DictConfig, *, start: Run | None = None) -> once.Finished:
         """The run of ``config``, which is what ``words`` compose. Of several callers one trains and the others wait.
@@ -54,17 +46,18 @@ class KeptRuns:
                 shutil.rmtree(folder, ignore_errors=True)
                 print(f"  {' '.join(words)} …", flush=True)
                 begin = [f"checkpoint='{start.last}'"] if start else []
+                about = machine.about()
                 with once.trained([*words, *begin], config) as finished:
-                    _keep(finished, folder)
+                    _keep(finished, about, folder)
         trained = json.loads((folder / TRAINED).read_text())
         return once.Finished(Run(folder), trained["seconds"], trained["about"])
 
 
-def _keep(finished: once.Finished, folder: Path) -> None:
+def _keep(finished: once.Finished, about: dict[str, Any], folder: Path) -> None:
     """The folder takes its name only when it is complete."""
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(finished.run.dir, unfinished, ignore=shutil.ignore_patterns(*NOT_JUDGED))
     # a run may be judged long after, and is still one of this commit and machine
-    (unfinished / TRAINED).write_text(json.dumps({"seconds": finished.seconds, "about": machine.about()}))
+    (unfinished / TRAINED).write_text(json.dumps({"seconds": finished.seconds, "about": about}))
     unfinished.rename(folder)

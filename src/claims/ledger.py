@@ -44,7 +44,8 @@ def measure(
         data: the data set to measure on now, the others another time; None for all.
         known: the claim's earlier entry; a run of the same recipe, judged alike, is not done again.
         keep: is given the entry after each run.
-        kept_in: where trained runs stay for other claims, and other questions; see `KeptRuns`.
+        kept_in: where trained runs stay for other claims, and other questions; see `KeptRuns`. None for
+            nowhere.
 
     Returns:
         The claim, the arms' ``difference`` by data set, ``runs``: for "<data>/<seed>/<arm>" the ``value`` and what was
@@ -87,7 +88,8 @@ def measure(
 
     known_floors = (known or {}).get("floors", {})
 
-    with KeptRuns(kept_in) as kept:
+    with tempfile.TemporaryDirectory() as gone_afterwards:
+        kept = KeptRuns(kept_in or Path(gone_afterwards))
 
         def trained(words: Sequence[str], config: DictConfig) -> once.Finished:
             start = starts[tuple(words)]
