@@ -1,8 +1,8 @@
 """`make claim` and `make claims`: measure what papers claim, keep it, write the page.
 
 ``claim=<name>`` measures one (without it, and without ``all=true``, they are listed), ``again=failed`` or
-``again=all`` forgets runs of it first, the latter the trained ones that are kept as well, ``data=<data set>`` leaves its
-other data sets for another time, ``out=<folder>`` is where page and numbers go, ``--write`` only writes the page anew.
+``again=all`` forgets runs of it first, the latter those on disk too, ``data=<data set>`` leaves its other data sets for
+another time, ``out=<folder>`` is where page and numbers go, ``--write`` only writes the page anew.
 """
 
 from __future__ import annotations
