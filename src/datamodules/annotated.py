@@ -72,6 +72,11 @@ class AnnotatedDataModule(ImageDataModule):
         return batch
 
     def _dataset(self, source: ImageSource, view: View, limit: int | None) -> ViewedDataset:
+        subset, joint = self._subset(source, limit), self._joint(source, view)
+        return AnnotatedDataset(source, joint, seed=self.seed, subset=subset, bad_log=self.bad_log)
+
+    def _joint(self, source: ImageSource, view: View) -> JointView:
+        """The view, of which it is sure that the source gives what it needs."""
         assert isinstance(view, JointView)  # `batch_type` has looked
         given = source.fields if isinstance(source, AnnotatedSource) else ()
         lacking = [field for field in view.fields if field not in given]
@@ -81,4 +86,4 @@ class AnnotatedDataModule(ImageDataModule):
                 f"data.source.fields: {type(view).__name__} needs the ground truth {', '.join(lacking)}; "
                 f"{type(source).__name__} {has}"
             )
-        return AnnotatedDataset(source, view, seed=self.seed, subset=self._subset(source, limit), bad_log=self.bad_log)
+        return view

@@ -113,6 +113,13 @@ class DetectionBatch(TypedDict):
     replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
 
 
+class RegionTextBatch(DetectionBatch):
+    """Things that are seen in an image, and a text of each of them alone."""
+
+    region_text: Annotated[list[Tensor], Field("T L", torch.int64)]  # token ids, filled up to one length
+    region_text_mask: Annotated[list[Tensor], Field("T L", torch.bool)]  # what of it is no filling
+
+
 class StatisticsBatch(VideoBatch):
     """Clips, and what their pixels and their flow say of them; see `views.statistics`."""
 

@@ -6,20 +6,17 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from src.datamodules.batch import ImageBatch, ImageTextBatch
 from src.datamodules.dataset import ViewedDataset
-from src.datamodules.sources.source import BadSample, CaptionedSource, ImageSource, OrderedSource
+from src.datamodules.sources.source import BadSample, CaptionedSource, ImageSource
 from src.datamodules.sources.text_filter import TextFilter
 from src.datamodules.text.tokenizer import Tokenizer
-from src.datamodules.text.tokenizing import TokenizingDataModule
+from src.datamodules.text.tokenizing import TokenizingDataModule, learned_from
 from src.datamodules.views.view import View
 from src.errors import SettingError
 from src.randomness import fold, uniform
-
-_LEARNED_FROM = 20_000  # texts a tokenizer is learned from, at most
 
 
 class ImageTextDataset(ViewedDataset):
@@ -101,11 +98,9 @@ class ImageTextDataModule(TokenizingDataModule):
 
     def texts_to_learn_from(self) -> Iterator[str]:
         source = _captioned(self.train_source)
-        few = min(len(source), _LEARNED_FROM)
-        anywhere = np.linspace(0, len(source), few, endpoint=False).astype(int)
-        for position in range(few) if isinstance(source, OrderedSource) else anywhere:
+        for position in learned_from(source):
             try:
-                yield source.caption(int(position), 0.5)
+                yield source.caption(position, 0.5)
             except BadSample:
                 continue  # it is replaced, and reported, when it is drawn
 

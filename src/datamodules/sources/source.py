@@ -161,6 +161,16 @@ class HoldingOut(ImageSource, Protocol):
     held_out: Sequence[int]  # their labels; empty where training sees all
 
 
+@runtime_checkable
+class RegionSource(AnnotatedSource, Protocol):
+    """A source that says what each thing of its pictures is."""
+
+    def regions(self, index: int, choice: float) -> Sequence[str]:
+        """A text of each thing alone, in the order of the field ``boxes``; ``choice`` in [0, 1) says which. Empty where
+        there is none."""
+        ...
+
+
 class Mistaken(NamedTuple):
     """A text of a picture beside one that is wrong in one thing and otherwise says the same."""
 

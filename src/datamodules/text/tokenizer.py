@@ -52,7 +52,9 @@ class Tokenizer:
         return self.inner.eos_token_id
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids int64 [B, length] and which of them are no filling, bool [B, length]."""
+        """Ids int64 [B, length] and which of them are no filling, bool [B, length]; B may be 0."""
+        if not texts:
+            return torch.zeros(0, self.length, dtype=torch.int64), torch.zeros(0, self.length, dtype=torch.bool)
         found = self.inner(
             list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )

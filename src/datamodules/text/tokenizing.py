@@ -7,11 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from src.datamodules.image import ImageDataModule
+from src.datamodules.sources.source import ImageSource, OrderedSource
 from src.datamodules.text import tokenizer as tokenizers
 from src.datamodules.text.tokenizer import Tokenizer
 from src.errors import SettingError
 from src.loggers import write_atomically
+
+_LEARNED_FROM = 20_000  # samples a tokenizer is learned from, at most
 
 
 class TokenizingDataModule(ImageDataModule, ABC):
@@ -80,6 +85,14 @@ class TokenizingDataModule(ImageDataModule, ABC):
     def prepare_data(self) -> None:
         super().prepare_data()
         self.tokenizer  # noqa: B018
+
+
+def learned_from(source: ImageSource) -> Iterable[int]:
+    """Positions of the samples whose texts a tokenizer is learned from: anywhere, or the first where that is dear."""
+    few = min(len(source), _LEARNED_FROM)
+    if isinstance(source, OrderedSource):
+        return range(few)
+    return map(int, np.linspace(0, len(source), few, endpoint=False).astype(int))
 
 
 def _take_over(run: Path, file: Path) -> None:

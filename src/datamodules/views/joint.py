@@ -14,7 +14,14 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from src.datamodules.batch import IGNORED, DepthBatch, DetectionBatch, NormalsBatch, SegmentationBatch
+from src.datamodules.batch import (
+    IGNORED,
+    DepthBatch,
+    DetectionBatch,
+    NormalsBatch,
+    RegionTextBatch,
+    SegmentationBatch,
+)
 from src.datamodules.decoding import BadSample, EncodedImage
 from src.datamodules.views.image import to_tensor
 from src.datamodules.views.view import stack
@@ -268,6 +275,24 @@ class DetectionView(JointView):
         return batch
 
 
+@dataclass(frozen=True)
+class RegionView(DetectionView):
+    """`DetectionView` of which things are left, so that the texts of those can be had: rows and batches say so in
+    ``thing`` (int64 [T], positions among the source's things)."""
+
+    batch_type: ClassVar[type] = RegionTextBatch
+
+    def wrapped(self, fields: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        sample = super().wrapped(fields, size)
+        return {**sample, "thing": torch.arange(len(sample["labels"]))}
+
+    def unwrapped(self, moved: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {**super().unwrapped(moved), "thing": moved["thing"]}
+
+    def collate(self, rows: list[dict[str, Tensor]]) -> dict[str, Any]:
+        return {**super().collate(rows), "thing": [row["thing"] for row in rows]}
+
+
 class RandomRescale(v2.Transform):
     """A picture at the largest size at which its shorter side is at most ``shorter`` times a random number, and its
     longer side at most ``longer`` times the same. Pictures are resampled linearly with antialiasing, masks and depths
@@ -369,7 +394,7 @@ def _fitting(name: str, fields: Mapping[str, Tensor], size: tuple[int, int]) -> 
 
 def _of_things(sample: dict[str, Any]) -> tuple[Tensor, ...]:
     """What goes where its box goes, besides the mask."""
-    return tuple(sample[name] for name in ("labels", "crowd") if name in sample)
+    return tuple(sample[name] for name in ("labels", "crowd", "thing") if name in sample)
 
 
 def _boxes_of(masks: Tensor) -> Tensor:

@@ -1,0 +1,149 @@
+"""The text of a thing stays with its box, whatever a view leaves of the picture."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from src import configuration
+from src.datamodules.batch import RegionTextBatch, validate
+from src.datamodules.dataset import Draw
+from src.datamodules.region_text import RegionTextDataModule, RegionTextDataset
+from src.datamodules.scenes.captions import _SYNONYMS
+from src.datamodules.sources.source import BadSample, Split
+from src.datamodules.text.tokenizer import trained
+from src.datamodules.views.joint import DetectionView, FilledCrop, RandomRescale, RegionView
+from src.errors import SettingError
+from src.train import compose
+from tests.datamodules.test_annotated import Encoded
+
+WORDS = [f"a {word} {letter}" for letter in Encoded.mask_classes for word in ("large", "small")]
+TOKENIZER = trained(WORDS, vocabulary=400, length=8)
+PART = RegionView((RandomRescale(32, 64, (0.5, 2.0)), FilledCrop(16), v2.RandomHorizontalFlip()))
+
+
+class Told(Encoded):
+    """Each thing is called by its class, whose tenfold is its colour."""
+
+    def __init__(
+        self, split: Split = "train", *, silent: tuple[int, ...] = (), broken: tuple[int, ...] = (), **options: Any
+    ) -> None:
+        super().__init__(split, **options)
+        self.silent, self.broken = silent, broken
+
+    def regions(self, index: int, choice: float) -> list[str]:
+        if index in self.broken:
+            raise BadSample("its texts are cut off")
+        word = "large" if choice < 0.5 else "small"
+        texts = [f"a {word} {self.mask_classes[kind]}" for kind in self[index]["fields"]["box_labels"]]
+        return [*texts[:-1], " "] if index in self.silent else texts
+
+
+class Empty(Told):
+    """Nothing is in its pictures."""
+
+    def __getitem__(self, index: int) -> Any:
+        sample = super().__getitem__(index)
+        sample["fields"] = {"boxes": torch.zeros(0, 4), "box_labels": torch.zeros(0, dtype=torch.int64)}
+        return sample
+
+
+def batch(positions: range, epoch: int = 0, view: RegionView = PART, **options: Any) -> dict[str, Any]:
+    data = RegionTextDataset(Told(**options), view, tokenizer=TOKENIZER, seed=5)
+    return data[[Draw(epoch, position) for position in positions]]
+
+
+def texts(batch: dict[str, Any]) -> list[list[str]]:
+    return [TOKENIZER.decode(each) for each in batch["region_text"]]
+
+
+def test_a_text_is_that_of_its_box():
+    found, whole = batch(range(12)), batch(range(12), view=RegionView())
+    for boxes, labels, told in zip(found["boxes"], found["box_labels"], texts(found), strict=True):
+        assert len(boxes) == len(told)
+        assert [text.split()[-1] for text in told] == [Told.mask_classes[label] for label in labels]
+    assert 0 < sum(map(len, found["boxes"])) < sum(map(len, whole["boxes"]))  # some things are outside of the parts
+    assert "thing" not in found
+    validate(
+        {**whole, "image": whole["image"].float(), "boxes": [each.float() for each in whole["boxes"]]}, RegionTextBatch
+    )
+
+
+def test_words_are_chosen_anew_in_every_epoch_and_masks_end_where_texts_end():
+    seen = set()
+    for epoch in range(6):
+        found = batch(range(1), epoch)
+        seen |= {text.split()[1] for text in texts(found)[0]}
+        for ids, mask in zip(found["region_text"][0], found["region_text_mask"][0], strict=True):
+            assert mask.sum() == 5  # start, three words, end
+            assert (ids[mask] != 0).all()
+            assert (ids[~mask] == 0).all()
+    assert seen == {"large", "small"}
+
+
+def test_a_thing_without_text_is_no_sample(caplog):
+    found = batch(range(6), silent=(2,), broken=(4,), view=RegionView())
+    assert found["replaced"].tolist() == [False, False, True, False, True, False]
+    for labels, told in zip(found["box_labels"], texts(found), strict=True):
+        assert [text.split()[-1] for text in told] == [Told.mask_classes[label] for label in labels]
+    assert "replaced encoded/2: a thing of it has no text" in caplog.text
+    assert "replaced encoded/4: its texts are cut off" in caplog.text
+
+
+def test_pictures_of_nothing_have_no_texts():
+    data = RegionTextDataset(Empty(), RegionView(), tokenizer=TOKENIZER, seed=5)
+    found = data[[Draw(0, 0), Draw(0, 3)]]
+    assert [tuple(each.shape) for each in found["region_text"]] == [(0, 8), (0, 8)]
+    assert [tuple(each.shape) for each in found["region_text_mask"]] == [(0, 8), (0, 8)]
+
+
+def module(folder: Path, **options: Any) -> RegionTextDataModule:
+    known: dict[str, Any] = {"source": Told, "train_view": PART, "eval_view": RegionView(), "batch_size": 6}
+    return RegionTextDataModule(
+        **{**known, "num_workers": 0, "text_length": 8, "tokenizer_file": folder / "tokenizer.json", **options}
+    )
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path: Path):
+    alone, shared = (list(module(tmp_path, num_workers=workers).train_dataloader()) for workers in (0, 2))
+    assert len(alone) == len(shared) == 4
+    for ours, theirs in zip(alone, shared, strict=True):
+        for name in ("boxes", "region_text", "region_text_mask"):
+            assert all(torch.equal(*pair) for pair in zip(ours[name], theirs[name], strict=True)), name
+
+
+def test_what_has_no_texts_of_its_things_is_told(tmp_path: Path):
+    with pytest.raises(SettingError, match="Encoded has no texts of the things in its pictures"):
+        module(tmp_path, source=Encoded).prepare_data()
+    with pytest.raises(SettingError, match=r"data.eval_view: texts of things need a RegionView, not a DetectionView"):
+        module(tmp_path, eval_view=DetectionView()).batch_type  # noqa: B018
+    plain = module(tmp_path, source=partial(_without_boxes, Told))
+    with pytest.raises(SettingError, match="RegionView needs the ground truth boxes, box_labels"):
+        plain.train_dataloader()
+
+
+def _without_boxes(kind: type, split: Split) -> Any:
+    source = kind(split)
+    source.fields = ()
+    return source
+
+
+def test_scenes_say_what_each_of_their_things_is(tmp_path: Path):
+    views = [f"data.{name}._target_=src.datamodules.views.joint.RegionView" for name in ("train_view", "eval_view")]
+    words = ["experiment=detection_vitb", "scale=tiny", "data=scenes_regions", "masks=false", *views]
+    small = ["data.batch_size=8", "data.source.count=40", "data.source.cache_dir=null", f"run.dir='{tmp_path}'"]
+    data: RegionTextDataModule = configuration.instantiate(compose([*words, *small]).data)
+    data.prepare_data()
+    source: Any = data.train_source
+    found = next(iter(data.train_dataloader()))
+    assert sum(map(len, found["boxes"])) > 8
+    for labels, ids in zip(found["box_labels"], found["region_text"], strict=True):
+        for label, text in zip(labels, data.tokenizer.decode(ids), strict=True):
+            kind = source.classes[label]
+            assert any(text.endswith(f" {name}") for name in _SYNONYMS.get(kind, (kind,)))
+    validate(data.on_after_batch_transfer(found, 0), RegionTextBatch)
