@@ -1,8 +1,8 @@
 """`make bench`: measure, keep what was measured, write the page.
 
 ``only=loop,precision`` names parts, ``quick=true`` only looks whether they work (its page goes to ``cache/bench``),
-``again=true`` forgets finished runs of the parts that train for hours (learning, methods), ``data=<data set>`` leaves
-their other data sets for another time, ``out=<folder>`` is where page and numbers go.
+``again=true`` forgets finished runs of the parts that train for hours (learning, methods, gauntlet),
+``data=<data set>`` leaves their other data sets for another time, ``out=<folder>`` is where page and numbers go.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from src.bench import learning, machine, methods
+from src.bench import gauntlet, learning, machine, methods
 from src.bench.learning import DATA
 from src.bench.render import PARTS, render
 from src.configuration import PROJECT, UserError, nearest, run_main
@@ -20,7 +20,7 @@ from src.loggers import write_atomically
 from src.trained import words_of
 
 WORDS = ("only", "quick", "again", "out", "data")
-LONG = {"learning": learning, "methods": methods}
+LONG = {"learning": learning, "methods": methods, "gauntlet": gauntlet}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from src.bench import (
     evaluation,
+    gauntlet,
     image_text,
     input_folder,
     joint_embedding,
@@ -40,6 +41,7 @@ PARTS: dict[str, Part] = {
     "image_text": image_text,
     "learning": learning,
     "methods": methods,
+    "gauntlet": gauntlet,
 }
 
 

@@ -10,27 +10,22 @@ evaluate`, and ``finetune.<key>=<value>`` the recipes of fine-tuning.
 from __future__ import annotations
 
 import json
-import logging
-import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from src import configuration, evaluate, runs, train, trained
-from src.bench import machine, once
-from src.configuration import CONFIGS, PROJECT, UserError, nearest
+from src.configuration import PROJECT, UserError
 from src.gauntlet import report
+from src.gauntlet.measuring import Failures, chosen, frozen_of, measure
 from src.gauntlet.standing import Standing, with_backbones
-from src.gauntlet.tasks import Cell, Contender, Frozen, Task
+from src.gauntlet.tasks import Cell, Contender, Task
 from src.loggers import write_atomically
-
-log = logging.getLogger(__name__)
 
 WORDS = ("run", "data", "tasks", "checkpoint", "floor", "out")
 
@@ -61,24 +56,6 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-Failures = dict[str, str]  # what could not be measured -> why
-
-
-def chosen(names: str | None) -> dict[str, Task]:
-    """The tasks of configs/gauntlet.yaml, or those of them that are named.
-
-    Raises:
-        UserError: there is no such task.
-    """
-    config = OmegaConf.load(CONFIGS / "gauntlet.yaml")
-    tasks = list(map(str, config.tasks))
-    wanted = tasks if not names else [name for name in re.split(r"[,\s]+", names.strip("[] ")) if name]
-    for name in wanted:
-        if name not in tasks:
-            raise UserError(f"the gauntlet has no task '{name}'{nearest(name, tasks)}")
-    return {name: configuration.instantiate(config.tasks[name]) for name in wanted}
-
-
 def _cells(
     found: Sequence[runs.Run],
     words: Mapping[str, str],
@@ -92,7 +69,6 @@ def _cells(
     if floor not in ("true", "false"):
         raise UserError(f"floor is true or false, not '{floor}'")
     overrides = [word for word in rest if not word.startswith("finetune.")]
-    frozen = list(dict.fromkeys(task.evaluation for task in tasks.values() if isinstance(task, Frozen)))
     cells: dict[str, Cell] = {}
     for run in found:
         checkpoint = trained.checkpoint_of(run, words.get("checkpoint", "last"))
@@ -104,7 +80,7 @@ def _cells(
                     config,
                     _data_name(config, data),
                     weights,
-                    frozen,
+                    frozen_of(tasks),
                     folder / "finetuned",
                     [word.removeprefix("finetune.") for word in rest if word.startswith("finetune.")],
                 )
@@ -122,63 +98,6 @@ def _cells(
 def _data_name(config: DictConfig, data: str | None) -> str:
     split = str(config.evaluate.split)
     return (data or evaluate.data_name(config)) + ("" if split == "val" else f"_{split}")
-
-
-def measure(
-    cells: Mapping[str, Cell],
-    earlier: Mapping[str, Any],
-    told: Failures,
-    *,
-    keep: Callable[[list[dict[str, Any]]], None],
-) -> list[dict[str, Any]]:
-    """The rows of what is known and of what had to be measured now. A task that fails is told and ends nothing.
-
-    Args:
-        cells: by key.
-        earlier: rows by key.
-        told: is given what fails.
-        keep: is given all rows after each number.
-
-    Raises:
-        UserError: in one setting some are judged on other samples than the rest.
-    """
-    alike = {row["setting"]: row["judged_on"] for key, row in earlier.items() if key not in cells}
-    for cell in cells.values():
-        if alike.setdefault(cell.setting, cell.judged_on) != cell.judged_on:
-            raise UserError(
-                f"{cell.contender.title} would be judged by {cell.setting} on other samples than the rest: "
-                'say the same for all, such as ARGS="data.source.count={train: 2000, val: 500, test: 500} '
-                'data.train_samples=null evaluate.bank_samples=null evaluate.query_samples=null", or another out='
-            )
-    before: list[Contender] = []
-
-    def one(cell: Cell, config: DictConfig) -> dict[str, Any]:
-        if before and before[-1] is not cell.contender:
-            before.pop().forget()
-        before[:] = [cell.contender]
-        title = f"{cell.contender.title}, {cell.setting}"
-        print(f"gauntlet: {title} …", flush=True)
-        try:
-            parameters = sum(each.numel() for each in cell.contender.encoder.parameters())
-            value = cell.task(cell.contender)
-            if not math.isfinite(value):
-                raise UserError(f"{cell.task.metric} is not a finite number")
-        except UserError as problem:
-            told[title] = str(problem)
-        except Exception as problem:  # one task's mistake must not cost the others' hours
-            log.exception("%s", title)
-            told[title] = f"{type(problem).__name__}: {problem}"
-        else:
-            return {**cell.facts(), "parameters": parameters, "value": value}
-        return {"value": None}
-
-    def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-        return [{"key": key, **row} for key, row in found.items() if row["value"] is not None]
-
-    found = once.measure_missing(
-        cells, one, known=earlier, keep=lambda found: keep(rows(found)), about=cache(machine.about)
-    )
-    return rows(found)
 
 
 def known(folder: Path) -> dict[str, Any]:

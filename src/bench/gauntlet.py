@@ -1,0 +1,261 @@
+"""Small encoders, trained by three paradigms and not at all, through every task of the gauntlet."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from src import evaluate, runs
+from src.bench import machine, once
+from src.bench.report import Check, Section, table
+from src.gauntlet.measuring import Failures, chosen, frozen_of
+from src.gauntlet.measuring import measure as put_through
+from src.gauntlet.report import ranking
+from src.gauntlet.standing import Standing
+from src.gauntlet.tasks import Cell, Contender
+
+DATA = "scenes"
+SEEDS = (0, 1, 2)
+FLOOR = "random"
+
+# a narrower ViT and small batches, for what dozens of trainings can afford
+COMMON = (
+    "scale=tiny",
+    f"data={DATA}",
+    "backbone=vit",
+    "backbone.embed_dim=96",
+    "backbone.depth=4",
+    "backbone.num_heads=3",
+    "data.batch_size=64",
+    "callbacks.evaluation=null",
+    "callbacks.pictures=null",
+)
+JUDGED = ("evaluate.bank_samples=5000", "evaluate.query_samples=null")
+# few pictures with their truth: what pretraining is for
+FINETUNED = (
+    "data.source.count={train: 1000, val: 500, test: 500}",
+    "data.train_samples=null",
+    "data.eval_samples=null",
+    "data.batch_size=16",
+    "trainer.max_epochs=4",
+    "trainer.check_val_every_n_epoch=4",
+)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A row of the table.
+
+    Args:
+        title: as the paper calls it.
+        experiment: its recipe.
+        epochs: how long it is trained, so that all take about as long; None for not at all.
+    """
+
+    title: str
+    experiment: str
+    epochs: int | None
+
+
+ENCODERS: dict[str, Encoder] = {
+    FLOOR: Encoder("random start", "supervised_vits", None),
+    "supervised": Encoder("supervised", "supervised_vits", 3),
+    "mae": Encoder("MAE", "mae_tiny", 8),
+    "moco_v3": Encoder("MoCo v3", "moco_v3_vits", 2),
+}
+
+
+def measure(
+    quick: bool = False,
+    *,
+    known: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+    overrides: Sequence[str] = (),
+    finetuned: Sequence[str] = (),
+    encoders: Sequence[str] = tuple(ENCODERS),
+    data: Sequence[str] = (DATA,),
+    seeds: Sequence[int] = SEEDS,
+    tasks: str | None = None,
+) -> dict[str, Any]:
+    """Each encoder trained with each seed, then put through the tasks of `make gauntlet`, judged on the validation
+    split, which nothing here was chosen by. Seed by seed, so that an unfinished table is of whole rows.
+
+    Args:
+        overrides, finetuned: of the encoders' configurations, and of the fine-tunings'.
+        data: nothing is measured where it does not name scenes.
+        tasks: names, with commas between; None for all.
+
+    Returns:
+        ``runs``: for "<encoder>/<seed>" the ``scores`` (rows of `Standing`), what could not be measured in ``told``,
+        ``steps`` and ``minutes`` of the training, and where it was measured.
+    """
+    if DATA not in data:
+        return dict(known or {"runs": {}})
+    small = ["data.source.count={train: 512, val: 64, test: 64}", "trainer.max_epochs=1"] if quick else []
+    fine = [*FINETUNED, *(["data.source.count=64", "trainer.max_epochs=1"] if quick else []), *finetuned]
+    names = chosen(tasks)
+    jobs = {
+        f"{name}/{seed}": once.Job(
+            [
+                f"experiment={ENCODERS[name].experiment}",
+                *COMMON,
+                f"seed={seed}",
+                *([f"trainer.max_epochs={ENCODERS[name].epochs}"] if ENCODERS[name].epochs else []),
+                *small,
+                *overrides,
+            ],
+            also={
+                "trained": ENCODERS[name].epochs is not None,
+                "tasks": {task: repr(each) for task, each in names.items()},
+                "judged": list(JUDGED),
+                "finetuned": fine,
+            },
+        )
+        for seed in ((0,) if quick else seeds)
+        for name in encoders
+    }
+    found = once.measure_missing(
+        jobs,
+        lambda job, config: judged(job.words, config, job.also["trained"], fine, tasks),
+        known=(known or {}).get("runs", {}),
+        keep=lambda each: keep({"runs": each}),
+    )
+    return {"runs": found}
+
+
+def judged(
+    words: Sequence[str], config: DictConfig, trained: bool, finetuned: Sequence[str], tasks: str | None
+) -> dict[str, Any]:
+    """One encoder, trained or as it begins, and what every task says of it."""
+    told: Failures = {}
+    names = chosen(tasks)
+    with _run(words, config, trained) as (run, facts):
+        settled = evaluate.settle(run, None, JUDGED)
+        folder = run.dir / "finetuned"
+        checkpoint = run.last if trained else None
+        contender = Contender(run, settled, DATA, checkpoint, frozen_of(names), folder, finetuned)
+        cells = {name: Cell(name, task, contender) for name, task in names.items()}
+        rows = put_through(cells, {}, told, keep=lambda rows: None)
+    said = ("setting", "metric", "kind", "adaptation", "lower_is_better", "parameters", "value")
+    return {**facts, "scores": [{name: row[name] for name in said} for row in rows], "told": told}
+
+
+@contextmanager
+def _run(words: Sequence[str], config: DictConfig, trained: bool) -> Iterator[tuple[runs.Run, dict[str, Any]]]:
+    """A run's folder, and how it was trained; of an untrained one the configuration alone."""
+    if trained:
+        with once.trained(words, config) as finished:
+            yield finished.run, {"steps": finished.steps, "minutes": finished.seconds / 60}
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        run = runs.Run(Path(folder))
+        runs.store(run, config)
+        yield run, {"steps": 0, "minutes": 0.0}
+
+
+def report(result: dict[str, Any]) -> Section:
+    rows = _rows(result)
+    standing = Standing(rows)
+    order = [standing.backbones[place] for place in standing.order]
+    head, ranks = ranking(standing)
+    floor = ENCODERS[FLOOR].title
+    body = [
+        f"Encoders of one small ViT on {DATA} of 64 pixels, each trained with every seed and then put through all "
+        f"tasks of `make gauntlet`; what is fine-tuned sees 1,000 labelled pictures {_epochs()} times. "
+        f"{_training(result)} Judged on the validation split, which nothing here was chosen by.",
+        "Mean z-scores over tasks, of means over seeds (see [the gauntlet](../README.md)):",
+        table(head, ranks),
+        f"Scores, mean and standard deviation over seeds. Above the {floor}: by how much the best other encoder's mean "
+        "is better, and in how many seeds it is.",
+        table(
+            ["", "metric", *order, f"above the {floor}"], [_line(rows, setting, order) for setting in standing.settings]
+        ),
+    ]
+    failures = {f"{key}, {name}": why for key, run in result["runs"].items() for name, why in run["told"].items()}
+    if failures:
+        body.append("Not measured:\n\n" + "\n".join(f"- {name}: {why}" for name, why in failures.items()))
+    body.append("\n".join(f"- {each}" for each in machine.lines([run["about"] for run in result["runs"].values()])))
+    return Section("The gauntlet", [_check(result, rows, standing.settings)], "\n\n".join(body))
+
+
+def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The long table, with seeds."""
+    return [
+        {**row, "backbone": ENCODERS[name].title, "seed": int(seed)}
+        for key, run in result["runs"].items()
+        for name, seed in [key.split("/")]
+        for row in run["scores"]
+    ]
+
+
+def _epochs() -> str:
+    return next(word.partition("=")[2] for word in FINETUNED if word.startswith("trainer.max_epochs="))
+
+
+def _training(result: Mapping[str, Any]) -> str:
+    """How long each was trained, in a sentence."""
+    said = []
+    for name, encoder in ENCODERS.items():
+        mine = [run for key, run in result["runs"].items() if key.partition("/")[0] == name]
+        if mine and encoder.epochs is not None:
+            minutes = statistics.fmean(run["minutes"] for run in mine)
+            said.append(f"{encoder.title} {mine[0]['steps']:,} steps of 64 in {minutes:.1f} minutes")
+    return f"Trained: {', '.join(said)}." if said else ""
+
+
+def _values(rows: Sequence[Mapping[str, Any]], setting: str) -> dict[str, dict[int, float]]:
+    """By encoder and seed, errors with the sign turned: more is better."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["setting"] == setting:
+            value = -row["value"] if row["lower_is_better"] else row["value"]
+            found.setdefault(row["backbone"], {})[row["seed"]] = value
+    return found
+
+
+def above(rows: Sequence[Mapping[str, Any]], setting: str) -> tuple[str, list[float]] | None:
+    """The encoder with the best mean but the floor's, and by how much it is better than the floor with each seed."""
+    values = _values(rows, setting)
+    floor = values.pop(ENCODERS[FLOOR].title, {})
+    if not floor or not values:
+        return None
+    best = max(values, key=lambda name: statistics.fmean(values[name].values()))
+    differences = [values[best][seed] - floor[seed] for seed in sorted(values[best].keys() & floor.keys())]
+    return (best, differences) if differences else None
+
+
+def _line(rows: Sequence[Mapping[str, Any]], setting: str, order: Sequence[str]) -> list[str]:
+    one = next(row for row in rows if row["setting"] == setting)
+    sign = -1 if one["lower_is_better"] else 1
+    cells = []
+    for name in order:
+        mine = [sign * value for value in _values(rows, setting).get(name, {}).values()]
+        spread = f" ± {statistics.stdev(mine):.2g}" if len(mine) > 1 else ""
+        cells.append(f"{statistics.fmean(mine):.3g}{spread}" if mine else "–")
+    found = above(rows, setting)
+    said = "–"
+    if found is not None:
+        best, differences = found
+        better = sum(each > 0 for each in differences)
+        said = f"{statistics.fmean(differences):+.2g} ({best}, {better} of {len(differences)})"
+    return [setting, f"{one['metric']} {'↓' if sign < 0 else '↑'}", *cells, said]
+
+
+def _check(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], settings: Sequence[str]) -> Check:
+    found = {setting: above(rows, setting) for setting in settings}
+    below = [name for name, each in found.items() if each is not None and statistics.fmean(each[1]) <= 0]
+    whole = all(f"{name}/{seed}" in result["runs"] for name in ENCODERS for seed in SEEDS)
+    complete = whole and not any(run["told"] for run in result["runs"].values())
+    return Check(
+        f"every head of the gauntlet on {DATA} is better on some trained encoder than on a random one",
+        f"{len(settings)} heads, {len(SEEDS)} seeds",
+        f"not: {', '.join(below)}" if below else f"all of {len(settings)}",
+        False if below else (True if complete else None),
+    )
