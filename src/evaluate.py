@@ -82,8 +82,6 @@ def main(argv: Sequence[str]) -> int:
     checkpoint = trained.checkpoint_of(run, words.get("checkpoint"))
     data = words.get("data") or data_name(config)
     if config.evaluate.split != "val":
-        if FINETUNE in asked:
-            raise UserError("EVAL=finetune judges on the validation split: leave evaluate.split=val")
         data = f"{data}_{config.evaluate.split}"
     scores: Scores = {}
     if set(asked) - {FINETUNE}:
@@ -295,6 +293,8 @@ def finetune_config(
             recipe.data[key] = config.data._get_node(key)
         if clips:
             recipe.frames = config.get("frames") or recipe.frames
+        if config.evaluate.split != "val":
+            recipe.data.eval_split = config.evaluate.split
     recipe.image_size, recipe.seed, recipe.paths = config.image_size, config.seed, config.paths
     recipe.checkpoint = None if checkpoint is None else str(checkpoint)
     recipe.run.experiment = experiment

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol, cast
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from torch import nn
 
 from src import configuration, evaluate, runs, trained
@@ -203,6 +204,32 @@ class OnEncoder:
             encoders, subject.datamodule, subject.device, split=subject.split, precision=subject.precision
         )
         return _named(self.evaluation, scores["encoder"], self.name)
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """The last value of what an experiment logs that goes on from the first encoder, as `make evaluate EVAL=finetune`
+    does; the untrained one begins anew.
+
+    Args:
+        experiment: such as ``finetune_vitb``.
+        name: such as ``eval/top1``.
+        overrides: of its recipe.
+    """
+
+    experiment: str
+    name: str = "eval/top1"
+    overrides: Sequence[str] = ()
+    splits: ClassVar[Sequence[Split]] = HELD_OUT
+    untrained: ClassVar[bool] = True
+
+    def __call__(self, subject: Subject) -> float:
+        config = subject.config.copy()
+        with open_dict(config):
+            config.evaluate = {"finetune": self.experiment, "split": subject.split}
+        recipe = evaluate.finetune_config(config, subject.checkpoint, self.overrides)
+        with tempfile.TemporaryDirectory() as folder:
+            return _finite(self.name, evaluate.fine_tuned(recipe, Path(folder), self.name))
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class ImageDataModule(L.LightningDataModule):
         train_samples, eval_samples: use only so many (a fixed random choice; of an `OrderedSource` the first); None for
             all.
         train_shots: use only so many of each class, another choice with each seed; None for all.
+        eval_split: what ``val_dataloader`` reads: "test" once everything is chosen.
         num_workers: loader processes; None for as many as the cores leave.
         mean, std: normalisation, per channel, of values in [0, 1].
         max_bad_share: the run stops once more than this share of the samples seen had to be replaced.
@@ -58,6 +59,7 @@ class ImageDataModule(L.LightningDataModule):
         train_samples: int | None = None,
         eval_samples: int | None = None,
         train_shots: int | None = None,
+        eval_split: Split = "val",
         num_workers: int | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
@@ -70,6 +72,8 @@ class ImageDataModule(L.LightningDataModule):
                 raise SettingError(f"data.{name} must be a whole number, at least {least}; got {value}")
         if num_workers is not None and num_workers < 0:
             raise SettingError(f"data.num_workers must be at least 0, or null for as many as fit; got {num_workers}")
+        if eval_split not in ("val", "test"):
+            raise SettingError(f"data.eval_split is val or test, not {eval_split!r}")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise SettingError(f"data.mean and data.std are three numbers each, std above 0; got {mean} and {std}")
         self.make_source = source
@@ -81,6 +85,7 @@ class ImageDataModule(L.LightningDataModule):
         self.train_samples = train_samples
         self.eval_samples = eval_samples
         self.train_shots = train_shots
+        self.eval_split = eval_split
         self.num_workers = default_workers() if num_workers is None else num_workers
         self.mean = torch.tensor(tuple(mean)).view(3, 1, 1)
         self.std = torch.tensor(tuple(std)).view(3, 1, 1)
@@ -128,7 +133,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Builds caches and downloads, in one process, before the others look."""
-        self.train_source, self.val_source  # noqa: B018
+        self.train_source, self.source(self.eval_split)
 
     def train_dataloader(self) -> ResumableLoader:
         rank, world_size, micro_batches = self._launch()
@@ -145,13 +150,13 @@ class ImageDataModule(L.LightningDataModule):
         return ResumableLoader(dataset, sampler, num_workers=self.num_workers, pin_memory=torch.cuda.is_available())
 
     def val_dataloader(self, samples: int | None = None) -> DataLoader[dict[str, Tensor]]:
-        """The validation split in the evaluation view, this process's share.
+        """The validation split (or ``eval_split``) in the evaluation view, this process's share.
 
         Args:
             samples: at most so many, a fixed random choice.
         """
         limits = [limit for limit in (samples, self.eval_samples) if limit is not None]
-        return self._eval_loader(self.val_source, min(limits, default=None))
+        return self._eval_loader(self.source(self.eval_split), min(limits, default=None))
 
     def test_dataloader(self, samples: int | None = None) -> DataLoader[dict[str, Tensor]]:
         """As `val_dataloader`, of the test split: what nothing may be chosen by."""

@@ -71,7 +71,7 @@ class VideoDataModule(ImageDataModule):
     def seconds_a_frame(self, index: int) -> float:
         """From one frame to the next in the evaluation view's clip of validation video ``index``, on average; of one
         frame alone the video's length."""
-        footage: Any = self.val_source[index]["image"]
+        footage: Any = self.source(self.eval_split)[index]["image"]
         clip: Any = self.eval_view.clip  # type: ignore[attr-defined]
         times = clip.times(footage.duration, footage.rate, np.full(clip.draws, 0.5))
         return float(np.diff(times).mean()) if len(times) > 1 else float(footage.duration)

@@ -284,6 +284,7 @@ def samples_of(data: DictConfig, settings: Mapping[str, Any]) -> str:
     content: Any = OmegaConf.to_container(data, resolve=False)
     source = {key: value for key, value in content["source"].items() if key not in ("cache_dir", "root", "resolution")}
     limits = {key: content.get(key) for key in ("train_samples", "eval_samples")}
+    limits |= {key: content[key] for key in ("eval_split",) if key in content}  # without it, what was always judged on
     return fingerprint(OmegaConf.create({"source": source, **limits, **settings}))
 
 

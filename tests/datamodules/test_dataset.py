@@ -246,6 +246,23 @@ def test_the_bank_holds_training_images_a_smaller_one_being_part_of_a_larger():
     assert indices(module.val_dataloader()) == list(range(24))
 
 
+def test_validation_reads_the_split_that_is_asked_for():
+    def source(split: str) -> Arrays:
+        asked.append(split)
+        return make(split)
+
+    make, asked = datamodule().make_source, list[str]()
+    datamodule(source=source, eval_split="test").prepare_data()
+    assert asked == ["train", "test"]
+    asked.clear()
+    module = datamodule(source=source, eval_split="test")
+    next(iter(module.val_dataloader()))
+    next(iter(module.test_dataloader()))
+    assert asked == ["test"]  # and made once
+    with pytest.raises(SettingError, match=r"data.eval_split is val or test, not 'train'"):
+        datamodule(eval_split="train")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
