@@ -6,7 +6,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from src.gauntlet.measuring import Failures, chosen, frozen_of
 from src.gauntlet.measuring import measure as put_through
 from src.gauntlet.report import ranking
 from src.gauntlet.standing import Standing
-from src.gauntlet.tasks import Cell, Contender
+from src.gauntlet.tasks import Cell, Contender, FineTuned, Task
 
 DATA = "scenes"
 SEEDS = (0, 1, 2)
@@ -45,8 +45,9 @@ FINETUNED = (
     "data.eval_samples=null",
     "data.batch_size=16",
     "trainer.max_epochs=4",
-    "trainer.check_val_every_n_epoch=4",
+    "trainer.check_val_every_n_epoch=2",
 )
+SHORTER: Mapping[str, Sequence[str]] = {"detection": ("trainer.max_epochs=2",)}  # ten pictures a second
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Encoder:
 ENCODERS: dict[str, Encoder] = {
     FLOOR: Encoder("random start", "supervised_vits", None),
     "supervised": Encoder("supervised", "supervised_vits", 3),
-    "mae": Encoder("MAE", "mae_tiny", 8),
+    "mae": Encoder("MAE", "mae_tiny", 6),
     "moco_v3": Encoder("MoCo v3", "moco_v3_vits", 2),
 }
 
@@ -99,8 +100,8 @@ def measure(
     if DATA not in data:
         return dict(known or {"runs": {}})
     small = ["data.source.count={train: 512, val: 64, test: 64}", "trainer.max_epochs=1"] if quick else []
-    fine = [*FINETUNED, *(["data.source.count=64", "trainer.max_epochs=1"] if quick else []), *finetuned]
-    names = chosen(tasks)
+    fine = [*(["data.source.count=64", "trainer.max_epochs=1"] if quick else []), *finetuned]
+    names = _tasks(tasks)
     jobs = {
         f"{name}/{seed}": once.Job(
             [
@@ -135,7 +136,7 @@ def judged(
 ) -> dict[str, Any]:
     """One encoder, trained or as it begins, and what every task says of it."""
     told: Failures = {}
-    names = chosen(tasks)
+    names = _tasks(tasks)
     with _run(words, config, trained) as (run, facts):
         settled = evaluate.settle(run, None, JUDGED)
         folder = run.dir / "finetuned"
@@ -145,6 +146,15 @@ def judged(
         rows = put_through(cells, {}, told, keep=lambda rows: None)
     said = ("setting", "metric", "kind", "adaptation", "lower_is_better", "parameters", "value")
     return {**facts, "scores": [{name: row[name] for name in said} for row in rows], "told": told}
+
+
+def _tasks(names: str | None) -> dict[str, Task]:
+    """Those of configs/gauntlet.yaml, fine-tuned with few pictures."""
+    found = chosen(names)
+    for name, task in found.items():
+        if isinstance(task, FineTuned):
+            found[name] = replace(task, overrides=[*task.overrides, *FINETUNED, *SHORTER.get(name, ())])
+    return found
 
 
 @contextmanager
@@ -168,7 +178,8 @@ def report(result: dict[str, Any]) -> Section:
     floor = ENCODERS[FLOOR].title
     body = [
         f"Encoders of one small ViT on {DATA} of 64 pixels, each trained with every seed and then put through all "
-        f"tasks of `make gauntlet`; what is fine-tuned sees 1,000 labelled pictures {_epochs()} times. "
+        f"tasks of `make gauntlet`; what is fine-tuned sees 1,000 labelled pictures {_epochs()} times (detection "
+        f"{_epochs(SHORTER['detection'])}). "
         f"{_training(result)} Judged on the validation split, which nothing here was chosen by.",
         "Mean z-scores over tasks, of means over seeds (see [the gauntlet](../README.md)):",
         table(head, ranks),
@@ -195,8 +206,8 @@ def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _epochs() -> str:
-    return next(word.partition("=")[2] for word in FINETUNED if word.startswith("trainer.max_epochs="))
+def _epochs(words: Sequence[str] = FINETUNED) -> str:
+    return next(word.partition("=")[2] for word in words if word.startswith("trainer.max_epochs="))
 
 
 def _training(result: Mapping[str, Any]) -> str:
