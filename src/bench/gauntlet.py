@@ -181,7 +181,7 @@ def report(result: dict[str, Any]) -> Section:
         f"tasks of `make gauntlet`; what is fine-tuned sees 1,000 labelled pictures {_epochs()} times (detection "
         f"{_epochs(SHORTER['detection'])}). "
         f"{_training(result)} Judged on the validation split, which nothing here was chosen by.",
-        "Mean z-scores over tasks, of means over seeds (see [the gauntlet](../README.md)):",
+        "Mean z-scores over tasks, of means over seeds:",
         table(head, ranks),
         f"Scores, mean and standard deviation over seeds. Above the {floor}: by how much the best other encoder's mean "
         "is better, and in how many seeds it is.",
