@@ -86,7 +86,7 @@ def measure(
     tasks: str | None = None,
 ) -> dict[str, Any]:
     """Each encoder trained with each seed, then put through the tasks of `make gauntlet`, judged on the validation
-    split, which nothing here was chosen by. Seed by seed, so that an unfinished table is of whole rows.
+    split. Seed by seed, so that an unfinished table is of whole rows.
 
     Args:
         overrides, finetuned: of the encoders' configurations, and of the fine-tunings'.
@@ -180,7 +180,7 @@ def report(result: dict[str, Any]) -> Section:
         f"Encoders of one small ViT on {DATA} of 64 pixels, each trained with every seed and then put through all "
         f"tasks of `make gauntlet`; what is fine-tuned sees 1,000 labelled pictures {_epochs()} times (detection "
         f"{_epochs(SHORTER['detection'])}). "
-        f"{_training(result)} Judged on the validation split, which nothing here was chosen by.",
+        f"{_training(result)} Judged on the validation split.",
         "Mean z-scores over tasks, of means over seeds:",
         table(head, ranks),
         f"Scores, mean and standard deviation over seeds. Above the {floor}: by how much the best other encoder's mean "
