@@ -211,14 +211,17 @@ def _epochs(words: Sequence[str] = FINETUNED) -> str:
 
 
 def _training(result: Mapping[str, Any]) -> str:
-    """How long each was trained, in a sentence."""
-    said = []
+    """How long each was trained, and where seeds are missing how many there are, in a sentence or two."""
+    said, fewer = [], []
     for name, encoder in ENCODERS.items():
         mine = [run for key, run in result["runs"].items() if key.partition("/")[0] == name]
+        if len(mine) < len(SEEDS):
+            fewer.append(f"{encoder.title} {len(mine)}")
         if mine and encoder.epochs is not None:
             minutes = statistics.fmean(run["minutes"] for run in mine)
             said.append(f"{encoder.title} {mine[0]['steps']:,} steps of 64 in {minutes:.1f} minutes")
-    return f"Trained: {', '.join(said)}." if said else ""
+    missing = [f"Of {len(SEEDS)} seeds there are so far: {', '.join(fewer)}."] if fewer else []
+    return " ".join([*([f"Trained: {', '.join(said)}."] if said else []), *missing])
 
 
 def _values(rows: Sequence[Mapping[str, Any]], setting: str) -> dict[str, dict[int, float]]:
