@@ -202,7 +202,7 @@ def test_a_shard_that_cannot_be_had_does_not_end_the_run(
 def test_texts_are_learned_from_and_limits_taken_where_the_data_begins(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("src.datamodules.image_text._LEARNED_FROM", 6)
+    monkeypatch.setattr("src.datamodules.text.tokenizing._LEARNED_FROM", 6)
     view = CentreCrop(size=4)
     data = ImageTextDataModule(
         source=lambda split: streamed(server, tmp_path, shuffle_shards=1),
