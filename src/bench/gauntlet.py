@@ -15,11 +15,11 @@ from omegaconf import DictConfig
 from src import evaluate, runs
 from src.bench import machine, once
 from src.bench.report import Check, Section, table
-from src.gauntlet.measuring import Failures, chosen, frozen_of
+from src.gauntlet.measuring import Failures, cells_of, chosen, frozen_of
 from src.gauntlet.measuring import measure as put_through
 from src.gauntlet.report import ranking
 from src.gauntlet.standing import Standing
-from src.gauntlet.tasks import Cell, Contender, FineTuned, Task
+from src.gauntlet.tasks import Contender, FineTuned, Task
 
 DATA = "scenes"
 SEEDS = (0, 1, 2)
@@ -124,7 +124,7 @@ def measure(
     }
     found = once.measure_missing(
         jobs,
-        lambda job, config: judged(job.words, config, job.also["trained"], fine, tasks),
+        lambda job, config: judged(job.words, config, job.also["trained"], fine, names),
         known=(known or {}).get("runs", {}),
         keep=lambda each: keep({"runs": each}),
     )
@@ -132,18 +132,16 @@ def measure(
 
 
 def judged(
-    words: Sequence[str], config: DictConfig, trained: bool, finetuned: Sequence[str], tasks: str | None
+    words: Sequence[str], config: DictConfig, trained: bool, finetuned: Sequence[str], tasks: Mapping[str, Task]
 ) -> dict[str, Any]:
     """One encoder, trained or as it begins, and what every task says of it."""
     told: Failures = {}
-    names = _tasks(tasks)
     with _run(words, config, trained) as (run, facts):
         settled = evaluate.settle(run, None, JUDGED)
         folder = run.dir / "finetuned"
         checkpoint = run.last if trained else None
-        contender = Contender(run, settled, DATA, checkpoint, frozen_of(names), folder, finetuned)
-        cells = {name: Cell(name, task, contender) for name, task in names.items()}
-        rows = put_through(cells, {}, told, keep=lambda rows: None)
+        contender = Contender(run, settled, DATA, checkpoint, frozen_of(tasks), folder, finetuned)
+        rows = put_through(cells_of(contender, tasks, told), {}, told, keep=lambda rows: None)
     said = ("setting", "metric", "kind", "adaptation", "lower_is_better", "parameters", "value")
     return {**facts, "scores": [{name: row[name] for name in said} for row in rows], "told": told}
 

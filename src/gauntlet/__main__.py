@@ -22,7 +22,7 @@ from rich.console import Console
 from src import configuration, evaluate, runs, train, trained
 from src.configuration import PROJECT, UserError
 from src.gauntlet import report
-from src.gauntlet.measuring import Failures, chosen, frozen_of, measure
+from src.gauntlet.measuring import Failures, cells_of, chosen, frozen_of, measure
 from src.gauntlet.standing import Standing, with_backbones
 from src.gauntlet.tasks import Cell, Contender, Task
 from src.loggers import write_atomically
@@ -84,13 +84,8 @@ def _cells(
                     folder / "finetuned",
                     [word.removeprefix("finetune.") for word in rest if word.startswith("finetune.")],
                 )
-                for name, task in tasks.items():
-                    try:
-                        cell = Cell(name, task, contender)
-                    except UserError as problem:
-                        told[f"{contender.title}, {name}/{contender.data}"] = str(problem)
-                    else:
-                        cells.setdefault(cell.key, cell)  # several runs may have begun with the same weights
+                # several runs may have begun with the same weights
+                cells |= {key: cell for key, cell in cells_of(contender, tasks, told).items() if key not in cells}
                 contender.forget()
     return cells
 

@@ -41,6 +41,19 @@ def frozen_of(tasks: Mapping[str, Task]) -> list[str]:
     return list(dict.fromkeys(task.evaluation for task in tasks.values() if isinstance(task, Frozen)))
 
 
+def cells_of(contender: Contender, tasks: Mapping[str, Task], told: Failures) -> dict[str, Cell]:
+    """The contender's tasks by key; one that does not apply to it is told."""
+    cells = {}
+    for name, task in tasks.items():
+        try:
+            cell = Cell(name, task, contender)
+        except UserError as problem:
+            told[f"{contender.title}, {name}/{contender.data}"] = str(problem)
+        else:
+            cells[cell.key] = cell
+    return cells
+
+
 def measure(
     cells: Mapping[str, Cell],
     earlier: Mapping[str, Any],
