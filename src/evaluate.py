@@ -20,6 +20,7 @@ from src.callbacks.checkpoints import load_checkpoint
 from src.configuration import CONFIGS, UserError, nearest
 from src.datamodules.image import ImageDataModule
 from src.datamodules.image_text import ImageTextDataModule
+from src.datamodules.sources.source import Split
 from src.datamodules.video import VideoDataModule
 from src.errors import SettingError
 from src.evaluation.captions import CaptionEvaluation
@@ -249,7 +250,9 @@ def finetune(run: runs.Run, config: DictConfig, checkpoint: Path, data: str, ove
         UserError: the fine-tuning did not come to its end.
     """
     folder = runs.unused(run.dir / "evaluate", f"{FINETUNE}_{data}")
-    return fine_tuned(finetune_config(config, checkpoint, overrides), folder, "eval/top1")
+    asked = config.evaluate
+    recipe = finetune_config(config, checkpoint, overrides, experiment=asked.finetune, split=asked.split)
+    return fine_tuned(recipe, folder, "eval/top1")
 
 
 def fine_tuned(recipe: DictConfig, folder: Path, metric: str) -> float:
@@ -271,17 +274,25 @@ def fine_tuned(recipe: DictConfig, folder: Path, metric: str) -> float:
 
 
 def finetune_config(
-    config: DictConfig, checkpoint: Path | None, overrides: Sequence[str] = (), kept: Sequence[str] = KEPT
+    config: DictConfig,
+    checkpoint: Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    experiment: str | None = None,
+    split: Split = "val",
+    kept: Sequence[str] = KEPT,
 ) -> DictConfig:
     """The fine-tuning experiment's recipe on the run's own backbone, data, scale and hardware.
 
     Args:
         checkpoint: what it starts from; None for its own beginning.
         overrides: of the recipe.
+        experiment: None for ``finetune_vitb``, or ``action_vitb`` of a run that has seen videos.
+        split: what it is judged on.
         kept: what of ``data`` is the experiment's own, and not the run's.
     """
     clips = issubclass(get_class(config.data._target_), VideoDataModule)
-    experiment = config.evaluate.finetune or ("action_vitb" if clips else "finetune_vitb")
+    experiment = experiment or ("action_vitb" if clips else "finetune_vitb")
     recipe = configuration.compose("train", [f"experiment={experiment}", f"scale={config.run.scale}"])
     with open_dict(recipe):
         # a ConvNet that reads clips has none of these
@@ -293,8 +304,8 @@ def finetune_config(
             recipe.data[key] = config.data._get_node(key)
         if clips:
             recipe.frames = config.get("frames") or recipe.frames
-        if config.evaluate.split != "val":
-            recipe.data.eval_split = config.evaluate.split
+        if split != "val":
+            recipe.data.eval_split = split
     recipe.image_size, recipe.seed, recipe.paths = config.image_size, config.seed, config.paths
     recipe.checkpoint = None if checkpoint is None else str(checkpoint)
     recipe.run.experiment = experiment

@@ -107,10 +107,7 @@ def test_fine_tuning_is_a_run_of_its_own_on_the_runs_encoder(run):
 
 
 def test_fine_tuning_judges_on_the_split_that_is_asked_for(run):
-    recipes = {
-        split: evaluate.finetune_config(evaluate.settle(run, None, [f"evaluate.split={split}"]), run.last)
-        for split in ("val", "test")
-    }
+    recipes = {split: evaluate.finetune_config(run.config(), run.last, split=split) for split in ("val", "test")}
     assert "eval_split" not in recipes["val"].data
     judged = {split: configuration.instantiate(recipe.data).val_dataloader() for split, recipe in recipes.items()}
     assert [judged[split].dataset.source.split for split in ("val", "test")] == ["val", "test"]

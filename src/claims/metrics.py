@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol, cast
 
 import torch
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 from torch import nn
 
 from src import configuration, evaluate, runs, trained
@@ -224,10 +224,9 @@ class FineTuned:
     untrained: ClassVar[bool] = True
 
     def __call__(self, subject: Subject) -> float:
-        config = subject.config.copy()
-        with open_dict(config):
-            config.evaluate = {"finetune": self.experiment, "split": subject.split}
-        recipe = evaluate.finetune_config(config, subject.checkpoint, self.overrides)
+        recipe = evaluate.finetune_config(
+            subject.config, subject.checkpoint, self.overrides, experiment=self.experiment, split=subject.split
+        )
         with tempfile.TemporaryDirectory() as folder:
             return _finite(self.name, evaluate.fine_tuned(recipe, Path(folder), self.name))
 

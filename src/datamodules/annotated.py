@@ -72,8 +72,7 @@ class AnnotatedDataModule(ImageDataModule):
         return batch
 
     def _dataset(self, source: ImageSource, view: View, limit: int | None) -> ViewedDataset:
-        subset, joint = self._subset(source, limit), self._joint(source, view)
-        return AnnotatedDataset(source, joint, seed=self.seed, subset=subset, bad_log=self.bad_log)
+        return AnnotatedDataset(source, self._joint(source, view), **self._of_all(source, limit))
 
     def _joint(self, source: ImageSource, view: View) -> JointView:
         """The view, of which it is sure that the source gives what it needs."""

@@ -116,6 +116,7 @@ class DetectionBatch(TypedDict):
 class RegionTextBatch(DetectionBatch):
     """Things that are seen in an image, and a text of each of them alone."""
 
+    thing: Annotated[list[Tensor], Field("T", torch.int64)]  # position of each among the source's things
     region_text: Annotated[list[Tensor], Field("T L", torch.int64)]  # token ids, filled up to one length
     region_text_mask: Annotated[list[Tensor], Field("T L", torch.bool)]  # what of it is no filling
 

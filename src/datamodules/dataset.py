@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +79,7 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
         replaced = torch.tensor([mine != asked for mine, asked in zip(used, positions, strict=True)], dtype=torch.bool)
         return {
             **fields,
-            **self.collate(besides),
+            **self.collate(besides, fields),
             "label": torch.as_tensor(labels, dtype=torch.int64),
             "index": torch.tensor(positions, dtype=torch.int64),
             "replaced": replaced,
@@ -114,8 +114,8 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
         """
         return None
 
-    def collate(self, besides: list[Any]) -> dict[str, Tensor]:
-        """Fields of a batch, of what `beside` gave for each of its samples."""
+    def collate(self, besides: list[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of a batch, of what `beside` gave for each of its samples and what their views have made."""
         return {}
 
     def _rows(

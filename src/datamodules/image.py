@@ -228,8 +228,11 @@ class ImageDataModule(L.LightningDataModule):
         return copy.div_(255).sub_(self.mean.to(image.device)).div_(self.std.to(image.device))
 
     def _dataset(self, source: ImageSource, view: View, limit: int | None) -> ViewedDataset:
-        subset = self._subset(source, limit)
-        return ViewedDataset(source, view, seed=self.seed, subset=subset, bad_log=self.bad_log)
+        return ViewedDataset(source, view, **self._of_all(source, limit))
+
+    def _of_all(self, source: ImageSource, limit: int | None) -> dict[str, Any]:
+        """What every dataset is given, whatever its samples are."""
+        return {"seed": self.seed, "subset": self._subset(source, limit), "bad_log": self.bad_log}
 
     def _subset(self, source: ImageSource, limit: int | None) -> np.ndarray | None:
         if self.train_shots is not None and source is self.train_source:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -50,7 +50,7 @@ class ImageTextDataset(ViewedDataset):
             raise BadSample("it has no text")
         return text
 
-    def collate(self, besides: list[str]) -> dict[str, Tensor]:
+    def collate(self, besides: list[str], fields: Mapping[str, Any]) -> dict[str, Tensor]:
         ids, mask = self.tokenizer(besides)
         return {"text": ids, "text_mask": mask}
 
@@ -98,21 +98,15 @@ class ImageTextDataModule(TokenizingDataModule):
 
     def texts_to_learn_from(self) -> Iterator[str]:
         source = _captioned(self.train_source)
-        for position in learned_from(source):
-            try:
-                yield source.caption(position, 0.5)
-            except BadSample:
-                continue  # it is replaced, and reported, when it is drawn
+        return learned_from(source, lambda position: [source.caption(position, 0.5)])
 
     def _dataset(self, source: ImageSource, view: View, limit: int | None) -> ViewedDataset:
         return ImageTextDataset(
             _captioned(source),
             view,
             tokenizer=self.tokenizer,
-            seed=self.seed,
-            subset=self._subset(source, limit),
-            bad_log=self.bad_log,
             rewrites=self.rewrites,
+            **self._of_all(source, limit),
         )
 
 

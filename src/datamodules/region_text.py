@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from src.datamodules.annotated import AnnotatedDataModule, AnnotatedDataset
 from src.datamodules.batch import RegionTextBatch
-from src.datamodules.dataset import Draw, ViewedDataset
+from src.datamodules.dataset import ViewedDataset
 from src.datamodules.sources.source import BadSample, ImageSource, RegionSource
 from src.datamodules.text.tokenizer import Tokenizer
 from src.datamodules.text.tokenizing import TokenizingDataModule, learned_from
@@ -31,17 +31,11 @@ class RegionTextDataset(AnnotatedDataset):
             raise BadSample("a thing of it has no text")
         return texts
 
-    def collate(self, besides: list[Sequence[str]]) -> dict[str, Any]:
-        ids, mask = self.tokenizer([text for texts in besides for text in texts])
-        things = [len(texts) for texts in besides]
+    def collate(self, besides: list[Sequence[str]], fields: Mapping[str, Any]) -> dict[str, Any]:
+        left = [[texts[thing] for thing in kept] for texts, kept in zip(besides, fields["thing"], strict=True)]
+        ids, mask = self.tokenizer([text for texts in left for text in texts])
+        things = [len(texts) for texts in left]
         return {"region_text": list(ids.split(things)), "region_text_mask": list(mask.split(things))}
-
-    def __getitem__(self, draws: list[Draw]) -> dict[str, Any]:
-        batch: dict[str, Any] = super().__getitem__(draws)
-        left = batch.pop("thing")
-        for name in ("region_text", "region_text_mask"):
-            batch[name] = [each[kept] for each, kept in zip(batch[name], left, strict=True)]
-        return batch
 
 
 class RegionTextDataModule(TokenizingDataModule, AnnotatedDataModule):
@@ -64,11 +58,7 @@ class RegionTextDataModule(TokenizingDataModule, AnnotatedDataModule):
 
     def texts_to_learn_from(self) -> Iterator[str]:
         source = _told(self.train_source)
-        for position in learned_from(source):
-            try:
-                yield from source.regions(position, 0.5)
-            except BadSample:
-                continue  # it is replaced, and reported, when it is drawn
+        return learned_from(source, lambda position: source.regions(position, 0.5))
 
     def _dataset(self, source: ImageSource, view: View, limit: int | None) -> ViewedDataset:
         joint = self._joint(source, view)
@@ -77,9 +67,7 @@ class RegionTextDataModule(TokenizingDataModule, AnnotatedDataModule):
             _told(source),
             joint,
             tokenizer=self.tokenizer,
-            seed=self.seed,
-            subset=self._subset(source, limit),
-            bad_log=self.bad_log,
+            **self._of_all(source, limit),
         )
 
 

@@ -77,8 +77,7 @@ class VideoDataModule(ImageDataModule):
         return float(np.diff(times).mean()) if len(times) > 1 else float(footage.duration)
 
     def _dataset(self, source: ImageSource, view: Any, limit: int | None) -> ViewedDataset:
-        subset: np.ndarray | None = self._subset(source, limit)
-        return VideoDataset(source, view, seed=self.seed, subset=subset, bad_log=self.bad_log)
+        return VideoDataset(source, view, **self._of_all(source, limit))
 
     def _samples(self, key: str, view: Any) -> int:
         clips, rows = super()._samples(key, view), int(view.rows)

@@ -204,11 +204,13 @@ class FineTuned:
         return evaluate.fine_tuned(self._config(contender), folder, self.metric)
 
     def _config(self, contender: Contender) -> DictConfig:
-        config = contender.config.copy()
-        config.evaluate.finetune = self.experiment
-        kept = (*evaluate.KEPT, *self.keeps)
         return evaluate.finetune_config(
-            config, contender.checkpoint, [*self.overrides, *contender.overrides], kept=kept
+            contender.config,
+            contender.checkpoint,
+            [*self.overrides, *contender.overrides],
+            experiment=self.experiment,
+            split=contender.config.evaluate.split,
+            kept=(*evaluate.KEPT, *self.keeps),
         )
 
 

@@ -68,7 +68,6 @@ def test_a_fine_tuned_number_goes_on_from_the_checkpoint_and_is_of_the_claim_s_s
             [],
             "eval/top1",
         )
-    assert "evaluate" not in config
     monkeypatch.setattr("src.evaluate.fine_tuned", lambda *_: float("nan"))
     with pytest.raises(UserError, match="eval/top1 is not a finite number"):
         metric(Subject(config, "val"))

@@ -68,7 +68,11 @@ def test_a_text_is_that_of_its_box():
         assert len(boxes) == len(told)
         assert [text.split()[-1] for text in told] == [Told.mask_classes[label] for label in labels]
     assert 0 < sum(map(len, found["boxes"])) < sum(map(len, whole["boxes"]))  # some things are outside of the parts
-    assert "thing" not in found
+    for boxes, labels, things, every in zip(
+        *(found[name] for name in ("boxes", "box_labels", "thing")), whole["box_labels"], strict=True
+    ):
+        assert len(boxes) == len(things)
+        assert torch.equal(every[things], labels)
     validate(
         {**whole, "image": whole["image"].float(), "boxes": [each.float() for each in whole["boxes"]]}, RegionTextBatch
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from src.datamodules.image import ImageDataModule
-from src.datamodules.sources.source import ImageSource, OrderedSource
+from src.datamodules.sources.source import BadSample, ImageSource, OrderedSource
 from src.datamodules.text import tokenizer as tokenizers
 from src.datamodules.text.tokenizer import Tokenizer
 from src.errors import SettingError
@@ -87,12 +87,19 @@ class TokenizingDataModule(ImageDataModule, ABC):
         self.tokenizer  # noqa: B018
 
 
-def learned_from(source: ImageSource) -> Iterable[int]:
-    """Positions of the samples whose texts a tokenizer is learned from: anywhere, or the first where that is dear."""
+def learned_from(source: ImageSource, told: Callable[[int], Iterable[str]]) -> Iterator[str]:
+    """Texts that a tokenizer is learned from: of samples anywhere in the source, or the first where that is dear.
+
+    Args:
+        told: the texts of the sample at a position; one that raises BadSample is left out.
+    """
     few = min(len(source), _LEARNED_FROM)
-    if isinstance(source, OrderedSource):
-        return range(few)
-    return map(int, np.linspace(0, len(source), few, endpoint=False).astype(int))
+    anywhere = np.linspace(0, len(source), few, endpoint=False).astype(int)
+    for position in range(few) if isinstance(source, OrderedSource) else anywhere.tolist():
+        try:
+            yield from told(position)
+        except BadSample:
+            continue  # it is replaced, and reported, when it is drawn
 
 
 def _take_over(run: Path, file: Path) -> None:

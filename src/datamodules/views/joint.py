@@ -277,8 +277,8 @@ class DetectionView(JointView):
 
 @dataclass(frozen=True)
 class RegionView(DetectionView):
-    """`DetectionView` of which things are left, so that the texts of those can be had: rows and batches say so in
-    ``thing`` (int64 [T], positions among the source's things)."""
+    """`DetectionView` that also says which things are left, so that the texts of those can be had: ``thing`` (int64
+    [T], positions among the source's)."""
 
     batch_type: ClassVar[type] = RegionTextBatch
 
