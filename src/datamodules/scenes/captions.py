@@ -16,9 +16,12 @@ from src.randomness import fold
 
 Relation = Literal["left", "right", "above", "below", "before"]
 Mistake = Literal["attribute", "relation", "count"]
+Across = Literal["left", "middle", "right"]
+Along = Literal["top", "middle", "bottom"]
 
 OPPOSITE: Mapping[Relation, Relation] = {"left": "right", "right": "left", "above": "below", "below": "above"}
 _NEAR = 0.12  # centres closer than this, in half picture widths, are beside each other in no direction
+_MIDDLE = 0.17  # and a centre closer than this to the middle is on neither side of it
 
 _ADJECTIVES = {"stripes": "striped", "checks": "checkered", "dots": "dotted", "waves": "wavy", "clouds": "cloudy"}
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -49,6 +52,8 @@ _RELATIONS: Mapping[Relation, tuple[str, ...]] = {
     "below": ("below", "under", "lower than"),
     "before": ("in front of", "before"),
 }
+_CENTRE = ("in the middle", "at the centre")
+_HALF: Mapping[Along, str] = {"top": "upper", "bottom": "lower"}
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,12 @@ class Noun:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a caption may say: the things, the main one first, and where the main one is, seen from the second."""
+    """What a caption may say: the things, the main one first, where the main one is, seen from the second, and where
+    in the picture."""
 
     things: tuple[Noun, ...]
     relation: Relation | None  # None where there is one thing
+    place: tuple[Along, Across] | None = None  # None where nothing is said of it
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,15 @@ class Caption:
     spans: tuple[tuple[int, int, int], ...] = ()
 
 
-def facts(scene: Scene) -> Facts:
-    """What is so."""
+def facts(scene: Scene, *, places: bool = False) -> Facts:
+    """What is so.
+
+    Args:
+        places: also where in the picture the main thing is.
+    """
     things = tuple(Noun(each.kind.name, each.colour, each.texture.pattern.name) for each in scene.things)
-    return Facts(things, _relation(scene) if len(things) > 1 else None)
+    relation = _relation(scene) if len(things) > 1 else None
+    return Facts(things, relation, _ninth(*_place(scene.things[0], scene)) if places else None)
 
 
 def short(what: Facts, wording: int, *, wordings: Sequence[int] | None = None) -> Caption:
@@ -100,7 +112,7 @@ def long(what: Facts, wording: int) -> Caption:
     parts: list[_Part] = []
     for position in range(len(what.things)):
         opening = _one(rng, ("There is ", "One can see ", "The picture has ", "Here is "))
-        parts += [opening, _noun(what, position, rng)]
+        parts += [opening, *([_noun(what, position, rng)] if position else _main(what, rng))]
         if position == 0 and what.relation is not None:
             parts += [f", {_one(rng, _RELATIONS[what.relation])} ", _noun(what, 1, rng)]
         parts.append(". ")
@@ -166,19 +178,19 @@ _Way = Callable[[Facts, np.random.Generator], list[_Part]]
 
 def _photo(what: Facts, rng: np.random.Generator) -> list[_Part]:
     start = _one(rng, ("a photo of ", "a picture of ", "an image of ", "this is "))
-    return [start, _noun(what, 0, rng), *_beside(what, rng)]
+    return [start, *_main(what, rng), *_beside(what, rng)]
 
 
 def _bare(what: Facts, rng: np.random.Generator) -> list[_Part]:
-    return [_noun(what, 0, rng), *_beside(what, rng)]
+    return [*_main(what, rng), *_beside(what, rng)]
 
 
 def _seen(what: Facts, rng: np.random.Generator) -> list[_Part]:
-    return [_one(rng, ("there is ", "one can see ")), _noun(what, 0, rng), *_beside(what, rng)]
+    return [_one(rng, ("there is ", "one can see ")), *_main(what, rng), *_beside(what, rng)]
 
 
 def _counted(what: Facts, rng: np.random.Generator) -> list[_Part]:
-    return [f"{_count(what)}, the largest ", _noun(what, 0, rng)]
+    return [f"{_count(what)}, the largest ", *_main(what, rng)]
 
 
 def _turned(what: Facts, rng: np.random.Generator) -> list[_Part]:
@@ -186,13 +198,13 @@ def _turned(what: Facts, rng: np.random.Generator) -> list[_Part]:
     if what.relation is None or what.relation not in OPPOSITE:
         return _bare(what, rng)
     seen_from = _one(rng, _RELATIONS[OPPOSITE[what.relation]])
-    return [_noun(what, 1, rng), f" {seen_from} ", _noun(what, 0, rng)]
+    return [_noun(what, 1, rng), f" {seen_from} ", *_main(what, rng)]
 
 
 def _listed(what: Facts, rng: np.random.Generator) -> list[_Part]:
     parts: list[_Part] = []
     for position in range(len(what.things)):
-        parts += [" and " if position else "", _noun(what, position, rng)]
+        parts += [" and ", _noun(what, position, rng)] if position else _main(what, rng)
     return parts
 
 
@@ -209,7 +221,9 @@ COLOUR_NAMES = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "w
 def _beside(what: Facts, rng: np.random.Generator) -> list[_Part]:
     if what.relation is None:
         return []
-    return [f" {_one(rng, _RELATIONS[what.relation])} ", _noun(what, 1, rng)]
+    # "at the top left of a ring" would be two things
+    comma = "" if what.place is None else ","
+    return [f"{comma} {_one(rng, _RELATIONS[what.relation])} ", _noun(what, 1, rng)]
 
 
 def _noun(what: Facts, position: int, rng: np.random.Generator) -> tuple[str, int]:
@@ -221,6 +235,18 @@ def _noun(what: Facts, position: int, rng: np.random.Generator) -> tuple[str, in
     if thing.pattern != PLAIN.name:
         words.insert(0, _ADJECTIVES[thing.pattern])
     return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}", position
+
+
+def _main(what: Facts, rng: np.random.Generator) -> list[_Part]:
+    """The main thing, and where in the picture it is if that is to be said."""
+    noun = _noun(what, 0, rng)
+    if what.place is None:
+        return [noun]
+    along, across = what.place
+    sides = [side for side in what.place if side != "middle"]
+    halves = [half for half in (_HALF.get(along), across) if half and half != "middle"]
+    ways = (f"at the {' '.join(sides)}", f"in the {' '.join(halves)} part") if sides else _CENTRE
+    return [noun, f" {_one(rng, ways)}"]
 
 
 def _count(what: Facts) -> str:
@@ -246,6 +272,12 @@ def _relation(scene: Scene) -> Relation:
     if abs(right) >= abs(down):
         return "right" if right > 0 else "left"
     return "below" if down > 0 else "above"
+
+
+def _ninth(right: float, down: float) -> tuple[Along, Across]:
+    across: Across = "middle" if abs(right) < _MIDDLE else "right" if right > 0 else "left"
+    along: Along = "middle" if abs(down) < _MIDDLE else "bottom" if down > 0 else "top"
+    return along, across
 
 
 def _place(thing: Thing, scene: Scene) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import torch
 
 from src.datamodules.scenes import captions, render
 from src.datamodules.scenes.cache import Depths, Recipe, Things, mapped, open_or_build
+from src.datamodules.scenes.captions import Facts
 from src.datamodules.scenes.scene import Scene
 from src.datamodules.scenes.world import Combinations, ObjectsWorld
 from src.datamodules.sources.source import Grounding, Mistaken, Prompts, Sample, Split
@@ -49,6 +50,7 @@ class SceneTexts:
             as the style has words for.
         judged_wordings: ways of saying them, positions in `captions.SHORT`; None for all. What is not among
             ``wordings`` is judged unseen.
+        places: whether they also say in which part of the picture the main thing is.
     """
 
     style: Literal["short", "long", "alt"] = "short"
@@ -59,6 +61,7 @@ class SceneTexts:
     judged: int = 5
     variants: int | None = None
     judged_wordings: tuple[int, ...] | None = None
+    places: bool = False
 
     def __post_init__(self) -> None:
         if self.style not in ("short", "long", "alt"):
@@ -199,12 +202,12 @@ class ScenesSource:
     def regions(self, index: int, choice: float) -> Sequence[str]:
         """A text of each thing alone, in the order of the fields ``boxes`` and ``instance_masks``; ``choice`` in [0, 1)
         chooses the words."""
-        what, wording = captions.facts(self.scene(index)), fold(index, int(choice * 2**31))
+        what, wording = self._facts(index), fold(index, int(choice * 2**31))
         return tuple(captions.region(what, each, fold(wording, each)).text for each in range(len(what.things)))
 
     def captions(self, index: int) -> Sequence[str]:
         """True short texts, whatever training is told, in the ways that judging may use: the first that differ."""
-        what, found = captions.facts(self.scene(index)), dict[str, None]()
+        what, found = self._facts(index), dict[str, None]()
         for wording in range(20 * self.texts.judged):
             text = captions.short(what, fold(index, wording), wordings=self.texts.judged_wordings).text
             found.setdefault(text)
@@ -220,7 +223,7 @@ class ScenesSource:
         - "relation": the second thing is on the other side
         - "count": there are more or fewer things, as many as there may be
         """
-        what, found = captions.facts(self.scene(index)), []
+        what, found = self._facts(index), []
         for number, (mistake, wordings) in enumerate(captions.SHOWN_BY.items()):
             choice = fold(index, number)
             if mistake == "count":
@@ -242,17 +245,20 @@ class ScenesSource:
     def grounding(self, index: int) -> Grounding:
         """The first of `captions`, whose words for a thing are its adjectives and its noun, without the article."""
         scene = self.scene(index)
-        said = captions.short(captions.facts(scene), fold(index, 0))
+        said = captions.short(self._facts(index), fold(index, 0))
         spans = ((said.text.index(" ", begin) + 1, end, thing) for begin, end, thing in said.spans)
         return Grounding(said.text, tuple(spans), torch.from_numpy(render.instance_masks(scene, self.resolution)))
 
+    def _facts(self, index: int) -> Facts:
+        return captions.facts(self.scene(index), places=self.texts.places)
+
     def _described(self, index: int, wording: int) -> str:
-        what, wording = captions.facts(self.scene(index)), fold(index, wording)
+        what, wording = self._facts(index), fold(index, wording)
         if self.texts.style == "long":
             return captions.long(what, wording).text
         if self.texts.style == "short":
             return captions.short(what, wording, wordings=self.texts.wordings).text
-        other = captions.facts(self.scene(wording % self.count))
+        other = self._facts(wording % self.count)
         shares = {"mismatched": self.texts.mismatched, "dropped": self.texts.dropped, "junk": self.texts.junk}
         return captions.alt_text(what, wording, other=other, **shares).text
 

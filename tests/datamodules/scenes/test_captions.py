@@ -47,6 +47,50 @@ def test_facts_are_those_of_the_scene_and_its_picture():
     assert {"left", "right", "above", "below"} <= seen
 
 
+PARTS = {
+    ("top", "left"): ("at the top left", "in the upper left part"),
+    ("top", "middle"): ("at the top", "in the upper part"),
+    ("top", "right"): ("at the top right", "in the upper right part"),
+    ("middle", "left"): ("at the left", "in the left part"),
+    ("middle", "middle"): ("in the middle", "at the centre"),
+    ("middle", "right"): ("at the right", "in the right part"),
+    ("bottom", "left"): ("at the bottom left", "in the lower left part"),
+    ("bottom", "middle"): ("at the bottom", "in the lower part"),
+    ("bottom", "right"): ("at the bottom right", "in the lower right part"),
+}
+
+
+@pytest.mark.parametrize(("place", "words"), PARTS.items())
+def test_the_part_of_the_picture_is_said_right_behind_the_main_thing(place, words):
+    told = replace(TWO, place=place)
+    said = set()
+    for caption in (*(short(told, wording) for wording in range(40)), long(told, 0)):
+        phrase = next(caption.text[end:] for _, end, thing in caption.spans if thing == 0)
+        part = re.match(r" ((?:at|in) the .*?)(?:$|[,.]| and )", phrase)
+        said.add(part and part[1])
+    assert said == set(words)
+
+
+def test_the_part_of_the_picture_is_where_the_main_thing_is_seen():
+    seen = set()
+    # whole in the picture, and round: the middle of their pixels is where they are
+    round_things = ObjectsWorld(
+        kinds=tuple(k for k in KINDS if k.name == "disc"), others=(0, 0), main_radius=(0.3, 0.4)
+    )
+    for index in range(80):
+        scene = round_things.scene(0, index)
+        along, across = facts(scene, places=True).place
+        mask = render.amodal_masks(scene, 64)[0]
+        # in half picture widths
+        down, right = (middle / 31.5 - 1 for middle in _middle(mask))
+        for where, name, (before, after) in ((down, along, ("top", "bottom")), (right, across, ("left", "right"))):
+            low, high = {before: (-1, -0.15), "middle": (-0.19, 0.19), after: (0.15, 1)}[name]
+            assert low <= where <= high
+        seen.add((along, across))
+    assert len(seen) == 9
+    assert facts(scene).place is None
+
+
 def _middle(mask):
     rows, columns = mask.nonzero()
     return rows.mean(), columns.mean()
