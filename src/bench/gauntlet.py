@@ -261,12 +261,13 @@ def _line(rows: Sequence[Mapping[str, Any]], setting: str, order: Sequence[str])
 
 
 def _check(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], settings: Sequence[str]) -> Check:
+    # the best of three is above the floor by chance often enough: it has to be so with every seed
     found = {setting: above(rows, setting) for setting in settings}
-    below = [name for name, each in found.items() if each is not None and statistics.fmean(each[1]) <= 0]
+    below = [setting for setting, each in found.items() if each is not None and min(each[1]) <= 0]
     whole = all(f"{name}/{seed}" in result["runs"] for name in ENCODERS for seed in SEEDS)
     complete = whole and not any(run["told"] for run in result["runs"].values())
     return Check(
-        f"every head of the gauntlet on {DATA} is better on some trained encoder than on a random one",
+        f"every head of the gauntlet on {DATA} is better on some trained encoder than on a random one, with every seed",
         f"{len(settings)} heads, {len(SEEDS)} seeds",
         f"not: {', '.join(below)}" if below else f"all of {len(settings)}",
         False if below else (True if complete else None),

@@ -66,7 +66,10 @@ def test_seeds_that_are_not_better_are_counted() -> None:
     best, differences = gauntlet.above(gauntlet._rows({"runs": runs}), "knn/scenes") or ("", [])
     assert best == "MAE"
     assert differences == pytest.approx([0.3, -0.1, 0.1])
-    assert "+0.1 (MAE, 2 of 3)" in gauntlet.report({"runs": runs}).body
+    section = gauntlet.report({"runs": runs})
+    assert "+0.1 (MAE, 2 of 3)" in section.body
+    # the mean alone is not enough
+    assert (section.checks[0].met, section.checks[0].measured) == (False, "not: knn/scenes")
 
 
 def test_what_could_not_be_measured_is_told_and_leaves_the_verdict_open() -> None:
