@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ FINETUNED = (
     "trainer.max_epochs=4",
     "trainer.check_val_every_n_epoch=2",
 )
-SHORTER: Mapping[str, Sequence[str]] = {"detection": ("trainer.max_epochs=2",)}  # ten pictures a second
+# ten pictures a second
+SHORTER: Mapping[str, Sequence[str]] = dict.fromkeys(("detection", "detection_frozen"), ("trainer.max_epochs=2",))
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def measure(
     tasks: str | None = None,
 ) -> dict[str, Any]:
     """Each encoder trained with each seed, then put through the tasks of `make gauntlet`, judged on the validation
-    split. Seed by seed, so that an unfinished table is of whole rows.
+    split. Seed by seed, and an encoder is trained only where a task of it is missing.
 
     Args:
         overrides, finetuned: of the encoders' configurations, and of the fine-tunings'.
@@ -94,7 +96,7 @@ def measure(
         tasks: names, with commas between; None for all.
 
     Returns:
-        ``runs``: for "<encoder>/<seed>" the ``scores`` (rows of `Standing`), what could not be measured in ``told``,
+        ``runs``: for "<encoder>/<seed>/<task>" the ``scores`` (one row of `Standing`, or none and why in ``told``),
         ``steps`` and ``minutes`` of the training, and where it was measured.
     """
     if DATA not in data:
@@ -103,7 +105,7 @@ def measure(
     fine = [*(["data.source.count=64", "trainer.max_epochs=1"] if quick else []), *finetuned]
     names = _tasks(tasks)
     jobs = {
-        f"{name}/{seed}": once.Job(
+        f"{name}/{seed}/{task}": once.Job(
             [
                 f"experiment={ENCODERS[name].experiment}",
                 *COMMON,
@@ -114,36 +116,66 @@ def measure(
             ],
             also={
                 "trained": ENCODERS[name].epochs is not None,
-                "tasks": {task: repr(each) for task, each in names.items()},
-                "judged": list(JUDGED),
-                "finetuned": fine,
+                "task": repr(each),
+                "judged": fine if isinstance(each, FineTuned) else list(JUDGED),
             },
         )
         for seed in ((0,) if quick else seeds)
         for name in encoders
+        for task, each in names.items()
     }
-    found = once.measure_missing(
-        jobs,
-        lambda job, config: judged(job.words, config, job.also["trained"], fine, names),
-        known=(known or {}).get("runs", {}),
-        keep=lambda each: keep({"runs": each}),
-    )
+    task_of = {repr(each): {task: each} for task, each in names.items()}
+    with _Contenders(fine, frozen_of(names)) as contenders:
+        found = once.measure_missing(
+            jobs,
+            lambda job, config: judged(*contenders.of(job, config), task_of[job.also["task"]]),
+            known=(known or {}).get("runs", {}),
+            keep=lambda each: keep({"runs": each}),
+        )
     return {"runs": found}
 
 
-def judged(
-    words: Sequence[str], config: DictConfig, trained: bool, finetuned: Sequence[str], tasks: Mapping[str, Task]
-) -> dict[str, Any]:
-    """One encoder, trained or as it begins, and what every task says of it."""
+def judged(contender: Contender, training: Mapping[str, Any], tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """What tasks say of an encoder, after the facts of its training."""
     told: Failures = {}
-    with _run(words, config, trained) as (run, facts):
-        settled = evaluate.settle(run, None, JUDGED)
-        folder = run.dir / "finetuned"
-        checkpoint = run.last if trained else None
-        contender = Contender(run, settled, DATA, checkpoint, frozen_of(tasks), folder, finetuned)
-        rows = put_through(cells_of(contender, tasks, told), {}, told, keep=lambda rows: None)
+    rows = put_through(cells_of(contender, tasks, told), {}, told, keep=lambda rows: None)
     said = ("setting", "metric", "kind", "adaptation", "lower_is_better", "parameters", "value")
-    return {**facts, "scores": [{name: row[name] for name in said} for row in rows], "told": told}
+    return {**training, "scores": [{name: row[name] for name in said} for row in rows], "told": told}
+
+
+class _Contenders(ExitStack):
+    """The encoder that is asked about, trained or as it begins, until another one is.
+
+    Args:
+        finetuned: overrides of its fine-tunings.
+        frozen: evaluations that will be asked for.
+    """
+
+    def __init__(self, finetuned: Sequence[str], frozen: Sequence[str]) -> None:
+        super().__init__()
+        self.finetuned, self.frozen = finetuned, frozen
+        self._words: Sequence[str] = ()
+
+    def of(self, job: once.Job, config: DictConfig) -> tuple[Contender, dict[str, Any]]:
+        """It, and how it was trained."""
+        if job.words != self._words:
+            self.close()
+            self._words = ()  # for the case that it cannot be trained
+            run, checkpoint, self._training = self._begin(job, config)
+            settled = evaluate.settle(run, None, JUDGED)
+            folder = run.dir / "finetuned"
+            self._contender = Contender(run, settled, DATA, checkpoint, self.frozen, folder, self.finetuned)
+            self._words = job.words
+        return self._contender, self._training
+
+    def _begin(self, job: once.Job, config: DictConfig) -> tuple[runs.Run, Path | None, dict[str, Any]]:
+        if job.also["trained"]:
+            finished = self.enter_context(once.trained(job.words, config))
+            run = finished.run
+            return run, run.last, {"steps": finished.steps, "minutes": finished.seconds / 60}
+        run = runs.Run(Path(self.enter_context(tempfile.TemporaryDirectory())))
+        runs.store(run, config)
+        return run, None, {"steps": 0, "minutes": 0.0}
 
 
 def _tasks(names: str | None) -> dict[str, Task]:
@@ -155,19 +187,6 @@ def _tasks(names: str | None) -> dict[str, Task]:
     return found
 
 
-@contextmanager
-def _run(words: Sequence[str], config: DictConfig, trained: bool) -> Iterator[tuple[runs.Run, dict[str, Any]]]:
-    """A run's folder, and how it was trained; of an untrained one the configuration alone."""
-    if trained:
-        with once.trained(words, config) as finished:
-            yield finished.run, {"steps": finished.steps, "minutes": finished.seconds / 60}
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        run = runs.Run(Path(folder))
-        runs.store(run, config)
-        yield run, {"steps": 0, "minutes": 0.0}
-
-
 def report(result: dict[str, Any]) -> Section:
     rows = _rows(result)
     standing = Standing(rows)
@@ -176,8 +195,8 @@ def report(result: dict[str, Any]) -> Section:
     floor = ENCODERS[FLOOR].title
     body = [
         f"Encoders of one small ViT on {DATA} of 64 pixels, each trained with every seed and then put through all "
-        f"tasks of `make gauntlet`; what is fine-tuned sees 1,000 labelled pictures {_epochs()} times (detection "
-        f"{_epochs(SHORTER['detection'])}). "
+        f"tasks of `make gauntlet`; heads and what is fine-tuned see 1,000 labelled pictures {_epochs()} times "
+        f"(detection {_epochs(SHORTER['detection'])}). "
         f"{_training(result)} Judged on the validation split.",
         "Mean z-scores over tasks, of means over seeds:",
         table(head, ranks),
@@ -187,7 +206,7 @@ def report(result: dict[str, Any]) -> Section:
             ["", "metric", *order, f"above the {floor}"], [_line(rows, setting, order) for setting in standing.settings]
         ),
     ]
-    failures = {f"{key}, {name}": why for key, run in result["runs"].items() for name, why in run["told"].items()}
+    failures = {key: why for key, run in result["runs"].items() for why in run["told"].values()}
     if failures:
         body.append("Not measured:\n\n" + "\n".join(f"- {name}: {why}" for name, why in failures.items()))
     body.append("\n".join(f"- {each}" for each in machine.lines([run["about"] for run in result["runs"].values()])))
@@ -199,7 +218,7 @@ def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {**row, "backbone": ENCODERS[name].title, "seed": int(seed)}
         for key, run in result["runs"].items()
-        for name, seed in [key.split("/")]
+        for name, seed, _ in [key.split("/")]
         for row in run["scores"]
     ]
 
@@ -212,7 +231,8 @@ def _training(result: Mapping[str, Any]) -> str:
     """How long each was trained, and where seeds are missing how many there are, in a sentence or two."""
     said, fewer = [], []
     for name, encoder in ENCODERS.items():
-        mine = [run for key, run in result["runs"].items() if key.partition("/")[0] == name]
+        keys = [key for key in result["runs"] if key.partition("/")[0] == name]
+        mine = [*{key.rpartition("/")[0]: result["runs"][key] for key in keys}.values()]  # by seed
         if len(mine) < len(SEEDS):
             fewer.append(f"{encoder.title} {len(mine)}")
         if mine and encoder.epochs is not None:
@@ -264,7 +284,8 @@ def _check(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], setting
     # the best of three is above the floor by chance often enough: it has to be so with every seed
     found = {setting: above(rows, setting) for setting in settings}
     below = [setting for setting, each in found.items() if each is not None and min(each[1]) <= 0]
-    whole = all(f"{name}/{seed}" in result["runs"] for name in ENCODERS for seed in SEEDS)
+    wanted = itertools.product(ENCODERS, map(str, SEEDS), chosen(None))
+    whole = all("/".join(key) in result["runs"] for key in wanted)
     complete = whole and not any(run["told"] for run in result["runs"].values())
     return Check(
         f"every head of the gauntlet on {DATA} is better on some trained encoder than on a random one, with every seed",

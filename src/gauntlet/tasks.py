@@ -215,6 +215,13 @@ class FineTuned:
 
 
 @dataclass(frozen=True)
+class Headed(FineTuned):
+    """The same of an experiment that leaves the encoder as it is and trains a head on it."""
+
+    adaptation: ClassVar[str] = "frozen"
+
+
+@dataclass(frozen=True)
 class Cell:
     """A task of a contender; see `once.Measurable`. The configuration is composed once.
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from src import configuration, evaluate, runs, train, trained
 from src.configuration import CONFIGS, UserError
 from src.gauntlet import __main__ as gauntlet
-from src.gauntlet.tasks import Contender, FineTuned, Frozen, hash_of
+from src.gauntlet.tasks import Contender, FineTuned, Frozen, Headed, hash_of
 from src.models.backbones.image_encoder import ImageEncoder, cls_token
 from tests.commands import SECONDS
 from tests.evaluation.toy import tiny_encoder
@@ -178,7 +178,11 @@ def test_every_task_of_the_gauntlet_names_what_there_is(two: list[runs.Run]) -> 
     tasks = gauntlet.chosen(None)
     assert {"knn", "linear", "labelpropagation", "finetune"} <= set(tasks)
     for task in tasks.values():
-        task.recipe(trained_one)
+        recipe, _ = task.recipe(trained_one)
+        if isinstance(task, FineTuned):
+            frozen = recipe.model.get("frozen", False)
+            assert frozen == isinstance(task, Headed)
+            assert task.adaptation == ("frozen" if frozen else "fine-tuned")
     odd = Frozen("knnn", metric="knn_top1", kind="classification")
     with pytest.raises(UserError, match="no evaluation 'knnn'; did you mean knn"):
         odd.recipe(trained_one)
