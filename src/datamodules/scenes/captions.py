@@ -53,7 +53,7 @@ _RELATIONS: Mapping[Relation, tuple[str, ...]] = {
     "before": ("in front of", "before"),
 }
 _CENTRE = ("in the middle", "at the centre")
-_HALF: Mapping[Along, str] = {"top": "upper", "bottom": "lower"}
+_HALF = {"top": "upper", "bottom": "lower"}
 
 
 @dataclass(frozen=True)
@@ -242,9 +242,8 @@ def _main(what: Facts, rng: np.random.Generator) -> list[_Part]:
     noun = _noun(what, 0, rng)
     if what.place is None:
         return [noun]
-    along, across = what.place
     sides = [side for side in what.place if side != "middle"]
-    halves = [half for half in (_HALF.get(along), across) if half and half != "middle"]
+    halves = [_HALF.get(side, side) for side in sides]
     ways = (f"at the {' '.join(sides)}", f"in the {' '.join(halves)} part") if sides else _CENTRE
     return [noun, f" {_one(rng, ways)}"]
 

@@ -202,12 +202,12 @@ class ScenesSource:
     def regions(self, index: int, choice: float) -> Sequence[str]:
         """A text of each thing alone, in the order of the fields ``boxes`` and ``instance_masks``; ``choice`` in [0, 1)
         chooses the words."""
-        what, wording = self._facts(index), fold(index, int(choice * 2**31))
+        what, wording = self._facts(self.scene(index)), fold(index, int(choice * 2**31))
         return tuple(captions.region(what, each, fold(wording, each)).text for each in range(len(what.things)))
 
     def captions(self, index: int) -> Sequence[str]:
         """True short texts, whatever training is told, in the ways that judging may use: the first that differ."""
-        what, found = self._facts(index), dict[str, None]()
+        what, found = self._facts(self.scene(index)), dict[str, None]()
         for wording in range(20 * self.texts.judged):
             text = captions.short(what, fold(index, wording), wordings=self.texts.judged_wordings).text
             found.setdefault(text)
@@ -223,7 +223,7 @@ class ScenesSource:
         - "relation": the second thing is on the other side
         - "count": there are more or fewer things, as many as there may be
         """
-        what, found = self._facts(index), []
+        what, found = self._facts(self.scene(index)), []
         for number, (mistake, wordings) in enumerate(captions.SHOWN_BY.items()):
             choice = fold(index, number)
             if mistake == "count":
@@ -245,20 +245,20 @@ class ScenesSource:
     def grounding(self, index: int) -> Grounding:
         """The first of `captions`, whose words for a thing are its adjectives and its noun, without the article."""
         scene = self.scene(index)
-        said = captions.short(self._facts(index), fold(index, 0))
+        said = captions.short(self._facts(scene), fold(index, 0))
         spans = ((said.text.index(" ", begin) + 1, end, thing) for begin, end, thing in said.spans)
         return Grounding(said.text, tuple(spans), torch.from_numpy(render.instance_masks(scene, self.resolution)))
 
-    def _facts(self, index: int) -> Facts:
-        return captions.facts(self.scene(index), places=self.texts.places)
+    def _facts(self, scene: Scene) -> Facts:
+        return captions.facts(scene, places=self.texts.places)
 
     def _described(self, index: int, wording: int) -> str:
-        what, wording = self._facts(index), fold(index, wording)
+        what, wording = self._facts(self.scene(index)), fold(index, wording)
         if self.texts.style == "long":
             return captions.long(what, wording).text
         if self.texts.style == "short":
             return captions.short(what, wording, wordings=self.texts.wordings).text
-        other = self._facts(wording % self.count)
+        other = self._facts(self.scene(wording % self.count))
         shares = {"mismatched": self.texts.mismatched, "dropped": self.texts.dropped, "junk": self.texts.junk}
         return captions.alt_text(what, wording, other=other, **shares).text
 
