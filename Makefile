@@ -50,7 +50,7 @@ new: setup ## start a method of your own from one that is here: METHOD=mine FROM
 	@$(PY) -m src.new method='$(METHOD)' from='$(FROM)'
 
 bench: setup ## measure speed and write docs/benchmarks.md
-	@$(PY) -m src.bench $(ARGS)
+	@$(PY) -m benchmarks $(ARGS)
 
 claim: setup ## measure what a paper claims: CLAIM=mae_mask_ratio [DATA=scenes] (without CLAIM: the list)
 	@$(PY) -m src.claims $(if $(CLAIM),claim='$(CLAIM)') $(if $(DATA),data=$(DATA)) $(ARGS)

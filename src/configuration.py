@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -20,16 +19,11 @@ from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src.errors import UserError, nearest
 from src.memory import keep_freed_memory
 
 PROJECT = Path(__file__).resolve().parent.parent
 CONFIGS = PROJECT / "configs"
-
-_FARTHER = 0.25  # of two strings' likeness, from 0 to 1
-
-
-class UserError(Exception):
-    """Something the person at the keyboard can put right; the message says what and how."""
 
 
 def register_resolvers() -> None:
@@ -116,17 +110,6 @@ def instantiate(config: Any, **kwargs: Any) -> Any:
 def names(group: str) -> list[str]:
     """The options of a configuration group, sorted; those beginning with an underscore are parts of others."""
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml") if not path.stem.startswith("_"))
-
-
-def nearest(word: str, options: Sequence[str], *, most: int = 40) -> str:
-    """``; did you mean …?`` with up to three names close to ``word``, or what there is, if that is not more than
-    ``most``. A name that is much farther from it than the closest one is not meant."""
-    close = difflib.get_close_matches(word, options, n=3, cutoff=0.5)
-    if close:
-        likeness = [difflib.SequenceMatcher(None, each, word).ratio() for each in close]
-        meant = [each for each, ratio in zip(close, likeness, strict=True) if ratio > likeness[0] - _FARTHER]
-        return f"; did you mean {' or '.join(meant)}?"
-    return f"; there are {', '.join(options)}" if len(options) <= most else ""
 
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:

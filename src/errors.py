@@ -1,5 +1,28 @@
-"""What every part of the house may raise."""
+"""The errors that a user can correct, and the nearest name to a mistyped one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+_FARTHER = 0.25  # of two strings' similarity, from 0 to 1
 
 
-class SettingError(ValueError):
-    """A value that somebody chose cannot be; the message names its key. Ends a command with exit code 2, no trace."""
+class UserError(ValueError):
+    """A mistake the user can correct; the message says what is wrong and what to type instead. Ends a command with
+    its message and exit code 2, without a trace."""
+
+
+class SettingError(UserError):
+    """An argument or configuration value that cannot be used; the message names its key."""
+
+
+def nearest(word: str, options: Sequence[str], *, most: int = 40) -> str:
+    """``; did you mean …?`` with up to three names close to ``word``, or what there is, if that is not more than
+    ``most``. A name that is much farther from it than the closest one is not meant."""
+    close = difflib.get_close_matches(word, options, n=3, cutoff=0.5)
+    if close:
+        likeness = [difflib.SequenceMatcher(None, each, word).ratio() for each in close]
+        meant = [each for each, ratio in zip(close, likeness, strict=True) if ratio > likeness[0] - _FARTHER]
+        return f"; did you mean {' or '.join(meant)}?"
+    return f"; there are {', '.join(options)}" if len(options) <= most else ""

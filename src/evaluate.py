@@ -16,20 +16,20 @@ from rich.table import Table
 from torch import nn
 
 from src import configuration, runs, train, trained
-from src.callbacks.checkpoints import load_checkpoint
-from src.configuration import CONFIGS, UserError, nearest
+from src.checkpoint_io import load_checkpoint
+from src.configuration import CONFIGS
 from src.datamodules.image import ImageDataModule
 from src.datamodules.image_text import ImageTextDataModule
 from src.datamodules.sources.source import Split
 from src.datamodules.video import VideoDataModule
-from src.errors import SettingError
+from src.errors import SettingError, UserError, nearest
 from src.evaluation.captions import CaptionEvaluation
 from src.evaluation.features import BadFeatures, FeatureSets, NoLabels
 from src.evaluation.image_text import ImageTextEvaluation
 from src.evaluation.localisation import Localisation
 from src.evaluation.pixels import PixelEncoder
 from src.evaluation.run import EncoderEvaluation, Evaluator, feature_sets, score
-from src.loggers import write_atomically
+from src.files import write_atomically
 
 WORDS = ("run", "eval", "checkpoint", "data")
 FLOORS = ("random", "pixels")

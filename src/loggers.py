@@ -15,6 +15,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
+from src.files import write_atomically
+
 # TensorBoard sorts groups by name
 _GROUPS = {
     "loss": "1_loss",
@@ -137,14 +139,6 @@ class MetricsFile(Logger, ResumedLogger):
         except (FileNotFoundError, ValueError):
             return {}
         return stages if isinstance(stages, dict) else {}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``: a reader, or a kill, finds the old or the new, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _number(value: Any) -> float | int | None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from src import configuration, listing
-from src.configuration import PROJECT, UserError, nearest
+from src.configuration import PROJECT
+from src.errors import UserError, nearest
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from src import configuration, runs
-from src.callbacks.checkpoints import load_checkpoint
-from src.configuration import UserError
+from src.checkpoint_io import load_checkpoint
+from src.errors import UserError
 from src.train import fit
 
 

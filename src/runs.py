@@ -11,7 +11,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from src.configuration import PROJECT, UserError, nearest, register_resolvers
+from src.configuration import PROJECT, register_resolvers
+from src.errors import UserError, nearest
 
 # the launching process decides, the processes it starts read
 _ENVIRONMENT = "PRETEXT_RUN_DIR"

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from src import configuration, runs, train
-from src.configuration import UserError
+from src.errors import UserError
 
 STOP = signal.SIGUSR2  # how the cluster says that time is up, or that another job comes first
 

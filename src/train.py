@@ -20,15 +20,15 @@ from rich.table import Table
 
 from src import configuration, runs
 from src.callbacks.batch_check import batch_type_of
-from src.callbacks.checkpoints import AtomicCheckpointIO, CheckpointError, Preempted
+from src.callbacks.checkpoints import Preempted
 from src.callbacks.data_health import TooManyBadSamples
 from src.callbacks.last_validation import LastValidation
 from src.callbacks.nan_guard import NonFiniteLoss
 from src.callbacks.recipe_card import RecipeCard
-from src.configuration import UserError
+from src.checkpoint_io import AtomicCheckpointIO, CheckpointError
 from src.datamodules.batch import BatchError
 from src.datamodules.sources.source import BadSample
-from src.errors import SettingError
+from src.errors import SettingError, UserError
 from src.evaluation.features import BadFeatures
 from src.listing import print_experiments
 from src.sync_batchnorm import SyncBatchNormPlugin

@@ -9,8 +9,8 @@ import torch
 from omegaconf import DictConfig
 
 from src import configuration, runs
-from src.callbacks.checkpoints import CheckpointError, load_checkpoint
-from src.configuration import UserError
+from src.checkpoint_io import CheckpointError, load_checkpoint
+from src.errors import UserError
 from src.models.pretrain_module import PretrainModule
 
 

@@ -17,9 +17,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src import configuration, listing, runs
-from src.callbacks.checkpoints import load_checkpoint
-from src.configuration import PROJECT, UserError
+from src.checkpoint_io import load_checkpoint
+from src.configuration import PROJECT
 from src.datamodules.batch import ImageBatch
+from src.errors import UserError
 from src.models.masked.mae import MAE
 from src.train import check_batches, compose, fit, main
 from tests.commands import SECONDS, train

@@ -10,7 +10,8 @@ from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
 from src import configuration, runs, train
-from src.configuration import UserError, apply, check_complete, compose, nearest
+from src.configuration import apply, check_complete, compose
+from src.errors import UserError, nearest
 
 TINY = "experiment=mae_tiny"
 

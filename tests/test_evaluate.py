@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from src import configuration, evaluate, runs, train, trained
-from src.configuration import UserError
+from src.errors import UserError
 from src.evaluation.knn import KNN
 from src.evaluation.linear import LinearProbe
 from src.evaluation.pixels import PixelEncoder

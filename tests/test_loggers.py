@@ -13,7 +13,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.callbacks.checkpoints import Checkpoints
-from src.loggers import MetricsFile, OrderedTensorBoardLogger, tag, write_atomically
+from src.files import write_atomically
+from src.loggers import MetricsFile, OrderedTensorBoardLogger, tag
 from tests.callbacks.small_runs import Evaluation, fit
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from src import configuration, evaluate, export, runs, train, trained
-from src.configuration import UserError
 from src.datamodules.scenes.motion import ACTIONS
 from src.datamodules.video import VideoDataModule
+from src.errors import UserError
 
 SMALL = [
     "scale=tiny",

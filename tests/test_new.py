@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from src.configuration import PROJECT, UserError
+from src.configuration import PROJECT
+from src.errors import UserError
 from src.new import create
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from src import configuration, resume, runs, submit
-from src.configuration import UserError
+from src.errors import UserError
 from src.train import compose, fit
 from tests.commands import SECONDS, run, train
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from src import configuration, submit
-from src.configuration import UserError
+from src.errors import UserError
 from src.train import compose
 
 

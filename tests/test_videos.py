@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoImageProcessor, VideoMAEModel
 
 from src import evaluate, export, runs, train, trained
-from src.configuration import UserError
+from src.errors import UserError
 from src.evaluation.pixels import PixelEncoder
 
 WORDS = [

@@ -10,11 +10,10 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-Colour = tuple[int, int, int]
+from src.models.downstream.colormaps import Colour, ramp
 
 INK, FAINT, PAPER = (33, 37, 41), (120, 126, 134), (255, 255, 255)
 RIGHT, WRONG = (22, 140, 70), (200, 60, 50)
-_RAMP = ((247, 251, 255), (107, 174, 214), (8, 48, 107))  # from the least similar to the most
 _MARGIN = 12
 _LINE = 1.3  # of a font's size
 
@@ -180,14 +179,6 @@ def wrapped(text: str, size: int, width: float, lines: int) -> list[str]:
             last = last[:-1]
         made[-1] = f"{last.rstrip()}…"
     return made
-
-
-def ramp(share: float) -> Colour:
-    """From light to dark for shares from 0 to 1."""
-    at = min(max(share, 0.0), 1.0) * (len(_RAMP) - 1)
-    step = min(int(at), len(_RAMP) - 2)
-    red, green, blue = (round(a + (b - a) * (at - step)) for a, b in zip(_RAMP[step], _RAMP[step + 1], strict=True))
-    return red, green, blue
 
 
 class _Sheet:

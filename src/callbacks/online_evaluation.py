@@ -10,12 +10,12 @@ from typing import cast
 import lightning as L
 
 from src.callbacks.online_probe import OnlineProbe
-from src.callbacks.publish import publish
 from src.collectives import rank
 from src.datamodules.image import ImageDataModule
 from src.evaluation.features import NoLabels
 from src.evaluation.knn import KNN
 from src.evaluation.run import BANK_SAMPLES, QUERY_SAMPLES, EncoderEvaluation, Evaluator, feature_sets, named, score
+from src.models.logging import publish
 from src.models.pretrain_module import PretrainModule
 from src.sharding import gathered
 

@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from src.loggers import write_atomically
+from src.files import write_atomically
 
 
 class RecipeCard(L.Callback):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.callbacks.publish import publish
 from src.collectives import gather_rows, rank, reduce_sum, world_size
+from src.models.logging import publish
 from src.models.losses.distillation import effective_prototypes, entropy
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from typing import Any
 
 import lightning as L
 
-from src.callbacks.publish import logs_now
 from src.errors import SettingError
+from src.models.logging import logs_now
 from src.schedules import Horizon, Schedule
 
 

@@ -18,8 +18,9 @@ from rich.table import Table
 from src import configuration
 from src.claims import ledger
 from src.claims.claim import Claim, load
-from src.configuration import PROJECT, UserError, nearest, run_main
-from src.loggers import write_atomically
+from src.configuration import PROJECT, run_main
+from src.errors import UserError, nearest
+from src.files import write_atomically
 from src.trained import words_of
 
 KEPT = PROJECT / "cache" / "claims"

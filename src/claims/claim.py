@@ -10,8 +10,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from src import configuration, train
-from src.bench.once import IDENTITY
-from src.configuration import CONFIGS, UserError, nearest
+from src.configuration import CONFIGS
+from src.errors import UserError, nearest
+from src.measure.result_cache import IDENTITY
 
 SPENT = ("steps", "images", "seconds", "flops")  # what a budget can be equal in
 SPLITS = ("test", "val", "train")

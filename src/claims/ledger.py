@@ -12,14 +12,15 @@ from typing import Any
 from omegaconf import DictConfig
 
 from src import configuration, train
-from src.bench import machine, once
-from src.bench.command import TrainingFailed
-from src.bench.report import table
 from src.claims.claim import Claim, parse, plain
-from src.claims.kept import KeptRuns
 from src.claims.metrics import Metric, Subject
+from src.claims.run_cache import KeptRuns
 from src.claims.verdict import Paired, paired, verdict
-from src.configuration import UserError
+from src.errors import UserError
+from src.measure import machine
+from src.measure import result_cache as once
+from src.measure.command import TrainingFailed
+from src.measure.report import table
 
 # exit codes of a training that somebody stopped: it did not fail
 STOPPED = (143, -15, 130, -2)

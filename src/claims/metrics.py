@@ -15,11 +15,10 @@ from omegaconf import DictConfig
 from torch import nn
 
 from src import configuration, evaluate, runs, trained
-from src.configuration import UserError, nearest
 from src.datamodules.image import ImageDataModule
 from src.datamodules.image_text import ImageTextDataModule
 from src.datamodules.sources.source import Split
-from src.errors import SettingError
+from src.errors import SettingError, UserError, nearest
 from src.evaluation.features import FeatureSets
 from src.evaluation.image_text import ImageTextEvaluation
 from src.evaluation.localisation import Localisation

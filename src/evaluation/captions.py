@@ -19,7 +19,7 @@ from src.datamodules.sources.source import CaptionedSource, Split
 from src.errors import SettingError
 from src.evaluation.features import autocast
 from src.evaluation.run import readable
-from src.models.backbones.image_encoder import inference
+from src.models.functional import inference
 from src.randomness import seeded
 
 

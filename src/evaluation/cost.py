@@ -10,7 +10,7 @@ from torch import nn
 from src.evaluation.features import FeatureSet, FeatureSets, autocast
 from src.evaluation.knn import KNN
 from src.evaluation.run import BANK_SAMPLES, QUERY_SAMPLES, Evaluator, exact_products
-from src.models.backbones.image_encoder import inference
+from src.models.functional import inference
 
 
 def evaluation_share(

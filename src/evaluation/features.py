@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from src.collectives import gather_rows, rank
 from src.datamodules.batch import mean_of_samples
 from src.datamodules.image import ImageDataModule
-from src.models.backbones.image_encoder import Features, ImageEncoder, inference
+from src.models.backbones.image_encoder import Features, ImageEncoder
+from src.models.functional import inference
 
 Pool = Callable[[Features], Tensor]
 Tags = Callable[[Tensor], Tensor]  # positions in a source, int64 [B] -> bool [B, K]

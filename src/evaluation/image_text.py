@@ -15,14 +15,14 @@ from src.datamodules.batch import mean_of_samples
 from src.datamodules.sources.source import CaptionedSource, HoldingOut, MistakenSource, PromptedSource, Split
 from src.datamodules.text.tokenizing import TokenizingDataModule
 from src.errors import SettingError
-from src.evaluation.comparison import Comparing, Similarity, dot, pairwise, similarity_of
 from src.evaluation.features import autocast
 from src.evaluation.geometry import geometry
 from src.evaluation.hard_negatives import preference
 from src.evaluation.retrieval import retrieval
 from src.evaluation.run import exact_products, readable
+from src.evaluation.similarity import Comparing, Similarity, dot, pairwise, similarity_of
 from src.evaluation.zero_shot import PHOTOS, class_scores, classifier, within
-from src.models.backbones.image_encoder import inference
+from src.models.functional import inference
 from src.randomness import seeded
 
 _TEXTS = 256  # a forward pass

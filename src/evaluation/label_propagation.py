@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.collectives import gather_rows, rank, world_size
-from src.datamodules.footage import Footage
 from src.datamodules.image import ImageDataModule
 from src.datamodules.sources.source import Split, TrackedSource
+from src.datamodules.video_reader import Footage
 from src.errors import SettingError
 from src.evaluation.features import BadFeatures, autocast, weight_dtype
 from src.evaluation.masks import boundary_f, jaccard
 from src.evaluation.run import exact_products
-from src.models.backbones.image_encoder import inference
+from src.models.functional import inference
 
 _ROWS = 30  # of patches of 16 in DAVIS at 480 pixels, where the neighbourhood's size comes from
 _TARGETS = 1024  # patches compared at a time

@@ -16,7 +16,7 @@ from src.datamodules.sources.source import GroundedSource, Split
 from src.errors import SettingError
 from src.evaluation.features import autocast
 from src.evaluation.run import readable
-from src.models.backbones.image_encoder import inference
+from src.models.functional import inference
 from src.randomness import seeded
 
 _SEEN = 0.002  # share of a picture that a thing must fill to be looked for

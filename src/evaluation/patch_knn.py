@@ -17,7 +17,7 @@ from src.datamodules.sources.source import Split
 from src.evaluation.features import FeatureSet, FeatureSets, Rows, autocast, gathered, labelled, weight_dtype
 from src.evaluation.knn import KNN
 from src.evaluation.run import Evaluator, query_loader, score
-from src.models.backbones.image_encoder import inference
+from src.models.functional import inference
 from src.randomness import seeded, uniform
 
 BANK_IMAGES, QUERY_IMAGES, BANK_PATCHES = 2000, 500, 20_000

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.errors import SettingError
-from src.evaluation.comparison import Similarity, dot
 from src.evaluation.features import FeatureSets
-from src.models.losses.precision import full_precision
+from src.evaluation.similarity import Similarity, dot
+from src.models.functional import full_precision
 
 
 def retrieval(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from src.datamodules.sources.source import Prompts
-from src.evaluation.comparison import Similarity
+from src.evaluation.similarity import Similarity
 
 # of natural images: the ensemble is what CLIP's authors found to do nearly as well as their eighty
 PHOTOS = Prompts(

@@ -20,12 +20,13 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from src import configuration, evaluate, runs, train, trained
-from src.configuration import PROJECT, UserError
+from src.configuration import PROJECT
+from src.errors import UserError
+from src.files import write_atomically
 from src.gauntlet import report
 from src.gauntlet.measuring import Failures, cells_of, chosen, frozen_of, measure
-from src.gauntlet.standing import Standing, with_backbones
+from src.gauntlet.ranking import Standing, with_backbones
 from src.gauntlet.tasks import Cell, Contender, Task
-from src.loggers import write_atomically
 
 WORDS = ("run", "data", "tasks", "checkpoint", "floor", "out")
 

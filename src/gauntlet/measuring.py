@@ -12,9 +12,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from src import configuration
-from src.bench import machine, once
-from src.configuration import CONFIGS, UserError, nearest
+from src.configuration import CONFIGS
+from src.errors import UserError, nearest
 from src.gauntlet.tasks import Cell, Contender, Frozen, Task
+from src.measure import machine
+from src.measure import result_cache as once
 
 log = logging.getLogger(__name__)
 

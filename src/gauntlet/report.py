@@ -10,9 +10,9 @@ import numpy as np
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from src.bench import machine
-from src.bench.report import percent, table
-from src.gauntlet.standing import Standing
+from src.gauntlet.ranking import Standing
+from src.measure import machine
+from src.measure.report import percent, table
 
 
 def markdown(standing: Standing, failures: Mapping[str, str]) -> str:

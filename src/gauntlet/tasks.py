@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from src import evaluate, runs, trained
-from src.bench.once import fingerprint
-from src.configuration import UserError, nearest
+from src.errors import UserError, nearest
+from src.measure.result_cache import fingerprint
 
 RANDOM = "random"
 

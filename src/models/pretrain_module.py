@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from src.callbacks.ema_teacher import EMATeacher
-from src.callbacks.publish import logs_now
 from src.errors import SettingError
 from src.models.backbones.image_encoder import ImageEncoder
+from src.models.logging import logs_now
 from src.optim import OptimizerRecipe
 from src.sharding import FullySharded
 

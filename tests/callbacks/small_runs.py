@@ -10,8 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from src.callbacks.checkpoints import AtomicCheckpointIO
 from src.callbacks.step_seed import StepSeed
+from src.checkpoint_io import AtomicCheckpointIO
 from src.datamodules.dataset import Draw, ResumableLoader, TrainSampler
 
 SIZE = 4

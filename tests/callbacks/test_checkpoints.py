@@ -19,14 +19,8 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from src.callbacks.checkpoints import (
-    AtomicCheckpointIO,
-    CheckpointError,
-    Checkpoints,
-    Preempted,
-    StopOnSignal,
-    load_checkpoint,
-)
+from src.callbacks.checkpoints import Checkpoints, Preempted, StopOnSignal
+from src.checkpoint_io import AtomicCheckpointIO, CheckpointError, load_checkpoint
 from src.loggers import MetricsFile
 from tests.callbacks.small_runs import Evaluation, SmallData, SmallModule, fit
 

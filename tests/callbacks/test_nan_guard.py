@@ -7,8 +7,9 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
-from src.callbacks.checkpoints import AtomicCheckpointIO, Checkpoints, load_checkpoint
+from src.callbacks.checkpoints import Checkpoints
 from src.callbacks.nan_guard import NanGuard, NonFiniteLoss
+from src.checkpoint_io import AtomicCheckpointIO, load_checkpoint
 from tests.callbacks.small_runs import SmallModule, fit
 
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from src import configuration
 from src.claims.claim import Claim, difference, load, parse, plain
-from src.configuration import UserError
+from src.errors import UserError
 
 CONTENT: dict[str, Any] = {
     "title": "More is more",

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 
 from src import configuration
-from src.bench import machine, once
-from src.bench.command import TrainingFailed
 from src.claims import __main__ as command
 from src.claims import ledger
 from src.claims.claim import Claim, load, plain
-from src.configuration import PROJECT, UserError
+from src.configuration import PROJECT
+from src.errors import UserError
+from src.measure import machine
+from src.measure import result_cache as once
+from src.measure.command import TrainingFailed
 from src.runs import Run
 from tests.claims.test_claim import arms, claim
 from tests.commands import SECONDS

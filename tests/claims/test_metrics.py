@@ -11,7 +11,7 @@ from torch import nn
 
 from src import train
 from src.claims.metrics import FineTuned, ImageText, OnEncoder, OnPatches, Subject
-from src.configuration import UserError
+from src.errors import UserError
 from src.evaluation.image_text import ImageTextEvaluation
 from src.evaluation.label_propagation import LabelPropagation
 from src.evaluation.patch_knn import PatchSegmentation

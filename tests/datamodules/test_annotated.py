@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from src.configuration import UserError
 from src.datamodules.annotated import AnnotatedDataModule, AnnotatedDataset
 from src.datamodules.batch import (
     IGNORED,
@@ -40,7 +39,7 @@ from src.datamodules.views.joint import (
     RandomRescale,
     SegmentationView,
 )
-from src.errors import SettingError
+from src.errors import SettingError, UserError
 from src.train import check_batches
 from tests.models.downstream.test_segmentation import linear
 

@@ -24,7 +24,7 @@ from src.datamodules.sources.source import BadSample, CaptionedSource
 from src.datamodules.sources.text_filter import TextFilter
 from src.datamodules.sources.webdataset import CaptionedWebDatasetSource
 from src.datamodules.text.tokenizer import trained
-from src.datamodules.views.colour import Colour
+from src.datamodules.views.color import Colour
 from src.datamodules.views.image import CentreCrop, RandomResizedCrop
 from src.datamodules.views.multi import Augmented, MultiView
 

@@ -18,14 +18,14 @@ from src.datamodules.scenes.motion import MovingWorld
 from src.datamodules.sources.video_folder import VideoFolderSource
 from src.datamodules.video import VideoDataModule
 from src.datamodules.views.augment import StrongFrames
-from src.datamodules.views.colour import Colour
+from src.datamodules.views.color import Colour
 from src.datamodules.views.image import CentreCrop, RandomResizedCrop, to_tensor
 from src.datamodules.views.resample import resample_box, whole_pixels
 from src.datamodules.views.video import CentreVideoCrop, DenseClip, MultiScaleCrop, RandomVideoCrop, SegmentClip
 from src.errors import SettingError
 from src.evaluation.features import extract
 from src.models.backbones.image_encoder import Features
-from tests.datamodules.test_footage import write
+from tests.datamodules.test_video_reader import write
 
 
 def test_a_dense_clip_at_hand_worked_times() -> None:

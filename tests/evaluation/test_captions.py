@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from src import evaluate, trained
 from src.callbacks.online_image_text import OnlineImageText
-from src.configuration import CONFIGS, UserError
+from src.configuration import CONFIGS
 from src.datamodules.image_text import ImageTextDataModule
-from src.errors import SettingError
+from src.errors import SettingError, UserError
 from src.evaluation.captions import Captioner, CaptionEvaluation, bleu4, cider_d, words
 from src.evaluation.image_text import ImageTextEvaluation
 from src.train import compose

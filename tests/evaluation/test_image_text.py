@@ -10,11 +10,11 @@ from torch.nn.functional import one_hot
 
 from src import configuration, evaluate
 from src import trained as trained_runs
-from src.configuration import UserError
 from src.datamodules.image_text import ImageTextDataModule
 from src.datamodules.sources.source import Mistaken, Prompts
 from src.datamodules.text.tokenizing import TokenizingDataModule
 from src.datamodules.views.image import CentreCrop
+from src.errors import UserError
 from src.evaluation.image_text import ImageTextEvaluation
 from tests.datamodules.test_image_text import NUMBERS, TOKENIZER, Numbered
 

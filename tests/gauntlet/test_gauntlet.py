@@ -13,13 +13,14 @@ import torch
 from omegaconf import DictConfig
 
 from src import configuration, evaluate, runs, train, trained
-from src.configuration import CONFIGS, UserError
+from src.configuration import CONFIGS
+from src.errors import UserError
 from src.gauntlet import __main__ as gauntlet
 from src.gauntlet.tasks import Contender, FineTuned, Frozen, Headed, hash_of
 from src.models.backbones.image_encoder import ImageEncoder, cls_token
 from tests.commands import SECONDS
 from tests.evaluation.toy import tiny_encoder
-from tests.gauntlet.test_standing import ABOUT
+from tests.gauntlet.test_ranking import ABOUT
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ class Fake:
 
 @pytest.fixture
 def run_with(two: list[runs.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("src.bench.machine.about", lambda: dict(ABOUT))
+    monkeypatch.setattr("src.measure.machine.about", lambda: dict(ABOUT))
 
     def run(*tasks: Fake, count: int = 2, words: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
         monkeypatch.setattr(gauntlet, "chosen", lambda names: {task.name: task for task in tasks})

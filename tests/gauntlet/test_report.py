@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from src.gauntlet.ranking import Standing
 from src.gauntlet.report import dashboard, markdown, terminal
-from src.gauntlet.standing import Standing
-from tests.gauntlet.test_standing import row
+from tests.gauntlet.test_ranking import row
 
 SCORES = [
     row("mae", "knn/scenes", 0.25, metric="knn_top1"),

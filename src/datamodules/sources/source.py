@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
-from src.datamodules.footage import Footage
+from src.datamodules.video_reader import Footage
 
 __all__ = [
     "AnnotatedSource",

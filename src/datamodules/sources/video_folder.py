@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from src.datamodules.footage import EncodedVideo
 from src.datamodules.sources.image_folder import ImageFolderSource
 from src.datamodules.sources.source import Sample, Split
+from src.datamodules.video_reader import EncodedVideo
 
 EXTENSIONS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".ts")
 

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from src.configuration import nearest
 from src.datamodules.decoding import DataError
-from src.datamodules.footage import EncodedVideo
 from src.datamodules.sources.files import require_some
 from src.datamodules.sources.source import Sample, Split
 from src.datamodules.sources.splits import PackedNames, hashed_split, spread
-from src.errors import SettingError
+from src.datamodules.video_reader import EncodedVideo
+from src.errors import SettingError, nearest
 
 
 class Listed(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from src.errors import SettingError
-from src.loggers import write_atomically
+from src.files import write_atomically
 
 # the end is not 2: transformers' CLIP would then take the largest id for it, as in OpenAI's vocabulary
 _PAD, _END, _START = "<pad>", "<end>", "<start>"

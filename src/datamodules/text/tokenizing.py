@@ -14,7 +14,7 @@ from src.datamodules.sources.source import BadSample, ImageSource, OrderedSource
 from src.datamodules.text import tokenizer as tokenizers
 from src.datamodules.text.tokenizer import Tokenizer
 from src.errors import SettingError
-from src.loggers import write_atomically
+from src.files import write_atomically
 
 _LEARNED_FROM = 20_000  # samples a tokenizer is learned from, at most
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from src.datamodules.batch import ImageBatch, MultiViewBatch
 from src.datamodules.decoding import EncodedImage
-from src.datamodules.views.colour import Colour
+from src.datamodules.views.color import Colour
 from src.datamodules.views.image import RandomResizedCrop
 
 

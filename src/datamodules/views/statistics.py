@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.datamodules.batch import StatisticsBatch
-from src.datamodules.footage import FlowFootage
+from src.datamodules.video_reader import FlowFootage
 from src.datamodules.views.resample import resample_box, whole_pixels
 from src.datamodules.views.video import Boxes, Clip
 from src.errors import SettingError

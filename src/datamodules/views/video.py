@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from src.datamodules.batch import VideoBatch
-from src.datamodules.footage import Footage
+from src.datamodules.video_reader import Footage
 from src.datamodules.views.augment import StrongFrames
-from src.datamodules.views.colour import Colour
+from src.datamodules.views.color import Colour
 from src.datamodules.views.resample import resample_box
 from src.errors import SettingError
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,16 +104,3 @@ class ImageEncoder(nn.Module):
             image, indices=min(self.deep, len(vit.blocks)), return_prefix_tokens=True, norm=True, output_fmt="NLC"
         )
         return output, torch.stack([prefix[:, 0] for _, prefix in found], dim=1)
-
-
-@contextmanager
-def inference(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every submodule is in the mode it was in."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for child, training in modes.items():
-            child.training = training

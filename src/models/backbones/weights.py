@@ -16,7 +16,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from src import runs
-from src.configuration import nearest
+from src.errors import nearest
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from src.datamodules.batch import ImageBatch, VideoBatch, labels_of, mean_of_samples
-from src.models.downstream.classed import Classed
+from src.models.downstream.class_head import Classed
 from src.optim import OptimizerRecipe
 
 

@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 
 from src.datamodules.batch import DepthBatch
 from src.errors import SettingError
-from src.models.downstream import colours
+from src.models.downstream import colormaps as colours
 from src.models.downstream.dpt import DensePrediction
 from src.models.losses.depth import silog
 from src.models.pretrain_module import StepOutput

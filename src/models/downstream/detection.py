@@ -11,9 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from src.datamodules.batch import BatchError, DetectionBatch
-from src.evaluation.average_precision import AveragePrecision, require_pycocotools
 from src.models.backbones.image_encoder import ImageEncoder, mean_patch
-from src.models.downstream.classed import Classed
+from src.models.downstream.average_precision import AveragePrecision, require_pycocotools
+from src.models.downstream.class_head import Classed
 from src.models.downstream.finetune import layer_rules_below
 from src.models.heads.mask_rcnn import MaskRCNNOnMaps
 from src.models.heads.pyramid import Pyramid

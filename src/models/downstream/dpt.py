@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from src.errors import SettingError
 from src.models.backbones.feature_maps import FeatureMaps
 from src.models.backbones.image_encoder import ImageEncoder, cls_token_or_mean
-from src.models.losses.precision import at_least_float32
+from src.models.functional import at_least_float32
 from src.models.pretrain_module import PretrainModule
 from src.optim import OptimizerRecipe
 

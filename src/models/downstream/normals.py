@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from src.datamodules.batch import NormalsBatch
-from src.models.downstream import colours
+from src.models.downstream import colormaps as colours
 from src.models.downstream.dpt import DensePrediction
 from src.models.losses.normals import angles, angular_nll
 from src.models.pretrain_module import StepOutput

@@ -15,8 +15,8 @@ from src.datamodules.batch import IGNORED, SegmentationBatch
 from src.errors import SettingError
 from src.models.backbones.feature_maps import FeatureMaps
 from src.models.backbones.image_encoder import ImageEncoder, cls_token_or_mean
-from src.models.downstream import colours
-from src.models.downstream.classed import Classed
+from src.models.downstream import colormaps as colours
+from src.models.downstream.class_head import Classed
 from src.models.downstream.finetune import layer_rules_below
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe

@@ -7,7 +7,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from src.models.losses.precision import full_precision
+from src.models.functional import full_precision
 
 
 class DINOHead(nn.Module):

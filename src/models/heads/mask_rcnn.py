@@ -20,7 +20,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
 
 from src.errors import SettingError
-from src.models.losses.precision import at_least_float32
+from src.models.functional import at_least_float32
 
 _RATIOS = (0.5, 1.0, 2.0)  # height over width of the anchors
 _BOX_SIDE, _MASK_SIDE = 7, 14  # positions of a region that the heads see

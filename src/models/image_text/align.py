@@ -9,11 +9,11 @@ from torch import nn
 
 from src.datamodules.batch import ImageTextBatch
 from src.models.backbones.image_encoder import Pool, mean_patch
+from src.models.functional import unit
 from src.models.image_text.base import ImageTextModule
 from src.models.image_text.clip import contrast_all
-from src.models.image_text.text_tower import Tower
-from src.models.joint_embedding.base import unit
 from src.models.pretrain_module import StepOutput
+from src.models.text.text_tower import Tower
 from src.optim import OptimizerRecipe
 
 

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from src.datamodules.batch import ImageTextBatch
 from src.models.backbones.image_encoder import ImageEncoder, Pool, cls_token_or_mean
-from src.models.joint_embedding.base import unit
+from src.models.functional import full_precision, unit
 from src.models.losses.image_text import bag_of_words_loss
-from src.models.losses.precision import full_precision
 from src.models.pretrain_module import PretrainModule, StepOutput
 from src.optim import OptimizerRecipe
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from src.models.backbones.image_encoder import ImageEncoder, Pool
 from src.models.backbones.weights import WeightsError, read, some
+from src.models.functional import unit
 from src.models.image_text.micro_batches import check_micro_batch, in_micro_batches
-from src.models.image_text.text_tower import Tower
-from src.models.joint_embedding.base import unit
 from src.models.pretrain_module import PretrainModule
+from src.models.text.text_tower import Tower
 from src.optim import OptimizerRecipe
 
 log = logging.getLogger(__name__)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from src.collectives import gather
 from src.datamodules.batch import ImageTextBatch
 from src.models.backbones.image_encoder import Pool, cls_token_or_mean
+from src.models.functional import unit
 from src.models.image_text.base import ImageTextModule
-from src.models.image_text.text_tower import Tower
-from src.models.joint_embedding.base import unit
 from src.models.losses.image_text import clip_loss
 from src.models.pretrain_module import StepOutput
+from src.models.text.text_tower import Tower
 from src.optim import OptimizerRecipe
 
 

@@ -14,14 +14,14 @@ from src.collectives import gather
 from src.datamodules.batch import ImageTextBatch
 from src.errors import SettingError
 from src.models.backbones.image_encoder import Pool, cls_token_or_mean
+from src.models.functional import unit
 from src.models.image_text.base import ImageTextModule, begin_from
 from src.models.image_text.clip import contrast_all
 from src.models.image_text.micro_batches import in_micro_batches
-from src.models.image_text.text_tower import Tower
-from src.models.joint_embedding.base import unit
 from src.models.losses.refine import hybrid_distillation, random_feature_alignment
 from src.models.pretrain_module import StepOutput
 from src.models.teacher import teacher_of
+from src.models.text.text_tower import Tower
 from src.optim import OptimizerRecipe
 
 

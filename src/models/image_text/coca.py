@@ -11,13 +11,13 @@ from src.collectives import reduce_sum, world_size
 from src.datamodules.batch import ImageTextBatch
 from src.errors import SettingError
 from src.models.backbones.image_encoder import Pool, mean_patch
-from src.models.image_text.attentional_pooler import AttentionalPooler
+from src.models.functional import unit
 from src.models.image_text.clip import CLIP
-from src.models.image_text.generation import beam_search, greedy
-from src.models.image_text.text_decoder import MultimodalDecoder, Speaker, UnimodalDecoder
-from src.models.joint_embedding.base import unit
+from src.models.layers.attentional_pooler import AttentionalPooler
 from src.models.losses.captioning import captioning_loss
 from src.models.pretrain_module import StepOutput
+from src.models.text.generation import beam_search, greedy
+from src.models.text.text_decoder import MultimodalDecoder, Speaker, UnimodalDecoder
 from src.optim import OptimizerRecipe
 
 

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from src.collectives import gather
 from src.datamodules.batch import ImageTextBatch
 from src.models.backbones.image_encoder import mean_patch
+from src.models.functional import unit
 from src.models.image_text.clip import CLIP, equal_texts
-from src.models.image_text.text_tower import Tower
-from src.models.joint_embedding.base import unit
 from src.models.losses.late_interaction import late_interaction, late_interaction_loss, salient
 from src.models.pretrain_module import StepOutput
+from src.models.text.text_tower import Tower
 from src.optim import OptimizerRecipe
 
 

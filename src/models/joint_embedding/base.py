@@ -6,11 +6,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from src.datamodules.batch import MultiViewBatch
 from src.errors import SettingError
-from src.models.losses.precision import full_precision
 from src.models.pretrain_module import PretrainModule
 
 
@@ -41,20 +39,6 @@ def two_views(batch: MultiViewBatch) -> Tensor:
     if len(views) < 2:
         raise SettingError("data.batch_size: each process and micro-batch needs at least 2 images to compare, got 1")
     return views
-
-
-@full_precision
-def unit(x: Tensor) -> Tensor:
-    """Rows of unit length, [..., D], in float32 at least."""
-    return F.normalize(x, dim=-1)
-
-
-@torch.no_grad()
-@full_precision
-def deviation(z: Tensor) -> Tensor:
-    """For the log: standard deviation over images, mean over views and dimensions: [B, V, D] -> scalar. 0: collapsed.
-    Rows of unit length that point everywhere alike have 1 / sqrt(D)."""
-    return z.std(dim=0, correction=0).mean()
 
 
 def together(network: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from src.datamodules.batch import MultiViewBatch
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
+from src.models.functional import unit
 from src.models.heads.mlp import MlpHead
-from src.models.joint_embedding.base import JointEmbedding, apart, two_views, unit
+from src.models.joint_embedding.base import JointEmbedding, apart, two_views
 from src.models.pretrain_module import StepOutput
 from src.models.teacher import teacher_of
 from src.optim import OptimizerRecipe

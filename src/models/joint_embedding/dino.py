@@ -16,7 +16,7 @@ from src.models.backbones.image_encoder import ImageEncoder, Pool, cls_token_or_
 from src.models.backbones.positions import any_size
 from src.models.heads.dino import DINOHead
 from src.models.joint_embedding.base import JointEmbedding, together
-from src.models.joint_embedding.centre import Centre
+from src.models.joint_embedding.center import Centre
 from src.models.losses.distillation import (
     cross_view_cross_entropy,
     divergence,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from src.datamodules.batch import MultiViewBatch
 from src.errors import SettingError
 from src.models.backbones.image_encoder import Features, cls_token
-from src.models.joint_embedding.centre import Centre
+from src.models.joint_embedding.center import Centre
 from src.models.joint_embedding.dino import DINO, global_views
 from src.models.losses.distillation import cross_view_cross_entropy, entropy, masked_patch_cross_entropy, sharpen
 from src.models.masked.block_masking import block_masks

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from src.datamodules.batch import MultiViewBatch
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
+from src.models.functional import unit
 from src.models.heads.mlp import MlpHead
-from src.models.joint_embedding.base import JointEmbedding, two_views, unit
+from src.models.joint_embedding.base import JointEmbedding, two_views
 from src.models.joint_embedding.queue import FeatureQueue
 from src.models.losses.contrastive import positive_first, queue_info_nce
 from src.models.pretrain_module import StepOutput

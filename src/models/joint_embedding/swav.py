@@ -11,11 +11,11 @@ from src.datamodules.batch import MultiViewBatch
 from src.errors import SettingError
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.backbones.positions import any_size
+from src.models.functional import deviation, full_precision, unit
 from src.models.heads.mlp import MlpHead
-from src.models.joint_embedding.base import JointEmbedding, deviation, together, unit
+from src.models.joint_embedding.base import JointEmbedding, together
 from src.models.joint_embedding.queue import FeatureQueue
 from src.models.losses.distillation import effective_prototypes, entropy
-from src.models.losses.precision import full_precision
 from src.models.losses.swapped import refuse_too_few_samples, sinkhorn, swapped_prediction
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe

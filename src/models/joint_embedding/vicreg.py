@@ -7,8 +7,9 @@ from torch import nn
 from src.collectives import gather
 from src.datamodules.batch import MultiViewBatch
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
+from src.models.functional import deviation
 from src.models.heads.mlp import MlpHead
-from src.models.joint_embedding.base import JointEmbedding, apart, deviation, two_views
+from src.models.joint_embedding.base import JointEmbedding, apart, two_views
 from src.models.losses.redundancy import vicreg
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from src.models.losses.precision import full_precision
+from src.models.functional import full_precision
 
 
 @full_precision

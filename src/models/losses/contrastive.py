@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from src.errors import SettingError
+from src.models.functional import full_precision
 from src.models.losses.blocks import BLOCK, by_rows
-from src.models.losses.precision import full_precision
 
 
 def contrast(

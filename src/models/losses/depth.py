@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from src.models.losses.precision import full_precision
+from src.models.functional import full_precision
 
 _LEAST = 1e-8  # below it the root's slope would explode
 

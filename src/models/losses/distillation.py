@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from src.models.losses.precision import full_precision
+from src.models.functional import full_precision
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from src.collectives import shift, world_size
+from src.models.functional import full_precision
 from src.models.losses.blocks import BLOCK, by_rows
 from src.models.losses.contrastive import info_nce
-from src.models.losses.precision import full_precision
 
 
 @full_precision

@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
+from src.models.functional import full_precision
 from src.models.losses.blocks import BLOCK, by_rows
 from src.models.losses.contrastive import contrast, refuse_one
-from src.models.losses.precision import full_precision
 
 
 @full_precision

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from src.models.losses.precision import full_precision
+from src.models.functional import full_precision
 
 _LEAST = 1e-6  # of a sine, so that the angle has a slope where two directions are one
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from src.errors import SettingError
-from src.models.losses.precision import full_precision
+from src.models.functional import full_precision
 
 
 @full_precision

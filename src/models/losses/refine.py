@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from src.models.functional import full_precision
 from src.models.losses.blocks import BLOCK, by_rows
-from src.models.losses.precision import full_precision
 
 
 @full_precision

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from src.errors import SettingError
+from src.models.functional import full_precision
 from src.models.losses.distillation import cross_view_cross_entropy
-from src.models.losses.precision import full_precision
 
 
 @torch.no_grad()

@@ -20,12 +20,11 @@ from src.datamodules.text.tokenizer import Tokenizer
 from src.errors import SettingError
 from src.models.backbones.image_encoder import Features, ImageEncoder, cls_token
 from src.models.downstream.mixing import mix
-from src.models.image_text.attention import Attention
+from src.models.functional import at_least_float32, full_precision, unit
 from src.models.image_text.base import ImageTextModule, begin_from
-from src.models.image_text.text_tower import Tower
-from src.models.joint_embedding.base import unit
-from src.models.losses.precision import at_least_float32, full_precision
+from src.models.layers.attention import Attention
 from src.models.pretrain_module import StepOutput
+from src.models.text.text_tower import Tower
 from src.optim import OptimizerRecipe, Rule
 
 _AT_A_TIME = 2**13  # videos times classes whose prompts are made at once

@@ -9,7 +9,7 @@ from PIL import Image
 from src.datamodules.batch import BatchError, MultiViewBatch, validate
 from src.datamodules.decoding import EncodedImage
 from src.datamodules.image import ImageDataModule
-from src.datamodules.views.colour import Colour
+from src.datamodules.views.color import Colour
 from src.datamodules.views.image import CentreCrop, RandomResizedCrop
 from src.datamodules.views.multi import Augmented, MultiView
 from src.randomness import uniform

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from src import resume, runs, train
-from src.configuration import UserError
+from src.errors import UserError
 from tests.commands import SECONDS, run
 
 KEPT = [word for word in SECONDS if not word.startswith(("experiment=", "model."))]

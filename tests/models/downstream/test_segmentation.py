@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from src.datamodules.batch import IGNORED, BatchError
 from src.errors import SettingError
-from src.models.downstream import colours
+from src.models.downstream import colormaps as colours
 from src.models.downstream.segmentation import (
     FCNHead,
     LinearHead,

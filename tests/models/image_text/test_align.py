@@ -13,7 +13,7 @@ from src.errors import SettingError
 from src.models.backbones.efficientnet import headless_efficientnet
 from src.models.backbones.image_encoder import ImageEncoder
 from src.models.image_text.align import ALIGN
-from src.models.image_text.text_tower import TransformersTower
+from src.models.text.text_tower import TransformersTower
 from src.optim import OptimizerRecipe, lamb
 from src.train import compose
 from tests.models.image_text.test_clip import MASK, TEXT, batch

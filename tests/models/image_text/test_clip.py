@@ -11,7 +11,7 @@ from torch import nn
 
 from src import configuration
 from src.models.image_text.clip import CLIP, equal_texts
-from src.models.image_text.text_tower import TextTower
+from src.models.text.text_tower import TextTower
 from src.optim import OptimizerRecipe, adamw
 from src.train import compose
 

@@ -10,11 +10,11 @@ from torch import nn
 
 from src import configuration
 from src.collectives import rank
-from src.models.image_text.attention import Attention
-from src.models.image_text.attentional_pooler import AttentionalPooler
 from src.models.image_text.coca import CoCa
-from src.models.image_text.text_decoder import Block, Speaker, UnimodalDecoder
+from src.models.layers.attention import Attention
+from src.models.layers.attentional_pooler import AttentionalPooler
 from src.models.losses.captioning import captioning_loss
+from src.models.text.text_decoder import Block, Speaker, UnimodalDecoder
 from src.optim import OptimizerRecipe, adamw
 from src.train import compose
 from tests.distributed import in_two_processes

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from src import configuration
-from src.evaluation.comparison import Comparing
+from src.evaluation.similarity import Comparing
 from src.models.image_text.filip import FILIP
 from src.optim import OptimizerRecipe, adamw
 from src.train import compose

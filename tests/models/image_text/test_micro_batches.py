@@ -10,7 +10,7 @@ from torch import nn
 from src.models.image_text import micro_batches
 from src.models.image_text.clip import CLIP
 from src.models.image_text.siglip import SigLIP
-from src.models.image_text.text_tower import SigmoidTextTower, TextTower, TransformersTower
+from src.models.text.text_tower import SigmoidTextTower, TextTower, TransformersTower
 from src.optim import OptimizerRecipe, adamw
 from tests.distributed import in_two_processes
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from src import configuration
 from src.models.image_text.siglip import SigLIP
-from src.models.image_text.text_tower import SigmoidTextTower
+from src.models.text.text_tower import SigmoidTextTower
 from src.optim import OptimizerRecipe, adamw
 from src.train import compose
 from tests.models.image_text.test_clip import MASK, TEXT, batch

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from src.callbacks.checkpoints import AtomicCheckpointIO
 from src.callbacks.ema_teacher import EMATeacher
 from src.callbacks.gradients import ClipEachParameter, FreezeAtFirst
 from src.callbacks.step_seed import StepSeed
+from src.checkpoint_io import AtomicCheckpointIO
 from src.errors import SettingError
 from src.models.backbones.positions import any_size
 from src.models.joint_embedding.dino import DINO, class_attention

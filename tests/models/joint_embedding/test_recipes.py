@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from src import configuration, train
-from src.configuration import UserError
 from src.datamodules.batch import ImageBatch, MultiViewBatch
+from src.errors import UserError
 from src.models.backbones.image_encoder import cls_token, mean_patch
 from src.models.losses.contrastive import dcl, dclw, nt_xent
 from src.schedules import Horizon

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from src.models.functional import deviation
 from src.models.joint_embedding.barlow_twins import BarlowTwins
-from src.models.joint_embedding.base import deviation
 from src.models.joint_embedding.vicreg import VICReg
 from tests.models.joint_embedding import toy
 

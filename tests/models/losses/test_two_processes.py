@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from src.collectives import all_reduce, gather, reduce_sum
-from src.models.joint_embedding.centre import Centre
+from src.models.joint_embedding.center import Centre
 from src.models.joint_embedding.queue import FeatureQueue
 from src.models.losses.contrastive import ctr, dcl, dclw, info_nce, nt_xent
 from src.models.losses.distillation import cross_view_cross_entropy, sharpen

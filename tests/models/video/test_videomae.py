@@ -10,7 +10,7 @@ import torch
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 from src.errors import SettingError
-from src.export_videos import videomae_weights
+from src.export.videos import videomae_weights
 from src.models.backbones.video_vit import CubeEmbed, VideoEncoder, sinusoids
 from src.models.losses.reconstruction import masked_mse
 from src.models.video.masking import running_cells, tubes

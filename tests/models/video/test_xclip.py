@@ -15,9 +15,9 @@ from transformers import XCLIPConfig, XCLIPModel
 
 from src.datamodules.batch import BatchError
 from src.errors import SettingError
-from src.export_pairs import vision_weights
+from src.export.two_towers import vision_weights
 from src.models.backbones.weights import WeightsError
-from src.models.image_text.text_tower import TextTower
+from src.models.text.text_tower import TextTower
 from src.models.video.xclip import XCLIP, CrossFrameEncoder, VideoPrompts
 from src.optim import OptimizerRecipe, adamw
 

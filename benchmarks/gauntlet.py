@@ -1,0 +1,299 @@
+"""Small encoders, trained by three paradigms and not at all, through every task of the gauntlet."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from src import evaluate, runs
+from src.gauntlet.measuring import Failures, cells_of, chosen, frozen_of
+from src.gauntlet.measuring import measure as put_through
+from src.gauntlet.ranking import Standing
+from src.gauntlet.report import ranking
+from src.gauntlet.tasks import Contender, FineTuned, Task
+from src.measure import machine
+from src.measure import result_cache as once
+from src.measure.report import Check, Section, table
+
+DATA = "scenes"
+SEEDS = (0, 1, 2)
+FLOOR = "random"
+
+# a narrower ViT and small batches, for what dozens of trainings can afford
+COMMON = (
+    "scale=tiny",
+    f"data={DATA}",
+    "backbone=vit",
+    "backbone.embed_dim=96",
+    "backbone.depth=4",
+    "backbone.num_heads=3",
+    "data.batch_size=64",
+    "callbacks.evaluation=null",
+    "callbacks.pictures=null",
+)
+JUDGED = ("evaluate.bank_samples=5000", "evaluate.query_samples=null")
+# few pictures with their truth: what pretraining is for
+FINETUNED = (
+    "data.source.count={train: 1000, val: 500, test: 500}",
+    "data.train_samples=null",
+    "data.eval_samples=null",
+    "data.batch_size=16",
+    "trainer.max_epochs=4",
+    "trainer.check_val_every_n_epoch=2",
+)
+# ten pictures a second
+SHORTER: Mapping[str, Sequence[str]] = dict.fromkeys(("detection", "detection_frozen"), ("trainer.max_epochs=2",))
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A row of the table.
+
+    Args:
+        title: as the paper calls it.
+        experiment: its recipe.
+        epochs: how long it is trained, so that all take about as long; None for not at all.
+    """
+
+    title: str
+    experiment: str
+    epochs: int | None
+
+
+ENCODERS: dict[str, Encoder] = {
+    FLOOR: Encoder("random start", "supervised_vits", None),
+    "supervised": Encoder("supervised", "supervised_vits", 3),
+    "mae": Encoder("MAE", "mae_tiny", 6),
+    "moco_v3": Encoder("MoCo v3", "moco_v3_vits", 2),
+}
+
+
+def measure(
+    quick: bool = False,
+    *,
+    known: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+    overrides: Sequence[str] = (),
+    finetuned: Sequence[str] = (),
+    encoders: Sequence[str] = tuple(ENCODERS),
+    data: Sequence[str] = (DATA,),
+    seeds: Sequence[int] = SEEDS,
+    tasks: str | None = None,
+) -> dict[str, Any]:
+    """Each encoder trained with each seed, then put through the tasks of `make gauntlet`, judged on the validation
+    split. Seed by seed, and an encoder is trained only where a task of it is missing.
+
+    Args:
+        overrides, finetuned: of the encoders' configurations, and of the fine-tunings'.
+        data: nothing is measured where it does not name scenes.
+        tasks: names, with commas between; None for all.
+
+    Returns:
+        ``runs``: for "<encoder>/<seed>/<task>" the ``scores`` (one row of `Standing`, or none and why in ``told``),
+        ``steps`` and ``minutes`` of the training, and where it was measured.
+    """
+    if DATA not in data:
+        return dict(known or {"runs": {}})
+    small = ["data.source.count={train: 512, val: 64, test: 64}", "trainer.max_epochs=1"] if quick else []
+    fine = [*(["data.source.count=64", "trainer.max_epochs=1"] if quick else []), *finetuned]
+    names = _tasks(tasks)
+    jobs = {
+        f"{name}/{seed}/{task}": once.Job(
+            [
+                f"experiment={ENCODERS[name].experiment}",
+                *COMMON,
+                f"seed={seed}",
+                *([f"trainer.max_epochs={ENCODERS[name].epochs}"] if ENCODERS[name].epochs else []),
+                *small,
+                *overrides,
+            ],
+            also={
+                "trained": ENCODERS[name].epochs is not None,
+                "task": repr(each),
+                "judged": fine if isinstance(each, FineTuned) else list(JUDGED),
+            },
+        )
+        for seed in ((0,) if quick else seeds)
+        for name in encoders
+        for task, each in names.items()
+    }
+    task_of = {repr(each): {task: each} for task, each in names.items()}
+    with _Contenders(fine, frozen_of(names)) as contenders:
+        found = once.measure_missing(
+            jobs,
+            lambda job, config: judged(*contenders.of(job, config), task_of[job.also["task"]]),
+            known=(known or {}).get("runs", {}),
+            keep=lambda each: keep({"runs": each}),
+        )
+    return {"runs": found}
+
+
+def judged(contender: Contender, training: Mapping[str, Any], tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """What tasks say of an encoder, after the facts of its training."""
+    told: Failures = {}
+    rows = put_through(cells_of(contender, tasks, told), {}, told, keep=lambda rows: None)
+    said = ("setting", "metric", "kind", "adaptation", "lower_is_better", "parameters", "value")
+    return {**training, "scores": [{name: row[name] for name in said} for row in rows], "told": told}
+
+
+class _Contenders(ExitStack):
+    """The encoder that is asked about, trained or as it begins, until another one is.
+
+    Args:
+        finetuned: overrides of its fine-tunings.
+        frozen: evaluations that will be asked for.
+    """
+
+    def __init__(self, finetuned: Sequence[str], frozen: Sequence[str]) -> None:
+        super().__init__()
+        self.finetuned, self.frozen = finetuned, frozen
+        self._words: Sequence[str] = ()
+
+    def of(self, job: once.Job, config: DictConfig) -> tuple[Contender, dict[str, Any]]:
+        """It, and how it was trained."""
+        if job.words != self._words:
+            self.close()
+            self._words = ()  # for the case that it cannot be trained
+            run, checkpoint, self._training = self._begin(job, config)
+            settled = evaluate.settle(run, None, JUDGED)
+            folder = run.dir / "finetuned"
+            self._contender = Contender(run, settled, DATA, checkpoint, self.frozen, folder, self.finetuned)
+            self._words = job.words
+        return self._contender, self._training
+
+    def _begin(self, job: once.Job, config: DictConfig) -> tuple[runs.Run, Path | None, dict[str, Any]]:
+        if job.also["trained"]:
+            finished = self.enter_context(once.trained(job.words, config))
+            run = finished.run
+            return run, run.last, {"steps": finished.steps, "minutes": finished.seconds / 60}
+        run = runs.Run(Path(self.enter_context(tempfile.TemporaryDirectory())))
+        runs.store(run, config)
+        return run, None, {"steps": 0, "minutes": 0.0}
+
+
+def _tasks(names: str | None) -> dict[str, Task]:
+    """Those of configs/gauntlet.yaml, fine-tuned with few pictures."""
+    found = chosen(names)
+    for name, task in found.items():
+        if isinstance(task, FineTuned):
+            found[name] = replace(task, overrides=[*task.overrides, *FINETUNED, *SHORTER.get(name, ())])
+    return found
+
+
+def report(result: dict[str, Any]) -> Section:
+    rows = _rows(result)
+    standing = Standing(rows)
+    order = [standing.backbones[place] for place in standing.order]
+    head, ranks = ranking(standing)
+    floor = ENCODERS[FLOOR].title
+    body = [
+        f"Encoders of one small ViT on {DATA} of 64 pixels, each trained with every seed and then put through all "
+        f"tasks of `make gauntlet`; heads and what is fine-tuned see 1,000 labelled pictures {_epochs()} times "
+        f"(detection {_epochs(SHORTER['detection'])}). "
+        f"{_training(result)} Judged on the validation split.",
+        "Mean z-scores over tasks, of means over seeds:",
+        table(head, ranks),
+        f"Scores, mean and standard deviation over seeds. Above the {floor}: by how much the best other encoder's mean "
+        "is better, and in how many seeds it is.",
+        table(
+            ["", "metric", *order, f"above the {floor}"], [_line(rows, setting, order) for setting in standing.settings]
+        ),
+    ]
+    failures = {key: why for key, run in result["runs"].items() for why in run["told"].values()}
+    if failures:
+        body.append("Not measured:\n\n" + "\n".join(f"- {name}: {why}" for name, why in failures.items()))
+    body.append("\n".join(f"- {each}" for each in machine.lines([run["about"] for run in result["runs"].values()])))
+    return Section("The gauntlet", [_check(result, rows, standing.settings)], "\n\n".join(body))
+
+
+def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The long table, with seeds."""
+    return [
+        {**row, "backbone": ENCODERS[name].title, "seed": int(seed)}
+        for key, run in result["runs"].items()
+        for name, seed, _ in [key.split("/")]
+        for row in run["scores"]
+    ]
+
+
+def _epochs(words: Sequence[str] = FINETUNED) -> str:
+    return next(word.partition("=")[2] for word in words if word.startswith("trainer.max_epochs="))
+
+
+def _training(result: Mapping[str, Any]) -> str:
+    """How long each was trained, and where scores are missing how many there are, in a sentence or two."""
+    said = []
+    for name, encoder in ENCODERS.items():
+        keys = [key for key in result["runs"] if key.partition("/")[0] == name]
+        mine = [*{key.rpartition("/")[0]: result["runs"][key] for key in keys}.values()]  # by seed
+        if mine and encoder.epochs is not None:
+            minutes = statistics.fmean(run["minutes"] for run in mine)
+            said.append(f"{encoder.title} {mine[0]['steps']:,} steps of 64 in {minutes:.1f} minutes")
+    wanted = _wanted()
+    there = len(wanted & result["runs"].keys())
+    missing = [f"Of {len(wanted)} scores there are {there} so far."] if there < len(wanted) else []
+    return " ".join([*([f"Trained: {', '.join(said)}."] if said else []), *missing])
+
+
+def _values(rows: Sequence[Mapping[str, Any]], setting: str) -> dict[str, dict[int, float]]:
+    """By encoder and seed, errors with the sign turned: more is better."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["setting"] == setting:
+            value = -row["value"] if row["lower_is_better"] else row["value"]
+            found.setdefault(row["backbone"], {})[row["seed"]] = value
+    return found
+
+
+def above(rows: Sequence[Mapping[str, Any]], setting: str) -> tuple[str, list[float]] | None:
+    """The encoder with the best mean but the floor's, and by how much it is better than the floor with each seed."""
+    values = _values(rows, setting)
+    floor = values.pop(ENCODERS[FLOOR].title, {})
+    if not floor or not values:
+        return None
+    best = max(values, key=lambda name: statistics.fmean(values[name].values()))
+    differences = [values[best][seed] - floor[seed] for seed in sorted(values[best].keys() & floor.keys())]
+    return (best, differences) if differences else None
+
+
+def _line(rows: Sequence[Mapping[str, Any]], setting: str, order: Sequence[str]) -> list[str]:
+    one = next(row for row in rows if row["setting"] == setting)
+    sign = -1 if one["lower_is_better"] else 1
+    cells = []
+    for name in order:
+        mine = [sign * value for value in _values(rows, setting).get(name, {}).values()]
+        spread = f" ± {statistics.stdev(mine):.2g}" if len(mine) > 1 else ""
+        cells.append(f"{statistics.fmean(mine):.3g}{spread}" if mine else "–")
+    found = above(rows, setting)
+    said = "–"
+    if found is not None:
+        best, differences = found
+        better = sum(each > 0 for each in differences)
+        said = f"{statistics.fmean(differences):+.2g} ({best}, {better} of {len(differences)})"
+    return [setting, f"{one['metric']} {'↓' if sign < 0 else '↑'}", *cells, said]
+
+
+def _wanted() -> set[str]:
+    """What a whole table is of."""
+    return {"/".join(key) for key in itertools.product(ENCODERS, map(str, SEEDS), chosen(None))}
+
+
+def _check(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], settings: Sequence[str]) -> Check:
+    # the best of three is above the floor by chance often enough: it has to be so with every seed
+    found = {setting: above(rows, setting) for setting in settings}
+    below = [setting for setting, each in found.items() if each is not None and min(each[1]) <= 0]
+    complete = _wanted() <= result["runs"].keys() and not any(run["told"] for run in result["runs"].values())
+    return Check(
+        f"every head of the gauntlet on {DATA} is better on some trained encoder than on a random one, with every seed",
+        f"{len(settings)} heads, {len(SEEDS)} seeds",
+        f"not: {', '.join(below)}" if below else f"all of {len(settings)}",
+        False if below else (True if complete else None),
+    )

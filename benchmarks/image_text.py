@@ -1,0 +1,182 @@
+"""What image-text training costs: its loop beside a bare one, its losses by the size of the batch, its tokens."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import loop, shards
+from benchmarks.bare import MemorySource
+from src.datamodules.text import tokenizer as tokenizers
+from src.measure.report import Check, Section, percent, table
+from src.measure.subprocess_runner import in_a_process, megabytes_of
+from src.models.functional import unit
+from src.models.losses.image_text import clip_loss, sigmoid_loss
+from src.models.losses.late_interaction import late_interaction_loss
+
+SIDE = 64
+STEPS, ROUNDS = 25, 4
+BATCHES = (1024, 2048, 4096, 8192, 16384, 32768)
+PROCESSES = 8  # of which one is measured
+DIM = 512  # a pair's numbers, on either side
+TOKENS = 8  # that FILIP's share them: a quarter of the patches of 32 in 224 pixels and of 32 words would be 12 and 8
+TEXTS = 20_000
+VOCABULARY, LENGTH = 1024, 32
+
+_ARMS = {"CLIP": "clip_vitb32", "SigLIP": "siglip_vitb16"}
+
+
+def measure(quick: bool = False) -> dict[str, Any]:
+    """
+    Returns:
+        ``loops``: for each method what `loop.Interleaved` writes. ``losses``: for each loss and size of the global
+        batch the ``megabytes`` and ``seconds`` that one of eight processes needs for its share, forward and backward.
+        ``tokens``: texts a second, tokenised one batch after the other. ``shards``: see `shards.measure`.
+    """
+    steps, rounds = (2, 1) if quick else (STEPS, ROUNDS)
+    view = "{_target_: src.datamodules.views.image.CentreCrop, size: ${image_size}, share: 1.0}"
+    small = ["data.batch_size=16"] if quick else []
+    loops = {
+        title: loop.interleaved(
+            [f"experiment={name}", "scale=tiny", "callbacks.image_text=null", *small],
+            view,
+            size=SIDE,
+            steps=steps,
+            rounds=rounds,
+        )
+        for title, name in _ARMS.items()
+    }
+    losses = {
+        title: {str(batch): in_a_process(loss_cost, title, batch) for batch in BATCHES[: 1 if quick else None]}
+        for title in _LOSSES
+    }
+    return {
+        "loops": loops,
+        "losses": losses,
+        "tokens": texts_per_second(200 if quick else TEXTS),
+        "shards": shards.measure(*((6, 1) if quick else ())),
+    }
+
+
+def _clip(image: Tensor, text: Tensor, images: Tensor, texts: Tensor) -> Tensor:
+    return clip_loss(image, text, images, texts, 0, scale=torch.tensor(14.3, requires_grad=True))
+
+
+def _sigmoid(image: Tensor, text: Tensor, images: Tensor, texts: Tensor) -> Tensor:
+    scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+    return sigmoid_loss(image, texts, 0, scale=scale, bias=bias)
+
+
+def _filip(image: Tensor, text: Tensor, images: Tensor, texts: Tensor) -> Tensor:
+    image, text, images, texts = (rows.unflatten(1, (TOKENS, -1)) for rows in (image, text, images, texts))
+    return late_interaction_loss(image, text, images, texts, 0, scale=torch.tensor(14.3, requires_grad=True))
+
+
+_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "CLIP": _clip,
+    "SigLIP": _sigmoid,
+    "FILIP": _filip,
+}
+_PER_PAIR = {"FILIP": TOKENS**2}  # similarities that a pair makes, where more than one
+
+
+def loss_cost(title: str, batch: int) -> dict[str, float]:
+    """What the loss of one process's share of ``batch`` pairs takes in this process, both passes."""
+    own = batch // PROCESSES
+    images, texts = (unit(torch.randn(batch, DIM)) for _ in range(2))
+    image, text = (rows[:own].clone().requires_grad_() for rows in (images, texts))
+
+    def both_passes() -> None:
+        _LOSSES[title](image, text, torch.cat([image, images[own:]]), torch.cat([text, texts[own:]])).backward()
+
+    begin = time.perf_counter()
+    megabytes = megabytes_of(both_passes)
+    return {"megabytes": megabytes, "seconds": time.perf_counter() - begin}
+
+
+def texts_per_second(count: int, batch: int = 128) -> float:
+    """Of a tokenizer that was learned from them."""
+    source = MemorySource("train", size=1, length=count)
+    texts = [source.caption(index, 0.0) for index in range(count)]
+    with tempfile.TemporaryDirectory() as folder:
+        learned = tokenizers.kept(Path(folder, "tokenizer.json"), texts, vocabulary=VOCABULARY, length=LENGTH)
+    begin = time.perf_counter()
+    for start in range(0, count, batch):
+        learned(texts[start : start + batch])
+    return count / (time.perf_counter() - begin)
+
+
+def report(result: dict[str, Any]) -> Section:
+    rows, checks = [], []
+    for title, arm in result["loops"].items():
+        ratio, batch = arm["ratio"], arm["batch_size"]
+        step = batch / arm["images_per_second"]
+        rows.append(
+            [
+                title,
+                str(batch),
+                f"{1e3 * step:.0f} ms",
+                f"{1e3 * batch / arm['bare_images_per_second']:.0f} ms",
+                f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})",
+                percent(batch / result["tokens"] / step),
+            ]
+        )
+        checks.append(
+            Check(
+                f"whole loop over a bare loop, {title}",
+                f"≥ {loop.WANTED}",
+                f"{ratio['median']:.3f}",
+                ratio["median"] >= loop.WANTED,
+            )
+        )
+    body = (
+        f"Tiny towers, pictures of {SIDE} pixels in memory with texts of a few words: a step of `make train` with "
+        "every default callback, tokenising as it goes, next to one of a loop written by hand on the same pictures and "
+        f"tokens made beforehand. Tokenising, {result['tokens']:,.0f} texts a second, is the last column's share of a "
+        "step.\n\n" + table(["", "pairs", "step", "bare step", "rate over bare (quartiles)", "tokenising"], rows)
+    )
+    batches = list(next(iter(result["losses"].values())))
+    head = ["pairs in all", *(f"{title}, {unit}" for title in result["losses"] for unit in ("MB", "s"))]
+    cost = [
+        [
+            f"{int(batch):,}",
+            *(
+                cell
+                for each in result["losses"].values()
+                for cell in (f"{each[batch]['megabytes']:.0f}", f"{each[batch]['seconds']:.2f}")
+            ),
+        ]
+        for batch in batches
+    ]
+    body += (
+        f"\n\nWhat a loss takes of one of {PROCESSES} processes, forward and backward, for its share of the pairs "
+        f"({DIM} numbers each, FILIP's in {TOKENS} tokens) against all of them:\n\n" + table(head, cost)
+    )
+    for title, each in result["losses"].items():
+        most = batches[-1]
+        matrix = int(most) ** 2 / PROCESSES * _PER_PAIR.get(title, 1) * 4 / 1e6
+        checks.append(
+            Check(
+                f"memory of {title}'s loss, {int(most):,} pairs",
+                f"< {matrix:.0f} MB, its rows of similarities",
+                f"{each[most]['megabytes']:.0f} MB",
+                each[most]["megabytes"] < matrix,
+            )
+        )
+    files = result["shards"]
+    body += (
+        "\n\nPairs a second and core, read, decoded, cropped to 224 and tokenised in the order of a permutation, JPEGs "
+        "of 500x375 in the page cache, median of passes in turn: "
+        f"{files['folder']:.1f} from a folder and a list, {files['shards']:.1f} from tar shards of the same files, "
+        f"{files['ratio']:.3f} times as many."
+    )
+    checks.append(
+        Check("tar shards over a folder of the same files", "≥ 1.0", f"{files['ratio']:.3f}", files["ratio"] >= 1)
+    )
+    return Section("Image-text beside a bare loop", checks, body)

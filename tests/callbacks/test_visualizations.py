@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import io
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from src.callbacks.checkpoints import Checkpoints
+from src.callbacks.drawing import animation
+from src.callbacks.visualizations import Pictures
+from src.datamodules.batch import MultiViewBatch
+from src.datamodules.image import ImageDataModule
+from src.datamodules.sources.source import Split
+from src.datamodules.views.color import Colour
+from src.datamodules.views.image import CentreCrop, RandomResizedCrop
+from src.datamodules.views.multi import Augmented, MultiView
+from src.loggers import OrderedTensorBoardLogger
+from src.models.backbones.image_encoder import ImageEncoder
+from src.models.joint_embedding.base import JointEmbedding
+from src.models.pretrain_module import PretrainModule, StepOutput
+from src.optim import OptimizerRecipe
+from tests.callbacks.small_runs import fit
+
+SIDE = 6
+
+
+class Colours:
+    """Sixteen flat pictures; the green of validation picture i is 10 * i."""
+
+    classes = ("a",)
+
+    def __init__(self, split: Split) -> None:
+        levels = torch.arange(16).mul(10).view(16, 1, 1, 1)
+        self.images = levels.expand(16, 3, SIDE, SIDE).to(torch.uint8).clone()
+        self.images[:, 0] = 255 if split == "val" else 0
+        self.labels = np.zeros(16, np.int64)
+
+    def __len__(self) -> int:
+        return 16
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+
+class Method(PretrainModule):
+    """Shows the picture and one with random pixels."""
+
+    def __init__(self) -> None:
+        super().__init__(OptimizerRecipe(partial(torch.optim.SGD), lr=0.1))
+        self.layer = nn.Linear(3, 1)
+        self.dropout = nn.Dropout(0.5)
+        self.dropout.eval()  # a mode of its own
+        self.batches: list[dict[str, Tensor]] = []
+        self.noise: list[Tensor] = []
+
+    def encoders(self) -> dict[str, ImageEncoder]:
+        return {}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return {"loss": self.layer(self.dropout(batch["image"].mean((2, 3)))).square().mean()}
+
+    def pictures(self, batch: Any) -> dict[str, Tensor]:
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        self.batches.append(batch)
+        self.noise.append(torch.rand(4))
+        image = batch["image"]
+        return {"pair": torch.stack((image, torch.zeros_like(image)), dim=1)}
+
+
+def data() -> ImageDataModule:
+    return ImageDataModule(
+        source=Colours,
+        train_view=CentreCrop(SIDE, share=1),
+        eval_view=CentreCrop(SIDE, share=1),
+        batch_size=4,
+        num_workers=0,
+    )
+
+
+def train(folder: Path, module: L.LightningModule, *extra: L.Callback, **options: Any) -> EventAccumulator:
+    fit(folder, *extra, module=module, data=data(), loggers=[OrderedTensorBoardLogger(folder)], **options)
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    return events
+
+
+def test_the_grid_shows_the_first_validation_pictures_in_their_own_colours(tmp_path: Path) -> None:
+    events = train(tmp_path, Method(), Pictures(count=3))
+    assert events.Tags()["images"] == ["pictures/pair"]
+    shown = events.Images("pictures/pair")
+    pixels = np.asarray(Image.open(io.BytesIO(shown[0].encoded_image_string)))
+    padding = 2
+    assert pixels.shape == (3 * (SIDE + padding) + padding, 2 * (SIDE + padding) + padding, 3)
+    for row in range(3):
+        top = padding + row * (SIDE + padding)
+        picture = pixels[top : top + SIDE, padding : padding + SIDE]
+        assert np.abs(picture.astype(int) - (255, 10 * row, 10 * row)).max() <= 1
+        # zero is the mean colour once the normalisation is undone
+        second = pixels[top : top + SIDE, SIDE + 2 * padding : 2 * (SIDE + padding)]
+        assert np.abs(second.astype(int) - np.array([0.485, 0.456, 0.406]) * 255).max() <= 1
+    assert pixels[:padding].max() == 0
+
+
+class Moving(Method):
+    """Shows the picture, brighter from frame to frame, and beside it the mean colour standing still."""
+
+    pictures = PretrainModule.pictures
+
+    def clips(self, batch: Any) -> dict[str, Tensor]:
+        image = batch["image"]
+        frames = torch.stack([image + 0.1 * time for time in range(4)], dim=1)
+        return {"pair": torch.stack([frames, torch.zeros_like(frames)], dim=1)}
+
+
+class Timed(ImageDataModule):
+    """A frame of the first video shown every 0.12 s, of others every second."""
+
+    def seconds_a_frame(self, index: int) -> float:
+        return 0.12 if index == 0 else 1.0
+
+
+def test_clips_play_beside_each_other_in_their_own_colours_and_time(tmp_path: Path) -> None:
+    view = CentreCrop(SIDE, share=1)
+    module, timed = Moving(), Timed(source=Colours, train_view=view, eval_view=view, batch_size=4, num_workers=0)
+    loggers = [OrderedTensorBoardLogger(tmp_path)]
+    fit(tmp_path, Pictures(count=2), module=module, data=timed, loggers=loggers, max_epochs=1)
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == ["clips/pair"]
+    shown = events.Images("clips/pair")
+    assert [event.step for event in shown] == [0, 4]
+    padding, film = 2, Image.open(io.BytesIO(shown[0].encoded_image_string))
+    assert (film.format, film.n_frames, film.info["loop"]) == ("GIF", 4, 0)
+    assert (shown[0].width, shown[0].height) == film.size == (2 * (SIDE + padding) + padding,) * 2
+    std = np.array([0.229, 0.224, 0.225]) * 255
+    for time in range(4):
+        film.seek(time)
+        assert film.info["duration"] == 120  # milliseconds
+        pixels = np.asarray(film.convert("RGB")).astype(int)
+        for row in range(2):
+            top = padding + row * (SIDE + padding)
+            expected = np.clip(np.array([255, 10 * row, 10 * row]) + 0.1 * time * std, 0, 255)
+            assert np.abs(pixels[top : top + SIDE, padding : padding + SIDE] - expected).max() <= 0.51
+            beside = pixels[top : top + SIDE, SIDE + 2 * padding : 2 * (SIDE + padding)]
+            assert np.abs(beside - np.array([0.485, 0.456, 0.406]) * 255).max() <= 0.51
+        assert pixels[:padding].max() == 0
+
+
+def test_frames_that_are_equal_stay_longer_and_none_is_shorter_than_players_show() -> None:
+    red, blue = (Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 0, 255)))
+    film = Image.open(io.BytesIO(animation([red, red, blue], seconds=0.001)))
+    durations = []
+    for number in range(film.n_frames):
+        film.seek(number)
+        durations.append(film.info["duration"])
+    assert durations == [40, 20]
+
+
+def test_pictures_come_at_the_start_at_epochs_and_at_the_end_and_once_each(tmp_path: Path) -> None:
+    module = Method()
+    events = train(tmp_path, module, Pictures(every_n_epochs=2), max_epochs=5)
+    assert [event.step for event in events.Images("pictures/pair")] == [0, 8, 16, 20]
+    assert len(module.batches) == 4
+    assert all(torch.equal(batch["image"], module.batches[0]["image"]) for batch in module.batches)
+    assert all(torch.equal(noise, module.noise[0]) for noise in module.noise)  # the same masks every time
+
+
+def test_a_resumed_run_does_not_show_its_start_again(tmp_path: Path) -> None:
+    train(tmp_path, Method(), Pictures(), Checkpoints(tmp_path, every_minutes=None, monitor=None), max_epochs=1)
+    events = train(tmp_path, Method(), Pictures(), max_epochs=2, resume=tmp_path / "last.ckpt")
+    assert [event.step for event in events.Images("pictures/pair")] == [0, 4, 8]
+
+
+def test_generators_and_modes_are_left_as_they_were(tmp_path: Path) -> None:
+    class Around(L.Callback):
+        states: list[Any] = []
+
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            modes = [module.training for module in pl_module.modules()]
+            self.states.append(
+                (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist(), modes)
+            )
+
+    around = Around()
+    module = Method()
+    train(tmp_path, module, around, Pictures(), around, max_epochs=1)  # before and after the pictures
+    first, second = around.states
+    assert first == second
+    assert first[3] == [True, True, False]
+
+
+def test_a_method_without_pictures_is_not_asked_for_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(Method):
+        pictures = PretrainModule.pictures
+
+    monkeypatch.setattr(ImageDataModule, "val_dataloader", lambda self: pytest.fail("a batch was made"))
+    assert train(tmp_path, Plain(), Pictures(), max_epochs=1).Tags()["images"] == []
+
+
+class Comparison(JointEmbedding):
+    """Takes two views and shows them."""
+
+    def __init__(self) -> None:
+        super().__init__(OptimizerRecipe(partial(torch.optim.SGD), lr=0.1))
+        self.layer = nn.Linear(3, 1)
+        self.shown: list[Tensor] = []
+
+    def encoders(self) -> dict[str, ImageEncoder]:
+        return {}
+
+    def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:
+        return {"loss": self.layer(batch["views"].mean((1, 3, 4))).square().mean()}
+
+    def pictures(self, batch: MultiViewBatch) -> Any:
+        self.shown.append(batch["views"])
+        return super().pictures(batch)
+
+
+def test_a_method_on_views_is_shown_with_the_training_views_of_validation_images(tmp_path: Path) -> None:
+    """The training split has no red, the validation split is all red."""
+    view = MultiView({"both": Augmented(RandomResizedCrop(SIDE), Colour(brightness=0.5, jitter=1.0), count=2)})
+    views = ImageDataModule(
+        source=Colours, train_view=view, eval_view=CentreCrop(SIDE, share=1), batch_size=4, num_workers=0
+    )
+    module = Comparison()
+    fit(tmp_path, Pictures(count=3), module=module, data=views, max_epochs=2)
+    assert len(module.shown) >= 2
+    first, *later = module.shown
+    assert all(torch.equal(first, other) for other in later)
+    shown = views.denormalise(first)
+    assert shown.shape == (3, 2, 3, SIDE, SIDE)
+    red, green = shown[:, :, 0, 0, 0], shown[:, :, 1, 0, 0]
+    assert (red >= 0.5 - 1e-6).all()
+    assert red.unique().numel() > 2  # each view has a brightness of its own
+    # green is 10 * i of 255 before both are made brighter or darker alike; white is cut
+    dark = red < 1 - 1e-6
+    expected = torch.tensor([0.0, 10.0, 20.0])[:, None].expand(3, 2) / 255 * red
+    assert torch.allclose(green[dark], expected[dark], atol=0.003)

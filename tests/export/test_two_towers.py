@@ -1,0 +1,148 @@
+"""What transformers loads of a run with two towers says the same as the towers."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, SiglipModel
+
+from src import export
+from src.datamodules.text.tokenizer import kept
+from src.errors import UserError
+from src.export import two_towers as export_pairs
+from src.models.image_text.clip import CLIP
+from src.models.image_text.siglip import SigLIP
+from src.models.text.text_tower import SigmoidTextTower, TextTower
+from src.optim import OptimizerRecipe
+from tests.export.test_export import images, make_run
+
+SIZE = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
+TEXTS = ["a photo of a red star", "a blue ring", "two striped things, the largest a heart, and more than fits in here"]
+LENGTH, VOCABULARY = 16, 300
+RECIPE = OptimizerRecipe(torch.optim.AdamW, lr=1.0)
+
+
+def stirred(module: torch.nn.Module) -> torch.nn.Module:
+    torch.manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1 or "bias" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return module.eval()
+
+
+def clip(name: str = "vit_base_patch32_clip_224", activation: str = "gelu", **options) -> CLIP:
+    text = TextTower(vocabulary=VOCABULARY, length=LENGTH, width=16, depth=2, heads=2, activation=activation)
+    vit = timm.create_model(name, img_size=48, **{**SIZE, **options.pop("backbone", {})})
+    return stirred(CLIP(vit, text, RECIPE, embed_dim=8, **options))
+
+
+def siglip(**backbone) -> SigLIP:
+    text = SigmoidTextTower(vocabulary=VOCABULARY, length=LENGTH, width=16, depth=2, heads=2, embed_dim=16)
+    vit = timm.create_model("vit_base_patch16_siglip_224", img_size=48, **SIZE, **backbone)
+    return stirred(SigLIP(vit, text, RECIPE))
+
+
+def run_of(folder: Path, module, experiment: str, backbone: dict):
+    words = [f"experiment={experiment}", f"data.vocabulary={VOCABULARY}", f"data.text_length={LENGTH}"]
+    words += ["model.text.width=16", "model.text.depth=2", "model.text.heads=2"]
+    words += ["model.embed_dim=8"] if isinstance(module, CLIP) else ["model.text.embed_dim=16"]
+    # before the run is stored: its configuration names the file
+    words += [f"data.tokenizer_file={folder.parent / 'tokenizer.json'}"]
+    kept(folder.parent / "tokenizer.json", TEXTS, vocabulary=VOCABULARY, length=LENGTH)
+    return make_run(folder, module, words, backbone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "name"), [(CLIPModel, "vit_base_patch32_clip_224"), (SiglipModel, "vit_base_patch16_siglip_224")]
+)
+def test_transformers_loads_both_towers_and_scores_pairs_as_they_do(kind, name, tmp_path):
+    is_clip = kind is CLIPModel
+    module = clip() if is_clip else siglip()
+    backbone = {"model_name": name, **SIZE}
+    run = run_of(tmp_path / "run", module, "clip_vitb32" if is_clip else "siglip_vitb16", backbone)
+    assert export.main([f"run={run.dir}", "format=hf"]) == 0
+    folder = run.dir / "export" / "hf"
+    model, loading = kind.from_pretrained(folder, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    ids = AutoTokenizer.from_pretrained(folder)(TEXTS, padding="max_length", truncation=True, return_tensors="pt")
+    assert ids["input_ids"].shape == (3, LENGTH)
+    found = model.eval()(input_ids=ids["input_ids"], pixel_values=images())
+    image, text = module.encode_image(images()), module.encode_text(ids["input_ids"], ids["attention_mask"].bool())
+    torch.testing.assert_close(found.image_embeds, image, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.text_embeds, text, atol=1e-5, rtol=0)
+    logits = module.logit_scale.exp() * image @ text.T + (0 if is_clip else module.logit_bias)
+    torch.testing.assert_close(found.logits_per_image, logits, atol=1e-4, rtol=0)
+    pixels = AutoImageProcessor.from_pretrained(folder)(
+        torch.full((3, 90, 60), 128, dtype=torch.uint8), return_tensors="pt"
+    )["pixel_values"]
+    assert pixels.shape == (1, 3, 48, 48)
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: zero-shot-image-classification" in card
+    code = card.split("```python\n")[1].split("```")[0].replace("PATH_OF_THIS_FOLDER", str(folder))
+    scope = {"images": [torch.zeros(3, 60, 60, dtype=torch.uint8)], "texts": TEXTS}
+    exec(code, scope)  # what the card tells people to type works
+    assert scope["output"].logits_per_image.shape == (1, 3)
+
+
+@torch.no_grad()
+def test_the_image_tower_alone_still_goes_to_timm(tmp_path):
+    run = run_of(tmp_path / "run", clip(), "clip_vitb32", {"model_name": "vit_base_patch32_clip_224", **SIZE})
+    assert export.main([f"run={run.dir}", "format=timm"]) == 0
+    model = timm.create_model(f"local-dir:{run.dir / 'export' / 'timm'}", pretrained=True).eval()
+    theirs, own = (each.forward_features(images()) for each in (model, clip().image_encoder.backbone))
+    torch.testing.assert_close(theirs, own, atol=1e-5, rtol=0)
+
+
+def tokenizer(tmp_path: Path):
+    return kept(tmp_path / "tokenizer.json", TEXTS, vocabulary=VOCABULARY, length=LENGTH)
+
+
+@torch.no_grad()
+def test_activation_and_eps_are_those_of_the_towers(tmp_path):
+    quick = clip("vit_base_patch32_clip_quickgelu_224", activation="quick_gelu")
+    model = export_pairs.as_transformers(quick, tokenizer(tmp_path))
+    assert (model.config.vision_config.hidden_act, model.config.text_config.hidden_act) == ("quick_gelu",) * 2
+    assert model.config.vision_config.layer_norm_eps == 1e-5
+    assert model.config.text_config.eos_token_id == 1
+    found = model.vision_model(pixel_values=images()).pooler_output
+    torch.testing.assert_close(found, quick.image_encoder(images()).embedding, atol=1e-5, rtol=0)
+
+
+def test_what_transformers_cannot_express_is_refused_with_what_it_needs(tmp_path):
+    words = tokenizer(tmp_path)
+    plain = "vit_tiny_patch16_224"
+    for module, said in (
+        (clip(plain), "CLIPModel needs a norm before the blocks"),
+        (clip(plain, backbone={"pre_norm": True, "reg_tokens": 2}), "CLIPModel needs one class token"),
+        (clip(backbone={"init_values": 0.1}), r"no place for 'blocks.0.ls1.gamma'"),
+        (clip(backbone={"qk_norm": True}), r"no place for 'blocks.0.attn.q_norm.weight'"),
+        (clip(pool=lambda prefix, patches: patches.mean(dim=1)), "the class token as the image's feature"),
+        (siglip(class_token=True), "SiglipModel needs no class token"),
+    ):
+        with pytest.raises(UserError, match=said):
+            export_pairs.as_transformers(module, words)
+    module = clip()
+    module.image_encoder.backbone = timm.create_model("resnet18")
+    with pytest.raises(UserError, match="a timm VisionTransformer, which a ResNet is not"):
+        export_pairs.as_transformers(module, words)
+    words.inner.eos_token = "<start>"
+    with pytest.raises(UserError, match="a mark for the end that is not id 2"):
+        export_pairs.as_transformers(clip(), words)
+
+
+def test_towers_that_say_something_else_stop_the_export(tmp_path, monkeypatch):
+    run = run_of(tmp_path / "run", clip(), "clip_vitb32", {"model_name": "vit_base_patch32_clip_224", **SIZE})
+    right = export_pairs.vision_weights
+
+    def swapped(vit):
+        weights = right(vit)
+        ours, theirs = (f"encoder.layers.1.self_attn.{part}_proj.weight" for part in "qv")
+        return weights | {ours: weights[theirs], theirs: weights[ours]}
+
+    monkeypatch.setattr(export_pairs, "vision_weights", swapped)
+    with pytest.raises(UserError, match=r"not exported: features differ by .* \(image_embeds\)"):
+        export.main([f"run={run.dir}", "format=hf"])
+    assert not (run.dir / "export" / "hf").exists()

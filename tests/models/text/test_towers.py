@@ -1,0 +1,196 @@
+"""Towers that come from elsewhere, and towers that stay as they are."""
+
+import json
+from functools import partial
+
+import pytest
+import timm
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertModel, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from src import configuration
+from src.errors import UserError
+from src.models.backbones.image_encoder import cls_token_or_mean, mean_patch
+from src.models.backbones.weights import pretrained as pretrained_backbone
+from src.models.image_text.clip import CLIP
+from src.models.text.text_tower import TextTower, TransformersTower, last_token, mean_token
+from src.models.text.text_weights import pretrained
+from src.optim import OptimizerRecipe, adamw
+from src.train import compose
+from src.trained import without_source
+from tests.models.image_text.test_clip import MASK, TEXT, batch, clip, tower
+
+BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def bert(length: int = 6, **options) -> TransformersTower:
+    torch.manual_seed(0)
+    return TransformersTower({"model_type": "bert", **BERT, **options}, vocabulary=20, length=length)
+
+
+def folder_of(model, path):
+    torch.manual_seed(7)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM])
+def test_a_folder_of_transformers_fills_the_text_tower(kind, tmp_path):
+    """Whatever stands before the names, and without what the tower has no use for."""
+    saved = folder_of(kind(BertConfig(vocab_size=20, max_position_embeddings=512, **BERT)), tmp_path)
+    loaded = pretrained(bert(), tmp_path).eval()
+    theirs = getattr(saved, "bert", saved)(input_ids=TEXT, attention_mask=MASK.long()).last_hidden_state
+    found = loaded(TEXT, MASK)
+    torch.testing.assert_close(found.tokens, theirs)
+    torch.testing.assert_close(found.embedding, theirs[:, 0])
+    assert not any("pooler" in name for name, _ in loaded.named_parameters())
+
+
+@torch.no_grad()
+def test_the_half_of_t5_that_reads_and_clip_s_text_tower_are_filled_too(tmp_path):
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    saved = folder_of(T5EncoderModel(T5Config(vocab_size=20, **t5)), tmp_path / "t5")
+    text = TransformersTower({"model_type": "t5", **t5}, vocabulary=20, length=6, pool=mean_token)
+    found = pretrained(text, tmp_path / "t5").eval()(TEXT, MASK)
+    theirs = saved(input_ids=TEXT, attention_mask=MASK.long()).last_hidden_state
+    by_hand = torch.stack([row[mask].mean(dim=0) for row, mask in zip(theirs, MASK, strict=True)])
+    torch.testing.assert_close(found.embedding, by_hand)
+    torch.testing.assert_close(last_token(theirs, MASK), theirs[range(4), [3, 2, 5, 3]])
+
+    small = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPTextConfig(vocab_size=20, max_position_embeddings=6, hidden_act="quick_gelu", **small)
+    saved = folder_of(CLIPTextModel(config), tmp_path / "clip")
+    found = pretrained(tower(activation="quick_gelu"), tmp_path / "clip").eval()(TEXT, MASK)
+    torch.testing.assert_close(found.tokens, saved(input_ids=TEXT).last_hidden_state)
+    with pytest.raises(ValueError, match=r"hidden_act=quick_gelu instead of gelu"):
+        pretrained(tower(), tmp_path / "clip")
+
+
+def test_what_cannot_fill_the_tower_is_refused_with_the_reason(tmp_path):
+    saved = BertModel(BertConfig(vocab_size=20, **BERT))
+    saved.save_pretrained(tmp_path / "bert")
+    for options, said in (
+        ({"num_attention_heads": 4}, "num_attention_heads=2 instead of 4"),  # all shapes are the same
+        ({"num_hidden_layers": 3}, "num_hidden_layers=2 instead of 3"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            pretrained(bert(**options), tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"cannot be read as safetensors of this tower"):
+        pretrained(bert(max_position_embeddings=40), tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"text_checkpoint=.*nowhere is no model of transformers"):
+        pretrained(bert(), tmp_path / "nowhere")
+
+    pickled = tmp_path / "pickled"
+    saved.config.save_pretrained(pickled)
+    torch.save(saved.state_dict(), pickled / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"cannot be read as safetensors .*: .*no file named model.safetensors"):
+        pretrained(bert(), pickled)
+
+    # a file that says three layers and has two
+    torn = json.loads((tmp_path / "bert" / "config.json").read_text()) | {"num_hidden_layers": 3}
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(torn))
+    with pytest.raises(ValueError, match=r"lacks 16 of the text tower's \d+ tensors: encoder.layer.2"):
+        pretrained(bert(num_hidden_layers=3), tmp_path / "bert")
+
+    with pytest.raises(ValueError, match=r"no model_type 'bret'; did you mean bert"):
+        TransformersTower({"model_type": "bret"}, vocabulary=20, length=6)
+    with pytest.raises(ValueError, match=r"data.text_length=9: this text tower has places for 8 tokens"):
+        bert(length=9, max_position_embeddings=8)
+
+
+def lit(backbone: torch.nn.Module, text=None, **options) -> CLIP:
+    recipe = OptimizerRecipe(partial(adamw), lr=0.1, weight_decay=0.2)
+    frozen = {"embed_dim": None, "project_image": False, "freeze_image": True}
+    return CLIP(backbone, text or tower(), recipe, **{**frozen, **options})
+
+
+def step(method: CLIP, optimizer: torch.optim.Optimizer) -> None:
+    method.train()
+    optimizer.zero_grad()
+    method.training_step(batch(), 0)["loss"].backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("frozen", ["image", "text"])
+def test_a_frozen_tower_stays_bit_by_bit_what_it_was(frozen):
+    """Its batch norm's statistics and its dropout too; the other one learns."""
+    torch.manual_seed(0)
+    names = {"image": "image_encoder", "text": "text_encoder"}
+    other = names["text" if frozen == "image" else "image"]
+    frozen_name = names[frozen]
+    backbone = timm.create_model("resnet18", num_classes=0)
+    method = lit(backbone, bert(), freeze_image=frozen == "image", freeze_text=frozen == "text")
+    optimizer = method.configure_optimizers()
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    for _ in range(2):
+        step(method, optimizer)
+    after = method.state_dict()
+    assert any("running_mean" in name for name in after)
+    for name, value in after.items():
+        if name.startswith(frozen_name):
+            assert torch.equal(value, before[name]), name
+    assert not any(module.training for module in method.get_submodule(frozen_name).modules())
+    assert all(module.training for module in method.get_submodule(other).modules())
+    for name, parameter in method.named_parameters():
+        learns = not name.startswith(frozen_name)
+        assert (parameter.grad is not None) == learns, name
+        assert (parameter in optimizer.state) == learns, name
+        if learns and name != "text_encoder.transformer.embeddings.token_type_embeddings.weight":
+            assert not torch.equal(parameter, before[name]), name
+
+
+def test_a_frozen_tower_keeps_no_activations():
+    def kept(**options) -> int:
+        sizes: list[int] = []
+        method = clip(**options)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            method.image_features(batch()["image"]).sum()
+        return sum(sizes)
+
+    assert kept(freeze_image=True) == 0
+    assert kept() > 1000
+
+
+def test_without_a_projection_texts_are_brought_to_the_image_tower_s_own_features():
+    backbone = timm.create_model("resnet18", num_classes=0)
+    method = lit(backbone).eval()
+    image = method.encode_image(batch()["image"])
+    expected = backbone(batch()["image"])
+    torch.testing.assert_close(image, expected / expected.norm(dim=1, keepdim=True))
+    assert method.text_projection.weight.shape == (512, 16)
+    with pytest.raises(ValueError, match=r"model.embed_dim=64: without project_image .* the 512 numbers"):
+        lit(backbone, embed_dim=64)
+
+
+def test_the_image_tower_of_a_file_is_the_one_that_is_locked(tmp_path):
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
+    torch.manual_seed(3)
+    saved = timm.create_model("vit_tiny_patch16_224", **small)
+    torch.save(saved.state_dict(), tmp_path / "vit.pth")
+    method = lit(pretrained_backbone(timm.create_model("vit_tiny_patch16_224", **small), tmp_path / "vit.pth"))
+    for name, value in method.image_encoder.backbone.state_dict().items():
+        assert torch.equal(value, saved.state_dict()[name])
+    other = timm.create_model("vit_tiny_patch16_224", **{**small, "depth": 2})
+    with pytest.raises(ValueError, match=r"lacks 12 of the backbone's"):
+        pretrained_backbone(other, tmp_path / "vit.pth")
+
+
+@pytest.mark.parametrize("scale", ["paper", "smoke", "tiny"])
+def test_lit_composes(scale, tmp_path):
+    words = ["experiment=lit_vitb16", f"scale={scale}", "run.dir=/tmp/run"]
+    config = compose(words)
+    assert (config.model.freeze_image, config.model.project_image, config.model.temperature) == (True, False, 0.1)
+    if scale == "tiny":
+        method = configuration.instantiate(config.model)
+        assert isinstance(method.text_encoder, TransformersTower)
+        assert method.text_projection.weight.shape == (128, 128)
+        assert method.image_encoder.pool is cls_token_or_mean is not mean_patch
+        # a run is evaluated where what it started from is gone
+        gone = compose([*words, "checkpoint=/gone.ckpt", "text_checkpoint=/gone"])
+        configuration.instantiate(without_source(gone).model)
+        with pytest.raises(UserError, match="no weights at /gone"):
+            configuration.instantiate(gone.model)
+    assert isinstance(tower(), TextTower)
