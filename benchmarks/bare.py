@@ -1,4 +1,4 @@
-"""The training loop one would write by hand, and pictures in memory to run it on."""
+"""The training loop one would write by hand, and images in memory to run it on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NO_NUMBERS = np.zeros((0, 0), np.float32)
 
 
 class MemorySource:
-    """Random pictures in memory, ``distinct`` different ones under ``length`` indices: an epoch can be as long as a
+    """Random images in memory, ``distinct`` different ones under ``length`` indices: an epoch can be as long as a
     measurement needs. Each has a text of its own.
 
     Args:
@@ -71,10 +71,10 @@ class _Repeated:
 
 @dataclass(frozen=True)
 class Copies:
-    """A view that makes a `MultiViewBatch` of pictures as they are, for what would otherwise cost more than the step.
+    """A view that makes a `MultiViewBatch` of images as they are, for what would otherwise cost more than the step.
 
     Args:
-        views: copies of a picture.
+        views: copies of a image.
         local_views: copies of its corner; 0 for none.
         local_size: side of that corner.
     """
@@ -98,7 +98,7 @@ class Copies:
 
 
 class BareLoop:
-    """Nothing but the work: index, normalise, forward, backward, optimizer step with a scheduled learning rate, and
+    """Nothing but the work: index, normalize, forward, backward, optimizer step with a scheduled learning rate, and
     what the method needs besides: its teacher's moving average, its clipping.
 
     The model's own ``training_step`` is the forward pass, its own recipe the optimizer; there is no Trainer, callback
@@ -106,12 +106,12 @@ class BareLoop:
 
     Args:
         module: the method, on its device.
-        pictures: uint8 [N, 3, H, W].
+        images: uint8 [N, 3, H, W].
         batch_size: images a step.
         precision: as the Trainer calls it; may be set between two runs.
         copies: how a batch of several views is made of them; None for an `ImageBatch`.
         clip: length to which the gradient of each parameter is cut; None for no clipping.
-        texts: token ids and mask [N, L] of the pictures; None where the method reads none.
+        texts: token ids and mask [N, L] of the images; None where the method reads none.
     """
 
     def __init__(

@@ -16,9 +16,9 @@ from omegaconf import DictConfig
 from src import evaluate, runs
 from src.gauntlet.measuring import Failures, cells_of, chosen, frozen_of
 from src.gauntlet.measuring import measure as put_through
-from src.gauntlet.ranking import Standing
+from src.gauntlet.ranking import Ranking
 from src.gauntlet.report import ranking
-from src.gauntlet.tasks import Contender, FineTuned, Task
+from src.gauntlet.tasks import FineTuned, GauntletEntry, Task
 from src.measure import machine
 from src.measure import result_cache as once
 from src.measure.report import Check, Section, table
@@ -37,10 +37,10 @@ COMMON = (
     "backbone.num_heads=3",
     "data.batch_size=64",
     "callbacks.evaluation=null",
-    "callbacks.pictures=null",
+    "callbacks.visualizations=null",
 )
 JUDGED = ("evaluate.bank_samples=5000", "evaluate.query_samples=null")
-# few pictures with their truth: what pretraining is for
+# few images with their truth: what pretraining is for
 FINETUNED = (
     "data.source.count={train: 1000, val: 500, test: 500}",
     "data.train_samples=null",
@@ -49,7 +49,7 @@ FINETUNED = (
     "trainer.max_epochs=4",
     "trainer.check_val_every_n_epoch=2",
 )
-# ten pictures a second
+# ten images a second
 SHORTER: Mapping[str, Sequence[str]] = dict.fromkeys(("detection", "detection_frozen"), ("trainer.max_epochs=2",))
 
 
@@ -97,7 +97,7 @@ def measure(
         tasks: names, with commas between; None for all.
 
     Returns:
-        ``runs``: for "<encoder>/<seed>/<task>" the ``scores`` (one row of `Standing`, or none and why in ``told``),
+        ``runs``: for "<encoder>/<seed>/<task>" the ``scores`` (one row of `Ranking`, or none and why in ``told``),
         ``steps`` and ``minutes`` of the training, and where it was measured.
     """
     if DATA not in data:
@@ -126,7 +126,7 @@ def measure(
         for task, each in names.items()
     }
     task_of = {repr(each): {task: each} for task, each in names.items()}
-    with _Contenders(fine, frozen_of(names)) as contenders:
+    with _Entries(fine, frozen_of(names)) as contenders:
         found = once.measure_missing(
             jobs,
             lambda job, config: judged(*contenders.of(job, config), task_of[job.also["task"]]),
@@ -136,7 +136,7 @@ def measure(
     return {"runs": found}
 
 
-def judged(contender: Contender, training: Mapping[str, Any], tasks: Mapping[str, Task]) -> dict[str, Any]:
+def judged(contender: GauntletEntry, training: Mapping[str, Any], tasks: Mapping[str, Task]) -> dict[str, Any]:
     """What tasks say of an encoder, after the facts of its training."""
     told: Failures = {}
     rows = put_through(cells_of(contender, tasks, told), {}, told, keep=lambda rows: None)
@@ -144,7 +144,7 @@ def judged(contender: Contender, training: Mapping[str, Any], tasks: Mapping[str
     return {**training, "scores": [{name: row[name] for name in said} for row in rows], "told": told}
 
 
-class _Contenders(ExitStack):
+class _Entries(ExitStack):
     """The encoder that is asked about, trained or as it begins, until another one is.
 
     Args:
@@ -157,7 +157,7 @@ class _Contenders(ExitStack):
         self.finetuned, self.frozen = finetuned, frozen
         self._words: Sequence[str] = ()
 
-    def of(self, job: once.Job, config: DictConfig) -> tuple[Contender, dict[str, Any]]:
+    def of(self, job: once.Job, config: DictConfig) -> tuple[GauntletEntry, dict[str, Any]]:
         """It, and how it was trained."""
         if job.words != self._words:
             self.close()
@@ -165,7 +165,7 @@ class _Contenders(ExitStack):
             run, checkpoint, self._training = self._begin(job, config)
             settled = evaluate.settle(run, None, JUDGED)
             folder = run.dir / "finetuned"
-            self._contender = Contender(run, settled, DATA, checkpoint, self.frozen, folder, self.finetuned)
+            self._contender = GauntletEntry(run, settled, DATA, checkpoint, self.frozen, folder, self.finetuned)
             self._words = job.words
         return self._contender, self._training
 
@@ -180,7 +180,7 @@ class _Contenders(ExitStack):
 
 
 def _tasks(names: str | None) -> dict[str, Task]:
-    """Those of configs/gauntlet.yaml, fine-tuned with few pictures."""
+    """Those of configs/gauntlet.yaml, fine-tuned with few images."""
     found = chosen(names)
     for name, task in found.items():
         if isinstance(task, FineTuned):
@@ -190,7 +190,7 @@ def _tasks(names: str | None) -> dict[str, Task]:
 
 def report(result: dict[str, Any]) -> Section:
     rows = _rows(result)
-    standing = Standing(rows)
+    standing = Ranking(rows)
     order = [standing.backbones[place] for place in standing.order]
     head, ranks = ranking(standing)
     floor = ENCODERS[FLOOR].title

@@ -32,7 +32,7 @@ log = logging.getLogger("benchmarks.headroom")
 Row = tuple[str, float]
 
 
-class Pictures(NamedTuple):
+class Visualizations(NamedTuple):
     """One split in memory."""
 
     images: Tensor  # uint8 [N, 3, H, W]
@@ -40,15 +40,17 @@ class Pictures(NamedTuple):
     scenes: list[Scene]
 
 
-def load(split: str, count: int, resolution: int, cache_dir: Path | None, seed: int = 0) -> Pictures:
-    """Render, or read, ``count`` pictures of a split, and keep what they show."""
+def load(split: str, count: int, resolution: int, cache_dir: Path | None, seed: int = 0) -> Visualizations:
+    """Render, or read, ``count`` images of a split, and keep what they show."""
     source = ScenesSource(split, count=count, resolution=resolution, seed=seed, cache_dir=cache_dir)  # type: ignore[arg-type]
     scenes = [source.scene(index) for index in range(count)]
     if source.images is not None and source.labels is not None:
-        return Pictures(torch.from_numpy(np.array(source.images)), torch.from_numpy(np.array(source.labels)), scenes)
+        return Visualizations(
+            torch.from_numpy(np.array(source.images)), torch.from_numpy(np.array(source.labels)), scenes
+        )
     samples = [source[index] for index in range(count)]
     images = torch.stack([torch.as_tensor(sample["image"]) for sample in samples])
-    return Pictures(images, torch.tensor([sample["label"] for sample in samples]), scenes)
+    return Visualizations(images, torch.tensor([sample["label"] for sample in samples]), scenes)
 
 
 class Clips(NamedTuple):
@@ -59,7 +61,7 @@ class Clips(NamedTuple):
 
 
 def load_films(split: str, count: int, resolution: int, duration: float = 2.0, seed: int = 0) -> Clips:
-    """Draw the first seconds of ``count`` films of a split, six frames a second."""
+    """SampleKey the first seconds of ``count`` films of a split, six frames a second."""
     source = FilmsSource(split, count=count, resolution=resolution, duration=duration, rate=6.0, seed=seed)  # type: ignore[arg-type]
     rendered = [source.films.render(index) for index in range(count)]
     images = torch.from_numpy(np.stack([frames for frames, _ in rendered]))
@@ -80,7 +82,7 @@ def knn(train: Tensor, labels: Tensor, test: Tensor, *, classes: int, k: int = 2
 
 
 def linear(train: Tensor, labels: Tensor, test: Tensor, *, classes: int, steps: int = 60) -> Tensor:
-    """Predicted classes [M] by multinomial logistic regression on standardised features (full batch, L-BFGS)."""
+    """Predicted classes [M] by multinomial logistic regression on standardized features (full batch, L-BFGS)."""
     mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
     train, test = (train - mean) / std, (test - mean) / std
     layer = nn.Linear(train.shape[1], classes)
@@ -104,14 +106,14 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
     return 100.0 * (predicted == labels).float().mean().item()
 
 
-def nuisances(pictures: Pictures) -> dict[str, Tensor]:
+def nuisances(pictures: Visualizations) -> dict[str, Tensor]:
     """What must not tell the label: float32 [N, D] by name."""
     scenes, images = pictures.scenes, pictures.images.float() / 255.0
     mains = [scene.things[0] for scene in scenes]
     return {
-        "mean colour of the picture": images.mean((2, 3)),
-        "backdrop's colours": _rows([(*s.background.rgb[0], *s.background.rgb[1]) for s in scenes]),
-        "main thing's colours": _rows([(*thing.rgb, *thing.texture.rgb) for thing in mains]),
+        "mean color of the picture": images.mean((2, 3)),
+        "backdrop's colors": _rows([(*s.background.rgb[0], *s.background.rgb[1]) for s in scenes]),
+        "main thing's colors": _rows([(*thing.rgb, *thing.texture.rgb) for thing in mains]),
         "main thing's place and size": _rows([(*thing.position, thing.size, *thing.rotation) for thing in mains]),
         "number of things": _rows([(len(scene.things),) for scene in scenes]),
         "order in the data set": _rows([_order(index) for index in range(len(scenes))]),
@@ -158,7 +160,7 @@ def _in_parts(model: nn.Module, images: Tensor, function: Callable[[Tensor], Ten
 
 
 def supervised(
-    train: Pictures, *, classes: int, steps: int, batch: int = 64, rate: float = 2e-3, seed: int = 0
+    train: Visualizations, *, classes: int, steps: int, batch: int = 64, rate: float = 2e-3, seed: int = 0
 ) -> nn.Module:
     """A tiny ViT trained from scratch on random crops and flips: AdamW, short warm-up, cosine to zero."""
     with seeded(seed):
@@ -220,7 +222,7 @@ def one_frame(images: Tensor, number: Tensor) -> Tensor:
     return images[torch.arange(len(images)), number][:, None].expand_as(images)
 
 
-def _batches(pictures: Pictures, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(pictures: Visualizations, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled and augmented for ever."""
     while True:
         for rows in torch.randperm(len(pictures.images)).split(batch):
@@ -250,7 +252,7 @@ def _scaled(images: Tensor) -> Tensor:
     return (images.float() / 255.0 - 0.5) / 0.25
 
 
-def table(train: Pictures, test: Pictures, *, classes: int, steps: int) -> Iterator[Row]:
+def table(train: Visualizations, test: Visualizations, *, classes: int, steps: int) -> Iterator[Row]:
     """Rows (what, accuracy in percent), as they are measured."""
     yield "chance", 100.0 / classes
     flat, flat_test = train.images.flatten(1).float() / 255.0, test.images.flatten(1).float() / 255.0

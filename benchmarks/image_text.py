@@ -16,7 +16,7 @@ from benchmarks.bare import MemorySource
 from src.datamodules.text import tokenizer as tokenizers
 from src.measure.report import Check, Section, percent, table
 from src.measure.subprocess_runner import in_a_process, megabytes_of
-from src.models.functional import unit
+from src.models.functional import l2_normalize
 from src.models.losses.image_text import clip_loss, sigmoid_loss
 from src.models.losses.late_interaction import late_interaction_loss
 
@@ -37,10 +37,10 @@ def measure(quick: bool = False) -> dict[str, Any]:
     Returns:
         ``loops``: for each method what `loop.Interleaved` writes. ``losses``: for each loss and size of the global
         batch the ``megabytes`` and ``seconds`` that one of eight processes needs for its share, forward and backward.
-        ``tokens``: texts a second, tokenised one batch after the other. ``shards``: see `shards.measure`.
+        ``tokens``: texts a second, tokenized one batch after the other. ``shards``: see `shards.measure`.
     """
     steps, rounds = (2, 1) if quick else (STEPS, ROUNDS)
-    view = "{_target_: src.datamodules.views.image.CentreCrop, size: ${image_size}, share: 1.0}"
+    view = "{_target_: src.datamodules.views.image.CenterCrop, size: ${image_size}, share: 1.0}"
     small = ["data.batch_size=16"] if quick else []
     loops = {
         title: loop.interleaved(
@@ -89,7 +89,7 @@ _PER_PAIR = {"FILIP": TOKENS**2}  # similarities that a pair makes, where more t
 def loss_cost(title: str, batch: int) -> dict[str, float]:
     """What the loss of one process's share of ``batch`` pairs takes in this process, both passes."""
     own = batch // PROCESSES
-    images, texts = (unit(torch.randn(batch, DIM)) for _ in range(2))
+    images, texts = (l2_normalize(torch.randn(batch, DIM)) for _ in range(2))
     image, text = (rows[:own].clone().requires_grad_() for rows in (images, texts))
 
     def both_passes() -> None:
@@ -137,9 +137,9 @@ def report(result: dict[str, Any]) -> Section:
         )
     body = (
         f"Tiny towers, pictures of {SIDE} pixels in memory with texts of a few words: a step of `make train` with "
-        "every default callback, tokenising as it goes, next to one of a loop written by hand on the same pictures and "
-        f"tokens made beforehand. Tokenising, {result['tokens']:,.0f} texts a second, is the last column's share of a "
-        "step.\n\n" + table(["", "pairs", "step", "bare step", "rate over bare (quartiles)", "tokenising"], rows)
+        "every default callback, tokenizing as it goes, next to one of a loop written by hand on the same pictures and "
+        f"tokens made beforehand. Tokenizing, {result['tokens']:,.0f} texts a second, is the last column's share of a "
+        "step.\n\n" + table(["", "pairs", "step", "bare step", "rate over bare (quartiles)", "tokenizing"], rows)
     )
     batches = list(next(iter(result["losses"].values())))
     head = ["pairs in all", *(f"{title}, {unit}" for title in result["losses"] for unit in ("MB", "s"))]
@@ -171,7 +171,7 @@ def report(result: dict[str, Any]) -> Section:
         )
     files = result["shards"]
     body += (
-        "\n\nPairs a second and core, read, decoded, cropped to 224 and tokenised in the order of a permutation, JPEGs "
+        "\n\nPairs a second and core, read, decoded, cropped to 224 and tokenized in the order of a permutation, JPEGs "
         "of 500x375 in the page cache, median of passes in turn: "
         f"{files['folder']:.1f} from a folder and a list, {files['shards']:.1f} from tar shards of the same files, "
         f"{files['ratio']:.3f} times as many."

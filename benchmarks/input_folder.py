@@ -16,7 +16,7 @@ WANTED = {"500x375": 1.0, "2000x1500": 2.0}
 
 
 def measure(quick: bool = False) -> dict[str, Any]:
-    """`input_pipeline.measure`, and the mean and largest difference, of 255 levels, between large pictures decoded at a
+    """`input_pipeline.measure`, and the mean and largest difference, of 255 levels, between large images decoded at a
     reduced scale and the same parts of them decoded in full."""
     return {
         "sizes": input_pipeline.measure(repetitions=2 if quick else 15),
@@ -25,7 +25,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
 
 
 def difference(count: int) -> dict[str, float]:
-    """Between `EncodedImage.decode` and a full decode with the same box and interpolation, over ``count`` pictures of
+    """Between `EncodedImage.decode` and a full decode with the same box and interpolation, over ``count`` images of
     2000x1500 and boxes of 2.1 to 6 times the wanted side."""
     found = []
     draw = np.random.default_rng(0)
@@ -63,7 +63,7 @@ def report(result: dict[str, Any]) -> Section:
         )
     apart = result["difference"]
     body = (
-        "Images per second and core: read, decode, RandomResizedCrop to 224, mirror, normalise; generated pictures "
+        "Images per second and core: read, decode, RandomResizedCrop to 224, mirror, normalize; generated pictures "
         "with the spectrum of photographs. Median of passes in turn on one thread.\n\n"
         + table(["pictures", "bits a pixel", "ours", "torchvision", "ratio"], rows)
         + "\n\nLarge pictures are decoded at half, a quarter or an eighth of their size where the crop allows. Against "

@@ -27,13 +27,13 @@ _SCALE = (0.2, 1.0)
 
 
 def measure(repetitions: int = 15) -> dict[str, dict[str, float]]:
-    """Read, decode, RandomResizedCrop(224, bicubic), mirror, normalise to float32: ours and torchvision's.
+    """Read, decode, RandomResizedCrop(224, bicubic), mirror, normalize to float32: ours and torchvision's.
 
-    Both run in this process on one thread, pass by pass in turn, over the same files (in the page cache). Pictures:
+    Both run in this process on one thread, pass by pass in turn, over the same files (in the page cache). Visualizations:
     generated, with the spectrum of photographs, JPEG quality 90.
 
     Returns:
-        For small (500x375) and large (2000x1500) pictures the medians of images per second, ``ours`` and
+        For small (500x375) and large (2000x1500) images the medians of images per second, ``ours`` and
         ``torchvision``, the median of their paired ``ratio``, and ``bits_per_pixel`` of the files.
     """
     threads = torch.get_num_threads()
@@ -50,7 +50,7 @@ def measure(repetitions: int = 15) -> dict[str, dict[str, float]]:
 
 def photo_like(height: int, width: int, seed: int) -> Image.Image:
     """Noise with the spectrum of photographs (amplitude falls as 1/frequency, a lens softens the finest detail), mostly
-    grey with some colour. As JPEG of quality 90 it takes 2.7 to 2.9 bits a pixel, detailed real photographs 1.4 to 2.9.
+    grey with some color. As JPEG of quality 90 it takes 2.7 to 2.9 bits a pixel, detailed real photographs 1.4 to 2.9.
     """
     draw = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])

@@ -82,7 +82,12 @@ def measure(quick: bool = False) -> dict[str, Any]:
 def _memory(words: list[str], arm: Arm, steps: int) -> float:
     """GB at the peak of `make train`."""
     with tempfile.TemporaryDirectory() as folder:
-        quiet = ["callbacks.evaluation=null", "callbacks.pictures=null", "trainer.max_epochs=-1", "run.name=memory"]
+        quiet = [
+            "callbacks.evaluation=null",
+            "callbacks.visualizations=null",
+            "trainer.max_epochs=-1",
+            "run.name=memory",
+        ]
         whole = [*words, *loop.in_memory(arm.view, SIDE), *quiet, f"trainer.max_steps={max(10, steps)}"]
         command.train(whole, runs=Path(folder))
         return float(runs.Run(Path(folder, arm.experiment, "memory")).metrics()["train"]["speed/peak_memory_gb"])

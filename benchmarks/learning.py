@@ -17,7 +17,7 @@ from src.measure.report import Check, Section, table
 
 DATA = ("scenes", "emoji")
 SEEDS = (0, 1, 2)
-ENCODERS = {"encoder": "trained", "random": "random initialisation", "pixels": "raw pixels (16x16)"}
+ENCODERS = {"encoder": "trained", "random": "random initialization", "pixels": "raw pixels (16x16)"}
 METRICS = {"knn_top1": "kNN", "linear_top1": "linear probe"}
 RIVALS = {"scenes": ("random", "pixels"), "emoji": ("random",)}  # what has to be beaten clearly, where
 WANTED_MINUTES = 8
@@ -112,7 +112,7 @@ def report(result: dict[str, Any]) -> Section:
         )
     body = (
         "`make train EXP=mae_tiny`, then top-1 of the validation split by the whole training split: the trained "
-        "encoder, the same one at random initialisation, and raw pixels. Mean and standard deviation over seeds. "
+        "encoder, the same one at random initialization, and raw pixels. Mean and standard deviation over seeds. "
         f"Clearly better: by more than {DEVIATIONS:.0f} pooled standard deviations and by more than "
         f"{100 * POINTS:.0f} points.\n\n" + "\n\n".join(parts)
     )

@@ -27,7 +27,7 @@ WANTED = 0.97
 
 @dataclass(frozen=True)
 class Arm:
-    """What is trained on pictures of ``size`` pixels, and for how long: representation health, the rarest of what the
+    """What is trained on images of ``size`` pixels, and for how long: representation health, the rarest of what the
     default callbacks do in a step, has its turn every 50 steps. ``small`` makes a quick look quick."""
 
     words: tuple[str, ...]
@@ -46,8 +46,8 @@ _ARMS = {
 def measure(quick: bool = False) -> dict[str, Any]:
     """Both loops in one process in turn, a segment of some steps each, for a small and for a large model.
 
-    `make train` runs with every default callback and logger. Pictures are in memory and taken as they are, by the
-    process that trains: what decoding and augmenting cost is not asked here. Evaluation, pictures and checkpoints at
+    `make train` runs with every default callback and logger. Visualizations are in memory and taken as they are, by the
+    process that trains: what decoding and augmenting cost is not asked here. Evaluation, images and checkpoints at
     epochs' ends lie outside the segments.
 
     Returns:
@@ -56,7 +56,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
     return {
         name: interleaved(
             [*arm.words, *(arm.small if quick else ())],
-            "{_target_: src.datamodules.views.image.CentreCrop, size: ${image_size}, share: 1.0}",
+            "{_target_: src.datamodules.views.image.CenterCrop, size: ${image_size}, share: 1.0}",
             size=arm.size,
             steps=2 if quick else arm.steps,
             rounds=1 if quick else arm.rounds,
@@ -66,11 +66,11 @@ def measure(quick: bool = False) -> dict[str, Any]:
 
 
 def interleaved(words: list[str], view: str, *, size: int, steps: int, rounds: int, more: str = "") -> dict[str, Any]:
-    """Run `make train` with ``words`` on pictures in memory and an `Interleaved` among its callbacks.
+    """Run `make train` with ``words`` on images in memory and an `Interleaved` among its callbacks.
 
     Args:
-        view: how the pictures become a batch, in Hydra's grammar.
-        size: side of a picture.
+        view: how the images become a batch, in Hydra's grammar.
+        size: side of a image.
         steps, rounds, more: arguments of `Interleaved`, the last in Hydra's grammar.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -94,7 +94,7 @@ def interleaved(words: list[str], view: str, *, size: int, steps: int, rounds: i
 
 
 def in_memory(view: str, size: int) -> list[str]:
-    """Words for pictures in memory, taken by the process that trains; no epoch of them ends within a measurement."""
+    """Words for images in memory, taken by the process that trains; no epoch of them ends within a measurement."""
     return [
         "~data.source",
         f"+data.source={{_target_: benchmarks.bare.MemorySource, _partial_: true, size: {size}, length: 1000000}}",
@@ -181,7 +181,7 @@ class Interleaved(L.Callback):
 
 
 def _texts(datamodule: ImageTextDataModule) -> tuple[Tensor, Tensor]:
-    """Ids and mask of each picture's text."""
+    """Ids and mask of each image's text."""
     source: Any = datamodule.train_source
     return datamodule.tokenizer([source.caption(index, 0.0) for index in range(len(source.pictures))])
 

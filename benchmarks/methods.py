@@ -21,7 +21,7 @@ METRICS = {"knn_top1": "kNN", "linear_top1": "linear"}
 SECONDS = {"scenes": 90.0, "emoji": 60.0}
 TRIAL_STEPS = 60  # to see how many steps fit
 
-# smaller pictures, a narrower ViT and small batches, for the steps that a table of dozens of runs can afford
+# smaller images, a narrower ViT and small batches, for the steps that a table of dozens of runs can afford
 SMALL = ("image_size=48", "local_image_size=24", "backbone.embed_dim=96", "backbone.depth=3", "backbone.num_heads=3")
 COMMON = (
     "scale=tiny",
@@ -30,9 +30,9 @@ COMMON = (
     "data.batch_size=64",
     "trainer.max_epochs=-1",
     "callbacks.evaluation=null",
-    "callbacks.pictures=null",
+    "callbacks.visualizations=null",
 )
-FLOORS = {"random": "random initialisation", "pixels": "raw pixels (16x16)"}
+FLOORS = {"random": "random initialization", "pixels": "raw pixels (16x16)"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Method:
         title: as the paper calls it.
         experiment: its recipe; of a ResNet-50's the tiny ViT takes the place.
         encoder: the one the paper evaluates.
-        why: it may end below its random initialisation, where that is known; the report says it of those that do.
+        why: it may end below its random initialization, where that is known; the report says it of those that do.
     """
 
     title: str
@@ -56,7 +56,7 @@ _SLOW = (
     "with eight crops an image the time is enough for few steps, and a teacher that takes 0.4 % of its student a step "
     "is still for a good part what it began as; its student is in the list above. 400 steps with other temperatures, "
     "momenta and rates gave targets that tell images apart (0.3 to 0.9 nats), but no better kNN: 12.6 to 15.2 % on "
-    "validation scenes, random initialisation 13.2 to 14.0."
+    "validation scenes, random initialization 13.2 to 14.0."
 )
 
 METHODS: dict[str, Method] = {
@@ -77,7 +77,7 @@ METHODS: dict[str, Method] = {
         "student",
         "it learns from what a teacher says that knows nothing at first, and has not begun to in so few steps: 500 of "
         "64 pictures, at teacher momenta of 0.9 and 0.99, gave a kNN of 13.6 to 15.3 % on validation scenes, "
-        "random initialisation 14.0. MoCo v3, of the same views, teacher and rate, has negatives to begin with.",
+        "random initialization 14.0. MoCo v3, of the same views, teacher and rate, has negatives to begin with.",
     ),
     "barlow_twins": Method("Barlow Twins", "barlow_twins_r50"),
     "vicreg": Method("VICReg", "vicreg_r50"),
@@ -254,7 +254,7 @@ def _part(source: str, mine: Mapping[str, Mapping[int, Any]], rates: Mapping[str
     reasons = "\n".join(f"- {', '.join(titles)}: {why}" for why, titles in alike.items())
     remarks = [
         *([f"The other of two encoders, kNN and linear: {'; '.join(others)}."] if others else []),
-        *([f"Below random initialisation by one of the two, and why:\n\n{reasons}"] if reasons else []),
+        *([f"Below random initialization by one of the two, and why:\n\n{reasons}"] if reasons else []),
     ]
     seeds = sorted({seed for each in mine.values() for seed in each})
     trials = [each for key, each in rates.items() if key.endswith(f"/{source}")]
@@ -264,7 +264,7 @@ def _part(source: str, mine: Mapping[str, Mapping[int, Any]], rates: Mapping[str
 
 
 def _below(mine: Mapping[str, Mapping[int, Any]]) -> dict[str, list[str]]:
-    """By which metrics methods are not above random initialisation in the mean; those that are have no entry."""
+    """By which metrics methods are not above random initialization in the mean; those that are have no entry."""
     untrained = [
         run["scores"]["random"] for each in mine.values() for run in each.values() if "random" in run["scores"]
     ]
@@ -282,7 +282,7 @@ def _check(source: str, mine: Mapping[str, Mapping[int, Any]]) -> Check:
     whole = set(METHODS) <= set(mine) and all(set(SEEDS) <= set(seeds) for seeds in mine.values())
     floor = any("random" in run["scores"] for each in mine.values() for run in each.values())
     return Check(
-        f"every method on {source} ends above its random initialisation",
+        f"every method on {source} ends above its random initialization",
         f"{len(METHODS)} methods, {len(SEEDS)} seeds",
         f"below: {', '.join(below)}" if below else f"all of {sum(map(len, mine.values()))} runs above",
         False if below else (True if whole and floor else None),

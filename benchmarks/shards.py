@@ -1,4 +1,4 @@
-"""Pictures with texts a second and core, from tar shards and from a folder and a list of the same files."""
+"""Visualizations with texts a second and core, from tar shards and from a folder and a list of the same files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.input_pipeline import photo_like
-from src.datamodules.dataset import Draw
+from src.datamodules.dataset import SampleKey
 from src.datamodules.image_text import ImageTextDataset
 from src.datamodules.sources.captioned_files import CaptionListSource
 from src.datamodules.sources.source import CaptionedSource
@@ -26,7 +26,7 @@ _SHARDS = 3
 
 
 def measure(pictures: int = PICTURES, repetitions: int = REPETITIONS) -> dict[str, float]:
-    """Read, decode, RandomResizedCrop to 224, choose a text and tokenise it, in the order of a permutation; both in
+    """Read, decode, RandomResizedCrop to 224, choose a text and tokenize it, in the order of a permutation; both in
     this process on one thread, pass by pass in turn, over the same 500x375 JPEGs (in the page cache).
 
     Returns:
@@ -52,7 +52,7 @@ def measure(pictures: int = PICTURES, repetitions: int = REPETITIONS) -> dict[st
 
 
 def written(root: Path, pictures: int) -> dict[str, CaptionedSource]:
-    """The same pictures and texts twice below ``root``: as files with a list, and as img2dataset's tars."""
+    """The same images and texts twice below ``root``: as files with a list, and as img2dataset's tars."""
     names = [f"{number:05d}" for number in range(pictures)]
     (root / "files").mkdir()
     for number, name in enumerate(names):
@@ -73,7 +73,7 @@ def written(root: Path, pictures: int) -> dict[str, CaptionedSource]:
 
 
 def _text(number: int) -> str:
-    return f"a photo with the number {number} of a place that is mostly grey, with some colour"
+    return f"a photo with the number {number} of a place that is mostly grey, with some color"
 
 
 def _passes(source: CaptionedSource, folder: Path) -> Callable[[int], None]:
@@ -84,7 +84,7 @@ def _passes(source: CaptionedSource, folder: Path) -> Callable[[int], None]:
     def run(epoch: int) -> None:
         order = torch.randperm(len(source), generator=torch.Generator().manual_seed(epoch)).tolist()
         for start in range(0, len(order), BATCH):
-            batch = data[[Draw(epoch, position) for position in order[start : start + BATCH]]]
+            batch = data[[SampleKey(epoch, position) for position in order[start : start + BATCH]]]
             assert not batch["replaced"].any()
 
     return run

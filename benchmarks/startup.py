@@ -34,7 +34,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
 
 
 def _measure(words: list[str], repetitions: int) -> dict[str, Any]:
-    first_step(words)  # builds the cache of rendered pictures, brings files into memory
+    first_step(words)  # builds the cache of rendered images, brings files into memory
     seconds = [first_step(words)[0] for _ in range(repetitions)]
     # timing imports slows them down a little, so it has a repetition of its own
     packages = import_seconds(first_step(words, python=["-X", "importtime"])[1])

@@ -24,7 +24,7 @@ from benchmarks.input_pipeline import photo_like
 from src.datamodules.image import IMAGENET_MEAN, IMAGENET_STD
 from src.datamodules.sources.video_folder import VideoFolderSource
 from src.datamodules.video import VideoDataModule
-from src.datamodules.views.video import CentreVideoCrop, DenseClip, MultiScaleCrop, RandomVideoCrop
+from src.datamodules.views.video import CenterVideoCrop, DenseClip, MultiScaleCrop, RandomVideoCrop
 from src.measure.paired_ratio import paired_ratio
 from src.measure.report import Check, Section, table
 from src.measure.subprocess_runner import in_a_process
@@ -38,7 +38,7 @@ _BATCH = 8
 
 
 def measure(quick: bool = False) -> dict[str, Any]:
-    """Read, decode 16 frames in steps of 4, crop, mirror, normalise to float32: the DataModule's and a plain loop's.
+    """Read, decode 16 frames in steps of 4, crop, mirror, normalize to float32: the DataModule's and a plain loop's.
 
     Both run in this process on one thread, pass by pass in turn, over the same generated files (in the page cache):
     10 s of 320x240 at 30 frames a second, H.264 as x264 makes it by default. The plain loop seeks to its clip too.
@@ -104,7 +104,7 @@ def _resident() -> float:
 
 
 def write_videos(folder: Path, count: int) -> None:
-    """``folder/train/pan/*.mp4`` and one held out: a camera that pans over a picture with a photograph's spectrum."""
+    """``folder/train/pan/*.mp4`` and one held out: a camera that pans over a image with a photograph's spectrum."""
     import av
 
     for split, videos in (("train", count), ("val", 1)):
@@ -128,7 +128,7 @@ def _ours(folder: str) -> Callable[[int], int]:
     data = VideoDataModule(
         source=partial(VideoFolderSource, root=folder),
         train_view=RandomVideoCrop(CLIP, CROP),  # type: ignore[arg-type]
-        eval_view=CentreVideoCrop(CLIP, CROP.size),  # type: ignore[arg-type]
+        eval_view=CenterVideoCrop(CLIP, CROP.size),  # type: ignore[arg-type]
         batch_size=_BATCH,
         num_workers=0,
     )
@@ -194,7 +194,7 @@ def report(result: dict[str, Any]) -> Section:
     ]
     body = (
         "Clips per second and core: 16 frames in steps of 4 out of 10 s of 320x240 H.264, decoded by PyAV, cropped to "
-        "224 and normalised; the DataModule against a loop written out for it. Median of passes in turn on one "
+        "224 and normalized; the DataModule against a loop written out for it. Median of passes in turn on one "
         "thread. Growth is the trend of the process's resident size.\n\n"
         + table(["ours", "plain loop", "ratio (quartiles)", "growth, MB"], rows)
     )

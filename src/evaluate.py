@@ -26,7 +26,7 @@ from src.errors import SettingError, UserError, nearest
 from src.evaluation.captions import CaptionEvaluation
 from src.evaluation.features import BadFeatures, FeatureSets, NoLabels
 from src.evaluation.image_text import ImageTextEvaluation
-from src.evaluation.localisation import Localisation
+from src.evaluation.localization import Localization
 from src.evaluation.pixels import PixelEncoder
 from src.evaluation.run import EncoderEvaluation, Evaluator, feature_sets, score
 from src.files import write_atomically
@@ -37,7 +37,7 @@ FINETUNE = "finetune"
 _COLUMNS = 6  # of the printed table
 # of methods with two towers: what answers to which word of EVAL=, by its key in evaluate.yaml
 PAIRS = dict.fromkeys(("zeroshot", "retrieval", "hardnegatives", "geometry"), "pairs") | {
-    each: each for each in ("localisation", "captions")
+    each: each for each in ("localization", "captions")
 }
 
 _HEADS = ("global_pool", "fc_norm", "drop_path_rate")  # what fine-tuning changes in a backbone
@@ -47,7 +47,7 @@ _NEEDS = {
     "retrieval": "it needs texts",
     "hardnegatives": "it needs texts that are wrong in one thing, which scenes have",
     "geometry": "it needs two pictures with texts at least, and a method that compares vectors",
-    "localisation": "it needs texts whose words name what is seen, which scenes have",
+    "localization": "it needs texts whose words name what is seen, which scenes have",
     "captions": "it needs texts",
 }
 
@@ -142,7 +142,7 @@ def evaluate(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -> Scor
         encoders["random"] = next(iter(trained.fresh(config).encoders().values()))
     if "pixels" in asked:
         encoders["pixels"] = PixelEncoder()
-    judged = Judged(config, encoders, [name for name in asked if name not in (FINETUNE, *PAIRS, *FLOORS)])
+    judged = EncoderEvaluator(config, encoders, [name for name in asked if name not in (FINETUNE, *PAIRS, *FLOORS)])
     scores: Scores = {}
     for name in judged.evaluations:
         for encoder, values in judged.scores(name).items():
@@ -150,7 +150,7 @@ def evaluate(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -> Scor
     return scores
 
 
-class Judged:
+class EncoderEvaluator:
     """Encoders on a run's data. The data is read once, whatever is asked of it.
 
     Args:
@@ -217,7 +217,7 @@ class Judged:
 
 
 def evaluate_pairs(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -> dict[str, float]:
-    """What an `ImageTextEvaluation` and a `Localisation` say of the run's towers, and a `CaptionEvaluation` of its
+    """What an `ImageTextEvaluation` and a `Localization` say of the run's towers, and a `CaptionEvaluation` of its
     captions, as far as they are asked for.
 
     Raises:
@@ -226,7 +226,7 @@ def evaluate_pairs(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -
     """
     device, module = device_of(config), trained.load(config, checkpoint)
     keys = dict.fromkeys(PAIRS[name] for name in asked)
-    evaluations: list[ImageTextEvaluation | Localisation | CaptionEvaluation] = [
+    evaluations: list[ImageTextEvaluation | Localization | CaptionEvaluation] = [
         configuration.instantiate(config.evaluate[key]) for key in keys
     ]
     scores: dict[str, float] = {}

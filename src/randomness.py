@@ -37,10 +37,10 @@ def seeded(*parts: int) -> Iterator[None]:
 
 
 def uniform(seed: int, epochs: Sequence[int], indices: Sequence[int], count: int) -> np.ndarray:
-    """``count`` numbers in [0, 1) for every (epoch, index), vectorised: float32 [B, count].
+    """``count`` numbers in [0, 1) for every (epoch, index), vectorized: float32 [B, count].
 
     Row b depends on (seed, epochs[b], indices[b]) alone. A counter-based generator (two rounds of the splitmix64
-    finaliser), for augmentations of whole batches where seeding a generator per sample would cost more than the work.
+    finalizer), for augmentations of whole batches where seeding a generator per sample would cost more than the work.
     """
     with np.errstate(over="ignore"):
         key = _splitmix64(np.uint64(fold(seed)) + np.asarray(epochs, np.uint64) * np.uint64(0x9E3779B97F4A7C15))

@@ -36,10 +36,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         count = x.numel() // x.shape[1] * world_size()
         mean = all_reduce(x.sum(dim=axes)) / count
-        centred = x - mean.view(shape)
-        variance = all_reduce(centred.square().sum(dim=axes)) / count
+        centered = x - mean.view(shape)
+        variance = all_reduce(centered.square().sum(dim=axes)) / count
         self._follow(mean.detach(), variance.detach() * count / (count - 1))
-        result = centred * torch.rsqrt(variance + self.eps).view(shape)
+        result = centered * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             result = result * self.weight.view(shape) + self.bias.view(shape)
         return result.to(input.dtype)

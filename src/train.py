@@ -102,7 +102,7 @@ def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int
     except Preempted as notice:
         report_error(f"{notice}\ncontinue with: make resume RUN={run.title}")
         return PREEMPTED
-    summarise(run, trainer)
+    summarize(run, trainer)
     if checkpoint_io.failed:
         report_error(f"the last checkpoint could not be written: {checkpoint_io.failed}")
         return 1
@@ -157,7 +157,7 @@ def announce(config: DictConfig, run: runs.Run, module: L.LightningModule, *, re
 
 
 @rank_zero_only
-def summarise(run: runs.Run, trainer: L.Trainer) -> None:
+def summarize(run: runs.Run, trainer: L.Trainer) -> None:
     """The closing panel: where the run is, how it did, what to do next."""
     lines = Table.grid(padding=(0, 2))
     lines.add_row("run", run.title)

@@ -206,8 +206,8 @@ def test_of_several_experiments_the_last_is_run_and_names_the_folder():
 
 def test_a_stored_configuration_changes_only_in_keys_it_has(tiny):
     config = tiny
-    apply(config, ["trainer.max_epochs=7", "callbacks.pictures=null", "+data.extra=3"])
-    assert (config.trainer.max_epochs, config.callbacks.pictures, config.data.extra) == (7, None, 3)
+    apply(config, ["trainer.max_epochs=7", "callbacks.visualizations=null", "+data.extra=3"])
+    assert (config.trainer.max_epochs, config.callbacks.visualizations, config.data.extra) == (7, None, 3)
     for words, told in (
         (["data=emoji"], "'data' cannot change in a run that exists; start a new one"),
         (["trainer.max_epoch=7"], "there is no key 'trainer.max_epoch'; did you mean trainer.max_epochs"),

@@ -13,7 +13,13 @@ from src.evaluation.retrieval import Instances
 from src.evaluation.run import feature_sets, run_evaluators
 from tests.commands import SECONDS
 
-WORDS = [*SECONDS, "data.train_samples=48", "data.batch_size=8", "callbacks.progress=null", "callbacks.pictures=null"]
+WORDS = [
+    *SECONDS,
+    "data.train_samples=48",
+    "data.batch_size=8",
+    "callbacks.progress=null",
+    "callbacks.visualizations=null",
+]
 DATA = [word for word in WORDS if word.startswith(("data.source", "data.train_samples", "data.eval_samples"))]
 
 
@@ -195,7 +201,7 @@ def test_an_image_tower_that_learned_from_texts_is_fine_tuned_on_images_alone(tm
     words = ["experiment=clip_vitb32", "scale=tiny", *SECONDS[1:], "data.train_samples=48", "data.batch_size=8"]
     words = [word for word in words if not word.startswith(("experiment=mae", "model.", "optimizer", "scale=smoke"))]
     words += ["model.text.width=32", "model.text.depth=1", "model.text.heads=2", "callbacks.image_text=null"]
-    assert train.main([*words, f"paths.runs={tmp_path}", "run.name=pairs", "callbacks.pictures=null"]) == 0
+    assert train.main([*words, f"paths.runs={tmp_path}", "run.name=pairs", "callbacks.visualizations=null"]) == 0
     run = runs.Run(tmp_path / "clip_vitb32" / "pairs")
     found = scores(
         run,

@@ -36,7 +36,12 @@ UNSEEN = ["nods", "weaves", "slides", "climbs", "rests"]
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> runs.Run:
     folder = tmp_path_factory.mktemp("runs")
-    words = [*SMALL, "callbacks.image_text=null", "callbacks.image_text_pictures=null", "callbacks.evaluation=null"]
+    words = [
+        *SMALL,
+        "callbacks.image_text=null",
+        "callbacks.image_text_visualizations=null",
+        "callbacks.evaluation=null",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRETEXT_RUN_DIR", "")
         assert train.main(["experiment=clip_vitb32", *words, f"paths.runs={folder}", "run.name=stills"]) == 0

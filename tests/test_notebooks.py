@@ -94,7 +94,7 @@ def test_the_model_learns(results: dict[str, Any]) -> None:
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
     assert results["moved"] > 20
     before, after = results["error"]
-    assert after < before  # the reconstructions are nearer to the pictures
+    assert after < before  # the reconstructions are nearer to the images
     assert results["kept"] == pytest.approx([0, 0], abs=1e-5)  # what was seen is shown as it is
 
 
@@ -105,7 +105,7 @@ def test_the_evaluation_says_what_each_encoder_is_worth(
     scores = results["scores"]
     assert set(names) <= set(scores)
     assert all(0 <= scores[name] <= 1 for name in names)
-    assert scores["knn_top1_pixels"] > 0.15  # of ten kinds: the labels belong to the pictures
+    assert scores["knn_top1_pixels"] > 0.15  # of ten kinds: the labels belong to the images
     said = "\n".join(printed(cell) for cell in executed.cells if cell.cell_type == "code")
     line = next(line for line in said.splitlines() if line.startswith("trained "))
     assert line.split() == ["trained", f"{scores['knn_top1']:.1%}", f"{scores['linear_top1']:.1%}"]

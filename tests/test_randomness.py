@@ -7,7 +7,7 @@ from src.randomness import fold, seeded, uniform
 
 
 def splitmix64(x: int) -> int:
-    """The finaliser with Python's own integers, reduced modulo 2^64."""
+    """The finalizer with Python's own integers, reduced modulo 2^64."""
     modulus = 2**64
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % modulus
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % modulus
@@ -32,7 +32,7 @@ def test_uniform_depends_on_its_own_epoch_and_index_only():
     assert not np.array_equal(uniform(1, [1], [7], 4), alone)
 
 
-def test_uniform_is_uniform_and_uncorrelated_between_neighbours():
+def test_uniform_is_uniform_and_uncorrelated_between_neighbors():
     draws = uniform(3, [0] * 20_000, range(20_000), 2)
     counts, _ = np.histogram(draws, bins=20, range=(0, 1))
     # chi-square with 19 degrees of freedom: 43.8 is its 99.9 % point

@@ -32,14 +32,19 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 def test_two_processes_see_the_batches_of_one_and_end_in_its_weights(tmp_path):
     """A teacher, a predictor, and batch norm over all processes; in float64, so that only rounding may differ."""
-    words = ["trainer.precision=64-true", "trainer.max_steps=6", "callbacks.evaluation=null", "callbacks.pictures=null"]
+    words = [
+        "trainer.precision=64-true",
+        "trainer.max_steps=6",
+        "callbacks.evaluation=null",
+        "callbacks.visualizations=null",
+    ]
     one = weights(tmp_path, "byol_r50", "one", *words, "trainer.devices=1")
     two = weights(tmp_path, "byol_r50", "two", *words, "trainer.devices=2")
     assert furthest(one, two) < 1e-8
 
 
 def test_dealt_out_parameters_are_trained_saved_and_taken_up_as_whole_ones(tmp_path):
-    """A teacher, a queue and batch norm over all processes; killed on the way, with pictures and evaluation."""
+    """A teacher, a queue and batch norm over all processes; killed on the way, with images and evaluation."""
     whole = weights(tmp_path, "moco_v2_r50", "whole", "trainer.devices=2")
     words = ["trainer.devices=2", "trainer=fsdp", "callbacks.checkpoints.every_steps=4", "run.name=dealt"]
     kill = "+callbacks.kill={_target_: tests.commands.KillAt, step: 10}"

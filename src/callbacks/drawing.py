@@ -1,4 +1,4 @@
-"""Sheets of pictures and texts for the dashboard, drawn with what is installed anyway."""
+"""Sheets of images and texts for the dashboard, drawn with what is installed anyway."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from src.models.downstream.colormaps import Colour, ramp
+from src.models.downstream.colormaps import Color, ramp
 
 INK, FAINT, PAPER = (33, 37, 41), (120, 126, 134), (255, 255, 255)
 RIGHT, WRONG = (22, 140, 70), (200, 60, 50)
@@ -36,7 +36,7 @@ class Ranked:
 
 
 def animation(frames: Sequence[Image.Image], *, seconds: float) -> bytes:
-    """A GIF that plays over and over. A frame of at most 256 colours keeps them; frames that are equal become one that
+    """A GIF that plays over and over. A frame of at most 256 colors keeps them; frames that are equal become one that
     stays longer.
 
     Args:
@@ -50,8 +50,8 @@ def animation(frames: Sequence[Image.Image], *, seconds: float) -> bytes:
 
 
 def similarities(pictures: Sequence[Image.Image], texts: Sequence[str], values: np.ndarray) -> Image.Image:
-    """A table with a picture above each column and a text beside each row; [rows, columns] values in its cells. What
-    belongs together stands on the diagonal; the picture nearest to a text has a thick frame, green where it is its own.
+    """A table with a image above each column and a text beside each row; [rows, columns] values in its cells. What
+    belongs together stands on the diagonal; the image nearest to a text has a thick frame, green where it is its own.
     """
     side, beside = 64, 300
     sheet = _Sheet(2 * _MARGIN + beside + side * len(pictures), 3 * _MARGIN + 50 + side * (1 + len(texts)))
@@ -70,7 +70,7 @@ def similarities(pictures: Sequence[Image.Image], texts: Sequence[str], values: 
     low, high = float(values.min()), float(values.max())
     for row, text in enumerate(texts):
         y = top + side * (row + 1)
-        sheet.write(_MARGIN, y, text, 13, width=beside - _MARGIN, height=side, centred=True)
+        sheet.write(_MARGIN, y, text, 13, width=beside - _MARGIN, height=side, centered=True)
         for column in range(len(pictures)):
             share = (float(values[row, column]) - low) / max(high - low, 1e-9)
             sheet.cell(left + column * side, y, side, share, _two_places(values[row, column]))
@@ -83,7 +83,7 @@ def similarities(pictures: Sequence[Image.Image], texts: Sequence[str], values: 
 def pictures_of_texts(
     pictures: Sequence[Image.Image], texts: Sequence[str], sections: dict[str, Sequence[Ranked]]
 ) -> Image.Image:
-    """Under the title of each section a row a text: the text, its own picture and rank, then the pictures it is nearest
+    """Under the title of each section a row a text: the text, its own image and rank, then the images it is nearest
     to, its own in a green frame."""
     side, beside = 96, 280
     columns = max(len(each.found) for rows in sections.values() for each in rows)
@@ -115,7 +115,7 @@ def pictures_of_texts(
 def texts_of_pictures(
     pictures: Sequence[Image.Image], texts: Sequence[str], sections: dict[str, Sequence[Ranked]]
 ) -> Image.Image:
-    """Under the title of each section a row a picture: the picture, its own text and rank, then the texts it is nearest
+    """Under the title of each section a row a image: the image, its own text and rank, then the texts it is nearest
     to, its own in green."""
     side, beside, line = 112, 560, 18
     step = side + 14
@@ -139,7 +139,7 @@ def texts_of_pictures(
 
 
 def captions_of_pictures(pictures: Sequence[Image.Image], texts: Sequence[str], said: Sequence[str]) -> Image.Image:
-    """A row a picture: what is said of it, and below one of the texts that it comes with."""
+    """A row a image: what is said of it, and below one of the texts that it comes with."""
     side, beside = 96, 560
     sheet = _Sheet(3 * _MARGIN + side + beside, _MARGIN + (side + _MARGIN) * len(said))
     for row, (picture, text, words) in enumerate(zip(pictures, texts, said, strict=False)):
@@ -151,7 +151,7 @@ def captions_of_pictures(pictures: Sequence[Image.Image], texts: Sequence[str], 
 
 
 def tile(picture: Image.Image, side: int, *, text: bool) -> Image.Image:
-    """A point of the projector: a picture with a blue edge, or, of its text, the faded picture with an orange one."""
+    """A point of the projector: a image with a blue edge, or, of its text, the faded image with an orange one."""
     made = picture.resize((side, side), Image.Resampling.BILINEAR)
     if text:
         made = Image.blend(made, Image.new("RGB", made.size, PAPER), 0.6)
@@ -192,23 +192,23 @@ class _Sheet:
         y: int,
         text: str,
         size: int,
-        ink: Colour = INK,
+        ink: Color = INK,
         *,
         width: int = 10**6,
         height: int = 0,
-        centred: bool = False,
+        centered: bool = False,
     ) -> None:
         """Lines of ``width`` pixels, as many as fit into ``height``, one at least, from the top or in the middle."""
         step = round(size * _LINE)
         lines = wrapped(text, size, width, max(1, height // step))
-        y += (height - step * len(lines)) // 2 if centred else 0
+        y += (height - step * len(lines)) // 2 if centered else 0
         for number, line in enumerate(lines):
             self.draw.text((x, y + number * step), line, fill=ink, font=_font(size))
 
     def paste(self, picture: Image.Image, x: int, y: int, side: int) -> None:
         self.image.paste(picture.resize((side, side), Image.Resampling.BILINEAR), (x, y))
 
-    def frame(self, x: int, y: int, side: int, ink: Colour, edge: int = 4) -> None:
+    def frame(self, x: int, y: int, side: int, ink: Color, edge: int = 4) -> None:
         self.draw.rectangle((x, y, x + side - 1, y + side - 1), outline=ink, width=edge)
 
     def cell(self, x: int, y: int, side: int, share: float, text: str) -> None:

@@ -21,8 +21,8 @@ from src.callbacks.drawing import (
     texts_of_pictures,
     tile,
 )
-from src.callbacks.visualizations import Shown, seeded_everywhere, writers
-from src.datamodules.dataset import Draw
+from src.callbacks.visualizations import VisualizationCallback, seeded_everywhere, writers
+from src.datamodules.dataset import SampleKey
 from src.errors import SettingError
 from src.evaluation.captions import Captioner
 from src.evaluation.image_text import TwoTowers
@@ -37,12 +37,12 @@ _THUMBNAIL = 112  # pixels, the largest that is drawn
 _POINT = 48  # pixels of a picture in the projector
 
 
-Act = Callable[[Any, "Gallery", "Made"], None]
+Act = Callable[[Any, "GallerySet", "TowerOutputs"], None]
 
 
 @dataclass(frozen=True)
-class Gallery:
-    """Pictures with a text each, the same every time."""
+class GallerySet:
+    """Visualizations with a text each, the same every time."""
 
     image: Tensor  # uint8 [N, 3, H, W]
     text: Tensor  # token ids [N, L]
@@ -54,17 +54,17 @@ class Gallery:
 
 
 @dataclass(frozen=True)
-class Made:
+class TowerOutputs:
     """What the method makes of a gallery, on the CPU."""
 
     step: int  # of the run
-    image: Tensor  # float32 [N, D], or what a method that is `Comparing` has instead
+    image: Tensor  # float32 [N, D], or what a method that is `CustomSimilarity` has instead
     text: Tensor  # the same
     said: list[str]  # of the first pictures; of none where the method does not caption
     similarity: Similarity
 
 
-class ImageTextPictures(Shown):
+class ImageTextVisualizations(VisualizationCallback):
     """Writes to TensorBoard what the towers make of a fixed choice of validation pictures, each with the first text
     that its source judges by: at the start, every so many epochs, and at the end.
 
@@ -107,15 +107,15 @@ class ImageTextPictures(Shown):
             ("captions", captions, 1),
         ):
             if value < least:
-                raise SettingError(f"ImageTextPictures: {name} must be at least {least}, got {value}")
+                raise SettingError(f"ImageTextVisualizations: {name} must be at least {least}, got {value}")
         self.count = count
         self.table = table
         self.rows = rows
         self.nearest = nearest
         self.captions = captions
         self.projector = projector
-        self._gallery: Gallery | None = None
-        self._made: Made | None = None
+        self._gallery: GallerySet | None = None
+        self._made: TowerOutputs | None = None
         self._warned = False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -141,7 +141,7 @@ class ImageTextPictures(Shown):
                 log.warning("no pictures of images and texts: %s: %s", type(problem).__name__, problem)
             self._warned = True
 
-    def _make(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Made:
+    def _make(self, trainer: L.Trainer, pl_module: L.LightningModule) -> TowerOutputs:
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         if self._gallery is None:
             self._gallery = _gallery(datamodule, self.count)
@@ -149,7 +149,7 @@ class ImageTextPictures(Shown):
             self._made = _make(pl_module, datamodule, self._gallery, self.captions)
         return self._made
 
-    def _draw(self, writer: Any, gallery: Gallery, made: Made) -> None:
+    def _draw(self, writer: Any, gallery: GallerySet, made: TowerOutputs) -> None:
         image, text = made.image, made.text
         count = min(self.table, len(image))
         shown = [place * len(image) // count for place in range(count)]  # sources may be sorted by class
@@ -171,7 +171,7 @@ class ImageTextPictures(Shown):
         for name, sheet in sheets.items():
             writer.add_image(f"pictures/{name}", np.asarray(sheet), made.step, dataformats="HWC")
 
-    def _project(self, writer: Any, gallery: Gallery, made: Made) -> None:
+    def _project(self, writer: Any, gallery: GallerySet, made: TowerOutputs) -> None:
         if made.similarity is not dot:
             return
         tiles = [tile(picture, _POINT, text=each) for each in (False, True) for picture in gallery.pictures]
@@ -207,17 +207,17 @@ def extremes(
     return [ranked(row) for row in order[:count]], [ranked(row) for row in order[::-1][:count]]
 
 
-def _gallery(datamodule: Any, count: int) -> Gallery:
+def _gallery(datamodule: Any, count: int) -> GallerySet:
     """The same in every process, which a sharded module's forward pass asks for."""
     dataset = datamodule.val_dataloader(count).dataset
     # straight from the data set: the loader would start workers, and deal the pictures out
-    loaded = dataset[[Draw(0, position) for position in range(min(count, len(dataset)))]]
+    loaded = dataset[[SampleKey(0, position) for position in range(min(count, len(dataset)))]]
     batch = {name: loaded[name][~loaded["replaced"]] for name in ("image", "label", "index")}
     positions = batch["index"].tolist()
     texts = [dataset.source.captions(position)[0] for position in positions]
     ids, mask = datamodule.tokenizer(texts)
     classes = datamodule.classes
-    return Gallery(
+    return GallerySet(
         image=batch["image"],
         text=ids,
         mask=mask,
@@ -228,7 +228,7 @@ def _gallery(datamodule: Any, count: int) -> Gallery:
     )
 
 
-def _make(pl_module: L.LightningModule, datamodule: Any, gallery: Gallery, captions: int) -> Made:
+def _make(pl_module: L.LightningModule, datamodule: Any, gallery: GallerySet, captions: int) -> TowerOutputs:
     device, size, tokenizer = pl_module.device, datamodule.eval_batch_size, datamodule.tokenizer
     images, texts, said = [], [], []
 
@@ -250,7 +250,7 @@ def _make(pl_module: L.LightningModule, datamodule: Any, gallery: Gallery, capti
             ids = pl_module.caption(pictures(gallery.image[:captions]), **marks, length=tokenizer.length)
             said = tokenizer.decode(ids.cpu())
     image, text = (torch.cat(parts).float().cpu() for parts in (images, texts))
-    return Made(pl_module.trainer.global_step, image, text, said, similarity_of(pl_module))
+    return TowerOutputs(pl_module.trainer.global_step, image, text, said, similarity_of(pl_module))
 
 
 def _thumbnail(image: Tensor) -> Image.Image:

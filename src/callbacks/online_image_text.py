@@ -1,4 +1,4 @@
-"""Zero-shot accuracy, retrieval, localisation and captions while training runs."""
+"""Zero-shot accuracy, retrieval, localization and captions while training runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import lightning as L
 from src.callbacks.online_evaluation import ends_training
 from src.evaluation.captions import CaptionEvaluation
 from src.evaluation.image_text import ImageTextEvaluation
-from src.evaluation.localisation import Localisation
+from src.evaluation.localization import Localization
 from src.models.pretrain_module import PretrainModule
 from src.sharding import gathered
 
@@ -20,7 +20,7 @@ class OnlineImageText(L.Callback):
 
     Args:
         evaluation: what is asked.
-        localisation: what is asked besides, of data that knows where things are; None for nothing.
+        localization: what is asked besides, of data that knows where things are; None for nothing.
         every_n_epochs: epochs between evaluations.
         captions: what is asked besides of a method that says what it sees.
     """
@@ -29,14 +29,14 @@ class OnlineImageText(L.Callback):
         self,
         evaluation: ImageTextEvaluation | None = None,
         *,
-        localisation: Localisation | None = None,
+        localization: Localization | None = None,
         every_n_epochs: int = 1,
         captions: CaptionEvaluation | None = None,
     ) -> None:
         if every_n_epochs < 1:
             raise ValueError(f"OnlineImageText: every_n_epochs must be at least 1, got {every_n_epochs}")
         self.evaluation = evaluation or ImageTextEvaluation()
-        self.localisation = localisation
+        self.localization = localization
         self.every_n_epochs = every_n_epochs
         self.captions = captions
 
@@ -48,7 +48,7 @@ class OnlineImageText(L.Callback):
             datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
             module, precision = cast(PretrainModule, pl_module), str(trainer.precision)
             with gathered(pl_module):
-                asked = [each for each in (self.evaluation, self.localisation, self.captions) if each is not None]
+                asked = [each for each in (self.evaluation, self.localization, self.captions) if each is not None]
                 scores: dict[str, float] = {}
                 for each in asked:
                     scores |= each(module, datamodule, pl_module.device, precision=precision)

@@ -145,7 +145,7 @@ class _Probe:
 
     @torch.no_grad()
     def learn(self, embeddings: Tensor, labels: Tensor) -> None:
-        """One update; embeddings [n, D] float32, labels [n]. Fewer than two rows cannot be normalised: no update."""
+        """One update; embeddings [n, D] float32, labels [n]. Fewer than two rows cannot be normalized: no update."""
         if len(labels) < 2:
             return
         x = self.norm.train()(embeddings)

@@ -33,7 +33,7 @@ class RepresentationHealth(L.Callback):
 
     Below ``min_feature_std`` or ``min_effective_rank`` the representation counts as collapsed: one line says so, and
     again only after it has recovered. The limits are those of a representation that is lost (all cosines above 0.9999;
-    a single direction), not of one that is merely poor, so that a random initialisation does not cry wolf.
+    a single direction), not of one that is merely poor, so that a random initialization does not cry wolf.
     Below ``min_target_information`` the targets have collapsed: all images have nearly the same one, whether that is a
     single prototype (entropy 0) or all of them alike (entropy log K). Small runs of DINO whose features gained nothing
     told 0.018 and 0.003 nats after 400 steps, those whose features gained 0.33 to 0.92 (a ViT of width 96 on scenes,

@@ -43,7 +43,7 @@ class Throughput(L.Callback):
       known. They are counted once, in the second step.
     - ``speed/step_flops``: these operations of this process, if asked for: what a step costs on any machine.
 
-    Time for evaluation, checkpoints and pictures is not in these numbers, nor is the first step of a run (a GPU's
+    Time for evaluation, checkpoints and images is not in these numbers, nor is the first step of a run (a GPU's
     kernels are chosen in it). A GPU is waited for only when something is logged.
 
     Args:

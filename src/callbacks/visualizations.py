@@ -24,7 +24,7 @@ from src.randomness import fold, seeded
 from src.sharding import gathered
 
 
-class Shown(L.Callback, ABC):
+class VisualizationCallback(L.Callback, ABC):
     """Something to look at: at the start, every so many epochs, and at the end, once each.
 
     Args:
@@ -58,13 +58,13 @@ class Shown(L.Callback, ABC):
             self.show(trainer, pl_module)
 
 
-class Pictures(Shown):
-    """Logs what ``pl_module.pictures`` makes of the first validation images, as ``pictures/<name>``, and what
-    ``pl_module.clips`` makes of them, as ``clips/<name>``: at the start, every so many epochs, and at the end. Clips
+class Visualizations(VisualizationCallback):
+    """Logs what ``pl_module.visualize`` makes of the first validation images, as ``pictures/<name>``, and what
+    ``pl_module.visualize_video`` makes of them, as ``clips/<name>``: at the start, every so many epochs, and at the end. Clips
     play as fast as the first video's frames were taken.
 
     They are cropped as for evaluation, or augmented as in training where the method takes several views.
-    Random masks and views are the same every time, so that only the method changes from picture to picture. Modes and
+    Random masks and views are the same every time, so that only the method changes from image to image. Modes and
     generators are left as they were.
 
     Args:
@@ -76,7 +76,7 @@ class Pictures(Shown):
     def __init__(self, count: int = 8, every_n_epochs: int = 1, seed: int = 0) -> None:
         super().__init__(every_n_epochs)
         if count < 1:
-            raise SettingError(f"Pictures: count must be at least 1, got {count}")
+            raise SettingError(f"Visualizations: count must be at least 1, got {count}")
         self.count = count
         self.seed = seed
         self._batch: dict[str, Tensor] | None = None
@@ -87,12 +87,12 @@ class Pictures(Shown):
         module, datamodule = cast(PretrainModule, pl_module), cast(Any, trainer.datamodule)  # type: ignore[attr-defined]
         stills, clips = self._draw(module, datamodule)
         for name, rows in stills.items():
-            grid = make_grid(datamodule.denormalise(rows.float()).flatten(0, 1).cpu(), nrow=rows.shape[1])
+            grid = make_grid(datamodule.denormalize(rows.float()).flatten(0, 1).cpu(), nrow=rows.shape[1])
             for writer in writers(trainer):
                 writer.add_image(f"pictures/{name}", grid, trainer.global_step)
                 writer.flush()
         for name, rows in clips.items():
-            shown = datamodule.denormalise(rows.float()).transpose(0, 2).cpu()  # [T, columns, n, 3, H, W]
+            shown = datamodule.denormalize(rows.float()).transpose(0, 2).cpu()  # [T, columns, n, 3, H, W]
             frames = [make_grid(each.transpose(0, 1).flatten(0, 1), nrow=rows.shape[1]) for each in shown]
             batch = self._fixed_batch(datamodule)
             readable = batch["index"][~batch["replaced"]].tolist()
@@ -101,12 +101,12 @@ class Pictures(Shown):
                 add_animation(writer, f"clips/{name}", frames, seconds, trainer.global_step)
 
     def _draw(self, pl_module: PretrainModule, datamodule: Any) -> list[dict[str, Tensor]]:
-        """Its pictures and its clips."""
+        """Its images and its clips."""
         batch = datamodule.transfer_batch_to_device(self._fixed_batch(datamodule), pl_module.device, 0)
         batch = datamodule.on_after_batch_transfer(batch, 0)
         shown = []
         with inference(pl_module), pl_module.trainer.precision_plugin.forward_context(), gathered(pl_module):
-            for draw in (pl_module.pictures, pl_module.clips):
+            for draw in (pl_module.visualize, pl_module.visualize_video):
                 with seeded_everywhere(self.seed, pl_module.device):
                     shown.append(dict(draw(batch)))
         return shown
@@ -124,7 +124,7 @@ class Pictures(Shown):
 
 
 def writers(trainer: L.Trainer) -> list[Any]:
-    """Where pictures are written: TensorBoard's, in the process that logs."""
+    """Where images are written: TensorBoard's, in the process that logs."""
     found = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     return [logger.experiment for logger in found] if trainer.is_global_zero else []
 
@@ -151,7 +151,7 @@ def _shows(pl_module: L.LightningModule) -> bool:
     them."""
     own = type(pl_module)
     return issubclass(own, PretrainModule) and (
-        own.pictures is not PretrainModule.pictures or own.clips is not PretrainModule.clips
+        own.visualize is not PretrainModule.visualize or own.visualize_video is not PretrainModule.visualize_video
     )
 
 

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from src import configuration, train
 from src.claims.claim import Claim, parse, plain
 from src.claims.metrics import Metric, Subject
-from src.claims.run_cache import KeptRuns
+from src.claims.run_cache import RunCache
 from src.claims.verdict import Paired, paired, verdict
 from src.errors import UserError
 from src.measure import machine
@@ -45,7 +45,7 @@ def measure(
         data: the data set to measure on now, the others another time; None for all.
         known: the claim's earlier entry; a run of the same recipe, judged alike, is not done again.
         keep: is given the entry after each run.
-        kept_in: where trained runs stay for other claims, and other questions; see `KeptRuns`. None for
+        kept_in: where trained runs stay for other claims, and other questions; see `RunCache`. None for
             nowhere.
 
     Returns:
@@ -90,7 +90,7 @@ def measure(
     known_floors = (known or {}).get("floors", {})
 
     with tempfile.TemporaryDirectory() as gone_afterwards:
-        kept = KeptRuns(kept_in or Path(gone_afterwards))
+        kept = RunCache(kept_in or Path(gone_afterwards))
 
         def trained(words: Sequence[str], config: DictConfig) -> once.Finished:
             start = starts[tuple(words)]

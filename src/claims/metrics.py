@@ -21,7 +21,7 @@ from src.datamodules.sources.source import Split
 from src.errors import SettingError, UserError, nearest
 from src.evaluation.features import FeatureSets
 from src.evaluation.image_text import ImageTextEvaluation
-from src.evaluation.localisation import Localisation
+from src.evaluation.localization import Localization
 from src.evaluation.patch_knn import BANK_IMAGES, BANK_PATCHES, QUERY_IMAGES, PatchKNN, PatchSegmentation
 from src.evaluation.run import EncoderEvaluation, Evaluator, feature_sets, score
 from src.models.pretrain_module import PretrainModule
@@ -232,7 +232,7 @@ class FineTuned:
 
 @dataclass(frozen=True)
 class ImageText:
-    """A number of an `ImageTextEvaluation`, or a `Localisation`, for a method with two towers.
+    """A number of an `ImageTextEvaluation`, or a `Localization`, for a method with two towers.
 
     Args:
         name: which of its numbers, such as ``zeroshot_top1`` or ``retrieval_rsum``.
@@ -243,7 +243,7 @@ class ImageText:
     """
 
     name: str
-    evaluation: ImageTextEvaluation | Localisation = field(default_factory=lambda: ImageTextEvaluation(samples=None))
+    evaluation: ImageTextEvaluation | Localization = field(default_factory=lambda: ImageTextEvaluation(samples=None))
     splits: ClassVar[Sequence[Split]] = HELD_OUT
     untrained: ClassVar[bool] = True
 

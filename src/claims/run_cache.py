@@ -22,7 +22,7 @@ NOT_JUDGED = ("best.ckpt", "events.out.*", "images")  # of a run's files, those 
 
 
 @dataclass(frozen=True)
-class KeptRuns:
+class RunCache:
     """A run a recipe, trained when it is asked for first.
 
     Args:

@@ -29,7 +29,7 @@ class Field(NamedTuple):
 class ImageBatch(TypedDict):
     """One view an image."""
 
-    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalised with the DataModule's mean and std
+    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalized with the DataModule's mean and std
     label: Annotated[Tensor, Field("B", torch.int64)]  # class, -1 where the source has none
     index: Annotated[Tensor, Field("B", torch.int64)]  # position in the source
     replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
@@ -48,9 +48,9 @@ class MultiViewBatch(TypedDict):
 class ImageTextBatch(TypedDict):
     """Pairs of an image and a text."""
 
-    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalised with the DataModule's mean and std
+    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalized with the DataModule's mean and std
     text: Annotated[Tensor, Field("B L", torch.int64)]  # token ids, filled up to one length
-    text_mask: Annotated[Tensor, Field("B L", torch.bool)]  # what of it is no filling
+    text_mask: Annotated[Tensor, Field("B L", torch.bool)]  # what of it is no padding
     label: Annotated[Tensor, Field("B", torch.int64)]  # class, -1 where the source has none
     index: Annotated[Tensor, Field("B", torch.int64)]  # position in the source
     replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
@@ -59,7 +59,7 @@ class ImageTextBatch(TypedDict):
 class VideoBatch(TypedDict):
     """Clips; those of one video follow each other, with the same index."""
 
-    video: Annotated[Tensor, Field("B T 3 H W", torch.float32)]  # normalised with the DataModule's mean and std
+    video: Annotated[Tensor, Field("B T 3 H W", torch.float32)]  # normalized with the DataModule's mean and std
     label: Annotated[Tensor, Field("B", torch.int64)]  # class, -1 where the source has none
     index: Annotated[Tensor, Field("B", torch.int64)]  # position in the source
     replaced: Annotated[Tensor, Field("B", torch.bool)]  # stands in for a sample that could not be read
@@ -68,7 +68,7 @@ class VideoBatch(TypedDict):
 class SegmentationBatch(TypedDict):
     """One view an image, and what each of its pixels shows."""
 
-    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalised with the DataModule's mean and std
+    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalized with the DataModule's mean and std
     mask: Annotated[Tensor, Field("B H W", torch.int64)]  # class, IGNORED where a pixel counts for nothing
     label: Annotated[Tensor, Field("B", torch.int64)]  # class of the image, -1 where the source has none
     index: Annotated[Tensor, Field("B", torch.int64)]  # position in the source
@@ -78,7 +78,7 @@ class SegmentationBatch(TypedDict):
 class DepthBatch(TypedDict):
     """One view an image, and how far away is what its pixels show."""
 
-    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalised with the DataModule's mean and std
+    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalized with the DataModule's mean and std
     depth: Annotated[Tensor, Field("B H W", torch.float32, exact=True)]  # metres along the camera's axis, 0 if unknown
     valid: Annotated[Tensor, Field("B H W", torch.bool)]  # where the depth is known, and in range
     label: Annotated[Tensor, Field("B", torch.int64)]  # class of the image, -1 where the source has none
@@ -89,7 +89,7 @@ class DepthBatch(TypedDict):
 class NormalsBatch(TypedDict):
     """One view an image, and which way faces what its pixels show."""
 
-    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalised with the DataModule's mean and std
+    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalized with the DataModule's mean and std
     # unit vectors to the side the camera is on: x to the right, y down, z away from the camera, so z < 0
     normals: Annotated[Tensor, Field("B 3 H W", torch.float32, exact=True)]
     valid: Annotated[Tensor, Field("B H W", torch.bool)]  # where they are known
@@ -101,9 +101,9 @@ class NormalsBatch(TypedDict):
 class DetectionBatch(TypedDict):
     """One view an image, filled up to one size at the right and at the bottom, and the things that are seen in it."""
 
-    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalised with the DataModule's mean and std
-    size: Annotated[Tensor, Field("B 2", torch.int64)]  # rows and columns of the picture; what lies beyond is filling
-    original_size: Annotated[Tensor, Field("B 2", torch.int64)]  # those of the source's picture
+    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalized with the DataModule's mean and std
+    size: Annotated[Tensor, Field("B 2", torch.int64)]  # rows and columns of the image; what lies beyond is padding
+    original_size: Annotated[Tensor, Field("B 2", torch.int64)]  # those of the source's image
     boxes: Annotated[list[Tensor], Field("T 4", torch.float32, exact=True)]  # x0 y0 x1 y1 in pixels of the view
     box_labels: Annotated[list[Tensor], Field("T", torch.int64)]  # class of each thing
     masks: NotRequired[Annotated[list[Tensor], Field("T H W", torch.bool)]]  # what is seen of each thing
@@ -118,7 +118,7 @@ class RegionTextBatch(DetectionBatch):
 
     thing: Annotated[list[Tensor], Field("T", torch.int64)]  # position of each among the source's things
     region_text: Annotated[list[Tensor], Field("T L", torch.int64)]  # token ids, filled up to one length
-    region_text_mask: Annotated[list[Tensor], Field("T L", torch.bool)]  # what of it is no filling
+    region_text_mask: Annotated[list[Tensor], Field("T L", torch.bool)]  # what of it is no padding
 
 
 class StatisticsBatch(VideoBatch):

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 _REPLACEMENTS = 16
 
 
-class Draw(NamedTuple):
+class SampleKey(NamedTuple):
     """One sample at one time: all its randomness follows from this and the run's seed."""
 
     epoch: int
@@ -62,7 +62,7 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.source) if self.subset is None else len(self.subset)
 
-    def __getitem__(self, draws: list[Draw]) -> dict[str, Tensor]:
+    def __getitem__(self, draws: list[SampleKey]) -> dict[str, Tensor]:
         positions = [draw.position if self.subset is None else int(self.subset[draw.position]) for draw in draws]
         epochs = [draw.epoch for draw in draws]
         numbers = uniform(self.seed, epochs, positions, self.view.draws)
@@ -86,11 +86,11 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
         }
 
     def pictures(self) -> np.ndarray | None:
-        """All pictures of the source, uint8 [N, 3, H, W], where it has them whole: they are then viewed at once."""
+        """All images of the source, uint8 [N, 3, H, W], where it has them whole: they are then viewed at once."""
         return getattr(self.source, "images", None)
 
     def viewed(self, sample: Sample, numbers: np.ndarray) -> dict[str, Tensor] | None:
-        """The sample's row of the batch; None where its picture is decoded already and waits for the others.
+        """The sample's row of the batch; None where its image is decoded already and waits for the others.
 
         Raises:
             BadSample: it cannot be read.
@@ -103,7 +103,7 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
         return stack(rows)
 
     def beside(self, position: int, choice: float) -> Any:
-        """What a sample has besides its picture.
+        """What a sample has besides its image.
 
         Args:
             position: in the source.
@@ -143,7 +143,7 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
     def _usable(
         self, position: int, numbers: np.ndarray, choice: float
     ) -> tuple[Sample, dict[str, Tensor] | None, Any, int]:
-        """The sample at ``position`` or its stand-in, its view where the picture had to be decoded for it, what it has
+        """The sample at ``position`` or its stand-in, its view where the image had to be decoded for it, what it has
         besides, and its own position."""
         candidate = position
         for attempt in range(_REPLACEMENTS):
@@ -172,7 +172,7 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
                 file.write(f"{name}\t{problem}\n")
 
 
-class TrainSampler(Sampler[list[Draw]]):
+class TrainSampler(Sampler[list[SampleKey]]):
     """Deals one permutation an epoch, the same for any number of processes and micro-batches.
 
     Optimizer step s of an epoch uses the s-th ``batch_size`` draws of the permutation; they are cut into
@@ -223,16 +223,16 @@ class TrainSampler(Sampler[list[Draw]]):
     def __len__(self) -> int:
         return self.length // self.batch_size * self.micro_batches
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         generator = np.random.default_rng(fold(self.seed, self.epoch))
         order = generator.permutation(self.length) if self.order is None else self.order(self.length, generator)
         share = self.batch_size // (self.world_size * self.micro_batches)
         for micro_batch in range(self.start, len(self)):
             begin = (micro_batch * self.world_size + self.rank) * share
-            yield [Draw(self.epoch, int(index)) for index in order[begin : begin + share]]
+            yield [SampleKey(self.epoch, int(index)) for index in order[begin : begin + share]]
 
 
-class EvalSampler(Sampler[list[Draw]]):
+class EvalSampler(Sampler[list[SampleKey]]):
     """Every sample once, in order, dealt out over processes; the last batches may be short."""
 
     def __init__(self, length: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
@@ -242,9 +242,9 @@ class EvalSampler(Sampler[list[Draw]]):
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         for begin in range(0, len(self.indices), self.batch_size):
-            yield [Draw(0, index) for index in self.indices[begin : begin + self.batch_size]]
+            yield [SampleKey(0, index) for index in self.indices[begin : begin + self.batch_size]]
 
 
 class ResumableLoader(DataLoader[dict[str, Tensor]]):

@@ -1,4 +1,4 @@
-"""Pictures as their files hold them: decoded late, only as large as needed, and refused with a reason when broken."""
+"""Visualizations as their files hold them: decoded late, only as large as needed, and refused with a reason when broken."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from src.errors import SettingError
 
 MAX_PIXELS = 89_478_485
-"""Pictures with more pixels than this (by their header) are refused before anything is decoded. Pillow itself refuses
-more than twice its own ``Image.MAX_IMAGE_PIXELS``; raise both for larger pictures."""
+"""Visualizations with more pixels than this (by their header) are refused before anything is decoded. Pillow itself refuses
+more than twice its own ``Image.MAX_IMAGE_PIXELS``; raise both for larger images."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
 """The decoders tried. A closed list: some of Pillow's (EPS) start other programs, and none of the rest is a photo."""
 
-# The limit above is checked here for every picture and ends as a BadSample; Pillow's warning would only repeat it.
+# The limit above is checked here for every image and ends as a BadSample; Pillow's warning would only repeat it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-_TRANSPOSE = {  # what brings a picture stored with this EXIF orientation upright
+_TRANSPOSE = {  # what brings a image stored with this EXIF orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -46,7 +46,7 @@ class DataError(SettingError):
 
 
 class EncodedImage:
-    """A picture still in its file's bytes.
+    """A image still in its file's bytes.
 
     Args:
         data: the bytes of a file, or the path of one (read when first needed).
@@ -81,25 +81,25 @@ class EncodedImage:
         size: tuple[int, int] | None = None,
         interpolation: Image.Resampling = Image.Resampling.BICUBIC,
     ) -> Image.Image:
-        """The upright picture, or a part of it, as 8-bit RGB.
+        """The upright image, or a part of it, as 8-bit RGB.
 
-        Greyscale, palette and CMYK pictures become RGB; 16-bit ones are scaled to 8 bits; transparent pixels are
-        composited on white; an animation gives its first frame. Colour profiles are not applied.
+        Greyscale, palette and CMYK images become RGB; 16-bit ones are scaled to 8 bits; transparent pixels are
+        composited on white; an animation gives its first frame. Color profiles are not applied.
 
         Where the part is at least n = 2, 4 or 8 times as large as ``size`` in both directions, a JPEG is decoded at
         1/n of its size, which takes a fraction of the time. Measured against a full decode, mean and largest difference
-        of 255 levels: smooth pictures 0.5 and 3, noise with the spectrum of photographs 2.4 and 16, three detailed
+        of 255 levels: smooth images 0.5 and 3, noise with the spectrum of photographs 2.4 and 16, three detailed
         photographs 0.7 to 4.0 and 51 (at hard edges, with a part exactly n times as large).
 
         Crop and resize are one step: the pixels just outside ``box`` take part in the interpolation at its border.
 
         Args:
-            box: (top, left, height, width) in pixels of the upright picture, fractions allowed; all of it if None.
+            box: (top, left, height, width) in pixels of the upright image, fractions allowed; all of it if None.
             size: (height, width) wanted; that of the part, rounded, if None.
 
         Raises:
-            BadSample: the picture is missing, unreadable, truncated, broken or too large.
-            ValueError: ``box`` does not lie within the picture.
+            BadSample: the image is missing, unreadable, truncated, broken or too large.
+            ValueError: ``box`` does not lie within the image.
         """
         image, orientation, data = self._open()
         self._opened = None  # decoding uses up Pillow's object
@@ -119,7 +119,7 @@ class EncodedImage:
             raise self._bad(error) from error
 
     def _open(self) -> tuple[Image.Image, int, bytes]:
-        """Pillow's lazily read picture, its EXIF orientation, and its file's bytes."""
+        """Pillow's lazily read image, its EXIF orientation, and its file's bytes."""
         if self._opened is None:
             try:
                 data = self._data if isinstance(self._data, bytes) else Path(self._data).read_bytes()
@@ -143,7 +143,7 @@ class EncodedImage:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError):
-        raise error  # says something about the machine, not about the picture
+        raise error  # says something about the machine, not about the image
     if isinstance(error, BadSample):
         return str(error)
     if isinstance(error, FileNotFoundError):
@@ -162,7 +162,7 @@ def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":
         return 1
     try:
-        # The base class's reading: PNG's own would decode the whole picture to look for a block behind the pixels.
+        # The base class's reading: PNG's own would decode the whole image to look for a block behind the pixels.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except Exception:  # a broken EXIF block does not spoil the pixels
         return 1
@@ -172,7 +172,7 @@ def _orientation(image: Image.Image) -> int:
 def _to_stored(
     box: tuple[float, float, float, float] | None, orientation: int, stored_size: tuple[int, int]
 ) -> tuple[float, float, float, float]:
-    """An upright (top, left, height, width) as (left, top, right, bottom) of the stored picture."""
+    """An upright (top, left, height, width) as (left, top, right, bottom) of the stored image."""
     sideways = orientation in _SIDEWAYS
     height, width = stored_size if sideways else stored_size[::-1]
     if box is None:
@@ -182,7 +182,7 @@ def _to_stored(
     if not (-slack <= top < bottom <= height + slack and -slack <= left < right <= width + slack):
         raise ValueError(f"the box (top, left, height, width) = {box} is not within a picture of {height}x{width}")
     top, left, bottom, right = max(top, 0.0), max(left, 0.0), min(bottom, float(height)), min(right, float(width))
-    if orientation in (2, 3, 6, 7):  # the stored picture's first column or row is on the right of the upright one
+    if orientation in (2, 3, 6, 7):  # the stored image's first column or row is on the right of the upright one
         left, right = width - right, width - left
     if orientation in (3, 4, 7, 8):  # … and its first row or column at the bottom
         top, bottom = height - bottom, height - top

@@ -42,7 +42,7 @@ class ImageDataModule(L.LightningDataModule):
         train_shots: use only so many of each class, another choice with each seed; None for all.
         eval_split: what ``val_dataloader`` reads: "test" once everything is chosen.
         num_workers: loader processes; None for as many as the cores leave.
-        mean, std: normalisation, per channel, of values in [0, 1].
+        mean, std: normalization, per channel, of values in [0, 1].
         max_bad_share: the run stops once more than this share of the samples seen had to be replaced.
         bad_log: file that lists what was replaced.
     """
@@ -102,7 +102,7 @@ class ImageDataModule(L.LightningDataModule):
         """The TypedDict that ``train_dataloader`` yields once it is on the device.
 
         Raises:
-            SettingError: a view needs more than a picture.
+            SettingError: a view needs more than a image.
         """
         for name, view in (("train_view", self.train_view), ("eval_view", self.eval_view)):
             if not hasattr(view, "encoded"):
@@ -173,11 +173,11 @@ class ImageDataModule(L.LightningDataModule):
         return self._eval_loader(self.train_source, min(limits, default=None))
 
     def kind_shares(self, split: Split, index: Tensor) -> Tensor:
-        """How much of each pixel of evaluation pictures shows what: float32 [B, 1 + K, H, W], background first, in
-        [0, 1]. A mask goes through the evaluation view like its picture, so it is cropped and resized alike.
+        """How much of each pixel of evaluation images shows what: float32 [B, 1 + K, H, W], background first, in
+        [0, 1]. A mask goes through the evaluation view like its image, so it is cropped and resized alike.
 
         Args:
-            split: where the pictures are from.
+            split: where the images are from.
             index: their positions in the source, int64 [B].
 
         Raises:
@@ -190,10 +190,10 @@ class ImageDataModule(L.LightningDataModule):
         return torch.stack([self.as_viewed(source.segmentation(each) == kinds) for each in index.tolist()])
 
     def tags(self, split: Split, index: Tensor) -> Tensor:
-        """Every class that pictures show: bool [B, K]; arguments as for `kind_shares`.
+        """Every class that images show: bool [B, K]; arguments as for `kind_shares`.
 
         Raises:
-            SettingError: the source knows one class a picture at most.
+            SettingError: the source knows one class a image at most.
         """
         source = self.source(split)
         if not isinstance(source, TaggedSource):
@@ -201,27 +201,27 @@ class ImageDataModule(L.LightningDataModule):
         return torch.stack([source.tags(each) for each in index.tolist()])
 
     def as_seen(self, images: Tensor) -> Tensor:
-        """Pictures as encoders read them: [B, 3, H, W], and of encoders of videos a clip in which nothing moves."""
+        """Visualizations as encoders read them: [B, 3, H, W], and of encoders of videos a clip in which nothing moves."""
         return images
 
     def as_viewed(self, masks: Tensor) -> Tensor:
-        """Masks as the evaluation view shows their picture: bool [K, H, W] -> how much of each pixel is covered,
+        """Masks as the evaluation view shows their image: bool [K, H, W] -> how much of each pixel is covered,
         float32 [K, h, w] in [0, 1]."""
         pictures = (masks.to(torch.uint8) * 255)[:, None].expand(-1, 3, -1, -1).contiguous()
         no_numbers = np.zeros((len(pictures), self.eval_view.draws), np.float32)
         return self.eval_view.decoded(pictures, no_numbers)["image"][:, 0].to(torch.float32) / 255
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
-        """uint8 pictures become normalised float32, or what the trainer's precision computes in, on the device."""
-        batch = {name: self.normalise(value) if value.dtype == torch.uint8 else value for name, value in batch.items()}
+        """uint8 images become normalized float32, or what the trainer's precision computes in, on the device."""
+        batch = {name: self.normalize(value) if value.dtype == torch.uint8 else value for name, value in batch.items()}
         trainer: Any = self.trainer
         return batch if trainer is None else trainer.precision_plugin.convert_input(batch)
 
-    def denormalise(self, image: Tensor) -> Tensor:
-        """[..., 3, H, W] back to values in [0, 1], for pictures."""
+    def denormalize(self, image: Tensor) -> Tensor:
+        """[..., 3, H, W] back to values in [0, 1], for images."""
         return (image * self.std.to(image) + self.mean.to(image)).clamp(0, 1)
 
-    def normalise(self, image: Tensor) -> Tensor:
+    def normalize(self, image: Tensor) -> Tensor:
         """uint8 [..., 3, H, W] as methods see it: float32."""
         # in place: on a CPU a clip of 16 frames would else be written four times
         copy = image.to(torch.float32, copy=True)

@@ -20,7 +20,7 @@ from src.randomness import fold, uniform
 
 
 class ImageTextDataset(ViewedDataset):
-    """`ViewedDataset` with one text a picture, chosen anew in every epoch. A picture without text is replaced.
+    """`ViewedDataset` with one text a image, chosen anew in every epoch. A image without text is replaced.
 
     Args:
         rewrites: see `ImageTextDataModule`.
@@ -55,7 +55,7 @@ class ImageTextDataset(ViewedDataset):
         return {"text": ids, "text_mask": mask}
 
     def version(self, position: int, version: int) -> str:
-        """The picture's first text (0), or the rewrite of that number: the same in every epoch. A rewrite of one word
+        """The image's first text (0), or the rewrite of that number: the same in every epoch. A rewrite of one word
         is none, as in LaCLIP (Fan et al., 2023)."""
         if version:
             text = self.captioned.caption(position, float(uniform(fold(self.seed, 2), [version], [position], 1)[0, 0]))
@@ -69,7 +69,7 @@ class ImageTextDataModule(TokenizingDataModule):
 
     Args:
         text_filter: which texts training goes without; None for all. Those that are judged with stay as they are.
-        rewrites: how many texts a picture has besides its first one, of which each epoch draws one; 0 for the first
+        rewrites: how many texts a image has besides its first one, of which each epoch draws one; 0 for the first
             alone, None for as many as the source can make.
         options: of `TokenizingDataModule`.
 

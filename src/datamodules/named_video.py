@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from src.datamodules.sources.source import HoldingOut, PromptedSource
+from src.datamodules.sources.source import HeldOutClassSource, PromptedSource
 from src.datamodules.text.tokenizing import TokenizingDataModule
 from src.datamodules.video import VideoDataModule
 from src.errors import SettingError
@@ -34,7 +34,7 @@ class NamedVideoDataModule(TokenizingDataModule, VideoDataModule):
     def held_out(self) -> Sequence[int]:
         """Labels of classes that training goes without."""
         source = self.train_source
-        return source.held_out if isinstance(source, HoldingOut) else ()
+        return source.held_out if isinstance(source, HeldOutClassSource) else ()
 
     def texts_to_learn_from(self) -> Sequence[str]:
         return self.class_texts()

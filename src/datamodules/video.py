@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from src.datamodules.dataset import Draw, ResumableLoader, ViewedDataset
+from src.datamodules.dataset import ResumableLoader, SampleKey, ViewedDataset
 from src.datamodules.image import ImageDataModule
 from src.datamodules.sources.source import ImageSource
 from src.errors import SettingError
@@ -19,7 +19,7 @@ class VideoDataset(ViewedDataset):
     """`ViewedDataset` for views that make one or several clips of a video: each is a row, with its video's label and
     index, and the rows of a video follow each other."""
 
-    def __getitem__(self, draws: list[Draw]) -> dict[str, Tensor]:
+    def __getitem__(self, draws: list[SampleKey]) -> dict[str, Tensor]:
         batch = super().__getitem__(draws)
         rows: int = self.view.rows  # type: ignore[attr-defined]
         if rows == 1:
@@ -31,7 +31,7 @@ class VideoDataset(ViewedDataset):
 
 
 class VideoDataModule(ImageDataModule):
-    """`ImageDataModule` for sources whose samples are `Footage`, with views that take clips.
+    """`ImageDataModule` for sources whose samples are `VideoReader`, with views that take clips.
 
     Both batch sizes count clips. Where the training view makes several of a video, so many fewer videos are drawn for a
     step, and an epoch is still every video once. Where the evaluation view does, its videos stay whole.

@@ -24,7 +24,7 @@ _SEEK = 2.0  # seconds: what lies further ahead is jumped to, what is nearer is 
 _EXACT = 1e-4  # seconds: two times that are one
 
 
-class Footage(Protocol):
+class VideoReader(Protocol):
     """A video of which a view takes what it needs."""
 
     @property
@@ -43,7 +43,7 @@ class Footage(Protocol):
         ...
 
 
-class FlowFootage(Footage, Protocol):
+class FlowFilmReader(VideoReader, Protocol):
     """A video that knows what moves where."""
 
     def flow(self, times: Sequence[float]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A method that says what it sees, judged by what people, or the scenes, say of the same pictures."""
+"""A method that says what it sees, judged by what people, or the scenes, say of the same images."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class Captioner(Protocol):
     """What a method must answer to be judged here."""
 
     def caption(self, image: Tensor, *, start: int, end: int, length: int, beams: int = 1) -> Tensor:
-        """Token ids int64 [B, length] of pictures [B, 3, H, W]: ``start``, words, and ``end`` up to the end."""
+        """Token ids int64 [B, length] of images [B, 3, H, W]: ``start``, words, and ``end`` up to the end."""
         ...
 
 
 @dataclass(frozen=True)
 class CaptionEvaluation:
-    """``captions_bleu4`` (0 to 1) and ``captions_cider`` (CIDEr-D, 0 to 10) of what a method says of held-out pictures,
+    """``captions_bleu4`` (0 to 1) and ``captions_cider`` (CIDEr-D, 0 to 10) of what a method says of held-out images,
     by the texts that the source has for judging. Papers write both times 100.
 
     Texts are lower-cased words without punctuation. COCO's server cuts them by rules of its own that are much the same,
     and may find slightly different numbers.
 
     Args:
-        samples: pictures at most, a fixed random choice; None for all.
+        samples: images at most, a fixed random choice; None for all.
         beams: captions followed at a time; 1 takes the likeliest token each time.
         split: "val" or "test".
     """
@@ -96,20 +96,20 @@ def bleu4(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> flo
 def cider_d(
     candidates: Sequence[str], references: Sequence[Sequence[str]], *, longest: int = 4, sigma: float = 6.0
 ) -> float:
-    """CIDEr-D (Vedantam et al., 2015), the mean over pictures.
+    """CIDEr-D (Vedantam et al., 2015), the mean over images.
 
     Texts are compared as vectors of how often runs of 1 to ``longest`` words occur, each times the logarithm of one
-    over the share of pictures whose references have it. What a candidate has more often than the reference counts as
+    over the share of images whose references have it. What a candidate has more often than the reference counts as
     often as there, and texts of other lengths count for less, by a Gaussian of deviation ``sigma`` words. As in the
-    authors' code the counts are not divided by the text's length. A single picture has the value 0: its words say
+    authors' code the counts are not divided by the text's length. A single image has the value 0: its words say
     nothing that others' do not.
 
     Args:
-        candidates: one a picture.
-        references: of each picture at least one.
+        candidates: one a image.
+        references: of each image at least one.
 
     Raises:
-        ValueError: no candidate, not as many candidates as pictures, or a picture without reference.
+        ValueError: no candidate, not as many candidates as images, or a image without reference.
     """
     if not candidates or len(candidates) != len(references) or not all(references):
         raise ValueError("CIDEr-D: as many candidates as pictures, and every picture needs a reference")

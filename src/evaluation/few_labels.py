@@ -26,7 +26,7 @@ class FewShot:
     """``n`` samples of each class of the bank, ``trials`` times anew, judged on all queries.
 
     Two classifiers: the nearest class mean by cosine, of features of unit length, and logistic regression on features
-    standardised by the few. Reports ``fewshot<n>_nearest_top1`` and ``fewshot<n>_logistic_top1``, means over trials,
+    standardized by the few. Reports ``fewshot<n>_nearest_top1`` and ``fewshot<n>_logistic_top1``, means over trials,
     and each with the half width of its 95 % confidence interval (Student's t over trials), ``…_ci95``.
 
     Args:

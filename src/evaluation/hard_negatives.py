@@ -10,13 +10,13 @@ from torch import Tensor
 
 @torch.no_grad()
 def preference(right: Tensor, wrong: Tensor, kinds: Sequence[str]) -> dict[str, float]:
-    """How often the right text is nearer to its picture than the wrong one, by kind of mistake; chance is 0.5.
+    """How often the right text is nearer to its image than the wrong one, by kind of mistake; chance is 0.5.
 
     Two texts that are equally near count half, so that a model which cannot tell them apart (a bag of words of which
     two have changed places) is at chance.
 
     Args:
-        right, wrong: similarities [M] of a picture with either text.
+        right, wrong: similarities [M] of a image with either text.
         kinds: of the mistakes, M names.
 
     Raises:

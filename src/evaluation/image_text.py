@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from src.collectives import gather_rows
 from src.datamodules.batch import mean_of_samples
-from src.datamodules.sources.source import CaptionedSource, HoldingOut, MistakenSource, PromptedSource, Split
+from src.datamodules.sources.source import (
+    CaptionedSource,
+    HardNegativeSource,
+    HeldOutClassSource,
+    PromptedSource,
+    Split,
+)
 from src.datamodules.text.tokenizing import TokenizingDataModule
 from src.errors import SettingError
 from src.evaluation.features import autocast
@@ -20,7 +26,7 @@ from src.evaluation.geometry import geometry
 from src.evaluation.hard_negatives import preference
 from src.evaluation.retrieval import retrieval
 from src.evaluation.run import exact_products, readable
-from src.evaluation.similarity import Comparing, Similarity, dot, pairwise, similarity_of
+from src.evaluation.similarity import CustomSimilarity, Similarity, dot, pairwise, similarity_of
 from src.evaluation.zero_shot import PHOTOS, class_scores, classifier, within
 from src.models.functional import inference
 from src.randomness import seeded
@@ -31,7 +37,7 @@ _TEXTS = 256  # a forward pass
 @runtime_checkable
 class TwoTowers(Protocol):
     """What a method must answer to be judged here; both give unit vectors of one width, unless the method is
-    `Comparing` and says itself how what they give is compared."""
+    `CustomSimilarity` and says itself how what they give is compared."""
 
     def encode_image(self, image: Tensor) -> Tensor: ...
 
@@ -40,23 +46,23 @@ class TwoTowers(Protocol):
 
 @dataclass(frozen=True)
 class ImageTextEvaluation:
-    """Zero-shot classification by ``templates`` and retrieval among the same pictures.
+    """Zero-shot classification by ``templates`` and retrieval among the same images.
 
     Reports ``zeroshot_top1`` and, of more than five classes, ``zeroshot_top5`` where there are labels, and beside the
     ensemble ``zeroshot_single_top1``. Where training has gone without some classes, ``zeroshot_unseen_top1`` is of
-    their pictures, among their names, and ``zeroshot_seen_top1`` the same of the other classes.
+    their images, among their names, and ``zeroshot_seen_top1`` the same of the other classes.
 
     Where the source has texts for judging, ``retrieval_i2t_r1`` … ``retrieval_rsum`` are by these;
     ``hardnegatives_<kind>`` where it also has mistaken ones (see `preference`); ``gap``, the distance between the mean
-    image and the mean text, and ``geometry_<name>`` (see `geometry`) are of each picture with its first text.
+    image and the mean text, and ``geometry_<name>`` (see `geometry`) are of each image with its first text.
 
-    A method that is `Comparing` has neither gap nor geometry, and its templates are averaged as scores and not as
-    vectors. Pictures may be videos, of which several clips' scores are averaged.
+    A method that is `CustomSimilarity` has neither gap nor geometry, and its templates are averaged as scores and not as
+    vectors. Visualizations may be videos, of which several clips' scores are averaged.
 
     Args:
         templates: prompts of a class, each with one ``{}``; None for the data's own, or those of natural images.
         single: the prompt that is judged alone; None alike.
-        samples: pictures at most, a fixed random choice; None for all.
+        samples: images at most, a fixed random choice; None for all.
         negatives: so many of these, evenly chosen, are compared with mistaken texts too; None for all.
         split: "val" or "test".
     """
@@ -104,14 +110,14 @@ class ImageTextEvaluation:
                     f"retrieval_{name}": value
                     for name, value in retrieval(images, text, owner, similarity=similarity).items()
                 }
-                if not isinstance(module, Comparing):
+                if not isinstance(module, CustomSimilarity):
                     scores["gap"] = (images.mean(dim=0) - text.mean(dim=0)).norm().item()
             known = labels >= 0
             if len(datamodule.classes) and bool(known.any()):
                 prompts = source.prompts if isinstance(source, PromptedSource) else PHOTOS
 
                 def fit(templates: Sequence[str]) -> tuple[Tensor, Tensor]:
-                    if isinstance(module, Comparing):
+                    if isinstance(module, CustomSimilarity):
                         each = class_scores(images[known], datamodule.classes, encode, similarity, templates)
                     else:
                         each = dot(images[known], classifier(datamodule.classes, encode, templates))
@@ -122,12 +128,12 @@ class ImageTextEvaluation:
                 scores["zeroshot_top1"] = within(ensemble, label)
                 if ensemble.shape[1] > 5:
                     scores["zeroshot_top5"] = within(ensemble, label, k=5)
-                if isinstance(source, HoldingOut):
+                if isinstance(source, HeldOutClassSource):
                     scores |= _apart(ensemble, label, source.held_out)
                 scores["zeroshot_single_top1"] = within(*fit([self.single or prompts.single]))
-            if isinstance(source, MistakenSource):
+            if isinstance(source, HardNegativeSource):
                 scores |= self._hard_negatives(images, index, source, encode, similarity)
-        if told and len(images) > 1 and not isinstance(module, Comparing):
+        if told and len(images) > 1 and not isinstance(module, CustomSimilarity):
             first = [0, *accumulate(map(len, texts))][:-1]
             with exact_products():
                 scores |= {f"geometry_{name}": value for name, value in geometry(images, text[first]).items()}
@@ -137,7 +143,7 @@ class ImageTextEvaluation:
         self,
         images: Tensor,
         index: Tensor,
-        source: MistakenSource,
+        source: HardNegativeSource,
         encode: Callable[[Sequence[str]], Tensor],
         similarity: Similarity,
     ) -> dict[str, float]:
@@ -158,7 +164,7 @@ class ImageTextEvaluation:
     def _images(
         self, towers: TwoTowers, datamodule: TokenizingDataModule, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors, labels and positions in the source of every picture that could be read, in the source's order."""
+        """Vectors, labels and positions in the source of every image that could be read, in the source's order."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for batch in readable(datamodule, self.split, self.samples, device):
             found.append((towers.encode_image(batch[datamodule.seen]).float(), batch["label"], batch["index"]))

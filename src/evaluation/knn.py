@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours on frozen features."""
+"""Weighted nearest neighbors on frozen features."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class KNN:
 
     Where similarities tie the earlier sample of the bank is nearer, where votes tie the smaller class wins. A ``k``
     beyond the bank's size means the whole bank. A bank in shards stays where it is: each process finds the nearest of
-    its own, and the nearest of all are chosen from these: the same neighbours, ties included.
+    its own, and the nearest of all are chosen from these: the same neighbors, ties included.
 
     Reports ``knn_top1`` of the first ``k`` and ``knn<k>_top1`` of others.
 
     Args:
-        k: one number of neighbours, or several.
-        temperature: small ones give the nearest neighbours more say.
+        k: one number of neighbors, or several.
+        temperature: small ones give the nearest neighbors more say.
         query_chunk, bank_chunk: rows compared at a time; the largest matrix in memory is their product.
     """
 
@@ -69,14 +69,14 @@ class KNN:
         predicted: dict[int, list[Tensor]] = {k: [] for k in self.ks}
         for features in sets.query.features.split(self.query_chunk):
             query = F.normalize(features.to(device, torch.float32), dim=1)
-            similarity, neighbour = self._nearest(query, bank, max(self.ks))
+            similarity, neighbor = self._nearest(query, bank, max(self.ks))
             if rows is not None:
-                similarity, neighbour = _merged(similarity, rows[neighbour], max(self.ks), len(labels))
+                similarity, neighbor = _merged(similarity, rows[neighbor], max(self.ks), len(labels))
             weight = ((similarity - similarity[:, :1]) / self.temperature).exp()  # a common factor leaves votes alone
             votes = similarity.new_zeros(len(query), sets.classes)
             for rank in range(similarity.shape[1]):
-                # one neighbour at a time: the sum's order is fixed, also where scattering is not deterministic
-                votes.scatter_add_(1, labels[neighbour[:, rank : rank + 1]], weight[:, rank : rank + 1])
+                # one neighbor at a time: the sum's order is fixed, also where scattering is not deterministic
+                votes.scatter_add_(1, labels[neighbor[:, rank : rank + 1]], weight[:, rank : rank + 1])
                 if rank + 1 in predicted:
                     predicted[rank + 1].append(votes.argmax(dim=1).cpu())
             for k in self.ks:

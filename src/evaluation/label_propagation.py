@@ -13,14 +13,14 @@ from torch.nn import functional as F
 from src.collectives import gather_rows, rank, world_size
 from src.datamodules.image import ImageDataModule
 from src.datamodules.sources.source import Split, TrackedSource
-from src.datamodules.video_reader import Footage
+from src.datamodules.video_reader import VideoReader
 from src.errors import SettingError
 from src.evaluation.features import BadFeatures, autocast, weight_dtype
 from src.evaluation.masks import boundary_f, jaccard
 from src.evaluation.run import exact_products
 from src.models.functional import inference
 
-_ROWS = 30  # of patches of 16 in DAVIS at 480 pixels, where the neighbourhood's size comes from
+_ROWS = 30  # of patches of 16 in DAVIS at 480 pixels, where the neighborhood's size comes from
 _TARGETS = 1024  # patches compared at a time
 
 
@@ -29,7 +29,7 @@ class LabelPropagation:
     """Video object segmentation as in Emerging Properties in Self-Supervised Vision Transformers (Caron et al., 2021),
     after Jabri et al. (2020), on films whose masks are known.
 
-    The first frame's masks are carried on from frame to frame: every patch takes the labels of the ``neighbours``
+    The first frame's masks are carried on from frame to frame: every patch takes the labels of the ``neighbors``
     patches most similar to it in the first frame and in the ``context`` frames before it, of those that are near its
     own place, with weight exp(cosine / temperature). Masks are enlarged bilinearly, each stretched to [0, 1], and a
     pixel goes to the greatest.
@@ -41,24 +41,24 @@ class LabelPropagation:
     Args:
         films: makes the source of a split.
         context: frames before the one to be labelled, besides the first.
-        neighbours: of each patch, in all of these frames together.
-        radius: of the square neighbourhood in patches, on a grid of 30 rows; on others in proportion. 0 for all.
+        neighbors: of each patch, in all of these frames together.
+        radius: of the square neighborhood in patches, on a grid of 30 rows; on others in proportion. 0 for all.
         temperature: of the weights.
         batch_size: frames in a forward pass.
     """
 
     films: Callable[[Split], TrackedSource]
     context: int = 7
-    neighbours: int = 5
+    neighbors: int = 5
     radius: int = 12
     temperature: float = 0.1
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        if min(self.context, self.radius) < 0 or min(self.neighbours, self.batch_size) < 1 or self.temperature <= 0:
+        if min(self.context, self.radius) < 0 or min(self.neighbors, self.batch_size) < 1 or self.temperature <= 0:
             raise SettingError(
-                "label propagation needs context and radius of at least 0, neighbours and batch_size of at least 1 and "
-                f"a temperature above 0; got {self.context}, {self.radius}, {self.neighbours}, {self.batch_size} and "
+                "label propagation needs context and radius of at least 0, neighbors and batch_size of at least 1 and "
+                f"a temperature above 0; got {self.context}, {self.radius}, {self.neighbors}, {self.batch_size} and "
                 f"{self.temperature}"
             )
 
@@ -75,7 +75,7 @@ class LabelPropagation:
 
         Args:
             encoders: by name, on ``device``; one that reads videos is shown clips in which the frame stands still.
-            datamodule: whose normalisation the encoders know.
+            datamodule: whose normalization the encoders know.
 
         Raises:
             SettingError: the source has no masks of videos, a film is too short, or nothing is to be followed.
@@ -134,7 +134,7 @@ class LabelPropagation:
             first: of the first frame's patches, [N, C].
         """
         radius = max(1, round(self.radius * grid[0] / _ROWS)) if self.radius else max(grid)
-        near = neighbourhood(grid, radius, features.device)
+        near = neighborhood(grid, radius, features.device)
         labels = [first]
         for frame in range(1, len(features)):
             seen = [0, *range(max(1, frame - self.context), frame)]
@@ -142,8 +142,8 @@ class LabelPropagation:
             parts = []
             for target, places in zip(features[frame].split(_TARGETS), near.split(_TARGETS), strict=True):
                 similarity = (target @ keys.T).masked_fill(~places.repeat(1, len(seen)), -torch.inf)
-                # what ties with the last neighbour is one too, so that no order decides
-                nearest = similarity.topk(min(self.neighbours, similarity.shape[1]), dim=1).values
+                # what ties with the last neighbor is one too, so that no order decides
+                nearest = similarity.topk(min(self.neighbors, similarity.shape[1]), dim=1).values
                 similarity = similarity.masked_fill(similarity < nearest[:, -1:], -torch.inf)
                 parts.append((similarity / self.temperature).softmax(dim=1) @ known)
             labels.append(torch.cat(parts))
@@ -163,7 +163,7 @@ class LabelPropagation:
         return torch.cat(parts), (features.grid[-2], features.grid[-1])
 
 
-def neighbourhood(grid: tuple[int, int], radius: int, device: torch.device | None = None) -> Tensor:
+def neighborhood(grid: tuple[int, int], radius: int, device: torch.device | None = None) -> Tensor:
     """Which patches are at most ``radius`` rows and columns from which: bool [N, N]."""
     rows, columns = (torch.arange(size, device=device) for size in grid)
     by_row, by_column = ((each[:, None] - each).abs() <= radius for each in (rows, columns))
@@ -172,7 +172,7 @@ def neighbourhood(grid: tuple[int, int], radius: int, device: torch.device | Non
 
 def _frames(footage: object, count: int) -> Tensor:
     """All frames of a film: uint8 [F, 3, H, W]."""
-    film: Footage = footage  # type: ignore[assignment]
+    film: VideoReader = footage  # type: ignore[assignment]
     return film.at([number / film.rate for number in range(count)])
 
 

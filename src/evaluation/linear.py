@@ -32,10 +32,10 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """Softmax regression on features standardised by the bank's mean and deviation.
+    """Softmax regression on features standardized by the bank's mean and deviation.
 
-    Minimises mean cross-entropy + l2 / 2 * |W|^2 (the bias is free) by full-batch L-BFGS: the problem is convex, so the
-    result depends neither on an initialisation nor on a learning rate. ``l2``, and what of the features is classified,
+    Minimizes mean cross-entropy + l2 / 2 * |W|^2 (the bias is free) by full-batch L-BFGS: the problem is convex, so the
+    result depends neither on an initialization nor on a learning rate. ``l2``, and what of the features is classified,
     are those of the grid with the best top-1 on a held-out part of the bank (of equals the first pool and the strongest
     l2); then the whole bank is fitted. Queries decide nothing.
 
@@ -75,11 +75,11 @@ class LinearProbe:
         best, pool, l2 = -1.0, 0, max(self.l2)
         for position, each in enumerate(tried):
             if len(tried) * len(self.l2) > 1:
-                bank, _ = standardised(each, device)
+                bank, _ = standardized(each, device)
                 chosen, accuracy = self.choose(bank, labels, classes)
                 if accuracy > best:
                     best, pool, l2 = accuracy, position, chosen
-        bank, query = standardised(tried[pool], device)
+        bank, query = standardized(tried[pool], device)
         weights = self.fit(bank, labels, classes, l2)
         scores = {f"{self.name}_top1": _top1(weights, query, sets.query.labels.to(device)), f"{self.name}_l2": l2}
         return scores | ({f"{self.name}_pool": float(pool)} if self.pools else {})
@@ -93,7 +93,7 @@ class LinearProbe:
         start: Tensor | None = None,
         loss: Loss = cross_entropy,
     ) -> Tensor:
-        """The minimiser [D + 1, C], the last row being the bias; ``start`` only shortens the way there."""
+        """The minimizer [D + 1, C], the last row being the bias; ``start`` only shortens the way there."""
         shape = (features.shape[1] + 1, classes)
         weights = torch.zeros(shape, device=features.device) if start is None else start.clone()
         optimizer = torch.optim.LBFGS(
@@ -123,7 +123,7 @@ class LinearProbe:
         """The l2 of the grid that does best on what is held out, and how well it does.
 
         Args:
-            features: standardised, [n, D].
+            features: standardized, [n, D].
             targets: of the loss, [n] or [n, C].
             judge: top-1 where there is none.
         """
@@ -143,7 +143,7 @@ class LinearProbe:
         return chosen, best
 
 
-def standardised(sets: FeatureSets, device: torch.device) -> tuple[Tensor, Tensor]:
+def standardized(sets: FeatureSets, device: torch.device) -> tuple[Tensor, Tensor]:
     """Bank and queries less the bank's mean and over its deviation: float32 [n, D] and [m, D] on ``device``."""
     bank = sets.bank.features.to(device, torch.float32)
     deviation, mean = torch.var_mean(bank, dim=0, correction=0)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 
-TOLERANCE = 0.008  # of the picture's diagonal
+TOLERANCE = 0.008  # of the image's diagonal
 
 
 def jaccard(predicted: np.ndarray, truth: np.ndarray) -> float:
@@ -34,6 +34,6 @@ def boundary_f(predicted: np.ndarray, truth: np.ndarray, tolerance: float = TOLE
 
 def boundary(mask: np.ndarray) -> np.ndarray:
     """Where a mask changes to the right, below, or to the right below: bool [H, W], one pixel wide. A mask that leaves
-    the picture has no boundary there."""
+    the image has no boundary there."""
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     return (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:])

@@ -1,4 +1,4 @@
-"""Every class that a picture shows, from frozen features."""
+"""Every class that a image shows, from frozen features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchmetrics.functional.classification import multilabel_average_precision
 
 from src.errors import SettingError
 from src.evaluation.features import FeatureSets
-from src.evaluation.linear import LinearProbe, logits_of, standardised
+from src.evaluation.linear import LinearProbe, logits_of, standardized
 
 
 def binary_cross_entropy(logits: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,7 +23,7 @@ def binary_cross_entropy(logits: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class MultiLabelProbe:
-    """Logistic regressions on standardised features, one a class, solved to convergence as `LinearProbe` solves its
+    """Logistic regressions on standardized features, one a class, solved to convergence as `LinearProbe` solves its
     own; l2 is chosen by mean average precision on what is held out of the bank.
 
     Reports ``multilabel_map``, the mean over classes of average precision (classes that no query shows left out), and
@@ -33,7 +33,7 @@ class MultiLabelProbe:
         probe: its grid, what is held out, and how far it is solved.
 
     Raises:
-        SettingError: the data knows one class a picture at most.
+        SettingError: the data knows one class a image at most.
     """
 
     probe: LinearProbe = field(default_factory=LinearProbe)
@@ -44,7 +44,7 @@ class MultiLabelProbe:
     def __call__(self, sets: FeatureSets, device: torch.device) -> dict[str, float]:
         if sets.bank.tags is None or sets.query.tags is None:
             raise SettingError("multilabel: the data knows one class a picture at most; scenes know all that are seen")
-        bank, query = standardised(sets, device)
+        bank, query = standardized(sets, device)
         tags = sets.bank.tags.to(device, torch.float32)
         options = {"classes": tags.shape[1], "loss": binary_cross_entropy}
         l2, _ = self.probe.choose(bank, tags, **options, judge=_judge)  # type: ignore[arg-type]

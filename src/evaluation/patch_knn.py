@@ -25,13 +25,13 @@ BANK_IMAGES, QUERY_IMAGES, BANK_PATCHES = 2000, 500, 20_000
 
 @dataclass(frozen=True)
 class PatchKNN:
-    """Weighted nearest neighbours (see `KNN`) of patches among patches.
+    """Weighted nearest neighbors (see `KNN`) of patches among patches.
 
     Reports ``patch_miou``, the mean over classes of intersection over union in patches (classes that neither occur nor
     are predicted left out), and ``patch_accuracy``, the share of patches that are right.
 
     Args:
-        k: neighbours that vote.
+        k: neighbors that vote.
         temperature: of their weights.
     """
 

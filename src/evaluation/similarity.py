@@ -14,7 +14,7 @@ Similarity = Callable[[Tensor, Tensor], Tensor]  # queries [Q, ...] and keys [K,
 
 
 @runtime_checkable
-class Comparing(Protocol):
+class CustomSimilarity(Protocol):
     """A method whose images and texts are compared in a way of its own. What `encode_image` and `encode_text` give then
     has a row for each image and text, and what is in a row is the method's business."""
 
@@ -32,7 +32,7 @@ def dot(query: Tensor, keys: Tensor) -> Tensor:
 
 def similarity_of(module: nn.Module) -> Similarity:
     """The method's own, or else `dot`."""
-    return module.similarity if isinstance(module, Comparing) else dot
+    return module.similarity if isinstance(module, CustomSimilarity) else dot
 
 
 def pairwise(similarity: Similarity, query: Tensor, keys: Tensor) -> Tensor:

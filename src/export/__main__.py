@@ -30,7 +30,7 @@ from src.errors import UserError, nearest
 from src.export.two_towers import VIT_BLOCK, VIT_QKV, as_transformers, renamed
 from src.export.videos import as_videomae
 from src.models.backbones.image_encoder import ImageEncoder
-from src.models.backbones.video_vit import CubeEmbed
+from src.models.backbones.video_vit import TubeletEmbed
 from src.models.image_text.base import ImageTextModule
 from src.models.video.xclip import CrossFrameEncoder
 
@@ -86,26 +86,26 @@ class Export:
         return arguments | {"num_classes": int(getattr(self.backbone, "num_classes", 0))}
 
     @property
-    def cubes(self) -> CubeEmbed | None:
+    def cubes(self) -> TubeletEmbed | None:
         """How the backbone reads clips; None where it reads pictures."""
         embed = getattr(self.backbone, "patch_embed", None)
-        return embed if isinstance(embed, CubeEmbed) else None
+        return embed if isinstance(embed, TubeletEmbed) else None
 
     def pictures(self) -> Tensor:
         """Random input of the right size, always the same: [2, 3, H, W], or clips [2, T, 3, H, W]."""
         frames = () if self.cubes is None else (self.cubes.frames,)
         return torch.randn(2, *frames, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
 
-    def as_encoder(self, library: str, load: str) -> Written:
+    def as_encoder(self, library: str, load: str) -> ExportInfo:
         """What is said of the encoder where that was written."""
         parts = f"encoder '{self.encoder}'"
         if self.cubes is not None:
-            return Written(parts, "A video encoder", library, "video-classification", load)
+            return ExportInfo(parts, "A video encoder", library, "video-classification", load)
         task = "image-classification" if self.classes else "image-feature-extraction"
-        return Written(parts, "An image encoder", library, task, load)
+        return ExportInfo(parts, "An image encoder", library, task, load)
 
 
-class Written(NamedTuple):
+class ExportInfo(NamedTuple):
     """What is said of an export."""
 
     parts: str  # which of the run's there are
@@ -115,7 +115,7 @@ class Written(NamedTuple):
     load: str  # code
 
 
-Writer = Callable[[Export, Path], Written]
+Writer = Callable[[Export, Path], ExportInfo]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -174,7 +174,7 @@ def gather(run: runs.Run, encoder: str | None, checkpoint: str | None) -> Export
     )
 
 
-def write(export: Export, to: Path, writer: Writer) -> Written:
+def write(export: Export, to: Path, writer: Writer) -> ExportInfo:
     """Everything into ``to``, whole or not at all; an earlier export there is replaced.
 
     Raises:
@@ -196,7 +196,7 @@ def write(export: Export, to: Path, writer: Writer) -> Written:
     return written
 
 
-def write_timm(export: Export, folder: Path) -> Written:
+def write_timm(export: Export, folder: Path) -> ExportInfo:
     """``model.safetensors`` for ``checkpoint_path=``, and ``config.json`` for ``local-dir:``.
 
     Raises:
@@ -238,11 +238,11 @@ def write_timm(export: Export, folder: Path) -> Written:
         'model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)\n'
         "# the same, from the weights alone:\n"
         f'model = timm.create_model("{export.architecture}", checkpoint_path="{WEIGHTS}", {keywords})\n'
-        "features = model.forward_features(images)  # normalised as config.json says\n",
+        "features = model.forward_features(images)  # normalized as config.json says\n",
     )
 
 
-def write_hf(export: Export, folder: Path) -> Written:
+def write_hf(export: Export, folder: Path) -> ExportInfo:
     """A folder for ``AutoModel.from_pretrained`` with its image processor: `CLIPModel` or `SiglipModel` of two towers,
     `VideoMAEModel` of an encoder of clips, `ViTModel` of an encoder of pictures.
 
@@ -293,7 +293,7 @@ def write_hf(export: Export, folder: Path) -> Written:
 
 
 @torch.no_grad()
-def write_clips(export: Export, folder: Path) -> Written:
+def write_clips(export: Export, folder: Path) -> ExportInfo:
     """`VideoMAEModel` and its processor of clips.
 
     Raises:
@@ -326,7 +326,7 @@ def write_clips(export: Export, folder: Path) -> Written:
 
 
 @torch.no_grad()
-def write_towers(export: Export, towers: Towers, folder: Path) -> Written:
+def write_towers(export: Export, towers: Towers, folder: Path) -> ExportInfo:
     """Both towers, the tokenizer and the image processor.
 
     Raises:
@@ -358,7 +358,7 @@ def write_towers(export: Export, towers: Towers, folder: Path) -> Written:
     bias: Any = getattr(module, "logit_bias", 0.0)
     # the scale multiplies what the vectors differ in
     _require_equal(found.logits_per_image, scale.exp() * image @ text.T + bias, "logits_per_image", float(scale.exp()))
-    return Written(
+    return ExportInfo(
         "both towers",
         "Image and text towers",
         "transformers",
@@ -394,7 +394,7 @@ def hf_weights(vit: VisionTransformer) -> dict[str, Tensor]:
     return {name: value.detach().clone().contiguous() for name, value in weights.items()}
 
 
-def card(export: Export, written: Written) -> str:
+def card(export: Export, written: ExportInfo) -> str:
     """The model card."""
     config = export.config
     recipe = {
@@ -445,7 +445,7 @@ def card(export: Export, written: Written) -> str:
         *metrics,
         "",
         "## Intended use",
-        "Features for research: nearest neighbours, linear probes, fine-tuning. What they have learned reflects the "
+        "Features for research: nearest neighbors, linear probes, fine-tuning. What they have learned reflects the "
         "data above; they have not been examined for bias, safety or fitness for decisions about people.",
         "",
         "## Licence",

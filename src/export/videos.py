@@ -12,7 +12,7 @@ from transformers import VideoMAEConfig, VideoMAEModel
 
 from src.errors import UserError
 from src.export.two_towers import VIT_BLOCK, VIT_QKV, renamed
-from src.models.backbones.video_vit import CubeEmbed, sinusoids
+from src.models.backbones.video_vit import TubeletEmbed, sinusoids
 
 _ENCODER = {"patch_embed.projection": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
 
@@ -30,7 +30,7 @@ def as_videomae(vit: nn.Module, name: str) -> VideoMAEModel:
     block: Any = vit.blocks[0] if isinstance(vit, VisionTransformer) else None
     plain = (
         isinstance(vit, VisionTransformer)
-        and isinstance(embed, CubeEmbed)
+        and isinstance(embed, TubeletEmbed)
         and vit.num_prefix_tokens == 0
         and isinstance(vit.norm, nn.LayerNorm)
         and isinstance(vit.fc_norm, nn.Identity)
@@ -44,7 +44,7 @@ def as_videomae(vit: nn.Module, name: str) -> VideoMAEModel:
             "is none"
         )
     assert isinstance(vit, VisionTransformer)
-    assert isinstance(embed, CubeEmbed)
+    assert isinstance(embed, TubeletEmbed)
     width = vit.embed_dim
     if vit.pos_embed is None or not torch.equal(vit.pos_embed, sinusoids(width, embed.num_patches)):
         raise UserError("format=hf writes VideoMAEModel, whose positions are fixed sines; this run's are others")

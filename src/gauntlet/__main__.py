@@ -25,8 +25,8 @@ from src.errors import UserError
 from src.files import write_atomically
 from src.gauntlet import report
 from src.gauntlet.measuring import Failures, cells_of, chosen, frozen_of, measure
-from src.gauntlet.ranking import Standing, with_backbones
-from src.gauntlet.tasks import Cell, Contender, Task
+from src.gauntlet.ranking import Ranking, with_backbones
+from src.gauntlet.tasks import GauntletEntry, Task, TaskRun
 
 WORDS = ("run", "data", "tasks", "checkpoint", "floor", "out")
 
@@ -64,19 +64,19 @@ def _cells(
     tasks: Mapping[str, Task],
     folder: Path,
     told: Failures,
-) -> dict[str, Cell]:
+) -> dict[str, TaskRun]:
     """Every task of every contender that it applies to, by key; what does not apply is told."""
     floor = words.get("floor", "true").lower()
     if floor not in ("true", "false"):
         raise UserError(f"floor is true or false, not '{floor}'")
     overrides = [word for word in rest if not word.startswith("finetune.")]
-    cells: dict[str, Cell] = {}
+    cells: dict[str, TaskRun] = {}
     for run in found:
         checkpoint = trained.checkpoint_of(run, words.get("checkpoint", "last"))
         for data in re.split(r"[,\s]+", words["data"].strip("[] ")) if words.get("data") else [None]:
             config = evaluate.settle(run, data, overrides)
             for weights in (checkpoint, None) if floor == "true" else (checkpoint,):
-                contender = Contender(
+                contender = GauntletEntry(
                     run,
                     config,
                     _data_name(config, data),
@@ -103,11 +103,11 @@ def known(folder: Path) -> dict[str, Any]:
     return {row["key"]: {name: value for name, value in row.items() if name not in ("key", "backbone")} for row in rows}
 
 
-def write(folder: Path, rows: Sequence[Mapping[str, Any]], told: Failures) -> Standing:
+def write(folder: Path, rows: Sequence[Mapping[str, Any]], told: Failures) -> Ranking:
     """The long table and the page, of everybody who has ever taken part in this folder."""
     scores = with_backbones(rows)
     write_atomically(folder / "scores.json", json.dumps({"scores": scores}, indent=2) + "\n")
-    standing = Standing(scores)
+    standing = Ranking(scores)
     write_atomically(folder / "report.md", report.markdown(standing, told))
     return standing
 

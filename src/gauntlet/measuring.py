@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from src import configuration
 from src.configuration import CONFIGS
 from src.errors import UserError, nearest
-from src.gauntlet.tasks import Cell, Contender, Frozen, Task
+from src.gauntlet.tasks import Frozen, GauntletEntry, Task, TaskRun
 from src.measure import machine
 from src.measure import result_cache as once
 
@@ -43,12 +43,12 @@ def frozen_of(tasks: Mapping[str, Task]) -> list[str]:
     return list(dict.fromkeys(task.evaluation for task in tasks.values() if isinstance(task, Frozen)))
 
 
-def cells_of(contender: Contender, tasks: Mapping[str, Task], told: Failures) -> dict[str, Cell]:
+def cells_of(contender: GauntletEntry, tasks: Mapping[str, Task], told: Failures) -> dict[str, TaskRun]:
     """The contender's tasks by key; one that does not apply to it is told."""
     cells = {}
     for name, task in tasks.items():
         try:
-            cell = Cell(name, task, contender)
+            cell = TaskRun(name, task, contender)
         except UserError as problem:
             told[f"{contender.title}, {name}/{contender.data}"] = str(problem)
         else:
@@ -57,7 +57,7 @@ def cells_of(contender: Contender, tasks: Mapping[str, Task], told: Failures) ->
 
 
 def measure(
-    cells: Mapping[str, Cell],
+    cells: Mapping[str, TaskRun],
     earlier: Mapping[str, Any],
     told: Failures,
     *,
@@ -82,9 +82,9 @@ def measure(
                 'say the same for all, such as ARGS="data.source.count={train: 2000, val: 500, test: 500} '
                 'data.train_samples=null evaluate.bank_samples=null evaluate.query_samples=null", or another out='
             )
-    before: list[Contender] = []
+    before: list[GauntletEntry] = []
 
-    def one(cell: Cell, config: DictConfig) -> dict[str, Any]:
+    def one(cell: TaskRun, config: DictConfig) -> dict[str, Any]:
         if before and before[-1] is not cell.contender:
             before.pop().forget()
         before[:] = [cell.contender]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-Score = Mapping[str, Any]  # a row of the long table, see `Cell.facts`, with its ``backbone`` and ``value``
+Score = Mapping[str, Any]  # a row of the long table, see `TaskRun.facts`, with its ``backbone`` and ``value``
 
 SIZES = {"tiny": 10e6, "small": 30e6, "base": float("inf")}  # parameters below which a backbone is called so
 _LEAST = 3  # backbones: two are always in perfect order
@@ -32,7 +32,7 @@ def with_backbones(scores: Sequence[Score]) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Standing:
+class Ranking:
     """Who stands where: of ``scores`` with their backbones.
 
     Seeds are averaged first. In each setting the scores become z-scores: less the mean and over the standard deviation

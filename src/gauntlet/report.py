@@ -10,12 +10,12 @@ import numpy as np
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from src.gauntlet.ranking import Standing
+from src.gauntlet.ranking import Ranking
 from src.measure import machine
 from src.measure.report import percent, table
 
 
-def markdown(standing: Standing, failures: Mapping[str, str]) -> str:
+def markdown(standing: Ranking, failures: Mapping[str, str]) -> str:
     """The page.
 
     Args:
@@ -55,7 +55,7 @@ def markdown(standing: Standing, failures: Mapping[str, str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _by_size(standing: Standing) -> list[str]:
+def _by_size(standing: Ranking) -> list[str]:
     """A ranking for each size, where there are backbones of several."""
     if len(standing.sizes) < 2:
         return []
@@ -65,7 +65,7 @@ def _by_size(standing: Standing) -> list[str]:
     return said
 
 
-def ranking(standing: Standing, among: Sequence[int] | None = None) -> tuple[list[str], list[list[str]]]:
+def ranking(standing: Ranking, among: Sequence[int] | None = None) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the ranking, of all or ``among`` some, best first."""
     rows = [
         [
@@ -81,7 +81,7 @@ def ranking(standing: Standing, among: Sequence[int] | None = None) -> tuple[lis
     return ["", "rank", "mean z", "coverage", "parameters", *standing.kinds], rows
 
 
-def scores(standing: Standing) -> tuple[list[str], list[list[str]]]:
+def scores(standing: Ranking) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the raw scores, a setting a row."""
     about = {score["setting"]: score for score in standing.scores}
     rows = []
@@ -98,7 +98,7 @@ def scores(standing: Standing) -> tuple[list[str], list[list[str]]]:
     return ["", "adaptation", "metric", *(standing.backbones[row] for row in standing.order)], rows
 
 
-def terminal(standing: Standing) -> Table:
+def terminal(standing: Ranking) -> Table:
     head, rows = ranking(standing)
     shown = Table(title="Gauntlet: mean z-scores", title_justify="left")
     for name in head:
@@ -108,7 +108,7 @@ def terminal(standing: Standing) -> Table:
     return shown
 
 
-def dashboard(folder: Path, standing: Standing, page: str) -> None:
+def dashboard(folder: Path, standing: Ranking, page: str) -> None:
     """The page and the numbers for TensorBoard, in place of those that an earlier call has written."""
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()

@@ -22,7 +22,7 @@ RANDOM = "random"
 
 
 @dataclass
-class Contender:
+class GauntletEntry:
     """An encoder on one data set: a run's first, or the same one as it was before its training.
 
     Args:
@@ -79,7 +79,7 @@ class Contender:
 
     @cached_property
     def judged_on(self) -> str:
-        """What has to be the same for all in a setting; resolution and normalisation are each encoder's own."""
+        """What has to be the same for all in a setting; resolution and normalization are each encoder's own."""
         settings = {key: self.config.evaluate[key] for key in ("split", "bank_samples", "query_samples")}
         return samples_of(self.config.data, settings)
 
@@ -94,8 +94,8 @@ class Contender:
         return next(iter(module.encoders().values()))
 
     @cached_property
-    def judged(self) -> evaluate.Judged:
-        return evaluate.Judged(self.config, {"encoder": self.encoder}, self.frozen)
+    def judged(self) -> evaluate.EncoderEvaluator:
+        return evaluate.EncoderEvaluator(self.config, {"encoder": self.encoder}, self.frozen)
 
     def forget(self) -> None:
         """Weights and features, which the next contender needs the room of."""
@@ -114,16 +114,16 @@ class Task(Protocol):
     @property
     def adaptation(self) -> str: ...
 
-    def judged_on(self, contender: Contender) -> str:
+    def judged_on(self, contender: GauntletEntry) -> str:
         """Equal where two contenders are judged on the same samples."""
         ...
 
-    def recipe(self, contender: Contender) -> tuple[DictConfig, Any]:
+    def recipe(self, contender: GauntletEntry) -> tuple[DictConfig, Any]:
         """Everything that decides the number: a configuration and what else. Raises UserError where the task does not
         apply."""
         ...
 
-    def __call__(self, contender: Contender) -> float:
+    def __call__(self, contender: GauntletEntry) -> float:
         """Raises UserError where the data has not what is needed."""
         ...
 
@@ -147,7 +147,7 @@ class Frozen:
 
     adaptation: ClassVar[str] = "frozen"
 
-    def recipe(self, contender: Contender) -> tuple[DictConfig, Any]:
+    def recipe(self, contender: GauntletEntry) -> tuple[DictConfig, Any]:
         settings = contender.config.evaluate
         known: Mapping[str, Any] = {**settings.evaluators, **settings.encoders}
         if self.evaluation not in known:
@@ -156,13 +156,13 @@ class Frozen:
         own = own | {"evaluation": OmegaConf.to_container(known[self.evaluation], resolve=True)}
         return contender.decides, [asdict(self), own, contender.weights]
 
-    def judged_on(self, contender: Contender) -> str:
+    def judged_on(self, contender: GauntletEntry) -> str:
         if self.data is None:
             return contender.judged_on
         evaluation = OmegaConf.to_container(contender.config.evaluate.encoders[self.evaluation], resolve=False)
         return fingerprint(OmegaConf.create({"evaluation": evaluation, "split": contender.config.evaluate.split}))
 
-    def __call__(self, contender: Contender) -> float:
+    def __call__(self, contender: GauntletEntry) -> float:
         return _named(self.metric, contender.judged.scores(self.evaluation)["encoder"])
 
 
@@ -190,20 +190,20 @@ class FineTuned:
 
     adaptation: ClassVar[str] = "fine-tuned"
 
-    def recipe(self, contender: Contender) -> tuple[DictConfig, Any]:
+    def recipe(self, contender: GauntletEntry) -> tuple[DictConfig, Any]:
         config = self._config(contender)
         config.checkpoint = None  # its weights say more than where they lie
         return config, [asdict(self), contender.weights]
 
-    def judged_on(self, contender: Contender) -> str:
+    def judged_on(self, contender: GauntletEntry) -> str:
         return samples_of(self._config(contender).data, {})
 
-    def __call__(self, contender: Contender) -> float:
+    def __call__(self, contender: GauntletEntry) -> float:
         name = "_".join([self.experiment, contender.title, self.data or contender.data])
         folder = runs.unused(contender.folder, re.sub(r"[/ ]", "_", name))
         return evaluate.fine_tuned(self._config(contender), folder, self.metric)
 
-    def _config(self, contender: Contender) -> DictConfig:
+    def _config(self, contender: GauntletEntry) -> DictConfig:
         return evaluate.finetune_config(
             contender.config,
             contender.checkpoint,
@@ -215,14 +215,14 @@ class FineTuned:
 
 
 @dataclass(frozen=True)
-class Headed(FineTuned):
+class FrozenHeadTask(FineTuned):
     """The same of an experiment that leaves the encoder as it is and trains a head on it."""
 
     adaptation: ClassVar[str] = "frozen"
 
 
 @dataclass(frozen=True)
-class Cell:
+class TaskRun:
     """A task of a contender; see `once.Measurable`. The configuration is composed once.
 
     Raises:
@@ -231,7 +231,7 @@ class Cell:
 
     name: str
     task: Task
-    contender: Contender
+    contender: GauntletEntry
 
     def __post_init__(self) -> None:
         self._recipe  # noqa: B018  says at once what does not apply

@@ -41,14 +41,14 @@ def _widen(value: object) -> object:
 
 
 @full_precision
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     """Rows of unit length, [..., D], in float32 at least."""
     return F.normalize(x, dim=-1)
 
 
 @torch.no_grad()
 @full_precision
-def deviation(z: Tensor) -> Tensor:
+def feature_std(z: Tensor) -> Tensor:
     """For the log: standard deviation over images, mean over views and dimensions: [B, V, D] -> scalar. 0: collapsed.
     Rows of unit length that point everywhere alike have 1 / sqrt(D)."""
     return z.std(dim=0, correction=0).mean()

@@ -52,12 +52,12 @@ class PretrainModule(L.LightningModule, ABC):
         parameters of a pair have the same names. None by default."""
         return []
 
-    def pictures(self, batch: Any) -> Mapping[str, Tensor]:
-        """Pictures that show the method at work on ``batch``: name -> [n, columns, 3, H, W], a row of columns an image,
-        in the batch's normalisation. Called without gradients, in evaluation mode. None by default."""
+    def visualize(self, batch: Any) -> Mapping[str, Tensor]:
+        """Visualizations that show the method at work on ``batch``: name -> [n, columns, 3, H, W], a row of columns an image,
+        in the batch's normalization. Called without gradients, in evaluation mode. None by default."""
         return {}
 
-    def clips(self, batch: Any) -> Mapping[str, Tensor]:
+    def visualize_video(self, batch: Any) -> Mapping[str, Tensor]:
         """What moves of it: name -> [n, columns, T, 3, H, W], a row of columns a video, all of which play at once.
         Called as `pictures` is. None by default."""
         return {}

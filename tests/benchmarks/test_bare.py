@@ -1,4 +1,4 @@
-"""The bare loop takes the same steps as the Trainer would, on pictures that never end."""
+"""The bare loop takes the same steps as the Trainer would, on images that never end."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from benchmarks.bare import BareLoop, Copies, MemorySource
-from src.datamodules.dataset import Draw, ViewedDataset
+from src.datamodules.dataset import SampleKey, ViewedDataset
 from src.datamodules.image import IMAGENET_MEAN, IMAGENET_STD
-from src.datamodules.views.image import CentreCrop
+from src.datamodules.views.image import CenterCrop
 from src.models.masked.mae import MAE
 from src.optim import OptimizerRecipe
 
@@ -53,8 +53,8 @@ def test_bare_steps_are_plain_pytorch_steps() -> None:
 
 def test_memory_source_repeats_its_pictures_under_all_indices() -> None:
     source = MemorySource("train", size=8, length=100_000, distinct=7, classes=3)
-    dataset = ViewedDataset(source, CentreCrop(size=8, share=1.0), seed=0)
-    batch = dataset[[Draw(0, 5), Draw(0, 5 + 7 * 1000), Draw(0, 6)]]
+    dataset = ViewedDataset(source, CenterCrop(size=8, share=1.0), seed=0)
+    batch = dataset[[SampleKey(0, 5), SampleKey(0, 5 + 7 * 1000), SampleKey(0, 6)]]
     assert len(dataset) == 100_000
     assert np.array_equal(batch["image"][0], source.pictures[5])
     assert torch.equal(batch["image"][0], batch["image"][1])
@@ -65,7 +65,7 @@ def test_memory_source_repeats_its_pictures_under_all_indices() -> None:
 
 def test_copies_are_the_picture_and_its_corner() -> None:
     source = MemorySource("train", size=8, length=3)
-    batch = ViewedDataset(source, Copies(2, 3, 4), seed=0)[[Draw(0, 2), Draw(0, 0)]]
+    batch = ViewedDataset(source, Copies(2, 3, 4), seed=0)[[SampleKey(0, 2), SampleKey(0, 0)]]
     assert batch["views"].shape == (2, 2, 3, 8, 8)
     assert batch["local_views"].shape == (2, 3, 3, 4, 4)
     for view in range(2):

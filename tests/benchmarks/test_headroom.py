@@ -8,41 +8,41 @@ import pytest
 import torch
 
 from benchmarks import headroom
-from benchmarks.headroom import Pictures
+from benchmarks.headroom import Visualizations
 
 CLASSES = 10
 
 
 @pytest.fixture(scope="module")
-def train() -> Pictures:
+def train() -> Visualizations:
     return headroom.load("train", 2000, 32, None)
 
 
 @pytest.fixture(scope="module")
-def test() -> Pictures:
+def test() -> Visualizations:
     return headroom.load("val", 600, 32, None)
 
 
 def _bound(count: int, share: float = 1 / CLASSES, deviations: float = 4.0) -> float:
-    """Percent that a guesser of ``share`` exceeds on ``count`` pictures less than once in thirty thousand times."""
+    """Percent that a guesser of ``share`` exceeds on ``count`` images less than once in thirty thousand times."""
     return 100.0 * (share + deviations * math.sqrt(share * (1 - share) / count))
 
 
-def test_labels_are_balanced(train: Pictures) -> None:
+def test_labels_are_balanced(train: Visualizations) -> None:
     counts = torch.bincount(train.labels, minlength=CLASSES)
     spread = 4.0 * math.sqrt(2000 * 0.1 * 0.9)
     assert (counts - 200).abs().max() < spread
 
 
-def test_pixels_tell_something_but_little(train: Pictures, test: Pictures) -> None:
-    """Above chance, so that the label is in the pixels at all; at 2000 pictures well below the 35 % of the target."""
+def test_pixels_tell_something_but_little(train: Visualizations, test: Visualizations) -> None:
+    """Above chance, so that the label is in the pixels at all; at 2000 images well below the 35 % of the target."""
     flat, flat_test = (pictures.images.flatten(1).float() / 255 for pictures in (train, test))
     found = headroom.accuracy(headroom.knn(flat, train.labels, flat_test, classes=CLASSES), test.labels)
     assert _bound(600, deviations=2.0) < found < 35.0
 
 
 @pytest.mark.parametrize("classifier", ["knn", "linear"])
-def test_nuisances_tell_nothing(train: Pictures, test: Pictures, classifier: str) -> None:
+def test_nuisances_tell_nothing(train: Visualizations, test: Visualizations, classifier: str) -> None:
     predict = getattr(headroom, classifier)
     found = headroom.nuisances(test)
     for name, values in headroom.nuisances(train).items():
@@ -52,7 +52,7 @@ def test_nuisances_tell_nothing(train: Pictures, test: Pictures, classifier: str
         assert headroom.accuracy(predicted, test.labels) < _bound(600), name
 
 
-def test_a_leak_would_be_seen(train: Pictures, test: Pictures) -> None:
+def test_a_leak_would_be_seen(train: Visualizations, test: Visualizations) -> None:
     """The same classifiers do find the label where it is leaked, weakly, into a nuisance."""
     generator = torch.Generator().manual_seed(0)
     leaks = [

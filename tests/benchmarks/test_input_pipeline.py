@@ -1,4 +1,4 @@
-"""The comparison's pictures are like photographs, and both sides do the same work."""
+"""The comparison's images are like photographs, and both sides do the same work."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_pictures_compress_and_fall_off_like_photographs() -> None:
 
 
 def test_both_sides_make_the_same_tensor_of_the_same_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A square picture and whole-area boxes leave one choice: the whole picture, then a mirror or none."""
+    """A square image and whole-area boxes leave one choice: the whole image, then a mirror or none."""
     for split in ("train", "val"):
         (tmp_path / split / "photo").mkdir(parents=True)
         photo_like(300, 300, 0).save(tmp_path / split / "photo" / "0.jpg", quality=90)
@@ -42,4 +42,4 @@ def test_both_sides_make_the_same_tensor_of_the_same_box(tmp_path: Path, monkeyp
     whole = [image for images in seen.values() for image in images]
     reference = whole[0]
     matches = [min((image - other).abs().max() for other in (reference, reference.flip(-1))) for image in whole]
-    assert torch.stack(matches).max() < 0.05  # two of 255 levels after normalisation are 0.035
+    assert torch.stack(matches).max() < 0.05  # two of 255 levels after normalization are 0.035

@@ -74,7 +74,7 @@ class TestReport:
         emoji = learning.report(runs_of("emoji", *strong_pixels))
         assert emoji.checks[1].met is True
         assert (
-            "On emoji the trained encoder clearly beats random initialisation by kNN, random initialisation by linear "
+            "On emoji the trained encoder clearly beats random initialization by kNN, random initialization by linear "
             "probe; it does not clearly beat raw pixels (16x16) by kNN, raw pixels (16x16) by linear probe."
         ) in emoji.body
 
@@ -94,7 +94,7 @@ class TestReport:
 
 def test_a_small_run_from_the_command_to_its_scores(tmp_path: Path) -> None:
     """Trained by the command, judged against its beginning and pixels, kept at once, and not done again."""
-    words = [*SECONDS[1:], "callbacks.pictures=null"]
+    words = [*SECONDS[1:], "callbacks.visualizations=null"]
     kept: list[dict[str, Any]] = []
     result = learning.measure(overrides=words, data=["scenes"], seeds=[3], keep=lambda each: kept.append(each))
     found = result["runs"]["scenes/3"]

@@ -41,7 +41,7 @@ def test_the_encoder_that_the_paper_judges_is_the_one_in_the_table() -> None:
     }
     section = methods.report({"rates": rates("dino/scenes"), "runs": runs})
     assert "| DINO | 50.0 ± 2.0 | 60.0 ± 2.0 | 711 | 128,000 | 1.50 |" in section.body
-    assert "| random initialisation | 10.0 ± 0.0 | 20.0 ± 0.0 |" in section.body
+    assert "| random initialization | 10.0 ± 0.0 | 20.0 ± 0.0 |" in section.body
     assert "DINO's student 30.0 ± 0.0, 40.0 ± 0.0." in section.body
     assert "and why" not in section.body
     (check,) = section.checks

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from src.callbacks.step_seed import StepSeed
 from src.checkpoint_io import AtomicCheckpointIO
-from src.datamodules.dataset import Draw, ResumableLoader, TrainSampler
+from src.datamodules.dataset import ResumableLoader, SampleKey, TrainSampler
 
 SIZE = 4
 
@@ -27,7 +27,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.image)
 
-    def __getitem__(self, draws: list[Draw]) -> dict[str, Tensor]:
+    def __getitem__(self, draws: list[SampleKey]) -> dict[str, Tensor]:
         index = torch.tensor([draw.position for draw in draws])
         return {"image": self.image[index], "index": index, "replaced": torch.isin(index, self.bad)}
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from src.callbacks.drawing import Ranked, pictures_of_texts, similarities, texts_of_pictures, tile, wrapped
-from src.callbacks.image_text_visualizations import ImageTextPictures, extremes
+from src.callbacks.image_text_visualizations import ImageTextVisualizations, extremes
 from src.loggers import OrderedTensorBoardLogger
 from src.models.backbones.image_encoder import ImageEncoder
 from src.models.downstream.colormaps import ramp
@@ -32,7 +32,7 @@ GREEN, RED = (22, 140, 70), (200, 60, 50)
 
 
 class Counting(PretrainModule):
-    """Reads numbers off pictures and texts, of the last two texts each as the other."""
+    """Reads numbers off images and texts, of the last two texts each as the other."""
 
     def __init__(self, made: Any) -> None:
         super().__init__(OptimizerRecipe(partial(torch.optim.SGD), lr=0.1))
@@ -49,7 +49,7 @@ class Counting(PretrainModule):
     def encode_image(self, image: Tensor) -> Tensor:
         assert not self.training
         self.asked += 1
-        return one_hot((self.made.denormalise(image)[:, 0, 0, 0] * 255).round().long(), 12).float()
+        return one_hot((self.made.denormalize(image)[:, 0, 0, 0] * 255).round().long(), 12).float()
 
     def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
         torch.rand(3)
@@ -64,13 +64,13 @@ def train(folder: Path, module: L.LightningModule, callback: L.Callback, **optio
     return events
 
 
-def pixels(sheet: Image.Image, colour: tuple[int, int, int]) -> int:
-    return int((np.asarray(sheet) == colour).all(axis=-1).sum())
+def pixels(sheet: Image.Image, color: tuple[int, int, int]) -> int:
+    return int((np.asarray(sheet) == color).all(axis=-1).sum())
 
 
 def test_sheets_are_written_at_the_start_at_epochs_and_at_the_end(tmp_path: Path) -> None:
     module = Counting(data(tmp_path))
-    events = train(tmp_path, module, ImageTextPictures(table=10, rows=2, every_n_epochs=2), max_epochs=3)
+    events = train(tmp_path, module, ImageTextVisualizations(table=10, rows=2, every_n_epochs=2), max_epochs=3)
     names = {f"pictures/{name}" for name in ("similarities", "pictures_of_texts", "texts_of_pictures")}
     assert set(events.Tags()["images"]) == names
     for name in names:
@@ -79,11 +79,11 @@ def test_sheets_are_written_at_the_start_at_epochs_and_at_the_end(tmp_path: Path
         drawn = Image.open(io.BytesIO(shown[0].encoded_image_string)).convert("RGB")
         assert pixels(drawn, GREEN) > 50  # what was found
         assert pixels(drawn, RED) > 50  # and what was not
-    assert module.asked == 3 * 3  # ten pictures in batches of four, each time; the projector takes the last ones
+    assert module.asked == 3 * 3  # ten images in batches of four, each time; the projector takes the last ones
 
 
 def test_the_projector_holds_a_point_for_each_picture_and_text(tmp_path: Path) -> None:
-    train(tmp_path, Counting(data(tmp_path)), ImageTextPictures(), max_epochs=1)
+    train(tmp_path, Counting(data(tmp_path)), ImageTextVisualizations(), max_epochs=1)
     [folder] = (tmp_path / "00005").iterdir()
     vectors = np.loadtxt(folder / "tensors.tsv")
     header, *rows = (folder / "metadata.tsv").read_text().splitlines()
@@ -111,7 +111,7 @@ def test_a_method_that_compares_in_its_own_way_is_drawn_by_it_and_has_no_points(
             return torch.einsum("qid,kjd->qkij", query, keys).amax(dim=3).mean(dim=2)
 
     drawn = [
-        train(tmp_path / kind.__name__, kind(data(tmp_path)), ImageTextPictures(), max_epochs=1)
+        train(tmp_path / kind.__name__, kind(data(tmp_path)), ImageTextVisualizations(), max_epochs=1)
         for kind in (Counting, Late)
     ]
     for name in ("similarities", "pictures_of_texts", "texts_of_pictures"):
@@ -123,7 +123,7 @@ def test_a_method_that_compares_in_its_own_way_is_drawn_by_it_and_has_no_points(
 
 def test_what_a_captioner_says_is_written_under_its_pictures(tmp_path: Path) -> None:
     class Captioning(Counting):
-        """Says the number that the picture shows, and lists what it was asked."""
+        """Says the number that the image shows, and lists what it was asked."""
 
         lengths: list[int] = []
 
@@ -135,7 +135,7 @@ def test_what_a_captioner_says_is_written_under_its_pictures(tmp_path: Path) -> 
             return ids
 
     module = Captioning(data(tmp_path))
-    callback = ImageTextPictures(captions=3)
+    callback = ImageTextVisualizations(captions=3)
     events = train(tmp_path, module, callback, max_epochs=1)
     [first, last] = events.Images("pictures/captions")
     assert (first.step, last.step) == (0, 5)
@@ -144,7 +144,7 @@ def test_what_a_captioner_says_is_written_under_its_pictures(tmp_path: Path) -> 
     assert module.lengths == [12, 12]
     drawn = Image.open(io.BytesIO(last.encoded_image_string)).convert("RGB")
     assert drawn.size == (3 * 12 + 96 + 560, 12 + 3 * (96 + 12))
-    assert pixels(drawn, (2, 2, 2)) == 96**2  # the third picture
+    assert pixels(drawn, (2, 2, 2)) == 96**2  # the third image
 
 
 def test_what_goes_wrong_is_said_once_and_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -154,7 +154,7 @@ def test_what_goes_wrong_is_said_once_and_training_goes_on(tmp_path: Path, caplo
 
     module = Broken(data(tmp_path))
     with caplog.at_level(logging.WARNING):
-        events = train(tmp_path, module, ImageTextPictures(every_n_epochs=1), max_epochs=2)
+        events = train(tmp_path, module, ImageTextVisualizations(every_n_epochs=1), max_epochs=2)
     said = [record.getMessage() for record in caplog.records if "no pictures" in record.getMessage()]
     assert said == ["no pictures of images and texts: RuntimeError: no words"]
     assert events.Tags()["images"] == []
@@ -174,7 +174,7 @@ def test_generators_are_left_as_they_were_and_other_methods_alone(tmp_path: Path
 
     around = Around()
     module = Counting(data(tmp_path))
-    fit(tmp_path, around, ImageTextPictures(), around, module=module, data=module.made, max_epochs=1)
+    fit(tmp_path, around, ImageTextVisualizations(), around, module=module, data=module.made, max_epochs=1)
     assert torch.equal(states[0], states[1])
     assert module.asked > 0
 
@@ -233,4 +233,4 @@ def test_sheets_of_retrievals_show_own_and_found() -> None:
 @pytest.mark.parametrize("name", ["count", "table", "rows", "nearest", "captions", "every_n_epochs"])
 def test_what_cannot_be_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least"):
-        ImageTextPictures(**{name: 0})
+        ImageTextVisualizations(**{name: 0})

@@ -18,7 +18,7 @@ class JudgedData(SmallData):
         return DataLoader(self.rows.image, batch_size=16)  # type: ignore[arg-type]
 
 
-class Judged(SmallModule):
+class EncoderEvaluator(SmallModule):
     def __init__(self) -> None:
         super().__init__()
         self.judged: list[tuple[int, float]] = []
@@ -39,7 +39,7 @@ class Judged(SmallModule):
     ],
 )
 def test_after_the_last_step_and_where_it_was_before(tmp_path: Path, options: dict[str, Any], at: list[int]) -> None:
-    module = Judged()
+    module = EncoderEvaluator()
     trainer = fit(tmp_path, LastValidation(), module=module, data=JudgedData(), limit_val_batches=1.0, **options)
     assert [step for step, _ in module.judged] == at
     assert trainer.global_step == at[-1]

@@ -203,8 +203,8 @@ def test_a_resumed_run_measures_the_same_targets(tmp_path: Path) -> None:
     assert "health/target_information" in steps.written[-1][1]
 
 
-class Colours(L.LightningDataModule):
-    """Two noisy views of pictures of one of eight colours."""
+class Colors(L.LightningDataModule):
+    """Two noisy views of images of one of eight colors."""
 
     batch_size = 32
 
@@ -212,18 +212,18 @@ class Colours(L.LightningDataModule):
         draw = torch.Generator().manual_seed(0)
         batches = []
         for step in range(60):
-            colour = torch.randint(2, (32, 1, 3, 1, 1), generator=draw) * 2.0 - 1
-            views = colour + 0.3 * torch.randn(32, 2, 3, toy.SIDE, toy.SIDE, generator=draw)
+            color = torch.randint(2, (32, 1, 3, 1, 1), generator=draw) * 2.0 - 1
+            views = color + 0.3 * torch.randn(32, 2, 3, toy.SIDE, toy.SIDE, generator=draw)
             batches.append({"views": views, "step": torch.tensor(step)})
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
-def train_dino(folder: Path, *, centre_momentum: float, lr: float, teacher_momentum: float) -> dict[str, Tensor]:
+def train_dino(folder: Path, *, center_momentum: float, lr: float, teacher_momentum: float) -> dict[str, Tensor]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     recipe = OptimizerRecipe(torch.optim.AdamW, lr=lr)
     small: dict[str, Any] = {"prototypes": 32, "hidden_dim": 32, "bottleneck_dim": 32}
-    momenta = {"teacher_momentum": teacher_momentum, "centre_momentum": centre_momentum}
+    momenta = {"teacher_momentum": teacher_momentum, "center_momentum": center_momentum}
     method = DINO(toy.vit(), recipe, **momenta, **small)
     health = RepresentationHealth(every_n_steps=10, window=64)
     trainer = L.Trainer(
@@ -236,29 +236,29 @@ def train_dino(folder: Path, *, centre_momentum: float, lr: float, teacher_momen
         enable_progress_bar=False,
         default_root_dir=folder,
     )
-    trainer.fit(method, datamodule=Colours())
+    trainer.fit(method, datamodule=Colors())
     return dict(trainer.callback_metrics)
 
 
-def test_dino_without_a_centre_is_said_to_collapse(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    metrics = train_dino(tmp_path, centre_momentum=1.0, lr=1e-3, teacher_momentum=0.95)
+def test_dino_without_a_center_is_said_to_collapse(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    metrics = train_dino(tmp_path, center_momentum=1.0, lr=1e-3, teacher_momentum=0.95)
     assert "the teacher's targets have collapsed" in caplog.text
     assert metrics["health/effective_prototypes"] < 1.001
     assert metrics["health/teacher_entropy"] < 0.001
 
 
-def test_dino_that_learns_too_fast_is_said_to_collapse_with_a_centre_too(
+def test_dino_that_learns_too_fast_is_said_to_collapse_with_a_center_too(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """All prototypes alike for every image, as the centre cannot prevent."""
-    metrics = train_dino(tmp_path, centre_momentum=0.9, lr=3e-3, teacher_momentum=0.99)
+    """All prototypes alike for every image, as the center cannot prevent."""
+    metrics = train_dino(tmp_path, center_momentum=0.9, lr=3e-3, teacher_momentum=0.99)
     assert "the teacher's targets have collapsed" in caplog.text
     assert metrics["health/effective_prototypes"] > 16
     assert metrics["health/target_information"] < 0.001
 
 
 def test_dino_that_learns_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    metrics = train_dino(tmp_path, centre_momentum=0.9, lr=1e-4, teacher_momentum=0.996)
+    metrics = train_dino(tmp_path, center_momentum=0.9, lr=1e-4, teacher_momentum=0.996)
     assert "collapsed" not in caplog.text
     assert metrics["health/effective_prototypes"] > 16
     assert metrics["health/target_information"] > 0.2

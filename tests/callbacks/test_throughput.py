@@ -14,7 +14,7 @@ from torch import Tensor
 
 from src.callbacks.checkpoints import Checkpoints
 from src.callbacks.throughput import Throughput, peak_memory_gb
-from src.datamodules.dataset import Draw
+from src.datamodules.dataset import SampleKey
 from tests.callbacks.small_runs import SIZE, Rows, SmallData, SmallModule, fit
 
 
@@ -35,7 +35,7 @@ class SlowRows(Rows):
         super().__init__(length)
         self.clock = clock
 
-    def __getitem__(self, draws: list[Draw]) -> dict[str, Tensor]:
+    def __getitem__(self, draws: list[SampleKey]) -> dict[str, Tensor]:
         self.clock.now += 1.0
         return super().__getitem__(draws)
 
@@ -101,7 +101,7 @@ def test_rates_are_of_training_alone(tmp_path: Path, accumulate: int) -> None:
         assert "speed/mfu" not in rates  # nobody knows what this device could do
 
 
-def test_utilisation_is_operations_done_over_operations_possible(tmp_path: Path) -> None:
+def test_utilization_is_operations_done_over_operations_possible(tmp_path: Path) -> None:
     clock, collect = Clock(), Collect()
     data = SmallData(length=16, batch_size=4)
     data.rows = SlowRows(16, clock)

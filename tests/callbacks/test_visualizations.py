@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from src.callbacks.checkpoints import Checkpoints
 from src.callbacks.drawing import animation
-from src.callbacks.visualizations import Pictures
+from src.callbacks.visualizations import Visualizations
 from src.datamodules.batch import MultiViewBatch
 from src.datamodules.image import ImageDataModule
 from src.datamodules.sources.source import Split
-from src.datamodules.views.color import Colour
-from src.datamodules.views.image import CentreCrop, RandomResizedCrop
+from src.datamodules.views.color import Color
+from src.datamodules.views.image import CenterCrop, RandomResizedCrop
 from src.datamodules.views.multi import Augmented, MultiView
 from src.loggers import OrderedTensorBoardLogger
 from src.models.backbones.image_encoder import ImageEncoder
@@ -33,8 +33,8 @@ from tests.callbacks.small_runs import fit
 SIDE = 6
 
 
-class Colours:
-    """Sixteen flat pictures; the green of validation picture i is 10 * i."""
+class Colors:
+    """Sixteen flat images; the green of validation image i is 10 * i."""
 
     classes = ("a",)
 
@@ -52,7 +52,7 @@ class Colours:
 
 
 class Method(PretrainModule):
-    """Shows the picture and one with random pixels."""
+    """Shows the image and one with random pixels."""
 
     def __init__(self) -> None:
         super().__init__(OptimizerRecipe(partial(torch.optim.SGD), lr=0.1))
@@ -68,7 +68,7 @@ class Method(PretrainModule):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return {"loss": self.layer(self.dropout(batch["image"].mean((2, 3)))).square().mean()}
 
-    def pictures(self, batch: Any) -> dict[str, Tensor]:
+    def visualize(self, batch: Any) -> dict[str, Tensor]:
         assert not self.training
         assert not torch.is_grad_enabled()
         self.batches.append(batch)
@@ -79,9 +79,9 @@ class Method(PretrainModule):
 
 def data() -> ImageDataModule:
     return ImageDataModule(
-        source=Colours,
-        train_view=CentreCrop(SIDE, share=1),
-        eval_view=CentreCrop(SIDE, share=1),
+        source=Colors,
+        train_view=CenterCrop(SIDE, share=1),
+        eval_view=CenterCrop(SIDE, share=1),
         batch_size=4,
         num_workers=0,
     )
@@ -94,8 +94,8 @@ def train(folder: Path, module: L.LightningModule, *extra: L.Callback, **options
     return events
 
 
-def test_the_grid_shows_the_first_validation_pictures_in_their_own_colours(tmp_path: Path) -> None:
-    events = train(tmp_path, Method(), Pictures(count=3))
+def test_the_grid_shows_the_first_validation_pictures_in_their_own_colors(tmp_path: Path) -> None:
+    events = train(tmp_path, Method(), Visualizations(count=3))
     assert events.Tags()["images"] == ["pictures/pair"]
     shown = events.Images("pictures/pair")
     pixels = np.asarray(Image.open(io.BytesIO(shown[0].encoded_image_string)))
@@ -105,18 +105,18 @@ def test_the_grid_shows_the_first_validation_pictures_in_their_own_colours(tmp_p
         top = padding + row * (SIDE + padding)
         picture = pixels[top : top + SIDE, padding : padding + SIDE]
         assert np.abs(picture.astype(int) - (255, 10 * row, 10 * row)).max() <= 1
-        # zero is the mean colour once the normalisation is undone
+        # zero is the mean color once the normalization is undone
         second = pixels[top : top + SIDE, SIDE + 2 * padding : 2 * (SIDE + padding)]
         assert np.abs(second.astype(int) - np.array([0.485, 0.456, 0.406]) * 255).max() <= 1
     assert pixels[:padding].max() == 0
 
 
 class Moving(Method):
-    """Shows the picture, brighter from frame to frame, and beside it the mean colour standing still."""
+    """Shows the image, brighter from frame to frame, and beside it the mean color standing still."""
 
-    pictures = PretrainModule.pictures
+    visualize = PretrainModule.visualize
 
-    def clips(self, batch: Any) -> dict[str, Tensor]:
+    def visualize_video(self, batch: Any) -> dict[str, Tensor]:
         image = batch["image"]
         frames = torch.stack([image + 0.1 * time for time in range(4)], dim=1)
         return {"pair": torch.stack([frames, torch.zeros_like(frames)], dim=1)}
@@ -129,11 +129,11 @@ class Timed(ImageDataModule):
         return 0.12 if index == 0 else 1.0
 
 
-def test_clips_play_beside_each_other_in_their_own_colours_and_time(tmp_path: Path) -> None:
-    view = CentreCrop(SIDE, share=1)
-    module, timed = Moving(), Timed(source=Colours, train_view=view, eval_view=view, batch_size=4, num_workers=0)
+def test_clips_play_beside_each_other_in_their_own_colors_and_time(tmp_path: Path) -> None:
+    view = CenterCrop(SIDE, share=1)
+    module, timed = Moving(), Timed(source=Colors, train_view=view, eval_view=view, batch_size=4, num_workers=0)
     loggers = [OrderedTensorBoardLogger(tmp_path)]
-    fit(tmp_path, Pictures(count=2), module=module, data=timed, loggers=loggers, max_epochs=1)
+    fit(tmp_path, Visualizations(count=2), module=module, data=timed, loggers=loggers, max_epochs=1)
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
     events.Reload()
     assert events.Tags()["images"] == ["clips/pair"]
@@ -157,7 +157,7 @@ def test_clips_play_beside_each_other_in_their_own_colours_and_time(tmp_path: Pa
 
 
 def test_frames_that_are_equal_stay_longer_and_none_is_shorter_than_players_show() -> None:
-    red, blue = (Image.new("RGB", (4, 4), colour) for colour in ((255, 0, 0), (0, 0, 255)))
+    red, blue = (Image.new("RGB", (4, 4), color) for color in ((255, 0, 0), (0, 0, 255)))
     film = Image.open(io.BytesIO(animation([red, red, blue], seconds=0.001)))
     durations = []
     for number in range(film.n_frames):
@@ -168,7 +168,7 @@ def test_frames_that_are_equal_stay_longer_and_none_is_shorter_than_players_show
 
 def test_pictures_come_at_the_start_at_epochs_and_at_the_end_and_once_each(tmp_path: Path) -> None:
     module = Method()
-    events = train(tmp_path, module, Pictures(every_n_epochs=2), max_epochs=5)
+    events = train(tmp_path, module, Visualizations(every_n_epochs=2), max_epochs=5)
     assert [event.step for event in events.Images("pictures/pair")] == [0, 8, 16, 20]
     assert len(module.batches) == 4
     assert all(torch.equal(batch["image"], module.batches[0]["image"]) for batch in module.batches)
@@ -176,8 +176,8 @@ def test_pictures_come_at_the_start_at_epochs_and_at_the_end_and_once_each(tmp_p
 
 
 def test_a_resumed_run_does_not_show_its_start_again(tmp_path: Path) -> None:
-    train(tmp_path, Method(), Pictures(), Checkpoints(tmp_path, every_minutes=None, monitor=None), max_epochs=1)
-    events = train(tmp_path, Method(), Pictures(), max_epochs=2, resume=tmp_path / "last.ckpt")
+    train(tmp_path, Method(), Visualizations(), Checkpoints(tmp_path, every_minutes=None, monitor=None), max_epochs=1)
+    events = train(tmp_path, Method(), Visualizations(), max_epochs=2, resume=tmp_path / "last.ckpt")
     assert [event.step for event in events.Images("pictures/pair")] == [0, 4, 8]
 
 
@@ -193,7 +193,7 @@ def test_generators_and_modes_are_left_as_they_were(tmp_path: Path) -> None:
 
     around = Around()
     module = Method()
-    train(tmp_path, module, around, Pictures(), around, max_epochs=1)  # before and after the pictures
+    train(tmp_path, module, around, Visualizations(), around, max_epochs=1)  # before and after the images
     first, second = around.states
     assert first == second
     assert first[3] == [True, True, False]
@@ -201,10 +201,10 @@ def test_generators_and_modes_are_left_as_they_were(tmp_path: Path) -> None:
 
 def test_a_method_without_pictures_is_not_asked_for_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Plain(Method):
-        pictures = PretrainModule.pictures
+        visualize = PretrainModule.visualize
 
     monkeypatch.setattr(ImageDataModule, "val_dataloader", lambda self: pytest.fail("a batch was made"))
-    assert train(tmp_path, Plain(), Pictures(), max_epochs=1).Tags()["images"] == []
+    assert train(tmp_path, Plain(), Visualizations(), max_epochs=1).Tags()["images"] == []
 
 
 class Comparison(JointEmbedding):
@@ -221,23 +221,23 @@ class Comparison(JointEmbedding):
     def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:
         return {"loss": self.layer(batch["views"].mean((1, 3, 4))).square().mean()}
 
-    def pictures(self, batch: MultiViewBatch) -> Any:
+    def visualize(self, batch: MultiViewBatch) -> Any:
         self.shown.append(batch["views"])
-        return super().pictures(batch)
+        return super().visualize(batch)
 
 
 def test_a_method_on_views_is_shown_with_the_training_views_of_validation_images(tmp_path: Path) -> None:
     """The training split has no red, the validation split is all red."""
-    view = MultiView({"both": Augmented(RandomResizedCrop(SIDE), Colour(brightness=0.5, jitter=1.0), count=2)})
+    view = MultiView({"both": Augmented(RandomResizedCrop(SIDE), Color(brightness=0.5, jitter=1.0), count=2)})
     views = ImageDataModule(
-        source=Colours, train_view=view, eval_view=CentreCrop(SIDE, share=1), batch_size=4, num_workers=0
+        source=Colors, train_view=view, eval_view=CenterCrop(SIDE, share=1), batch_size=4, num_workers=0
     )
     module = Comparison()
-    fit(tmp_path, Pictures(count=3), module=module, data=views, max_epochs=2)
+    fit(tmp_path, Visualizations(count=3), module=module, data=views, max_epochs=2)
     assert len(module.shown) >= 2
     first, *later = module.shown
     assert all(torch.equal(first, other) for other in later)
-    shown = views.denormalise(first)
+    shown = views.denormalize(first)
     assert shown.shape == (3, 2, 3, SIDE, SIDE)
     red, green = shown[:, :, 0, 0, 0], shown[:, :, 1, 0, 0]
     assert (red >= 0.5 - 1e-6).all()

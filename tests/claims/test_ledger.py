@@ -406,7 +406,7 @@ def test_from_the_command_to_the_page(tmp_path: Path, monkeypatch: pytest.Monkey
     good, bad = stored["runs"]["scenes/0/a"], stored["runs"]["scenes/0/b"]
     assert (good["spent"]["steps"], good["spent"]["images"]) == (8, 32)
     assert good["spent"]["flops"] > 0
-    # 16 test pictures of 4 x 4 patches
+    # 16 test images of 4 x 4 patches
     assert 256 * good["value"] == pytest.approx(round(256 * good["value"]), abs=1e-4)
     assert stored["floors"]["scenes/0"]["value"] == good["value"]
     assert "the loss is" in bad["failed"]

@@ -18,7 +18,7 @@ from src.evaluation.patch_knn import PatchSegmentation
 from tests.commands import SECONDS
 from tests.evaluation.test_image_text import Reader, data
 from tests.evaluation.test_label_propagation import Patches, Walkers
-from tests.evaluation.test_patch_knn import Colours, bands
+from tests.evaluation.test_patch_knn import Colors, bands
 
 
 def trained(tmp_path, module: nn.Module | None = None, **options: Any) -> Any:
@@ -75,13 +75,13 @@ def test_a_fine_tuned_number_goes_on_from_the_checkpoint_and_is_of_the_claim_s_s
 
 def test_a_number_of_positions_is_the_evaluation_s_own():
     run: Any = SimpleNamespace(
-        encoder=lambda name: Colours(),
+        encoder=lambda name: Colors(),
         datamodule=bands(),
         device=torch.device("cpu"),
         precision="32-true",
         split="test",
     )
-    expected = PatchSegmentation()({"it": Colours()}, bands(), run.device, split="test")["it"]
+    expected = PatchSegmentation()({"it": Colors()}, bands(), run.device, split="test")["it"]
     assert OnPatches()(run) == expected["patch_miou"]
     assert OnEncoder(PatchSegmentation(), "patch_accuracy")(run) == expected["patch_accuracy"]
     run.encoder = lambda name: Patches()

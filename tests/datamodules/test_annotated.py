@@ -1,4 +1,4 @@
-"""Pictures and their ground truth to batches: moved alike, deterministic, replaced where they are bad."""
+"""Visualizations and their ground truth to batches: moved alike, deterministic, replaced where they are bad."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from src.datamodules.batch import (
     SegmentationBatch,
     validate,
 )
-from src.datamodules.dataset import Draw
+from src.datamodules.dataset import SampleKey
 from src.datamodules.image import ImageDataModule
 from src.datamodules.scenes import render
 from src.datamodules.scenes.source import ScenesSource
 from src.datamodules.sources.source import BadSample, Sample, Split
-from src.datamodules.views.image import CentreCrop
+from src.datamodules.views.image import CenterCrop
 from src.datamodules.views.joint import (
     DepthView,
     DetectionView,
@@ -47,9 +47,9 @@ SHAPES = ((40, 56), (24, 20), (64, 64))
 
 
 class Encoded:
-    """Pictures whose red channel is ten times their class, their depth in decimetres, and one box a class.
+    """Visualizations whose red channel is ten times their class, their depth in decimetres, and one box a class.
 
-    What a view does to a mask can so be read off the picture. Every class is a block of pixels; blocks are 8 wide.
+    What a view does to a mask can so be read off the image. Every class is a block of pixels; blocks are 8 wide.
     """
 
     fields = ("segmentation", "depth", "normals", "boxes", "box_labels", "instance_masks")
@@ -85,7 +85,7 @@ class Encoded:
         return f"encoded/{index}"
 
 
-COLOURED = [(4, 6, 30, 40), (36, 10, 60, 26)]
+COLORED = [(4, 6, 30, 40), (36, 10, 60, 26)]
 GEOMETRY = (RandomRescale(32, 64, (0.5, 2.0)), FilledCrop(32), v2.RandomHorizontalFlip())
 
 
@@ -96,11 +96,11 @@ def module(view: JointView, source: Any = Encoded, **options: Any) -> AnnotatedD
 
 
 def rows(view: JointView, indices: Any = range(12), epoch: int = 0, seed: int = 0, **options: Any) -> dict[str, Any]:
-    return AnnotatedDataset(Encoded(**options), view, seed=seed)[[Draw(epoch, index) for index in indices]]
+    return AnnotatedDataset(Encoded(**options), view, seed=seed)[[SampleKey(epoch, index) for index in indices]]
 
 
 def inner(classes: Tensor, reach: int = 4) -> Tensor:
-    """Where the pixels around [B, H, W] are all of one class: there the picture is not blended."""
+    """Where the pixels around [B, H, W] are all of one class: there the image is not blended."""
     values = classes.float()[:, None]
     side = 2 * reach + 1
     largest = torch.nn.functional.max_pool2d(values, side, 1, reach)
@@ -118,7 +118,7 @@ class TestGeometry:
         pure = inner(mask) & (mask != IGNORED)
         assert pure.float().mean() > 0.02  # there is something to compare
         assert torch.equal(image[:, 0].long()[pure], 10 * mask[pure])
-        # a sharp picture and its mask have the same pixels everywhere, not only inside
+        # a sharp image and its mask have the same pixels everywhere, not only inside
         sharp = rows(SegmentationView((FilledCrop(32), v2.RandomHorizontalFlip(p=1.0))))
         shown = sharp["mask"] != IGNORED
         assert torch.equal(sharp["image"][:, 0][shown], 10 * sharp["mask"][shown])
@@ -143,7 +143,7 @@ class TestGeometry:
         torch.testing.assert_close(batch["image"][:, 0][pure].float() / 100 + 0.1, batch["depth"][pure])
 
     def test_normals_are_mirrored_with_their_picture(self) -> None:
-        """A picture's class says its normal: to the right and down, but where the picture was turned round."""
+        """A image's class says its normal: to the right and down, but where the image was turned round."""
         for flip, senses in (
             (v2.RandomHorizontalFlip(p=0.0), (1, 1)),
             (v2.RandomHorizontalFlip(p=1.0), (-1, 1)),
@@ -205,13 +205,13 @@ class TestGeometry:
         assert empty["masks"].shape == (0, 32, 32)
 
     @pytest.mark.parametrize("tight", [False, True], ids=["cut", "tight"])
-    def test_large_scale_jitter_keeps_boxes_around_their_colours(self, tight: bool) -> None:
+    def test_large_scale_jitter_keeps_boxes_around_their_colors(self, tight: bool) -> None:
         image = torch.zeros(3, 48, 64, dtype=torch.uint8)
         masks = torch.zeros(2, 48, 64, dtype=torch.bool)
-        for channel, (mask, (x0, y0, x1, y1)) in enumerate(zip(masks, COLOURED, strict=True)):
+        for channel, (mask, (x0, y0, x1, y1)) in enumerate(zip(masks, COLORED, strict=True)):
             mask[y0:y1, x0:x1] = True
             image[channel][mask] = 255
-        fields = {"boxes": torch.tensor(COLOURED).float(), "box_labels": torch.tensor([0, 1]), "instance_masks": masks}
+        fields = {"boxes": torch.tensor(COLORED).float(), "box_labels": torch.tensor([0, 1]), "instance_masks": masks}
         jitter = (RandomRescale(48, 48, (0.4, 2.0)), FilledCrop(48, fill=(0, 0, 0)), v2.RandomHorizontalFlip())
         view, kept = DetectionView(jitter, masks=True, tight=tight), 0
         for number in range(30):
@@ -377,8 +377,8 @@ class TestBatches:
             SettingError, match=r"data.source.fields: SegmentationView needs the ground truth segm.*depth"
         ):
             module(SegmentationView(), scenes).train_dataloader()
-        with pytest.raises(SettingError, match=r"data.eval_view: annotated pictures need a view .* not CentreCrop"):
-            module(SegmentationView(), eval_view=CentreCrop(8)).batch_type  # noqa: B018
+        with pytest.raises(SettingError, match=r"data.eval_view: annotated pictures need a view .* not CenterCrop"):
+            module(SegmentationView(), eval_view=CenterCrop(8)).batch_type  # noqa: B018
         assert module(SegmentationView()).mask_classes == Encoded.mask_classes
 
 
@@ -441,8 +441,8 @@ def test_nonsense_is_refused(make: Any, message: str) -> None:
 def test_plain_images_stay_what_they_were() -> None:
     data = ImageDataModule(
         source=partial(ScenesSource, count=8, resolution=16, fields=["depth"]),
-        train_view=CentreCrop(16, 1.0),
-        eval_view=CentreCrop(16, 1.0),
+        train_view=CenterCrop(16, 1.0),
+        eval_view=CenterCrop(16, 1.0),
         batch_size=4,
         num_workers=0,
     )
@@ -453,7 +453,7 @@ def test_data_without_ground_truth_refuses_a_view_that_needs_it() -> None:
     data = ImageDataModule(
         source=partial(ScenesSource, count=8, resolution=16),
         train_view=SegmentationView(),  # type: ignore[arg-type]
-        eval_view=CentreCrop(16, 1.0),
+        eval_view=CenterCrop(16, 1.0),
         batch_size=4,
         num_workers=0,
     )

@@ -3,16 +3,16 @@ import pytest
 import torch
 
 from src.datamodules.batch import BatchError, ImageBatch, validate
-from src.datamodules.dataset import Draw, EvalSampler, ResumableLoader, TrainSampler, ViewedDataset
+from src.datamodules.dataset import EvalSampler, ResumableLoader, SampleKey, TrainSampler, ViewedDataset
 from src.datamodules.image import ImageDataModule
 from src.datamodules.sources.source import BadSample
 from src.datamodules.sources.splits import of_each_class
-from src.datamodules.views.image import CentreCrop, RandomResizedCrop
+from src.datamodules.views.image import CenterCrop, RandomResizedCrop
 from src.errors import SettingError
 
 
 class Arrays:
-    """Pictures in memory, whole."""
+    """Visualizations in memory, whole."""
 
     classes = ("a", "b")
 
@@ -32,7 +32,7 @@ class Arrays:
 
 
 class OneByOne(Arrays):
-    """The same pictures without the array shortcut; some of them bad, two of another size."""
+    """The same images without the array shortcut; some of them bad, two of another size."""
 
     def __init__(
         self, split: str = "train", count: int = 24, bad: tuple[int, ...] = (), wide: tuple[int, ...] = ()
@@ -51,8 +51,8 @@ class OneByOne(Arrays):
 VIEW = RandomResizedCrop(size=8)
 
 
-def draws(epoch: int, indices) -> list[Draw]:
-    return [Draw(epoch, index) for index in indices]
+def draws(epoch: int, indices) -> list[SampleKey]:
+    return [SampleKey(epoch, index) for index in indices]
 
 
 def order_of(sampler: TrainSampler) -> list[list[int]]:
@@ -180,7 +180,7 @@ def test_the_state_of_a_finished_epoch_starts_the_next_one_from_its_beginning():
 
 
 def datamodule(**changes) -> ImageDataModule:
-    settings = {"source": Arrays, "train_view": VIEW, "eval_view": CentreCrop(size=8, share=1.0), "batch_size": 4}
+    settings = {"source": Arrays, "train_view": VIEW, "eval_view": CenterCrop(size=8, share=1.0), "batch_size": 4}
     return ImageDataModule(**{**settings, "num_workers": 0, **changes})
 
 
@@ -192,7 +192,7 @@ def test_batches_are_what_their_type_says_once_they_are_on_the_device():
     validate(batch, ImageBatch)
     expected = (raw["image"].double() / 255 - module.mean.double()) / module.std.double()
     assert torch.allclose(batch["image"].double(), expected, atol=1e-6)
-    assert torch.allclose(module.denormalise(batch["image"]) * 255, raw["image"].float(), atol=1e-3)
+    assert torch.allclose(module.denormalize(batch["image"]) * 255, raw["image"].float(), atol=1e-3)
 
 
 def test_choices_are_of_each_class_by_seed_and_grow() -> None:
@@ -208,7 +208,7 @@ def test_choices_are_of_each_class_by_seed_and_grow() -> None:
 
 
 def test_training_on_few_of_each_class_takes_others_with_another_seed() -> None:
-    """24 pictures of two classes; the bank that evaluations learn from is of the same few, validation is whole."""
+    """24 images of two classes; the bank that evaluations learn from is of the same few, validation is whole."""
 
     def seen(seed: int, **options: object) -> list[int]:
         module = datamodule(train_shots=3, batch_size=2, seed=seed, **options)

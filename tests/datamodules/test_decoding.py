@@ -1,4 +1,4 @@
-"""Decoding: every kind of file gives the right picture or a reason, at full and at reduced scale."""
+"""Decoding: every kind of file gives the right image or a reason, at full and at reduced scale."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def textured(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Blobs of several sizes in colour, no symmetry."""
+    """Blobs of several sizes in color, no symmetry."""
     draw = np.random.default_rng(seed)
     pixels = np.zeros((height, width, 3))
     for cells, strength in ((4, 60.0), (16, 30.0), (48, 12.0)):
@@ -223,8 +223,8 @@ class TestModes:
         pixels[0] = [(10, 20, 30, 255), (10, 20, 30, 0), (10, 20, 30, 128)]
         pixels[1] = [(255, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 51)]
         got = decoded(encode(Image.fromarray(pixels)))
-        colour, alpha = pixels[..., :3].astype(float), pixels[..., 3:] / 255.0
-        assert np.abs(got - (colour * alpha + 255 * (1 - alpha))).max() <= 1
+        color, alpha = pixels[..., :3].astype(float), pixels[..., 3:] / 255.0
+        assert np.abs(got - (color * alpha + 255 * (1 - alpha))).max() <= 1
         assert got[0, 1].tolist() == [255, 255, 255]
         assert got[0, 0].tolist() == [10, 20, 30]
 
@@ -244,7 +244,7 @@ class TestModes:
         per_entry = encode(image, transparency=bytes([255, 0, 255]))
         assert decoded(per_entry)[0].tolist() == [[255, 0, 0], [255, 255, 255], [9, 8, 7]]
 
-    def test_rgb_with_a_transparent_colour(self) -> None:
+    def test_rgb_with_a_transparent_color(self) -> None:
         image = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
         assert decoded(encode(image, transparency=(4, 5, 6)))[0].tolist() == [[1, 2, 3], [255, 255, 255]]
 
@@ -279,7 +279,7 @@ class TestModes:
         with pytest.raises(BadSample, match="NaN"):
             EncodedImage(encode(Image.fromarray(np.array([[0.0, np.nan]], np.float32)), "TIFF")).decode()
 
-    def test_16_bit_colour(self) -> None:
+    def test_16_bit_color(self) -> None:
         def chunk(name: bytes, body: bytes) -> bytes:
             return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
@@ -289,7 +289,7 @@ class TestModes:
         assert decoded(data)[0, 0].tolist() == [0x12, 0x80, 0xFF]
 
     def test_animation_gives_its_first_frame(self) -> None:
-        frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+        frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "lime")]
         for kind, options in (("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {})):
             data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
             assert (decoded(data) == (255, 0, 0)).all(), kind
@@ -324,7 +324,7 @@ class TestBad:
     @pytest.mark.parametrize("size", [None, (64, 64)])
     @pytest.mark.parametrize("mode", ["RGB", "L"])
     def test_jpeg_cut_but_closed(self, mode: str, size: tuple[int, int] | None) -> None:
-        """What Pillow returns as a picture with a grey or smeared lower half."""
+        """What Pillow returns as a image with a grey or smeared lower half."""
         noise = np.random.default_rng(0).integers(60, 200, (300, 300, 3), dtype=np.uint8)
         data = encode(Image.fromarray(noise).convert(mode), "JPEG", quality=90)
         half = data[: len(data) // 2]

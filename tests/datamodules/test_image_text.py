@@ -1,4 +1,4 @@
-"""Texts go with the picture they belong to, whatever had to be replaced."""
+"""Texts go with the image they belong to, whatever had to be replaced."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from PIL import Image
 
 from src import configuration, train
 from src.datamodules.batch import ImageTextBatch, validate
-from src.datamodules.dataset import Draw
+from src.datamodules.dataset import SampleKey
 from src.datamodules.image_text import ImageTextDataModule, ImageTextDataset
 from src.datamodules.scenes import captions
 from src.datamodules.scenes.shapes import KINDS
@@ -24,8 +24,8 @@ from src.datamodules.sources.source import BadSample, CaptionedSource
 from src.datamodules.sources.text_filter import TextFilter
 from src.datamodules.sources.webdataset import CaptionedWebDatasetSource
 from src.datamodules.text.tokenizer import trained
-from src.datamodules.views.color import Colour
-from src.datamodules.views.image import CentreCrop, RandomResizedCrop
+from src.datamodules.views.color import Color
+from src.datamodules.views.image import CenterCrop, RandomResizedCrop
 from src.datamodules.views.multi import Augmented, MultiView
 
 WORDS = ["zero one two three four five six seven eight nine said once and twice"]
@@ -35,7 +35,7 @@ NUMBERS = WORDS[0].split()[:10]
 
 
 class Numbered:
-    """Pictures of one grey each, and texts that say which."""
+    """Visualizations of one grey each, and texts that say which."""
 
     classes = ("odd", "even")
 
@@ -61,7 +61,7 @@ class Numbered:
 
 
 def dataset(**options) -> ImageTextDataset:
-    return ImageTextDataset(Numbered(**options), CentreCrop(8, share=1.0), tokenizer=TOKENIZER, seed=3)
+    return ImageTextDataset(Numbered(**options), CenterCrop(8, share=1.0), tokenizer=TOKENIZER, seed=3)
 
 
 def read(batch, tokenizer=TOKENIZER) -> list[str]:
@@ -71,12 +71,12 @@ def read(batch, tokenizer=TOKENIZER) -> list[str]:
 def test_a_text_says_what_its_picture_is_and_is_chosen_anew_in_every_epoch():
     data, seen = dataset(), set()
     for epoch in range(6):
-        batch = data[[Draw(epoch, position) for position in (4, 0, 9)]]
+        batch = data[[SampleKey(epoch, position) for position in (4, 0, 9)]]
         for number, text, grey in zip(("four", "zero", "nine"), read(batch), batch["image"][:, 0, 0, 0], strict=True):
             assert text.startswith(number)
             assert NUMBERS[int(grey)] == number
             seen.add((number, text.split()[-1]))
-        alone = data[[Draw(epoch, 0)]]
+        alone = data[[SampleKey(epoch, 0)]]
         assert read(alone) == read(batch)[1:2]  # whatever comes with it
     assert len(seen) == 6
 
@@ -92,8 +92,8 @@ class Worded(Numbered):
 
 def test_rewrites_are_a_few_texts_of_a_picture_that_stay_the_same():
     def texts(rewrites: int, position: int, seed: int = 3) -> list[str]:
-        data = ImageTextDataset(Worded(), CentreCrop(8, share=1.0), tokenizer=LONGER, seed=seed, rewrites=rewrites)
-        return [read(data[[Draw(epoch, position)]], LONGER)[0] for epoch in range(60)]
+        data = ImageTextDataset(Worded(), CenterCrop(8, share=1.0), tokenizer=LONGER, seed=seed, rewrites=rewrites)
+        return [read(data[[SampleKey(epoch, position)]], LONGER)[0] for epoch in range(60)]
 
     counts = Counter(texts(3, 4))
     assert len(counts) == 4
@@ -102,13 +102,13 @@ def test_rewrites_are_a_few_texts_of_a_picture_that_stay_the_same():
     assert set(texts(3, 4)) == set(counts)
     assert set(texts(1, 4)) < set(counts)  # more rewrites are further ones
     assert set(texts(0, 4)) == {"four said once"}
-    assert set(texts(3, 5)) != {text.replace("four", "five") for text in counts}  # each picture has its own
+    assert set(texts(3, 5)) != {text.replace("four", "five") for text in counts}  # each image has its own
     assert set(texts(3, 3)) == {"three said once"}  # a word is no rewrite
 
 
 @pytest.mark.parametrize("bad", [{"silent": (2, 5)}, {"broken": (2, 5)}])
 def test_a_picture_without_text_and_a_text_without_picture_are_replaced_together(bad):
-    batch = dataset(**bad)[[Draw(0, position) for position in range(10)]]
+    batch = dataset(**bad)[[SampleKey(0, position) for position in range(10)]]
     assert batch["replaced"].nonzero().flatten().tolist() == [2, 5]
     for text, grey in zip(read(batch), batch["image"][:, 0, 0, 0], strict=True):
         assert text.startswith(NUMBERS[int(grey)])
@@ -118,7 +118,7 @@ def module(tmp_path, source=None, **options) -> ImageTextDataModule:
     settings = {
         "source": source or partial(ScenesSource, count=12, resolution=16, texts=SceneTexts(wordings=(0, 1))),
         "train_view": RandomResizedCrop(16),
-        "eval_view": CentreCrop(16),
+        "eval_view": CenterCrop(16),
         "batch_size": 4,
         "num_workers": 0,
         "tokenizer_file": tmp_path / "tokenizer.json",
@@ -139,7 +139,7 @@ def test_scenes_come_with_their_texts(tmp_path):
     for index, text in zip(batch["index"].tolist(), data.tokenizer.decode(batch["text"]), strict=True):
         first, *others = data.train_source.scene(index).things
         meant = captions._SYNONYMS
-        assert any(f"{colour} {kind}" in text for colour in meant[first.colour] for kind in meant[first.kind.name])
+        assert any(f"{color} {kind}" in text for color in meant[first.color] for kind in meant[first.kind.name])
         named = {name for name, words in meant.items() if any(word in text for word in words)}
         assert {kind.name for kind in KINDS} & named <= {first.kind.name, *(other.kind.name for other in others)}
     again = module(tmp_path, tokenizer_file=tmp_path / "tokenizer.json")
@@ -205,7 +205,7 @@ def test_what_cannot_be_is_refused_by_its_key(tmp_path):
         module(tmp_path, tokenizer_file=None)
     with pytest.raises(ValueError, match=r"data.rewrites=-1"):
         module(tmp_path, rewrites=-1)
-    views = MultiView({"one": Augmented(RandomResizedCrop(16), Colour())})
+    views = MultiView({"one": Augmented(RandomResizedCrop(16), Color())})
     with pytest.raises(ValueError, match=r"data.train_view: a text goes with one view"):
         _ = module(tmp_path, train_view=views).batch_type
     for wrong, said in (
@@ -227,7 +227,7 @@ def encoded(grey: int, kind: str = "PNG") -> bytes:
 
 @pytest.fixture
 def pairs(tmp_path):
-    """Twelve pictures of one grey each and what is said of them: one is missing, one is cut, one has no text, one a
+    """Twelve images of one grey each and what is said of them: one is missing, one is cut, one has no text, one a
     text of another encoding, one a text that is too long."""
     for number in (0, *range(2, 12)):
         data = encoded(number)
@@ -241,7 +241,7 @@ def pairs(tmp_path):
 
 def test_what_is_bad_in_a_list_is_replaced_by_name_and_ends_nothing(tmp_path, pairs, caplog):
     log = tmp_path / "bad.tsv"
-    data = module(tmp_path, pairs, train_view=CentreCrop(8, share=1.0), batch_size=12, bad_log=log, text_length=24)
+    data = module(tmp_path, pairs, train_view=CenterCrop(8, share=1.0), batch_size=12, bad_log=log, text_length=24)
     with caplog.at_level(logging.WARNING):
         batch = next(iter(data.train_dataloader()))
     assert sorted(batch["index"][batch["replaced"]].tolist()) == [1, 2, 3, 4]
@@ -256,7 +256,7 @@ def test_what_is_bad_in_a_list_is_replaced_by_name_and_ends_nothing(tmp_path, pa
 
 
 def test_a_text_longer_than_the_context_is_cut_and_still_ends(tmp_path, pairs):
-    data = module(tmp_path, pairs, train_view=CentreCrop(8, share=1.0), batch_size=12, text_length=16)
+    data = module(tmp_path, pairs, train_view=CenterCrop(8, share=1.0), batch_size=12, text_length=16)
     batch = next(iter(data.train_dataloader()))
     (row,) = [row for row, index in enumerate(batch["index"].tolist()) if index == 5]
     ids, mask = batch["text"][row], batch["text_mask"][row]
@@ -275,7 +275,7 @@ def test_shards_with_texts_are_taken_up_where_they_were_left(tmp_path):
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
     source = partial(CaptionedWebDatasetSource, shards=f"{tmp_path}/*.tar", val_share=0.0)
-    data = module(tmp_path, source, train_view=CentreCrop(8, share=1.0), batch_size=4, text_length=24)
+    data = module(tmp_path, source, train_view=CenterCrop(8, share=1.0), batch_size=4, text_length=24)
     loader = data.train_dataloader()
     batches, states = [], []
     for batch in loader:
@@ -287,7 +287,7 @@ def test_shards_with_texts_are_taken_up_where_they_were_left(tmp_path):
         texts = data.tokenizer.decode(batch["text"])
         assert texts == [f"is {int(grey) // 10}" for grey in batch["image"][:, 0, 0, 0]]
     again = module(
-        tmp_path, source, train_view=CentreCrop(8, share=1.0), batch_size=4, text_length=24
+        tmp_path, source, train_view=CenterCrop(8, share=1.0), batch_size=4, text_length=24
     ).train_dataloader()
     again.load_state_dict(states[1])
     rest = list(again)

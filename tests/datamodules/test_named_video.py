@@ -13,7 +13,7 @@ from src.datamodules.scenes.films import FilmsSource
 from src.datamodules.scenes.motion import ACTIONS
 from src.datamodules.sources.source import Split
 from src.datamodules.views.image import RandomResizedCrop
-from src.datamodules.views.video import CentreVideoCrop, RandomVideoCrop, SegmentClip
+from src.datamodules.views.video import CenterVideoCrop, RandomVideoCrop, SegmentClip
 from src.errors import SettingError
 
 NAMES = list(ACTIONS)
@@ -28,7 +28,7 @@ def named(tmp_path: Path, source: Any = films, **options: Any) -> NamedVideoData
     return NamedVideoDataModule(
         source=source,
         train_view=RandomVideoCrop(clip, RandomResizedCrop(8)),
-        eval_view=CentreVideoCrop(clip, 8),
+        eval_view=CenterVideoCrop(clip, 8),
         batch_size=2,
         num_workers=0,
         tokenizer_file=tmp_path / "tokenizer.json",

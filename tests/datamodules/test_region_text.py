@@ -1,4 +1,4 @@
-"""The text of a thing stays with its box, whatever a view leaves of the picture."""
+"""The text of a thing stays with its box, whatever a view leaves of the image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from src import configuration
 from src.datamodules.batch import RegionTextBatch, validate
-from src.datamodules.dataset import Draw
+from src.datamodules.dataset import SampleKey
 from src.datamodules.region_text import RegionTextDataModule, RegionTextDataset
 from src.datamodules.scenes.captions import _SYNONYMS
 from src.datamodules.sources.source import BadSample, Split
@@ -28,7 +28,7 @@ PART = RegionView((RandomRescale(32, 64, (0.5, 2.0)), FilledCrop(16), v2.RandomH
 
 
 class Told(Encoded):
-    """Each thing is called by its class, whose tenfold is its colour."""
+    """Each thing is called by its class, whose tenfold is its color."""
 
     def __init__(
         self, split: Split = "train", *, silent: tuple[int, ...] = (), broken: tuple[int, ...] = (), **options: Any
@@ -45,7 +45,7 @@ class Told(Encoded):
 
 
 class Empty(Told):
-    """Nothing is in its pictures."""
+    """Nothing is in its images."""
 
     def __getitem__(self, index: int) -> Any:
         sample = super().__getitem__(index)
@@ -55,7 +55,7 @@ class Empty(Told):
 
 def batch(positions: range, epoch: int = 0, view: RegionView = PART, **options: Any) -> dict[str, Any]:
     data = RegionTextDataset(Told(**options), view, tokenizer=TOKENIZER, seed=5)
-    return data[[Draw(epoch, position) for position in positions]]
+    return data[[SampleKey(epoch, position) for position in positions]]
 
 
 def texts(batch: dict[str, Any]) -> list[list[str]]:
@@ -101,7 +101,7 @@ def test_a_thing_without_text_is_no_sample(caplog):
 
 def test_pictures_of_nothing_have_no_texts():
     data = RegionTextDataset(Empty(), RegionView(), tokenizer=TOKENIZER, seed=5)
-    found = data[[Draw(0, 0), Draw(0, 3)]]
+    found = data[[SampleKey(0, 0), SampleKey(0, 3)]]
     assert [tuple(each.shape) for each in found["region_text"]] == [(0, 8), (0, 8)]
     assert [tuple(each.shape) for each in found["region_text_mask"]] == [(0, 8), (0, 8)]
 

@@ -18,10 +18,10 @@ from src.datamodules.scenes.motion import MovingWorld
 from src.datamodules.sources.video_folder import VideoFolderSource
 from src.datamodules.video import VideoDataModule
 from src.datamodules.views.augment import StrongFrames
-from src.datamodules.views.color import Colour
-from src.datamodules.views.image import CentreCrop, RandomResizedCrop, to_tensor
+from src.datamodules.views.color import Color
+from src.datamodules.views.image import CenterCrop, RandomResizedCrop, to_tensor
 from src.datamodules.views.resample import resample_box, whole_pixels
-from src.datamodules.views.video import CentreVideoCrop, DenseClip, MultiScaleCrop, RandomVideoCrop, SegmentClip
+from src.datamodules.views.video import CenterVideoCrop, DenseClip, MultiScaleCrop, RandomVideoCrop, SegmentClip
 from src.errors import SettingError
 from src.evaluation.features import extract
 from src.models.backbones.image_encoder import Features
@@ -66,20 +66,20 @@ def test_all_frames_of_a_clip_are_cropped_and_mirrored_alike() -> None:
         assert (video[:, :, :, column] > 100).all()
 
 
-def test_all_frames_of_a_clip_change_their_colours_alike() -> None:
+def test_all_frames_of_a_clip_change_their_colors_alike() -> None:
     clip, crop = SegmentClip(frames=3), RandomResizedCrop(20, (1.0, 1.0), (1.5, 1.5), flip=0.0)
-    colour = Colour(brightness=0.5, jitter=1.0, grey=0.5)
-    plain, view = RandomVideoCrop(clip, crop), RandomVideoCrop(clip, crop, colour=colour)
+    color = Color(brightness=0.5, jitter=1.0, grey=0.5)
+    plain, view = RandomVideoCrop(clip, crop), RandomVideoCrop(clip, crop, color=color)
     numbers = np.random.default_rng(3).random(view.draws).astype(np.float32)
     before = plain.encoded(Ramp(), numbers[: plain.draws])["video"]
     after = view.encoded(Ramp(), numbers)["video"]
     # each frame as it would be alone, all with the numbers that come last
     for own, changed in zip(before, after, strict=True):
-        assert torch.equal(colour(own[None], numbers[None, -colour.draws :])[0], changed)
+        assert torch.equal(color(own[None], numbers[None, -color.draws :])[0], changed)
     assert not torch.equal(before, after)
 
 
-def test_multi_scale_boxes_are_neighbouring_sides_at_thirteen_places() -> None:
+def test_multi_scale_boxes_are_neighboring_sides_at_thirteen_places() -> None:
     crop = MultiScaleCrop(size=8, scales=(1.0, 0.75, 0.5))
     draw = np.random.default_rng(0).random((4000, 3))
     boxes = crop.boxes(40, 60, draw)
@@ -96,7 +96,7 @@ def test_multi_scale_boxes_are_neighbouring_sides_at_thirteen_places() -> None:
 
 
 def test_the_middle_of_a_video_needs_no_randomness() -> None:
-    view = CentreVideoCrop(clip=SegmentClip(frames=3), size=8, share=1.0)
+    view = CenterVideoCrop(clip=SegmentClip(frames=3), size=8, share=1.0)
     assert view.draws == 0
     video = view.encoded(Ramp(), np.zeros(0, np.float32))["video"]
     assert [int(frame[0, 4, 4]) for frame in video] == [5, 15, 25]
@@ -111,7 +111,7 @@ def films(**options: object) -> partial[FilmsSource]:
 def module(source: object, **options: object) -> VideoDataModule:
     views = {
         "train_view": RandomVideoCrop(DenseClip(frames=4, stride=2), MultiScaleCrop(16)),
-        "eval_view": CentreVideoCrop(clip=DenseClip(frames=4, stride=2), size=16),
+        "eval_view": CenterVideoCrop(clip=DenseClip(frames=4, stride=2), size=16),
     }
     return VideoDataModule(**{"source": source, "batch_size": 4, "seed": 0, "num_workers": 0, **views, **options})
 
@@ -243,7 +243,7 @@ class Corners:
 
 
 def test_segments_and_crops_of_a_test_at_hand_worked_places() -> None:
-    view = CentreVideoCrop(DenseClip(frames=2, stride=2), size=20, share=1.0, segments=3, crops=3)
+    view = CenterVideoCrop(DenseClip(frames=2, stride=2), size=20, share=1.0, segments=3, crops=3)
     video = view.encoded(Corners(), np.zeros(0, np.float32))["video"]
     assert view.rows == 9
     assert video.shape == (9, 2, 3, 20, 20)
@@ -255,13 +255,13 @@ def test_segments_and_crops_of_a_test_at_hand_worked_places() -> None:
     upright = view.encoded(tall, np.zeros(0, np.float32))["video"]
     assert torch.equal(upright, video.transpose(-1, -2))
     # segments: all frames together are even steps
-    segments = CentreVideoCrop(SegmentClip(frames=2), size=20, share=1.0, segments=2)
+    segments = CenterVideoCrop(SegmentClip(frames=2), size=20, share=1.0, segments=2)
     video = segments.encoded(Corners(), np.zeros(0, np.float32))["video"]
     assert [[int(frame[0, 0, 0]) // 20 - 1 for frame in clip] for clip in video] == [[0, 5], [2, 7]]
 
 
 def test_several_clips_of_a_video_stay_together_and_are_averaged() -> None:
-    view = CentreVideoCrop(DenseClip(frames=2, stride=1), size=16, share=1.0, segments=3)
+    view = CenterVideoCrop(DenseClip(frames=2, stride=1), size=16, share=1.0, segments=3)
     data = module(films(), eval_view=view, eval_batch_size=7)
     batches = list(data.val_dataloader())
     assert [batch["index"].tolist() for batch in batches] == [[0, 0, 0, 1, 1, 1], [2, 2, 2, 3, 3, 3]]
@@ -275,8 +275,8 @@ def test_several_clips_of_a_video_stay_together_and_are_averaged() -> None:
     assert found.labels.tolist() == [data.val_source[index]["label"] for index in range(4)]
     for index, row in enumerate(found.features):
         clips = view.encoded(data.val_source[index]["image"], np.zeros(0, np.float32))["video"]
-        normalised = data.on_after_batch_transfer({"video": clips}, 0)["video"]
-        torch.testing.assert_close(row, normalised.mean(dim=(0, 1, 3, 4)))
+        normalized = data.on_after_batch_transfer({"video": clips}, 0)["video"]
+        torch.testing.assert_close(row, normalized.mean(dim=(0, 1, 3, 4)))
 
 
 def test_rows_of_a_sample_are_averaged_and_others_left_alone() -> None:
@@ -312,6 +312,6 @@ def test_all_frames_change_alike_and_one_rectangle_is_erased() -> None:
 
 def test_a_view_of_pictures_is_refused() -> None:
     with pytest.raises(SettingError, match=r"data\.eval_view: a video needs a view of clips, not of a ImageBatch"):
-        module(films(), eval_view=CentreCrop(size=16)).batch_type  # noqa: B018
+        module(films(), eval_view=CenterCrop(size=16)).batch_type  # noqa: B018
     with pytest.raises(SettingError, match="a clip needs frames"):
         DenseClip(frames=0)

@@ -49,7 +49,7 @@ def test_bleu_at_a_hand_worked_point():
 
 
 def test_cider_at_a_hand_worked_point():
-    """Two pictures, each word and pair in the texts of one of them, but for "a", which says nothing: its weight is 0.
+    """Two images, each word and pair in the texts of one of them, but for "a", which says nothing: its weight is 0.
 
     In units of log 2, the first candidate's words are (2 red, 1 ring) against (1, 1), clipped to (1, 1): a product of
     2 over the norms sqrt(5) and sqrt(2). Two of its three pairs are the two of the reference. It shares no longer run,
@@ -70,14 +70,14 @@ def test_cider_is_what_coco_s_code_says():
 def test_cider_of_perfect_captions_and_of_one_picture():
     said = [each[0] for each in REFERENCES if len(words(each[0])) >= 4]  # with runs of every length
     assert cider_d(said, [[text] for text in said]) == pytest.approx(10)
-    assert cider_d(said[:1], [said[:1]]) == 0  # words that every picture's texts have say nothing
+    assert cider_d(said[:1], [said[:1]]) == 0  # words that every image's texts have say nothing
     for wrong in ([], REFERENCES[:1], [*REFERENCES[:-1], []]):
         with pytest.raises(ValueError, match="every picture needs a reference"):
             cider_d(CANDIDATES, wrong)
 
 
 class Teller(nn.Module):
-    """Reads a picture's grey value and says what such pictures are said to be."""
+    """Reads a image's grey value and says what such images are said to be."""
 
     def __init__(self, made: ImageTextDataModule, mute: bool = False) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Teller(nn.Module):
 
     def caption(self, image: Tensor, *, start: int, end: int, length: int, beams: int = 1) -> Tensor:
         assert not self.training
-        grey = (self.made.denormalise(image)[:, 0, 0, 0] * 255).round().long()
+        grey = (self.made.denormalize(image)[:, 0, 0, 0] * 255).round().long()
         texts = [f"{NUMBERS[0 if self.mute else value]} said once and twice" for value in grey.tolist()]
         ids, mask = self.made.tokenizer(texts)
         assert ids.shape[1] == length

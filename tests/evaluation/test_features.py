@@ -22,7 +22,7 @@ from tests.evaluation.toy import PatchySquares, Squares, make_data, squares, tin
 CPU = torch.device("cpu")
 
 
-class MeanColour(nn.Module):
+class MeanColor(nn.Module):
     """Three numbers an image, which are known without an encoder."""
 
     def forward(self, image: Tensor) -> Features:
@@ -32,7 +32,7 @@ class MeanColour(nn.Module):
 
 def test_features_are_those_of_the_source_in_its_order() -> None:
     data = squares(length=23)
-    found = extract({"colour": MeanColour()}, data.val_dataloader(), data, CPU)["colour"]
+    found = extract({"color": MeanColor()}, data.val_dataloader(), data, CPU)["color"]
     source = Squares("val", length=23)
     expected = (source.images.astype(np.float64).mean(axis=(2, 3)) / 255 - [0.485, 0.456, 0.406]) / [
         0.229,
@@ -46,17 +46,17 @@ def test_features_are_those_of_the_source_in_its_order() -> None:
 def test_the_order_is_the_source_s_whatever_the_loader_s() -> None:
     data = squares(length=23)
     batches = list(data.val_dataloader())
-    found = extract({"colour": MeanColour()}, batches[::-1], data, CPU)["colour"]
-    again = extract({"colour": MeanColour()}, batches, data, CPU)["colour"]
+    found = extract({"color": MeanColor()}, batches[::-1], data, CPU)["color"]
+    again = extract({"color": MeanColor()}, batches, data, CPU)["color"]
     assert torch.equal(found.features, again.features)
     assert torch.equal(found.labels, again.labels)
 
 
 def test_stand_ins_and_unlabelled_samples_are_left_out() -> None:
     data = make_data(partial(PatchySquares, length=20, unreadable={2, 11}, unlabelled={5, 19}))
-    found = extract({"colour": MeanColour()}, data.val_dataloader(), data, CPU)["colour"]
+    found = extract({"color": MeanColor()}, data.val_dataloader(), data, CPU)["color"]
     whole = squares(length=20)
-    every = extract({"colour": MeanColour()}, whole.val_dataloader(), whole, CPU)["colour"]
+    every = extract({"color": MeanColor()}, whole.val_dataloader(), whole, CPU)["color"]
     kept = [index for index in range(20) if index not in (2, 5, 11, 19)]
     assert torch.equal(found.features, every.features[kept])
     assert torch.equal(found.labels, every.labels[kept])
@@ -122,8 +122,8 @@ def test_the_class_tokens_of_the_last_blocks_stand_beside_each_other() -> None:
     torch.testing.assert_close(read({"": encoder}, pool=LastBlocks(1))[""].features, last)
     assert encoder.deep == 0
     assert encoder(torch.zeros(1, 3, 32, 32)).deep is None
-    colours = read({"": MeanColour()}, pool=LastBlocks(4))[""].features
-    assert torch.equal(colours, read({"": MeanColour()})[""].features)
+    colors = read({"": MeanColor()}, pool=LastBlocks(4))[""].features
+    assert torch.equal(colors, read({"": MeanColor()})[""].features)
 
 
 def test_precision_and_storage() -> None:
@@ -142,7 +142,7 @@ def test_precision_and_storage() -> None:
 
 
 def test_features_that_are_not_finite_are_named() -> None:
-    class Breaks(MeanColour):
+    class Breaks(MeanColor):
         def forward(self, image: Tensor) -> Features:
             features = super().forward(image)
             features.embedding[3] = torch.nan
@@ -156,4 +156,4 @@ def test_features_that_are_not_finite_are_named() -> None:
 def test_without_labels_there_is_nothing_to_evaluate() -> None:
     data = squares(length=12, labelled=False)
     with pytest.raises(NoLabels, match="label"):
-        extract({"": MeanColour()}, data.val_dataloader(), data, CPU)
+        extract({"": MeanColor()}, data.val_dataloader(), data, CPU)

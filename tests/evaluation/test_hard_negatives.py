@@ -8,7 +8,7 @@ import torch
 from src.datamodules.scenes import captions
 from src.datamodules.scenes.source import ScenesSource
 from src.datamodules.scenes.world import ObjectsWorld
-from src.datamodules.sources.source import MistakenSource
+from src.datamodules.sources.source import HardNegativeSource
 from src.evaluation.hard_negatives import preference
 from tests.datamodules.test_image_text import Numbered
 
@@ -39,28 +39,28 @@ def named(text: str, words: dict[str, tuple[str, ...]]) -> list[str]:
     return list(dict.fromkeys(places[place] for place in sorted(places) if place >= 0))
 
 
-COLOURS = {name: captions._SYNONYMS[name] for name in captions.COLOUR_NAMES}
+COLORS = {name: captions._SYNONYMS[name] for name in captions.COLOR_NAMES}
 SIDES = {name: words for name, words in captions._RELATIONS.items() if name != "before"}
 
 
-def test_one_thing_gets_a_colour_that_is_nowhere():
+def test_one_thing_gets_a_color_that_is_nowhere():
     seen = list(mistakes("attribute"))
     assert len(seen) > 10
     for scene, right, wrong in seen:
-        [colour] = {thing.colour for thing in scene.things}  # a second one of the same colour keeps it
-        assert named(right, COLOURS) == [colour]
-        [new] = set(named(wrong, COLOURS)) - {colour}
-        assert (colour in named(wrong, COLOURS)) == (len(scene.things) == 2)
-        assert new != colour
+        [color] = {thing.color for thing in scene.things}  # a second one of the same color keeps it
+        assert named(right, COLORS) == [color]
+        [new] = set(named(wrong, COLORS)) - {color}
+        assert (color in named(wrong, COLORS)) == (len(scene.things) == 2)
+        assert new != color
 
 
-def test_two_things_get_each_other_s_colour_and_no_word_is_new():
+def test_two_things_get_each_other_s_color_and_no_word_is_new():
     seen = list(mistakes("swapped"))
     assert len(seen) > 10
     for scene, right, wrong in seen:
-        assert {thing.colour for thing in scene.things} == set(named(right, COLOURS))
+        assert {thing.color for thing in scene.things} == set(named(right, COLORS))
         assert len(scene.things) == 2
-        assert named(wrong, COLOURS) == named(right, COLOURS)[::-1]
+        assert named(wrong, COLORS) == named(right, COLORS)[::-1]
         without_articles = [Counter(text.replace(" an ", " a ").split()[1:]) for text in (right, wrong)]
         assert without_articles[0] == without_articles[1]
         assert right != wrong
@@ -72,7 +72,7 @@ def test_the_other_side_is_named_and_nothing_else_changes():
     for _, right, wrong in seen:
         [side], [other] = named(right, SIDES), named(wrong, SIDES)
         assert captions.OPPOSITE[side] == other
-        assert named(right, COLOURS) == named(wrong, COLOURS)
+        assert named(right, COLORS) == named(wrong, COLORS)
 
 
 def test_another_number_is_named():
@@ -104,5 +104,5 @@ def test_they_are_the_same_every_time():
     again = ScenesSource("val", count=60, resolution=16)
     for index in range(10):
         assert SCENES.mistakes(index) == again.mistakes(index)
-    assert isinstance(SCENES, MistakenSource)
-    assert not isinstance(Numbered(), MistakenSource)
+    assert isinstance(SCENES, HardNegativeSource)
+    assert not isinstance(Numbered(), HardNegativeSource)

@@ -1,4 +1,4 @@
-"""A pair of towers that reads numbers off pictures and texts is judged perfect, one that says nothing at chance."""
+"""A pair of towers that reads numbers off images and texts is judged perfect, one that says nothing at chance."""
 
 from functools import partial
 
@@ -11,16 +11,16 @@ from torch.nn.functional import one_hot
 from src import configuration, evaluate
 from src import trained as trained_runs
 from src.datamodules.image_text import ImageTextDataModule
-from src.datamodules.sources.source import Mistaken, Prompts
+from src.datamodules.sources.source import HardNegative, Prompts
 from src.datamodules.text.tokenizing import TokenizingDataModule
-from src.datamodules.views.image import CentreCrop
+from src.datamodules.views.image import CenterCrop
 from src.errors import UserError
 from src.evaluation.image_text import ImageTextEvaluation
 from tests.datamodules.test_image_text import NUMBERS, TOKENIZER, Numbered
 
 
 class Reader(nn.Module):
-    """Counts: a picture's grey value, and the number that a text names."""
+    """Counts: a image's grey value, and the number that a text names."""
 
     def __init__(self, data: ImageTextDataModule, blind: bool = False) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Reader(nn.Module):
 
     def encode_image(self, image: Tensor) -> Tensor:
         assert not self.training
-        grey = (self.data.denormalise(image)[:, 0, 0, 0] * 255).round().long()
+        grey = (self.data.denormalize(image)[:, 0, 0, 0] * 255).round().long()
         return one_hot(grey, 12).float() if not self.blind else torch.ones(len(image), 12)
 
     def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
@@ -49,20 +49,20 @@ class Named(Numbered):
         return {**super().__getitem__(index), "label": index}
 
 
-class Judged(Named):
+class JudgedSource(Named):
     """Says how its classes are named, and what they are not."""
 
     prompts = Prompts(templates=("{} once", "{} twice"), single="once or twice")
 
-    def mistakes(self, index: int) -> list[Mistaken]:
+    def mistakes(self, index: int) -> list[HardNegative]:
         other = NUMBERS[(index + 1) % 10]
-        named = Mistaken("number", f"{NUMBERS[index]} said", f"{other} said")
+        named = HardNegative("number", f"{NUMBERS[index]} said", f"{other} said")
         # the reader does not know what is said, so that both texts are the same to it
-        return [named, Mistaken("saying", f"{NUMBERS[index]} said once", f"{NUMBERS[index]} said twice")]
+        return [named, HardNegative("saying", f"{NUMBERS[index]} said once", f"{NUMBERS[index]} said twice")]
 
 
 def data(tmp_path, source: type = Named, **options) -> ImageTextDataModule:
-    view = CentreCrop(8, share=1.0)
+    view = CenterCrop(8, share=1.0)
     made = ImageTextDataModule(
         source=partial(source, **options),
         train_view=view,
@@ -113,7 +113,7 @@ class Untaught:
 
 
 class Told(TokenizingDataModule):
-    """Pictures with names of classes alone."""
+    """Visualizations with names of classes alone."""
 
     def texts_to_learn_from(self) -> list[str]:
         return NUMBERS
@@ -130,7 +130,7 @@ class Prejudiced(Reader):
 
 
 def test_classes_that_training_has_not_seen_are_judged_among_themselves(tmp_path):
-    view = CentreCrop(8, share=1.0)
+    view = CenterCrop(8, share=1.0)
     made = Told(source=Untaught, train_view=view, eval_view=view, batch_size=2, num_workers=0, tokenizer="none")
     made._tokenizer = TOKENIZER
     scores = ImageTextEvaluation(templates=["{}"])(Prejudiced(made), made, torch.device("cpu"))
@@ -169,7 +169,7 @@ def test_pictures_that_cannot_be_read_are_not_judged(tmp_path):
 
 
 def test_mistaken_texts_are_told_from_right_ones_where_there_are_any(tmp_path):
-    made, cpu = data(tmp_path, Judged), torch.device("cpu")
+    made, cpu = data(tmp_path, JudgedSource), torch.device("cpu")
     scores = ImageTextEvaluation(single="{}")(Reader(made), made, cpu)
     assert (scores["hardnegatives_number"], scores["hardnegatives_saying"]) == (1, 0.5)
     blind = ImageTextEvaluation(single="{}", negatives=3)(Reader(made, blind=True), made, cpu)
@@ -179,8 +179,8 @@ def test_mistaken_texts_are_told_from_right_ones_where_there_are_any(tmp_path):
 
 
 def test_so_many_pictures_are_compared_with_mistaken_texts_chosen_evenly(tmp_path):
-    made, asked = data(tmp_path, Judged), []
-    mistakes = Judged.mistakes
+    made, asked = data(tmp_path, JudgedSource), []
+    mistakes = JudgedSource.mistakes
     made.val_source.mistakes = lambda index: asked.append(index) or mistakes(made.val_source, index)
     ImageTextEvaluation(single="{}", negatives=4)(Reader(made), made, torch.device("cpu"))
     assert asked == [0, 2, 5, 7]
@@ -188,7 +188,7 @@ def test_so_many_pictures_are_compared_with_mistaken_texts_chosen_evenly(tmp_pat
 
 def test_the_data_s_own_prompts_count_unless_others_are_named(tmp_path):
     """The source's single prompt has no place for the name: it is used, and refused."""
-    made, cpu = data(tmp_path, Judged), torch.device("cpu")
+    made, cpu = data(tmp_path, JudgedSource), torch.device("cpu")
     with pytest.raises(ValueError, match="got 'once or twice'"):
         ImageTextEvaluation()(Reader(made), made, cpu)
     scores = ImageTextEvaluation(single="{} and nothing")(Reader(made), made, cpu)
@@ -205,7 +205,7 @@ def test_an_ensemble_that_disagrees_with_the_single_prompt_is_reported_beside_it
 
 
 def test_the_geometry_is_that_of_each_picture_with_its_first_text(tmp_path):
-    class Two(Judged):
+    class Two(JudgedSource):
         def captions(self, index: int) -> list[str]:
             return [f"{NUMBERS[index]} said", "nothing"][: 1 + index % 2]
 
@@ -232,7 +232,7 @@ def test_make_evaluate_reports_what_is_asked_for_and_refuses_what_the_data_lacks
         monkeypatch.setattr(configuration, "instantiate", lambda part: made if "source" in part else evaluation)
         return set(evaluate.evaluate_pairs(config, tmp_path, names))
 
-    assert asked(Judged, "hardnegatives") == {"hardnegatives_number", "hardnegatives_saying", "gap"}
+    assert asked(JudgedSource, "hardnegatives") == {"hardnegatives_number", "hardnegatives_saying", "gap"}
     names = ("alignment", "positive_cosine", "uniformity_image", "uniformity_text", "cross_uniformity", "separability")
     assert asked(Named, "geometry") == {"gap", *(f"geometry_{name}" for name in names)}
     with pytest.raises(UserError, match="EVAL=hardnegatives: named has nothing to judge that by"):

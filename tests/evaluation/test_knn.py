@@ -68,7 +68,7 @@ def test_the_bank_of_equal_rows_decides_by_its_first() -> None:
 
 
 def test_temperature_weighs_near_against_many() -> None:
-    # one neighbour at cosine 1 against two at cosine 1/2: e < 2 sqrt(e), but e^(1/0.07) > 2 e^(0.5/0.07)
+    # one neighbor at cosine 1 against two at cosine 1/2: e < 2 sqrt(e), but e^(1/0.07) > 2 e^(0.5/0.07)
     half = math.sqrt(3) / 2
     sets = FeatureSets(
         bank=FeatureSet(torch.tensor([[1.0, 0.0], [0.5, half], [0.5, -half]]), torch.tensor([1, 0, 0])),
@@ -78,7 +78,7 @@ def test_temperature_weighs_near_against_many() -> None:
     assert KNN(k=3, temperature=0.07).predict(sets, CPU)[3].item() == 1
 
 
-def test_more_neighbours_than_the_bank_has_means_all_of_it() -> None:
+def test_more_neighbors_than_the_bank_has_means_all_of_it() -> None:
     sets = FeatureSets(bank=labelled(random_rows(9, 4, 0), 3, 0), query=labelled(random_rows(30, 4, 1), 3, 1))
     predicted = KNN(k=(9, 50), bank_chunk=4).predict(sets, CPU)
     assert torch.equal(predicted[9], predicted[50])

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.datamodules.scenes import render
-from src.datamodules.scenes.films import FilmFootage, FilmsSource
+from src.datamodules.scenes.films import FilmReader, FilmsSource
 from src.datamodules.sources.source import Sample, Split
 from src.datamodules.video import VideoDataModule
-from src.datamodules.views.video import CentreVideoCrop, DenseClip
+from src.datamodules.views.video import CenterVideoCrop, DenseClip
 from src.errors import SettingError
 from src.evaluation.features import BadFeatures
-from src.evaluation.label_propagation import LabelPropagation, neighbourhood
+from src.evaluation.label_propagation import LabelPropagation, neighborhood
 from src.models.backbones.image_encoder import Features
 from tests.evaluation.toy import Squares, random_rows, squares
 
@@ -48,11 +48,11 @@ class Walkers:
     def __getitem__(self, index: int) -> Sample:
         pictures = torch.zeros(self.frames, 3, 16, 16, dtype=torch.uint8)
         pictures[:, 2] = 90
-        for thing, colour in enumerate(((250, 20, 0), (20, 250, 0))):
+        for thing, color in enumerate(((250, 20, 0), (20, 250, 0))):
             where = self.masks(index)[:, thing]
-            for channel, value in enumerate(colour):
+            for channel, value in enumerate(color):
                 pictures[:, channel][where] = value
-        return {"image": FilmFootage(pictures.numpy().__getitem__, self.frames, 5.0, self.flows), "label": 0}
+        return {"image": FilmReader(pictures.numpy().__getitem__, self.frames, 5.0, self.flows), "label": 0}
 
     def flows(self, numbers: Sequence[int]) -> np.ndarray:
         raise AssertionError("labels are carried on by what patches look like")
@@ -62,7 +62,7 @@ class Walkers:
 
 
 class Patches(nn.Module):
-    """Mean colour of each 4 x 4 patch, or what says nothing of it."""
+    """Mean color of each 4 x 4 patch, or what says nothing of it."""
 
     def __init__(self, blind: bool = False) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def judged(encoder: nn.Module, datamodule: Any = None, **options: Any) -> dict[s
 
 
 def naive(
-    features: Tensor, grid: tuple[int, int], first: Tensor, *, context: int, neighbours: int, radius: int, heat: float
+    features: Tensor, grid: tuple[int, int], first: Tensor, *, context: int, neighbors: int, radius: int, heat: float
 ) -> Tensor:
     """Patch by patch, as it is described."""
     labels = [first.tolist()]
@@ -96,7 +96,7 @@ def naive(
                     if max(apart) <= radius:
                         cosine = float(F.cosine_similarity(features[frame, target], features[seen, source], dim=0))
                         found.append((cosine, labels[seen][source]))
-            best = sorted(found, key=lambda each: -each[0])[:neighbours]
+            best = sorted(found, key=lambda each: -each[0])[:neighbors]
             weights = [math.exp(cosine / heat) for cosine, _ in best]
             mine.append(
                 [
@@ -111,23 +111,23 @@ def naive(
 def test_labels_wander_as_described_patch_by_patch() -> None:
     features = F.normalize(random_rows(5 * 12, 6, seed=0), dim=1).view(5, 12, 6)
     first = F.one_hot(torch.arange(12) % 3, 3).float()
-    evaluation = LabelPropagation(Walkers, context=2, neighbours=4, radius=10, temperature=0.2)
+    evaluation = LabelPropagation(Walkers, context=2, neighbors=4, radius=10, temperature=0.2)
     found = evaluation.propagate(features, (3, 4), first)  # radius 10 of 30 rows is 1 of 3
-    expected = naive(features, (3, 4), first, context=2, neighbours=4, radius=1, heat=0.2)
+    expected = naive(features, (3, 4), first, context=2, neighbors=4, radius=1, heat=0.2)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.sum(dim=2), torch.ones(5, 12))
 
 
-def test_a_neighbourhood_is_a_square_cut_by_the_picture() -> None:
-    near = neighbourhood((3, 4), 1)
+def test_a_neighborhood_is_a_square_cut_by_the_picture() -> None:
+    near = neighborhood((3, 4), 1)
     assert near[0].view(3, 4).int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
     assert near[6].view(3, 4).int().tolist() == [[0, 1, 1, 1]] * 3
     assert torch.equal(near, near.T)
-    assert neighbourhood((3, 4), 9).all()
+    assert neighborhood((3, 4), 9).all()
 
 
-def test_colours_follow_squares_and_blindness_does_not() -> None:
-    """Things as large as patches, told apart by colour: every patch is right, and what is smoothed between patches is
+def test_colors_follow_squares_and_blindness_does_not() -> None:
+    """Things as large as patches, told apart by color: every patch is right, and what is smoothed between patches is
     the boundary's, less than a patch away."""
     seeing, blind = judged(Patches()), judged(Patches(blind=True))
     assert seeing["labelpropagation_j"] > 0.6
@@ -137,7 +137,7 @@ def test_colours_follow_squares_and_blindness_does_not() -> None:
     )
 
 
-def test_every_patch_of_the_right_colour_gets_the_right_label() -> None:
+def test_every_patch_of_the_right_color_gets_the_right_label() -> None:
     source = Walkers("val")
     masks = source.masks(0)
     frames = source[0]["image"].at([frame / 5 for frame in range(4)])  # type: ignore[union-attr]
@@ -166,7 +166,7 @@ def test_the_first_and_the_last_frame_are_not_judged_and_things_count_alike(monk
 
 
 def test_encoders_of_videos_are_shown_frames_that_stand_still() -> None:
-    view = CentreVideoCrop(DenseClip(frames=6, stride=1), 16)
+    view = CenterVideoCrop(DenseClip(frames=6, stride=1), 16)
     data = VideoDataModule(
         source=partial(Squares, length=4),
         train_view=view,

@@ -17,8 +17,8 @@ CPU = torch.device("cpu")
 def problem(rows: int, width: int, classes: int, noise: float, seed: int = 0) -> FeatureSet:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (rows,), generator=generator)
-    centres = random_rows(classes, width, seed=99)
-    return FeatureSet(centres[labels] + noise * torch.randn(rows, width, generator=generator), labels)
+    centers = random_rows(classes, width, seed=99)
+    return FeatureSet(centers[labels] + noise * torch.randn(rows, width, generator=generator), labels)
 
 
 def solve(features: np.ndarray, labels: np.ndarray, classes: int, l2: float) -> np.ndarray:
@@ -44,7 +44,7 @@ def solve(features: np.ndarray, labels: np.ndarray, classes: int, l2: float) -> 
 
 @pytest.mark.parametrize("l2", [0.3, 0.01])
 @pytest.mark.parametrize("chunk", [2**25, 21])
-def test_finds_the_minimiser(l2: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finds_the_minimizer(l2: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_CHUNK_ELEMENTS", chunk)  # 21 elements: 7 rows of 3 classes at a time
     bank = problem(80, 5, 3, noise=2.0)
     weights = LinearProbe(tolerance=1e-7).fit(bank.features, bank.labels, 3, l2)

@@ -31,7 +31,7 @@ def test_a_boundary_is_one_pixel_wide_and_not_where_the_picture_ends() -> None:
 
 
 def test_boundaries_within_the_tolerance_fit() -> None:
-    """Half pictures of 20 x 20, their edges d columns apart: ceil(0.008 * 28.3) is 1 pixel."""
+    """Half images of 20 x 20, their edges d columns apart: ceil(0.008 * 28.3) is 1 pixel."""
     edges = [np.arange(20)[None, :].repeat(20, 0) < edge for edge in (8, 9, 10)]
     assert boundary_f(edges[0], edges[0]) == 1
     assert boundary_f(edges[0], edges[1]) == 1

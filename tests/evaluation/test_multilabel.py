@@ -1,4 +1,4 @@
-"""Every class that is seen: which ones, from which picture, and how well they are found."""
+"""Every class that is seen: which ones, from which image, and how well they are found."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_average_precision_by_hand() -> None:
     assert mean_average_precision(scores, torch.zeros_like(tags)) == 0
 
 
-def test_each_class_has_the_minimiser_it_would_have_alone() -> None:
+def test_each_class_has_the_minimizer_it_would_have_alone() -> None:
     bank = tagged(60, 0)
     tags = bank.tags.float()  # type: ignore[union-attr]
     probe = LinearProbe(tolerance=1e-7)

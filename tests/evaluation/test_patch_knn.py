@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from src.datamodules.image import ImageDataModule
 from src.datamodules.scenes.source import ScenesSource
 from src.datamodules.sources.source import Sample, Split
-from src.datamodules.views.image import CentreCrop
+from src.datamodules.views.image import CenterCrop
 from src.errors import SettingError
 from src.evaluation.features import FeatureSet, FeatureSets
 from src.evaluation.patch_knn import PatchKNN, patch_labels, patch_sets
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 class Bands:
-    """Pictures of 8 x 8 whose left ``index % 8`` columns are red things (class 0) and whose rest is black."""
+    """Visualizations of 8 x 8 whose left ``index % 8`` columns are red things (class 0) and whose rest is black."""
 
     classes = ("thing", "never seen")
 
@@ -51,8 +51,8 @@ class Bands:
         return f"bands {index}"
 
 
-class Colours(nn.Module):
-    """Mean colour of each 4 x 4 patch, and how far it is from black and from red."""
+class Colors(nn.Module):
+    """Mean color of each 4 x 4 patch, and how far it is from black and from red."""
 
     def forward(self, image: Tensor) -> Features:
         patches = F.avg_pool2d(image, 4).flatten(2).transpose(1, 2)
@@ -61,7 +61,7 @@ class Colours(nn.Module):
 
 def bands(length: int = 16, **options: Any) -> ImageDataModule:
     settings: dict[str, Any] = {"batch_size": 4, "eval_batch_size": 5, "num_workers": 0, **options}
-    view = CentreCrop(8, settings.pop("share", 1.0))
+    view = CenterCrop(8, settings.pop("share", 1.0))
     source = partial(Bands, length=length)
     return ImageDataModule(source=source, train_view=view, eval_view=view, **settings)
 
@@ -94,7 +94,7 @@ def test_a_patch_is_what_most_of_it_shows() -> None:
 
 
 def test_masks_are_cropped_like_pictures() -> None:
-    """The middle half of a picture, enlarged: 3 red columns of 8 leave the first of 4, which fills 2 of 8 columns."""
+    """The middle half of a image, enlarged: 3 red columns of 8 leave the first of 4, which fills 2 of 8 columns."""
     data = bands(share=0.5)
     index = torch.tensor([3])
     shares = data.kind_shares("val", index)
@@ -108,7 +108,7 @@ def test_masks_are_cropped_like_pictures() -> None:
 
 def test_labels_and_features_are_of_the_same_patches_in_the_order_of_the_images() -> None:
     """A column of 4 is a thing from 3 columns on (2 of 4 is a draw, which the background has)."""
-    sets = patch_sets({"": Colours()}, bands(), CPU, bank_images=16, query_images=16, bank_patches=1000)[""]
+    sets = patch_sets({"": Colors()}, bands(), CPU, bank_images=16, query_images=16, bank_patches=1000)[""]
     expected = [[int(min(i % 8, 4) > 2), int(max(i % 8 - 4, 0) > 2)] * 2 for i in range(16)]
     assert sets.query.labels.view(16, 4).tolist() == expected
     assert torch.equal(sets.bank.labels, sets.query.labels)
@@ -118,7 +118,7 @@ def test_labels_and_features_are_of_the_same_patches_in_the_order_of_the_images(
 
 def test_the_bank_is_bounded_and_chosen_by_the_image_alone() -> None:
     sets, again = (
-        patch_sets({"": Colours()}, bands(seed=seed, eval_batch_size=size), CPU, bank_images=8, bank_patches=16)[""]
+        patch_sets({"": Colors()}, bands(seed=seed, eval_batch_size=size), CPU, bank_images=8, bank_patches=16)[""]
         for seed, size in ((0, 5), (1, 3))
     )
     assert len(sets.bank.labels) == 16
@@ -129,14 +129,14 @@ def test_the_bank_is_bounded_and_chosen_by_the_image_alone() -> None:
 
 def test_two_processes_read_what_one_does() -> None:
     """Each its share; together, by image, the same rows."""
-    whole = patch_sets({"": Colours()}, bands(15), CPU)[""].query
+    whole = patch_sets({"": Colors()}, bands(15), CPU)[""].query
     parts = []
     for rank in range(2):
         data = bands(15)
         data.trainer = SimpleNamespace(
             global_rank=rank, world_size=2, accumulate_grad_batches=1, precision_plugin=Precision()
         )  # type: ignore[assignment]
-        parts.append(patch_sets({"": Colours()}, data, CPU)[""].query)
+        parts.append(patch_sets({"": Colors()}, data, CPU)[""].query)
     together = torch.cat([torch.cat([part.features, part.labels[:, None]], dim=1) for part in parts])
     one = torch.cat([whole.features, whole.labels[:, None]], dim=1)
     assert sorted(together.tolist()) == sorted(one.tolist())
@@ -155,7 +155,7 @@ def test_scenes_say_what_each_pixel_shows() -> None:
 
 def test_data_without_masks_is_refused() -> None:
     with pytest.raises(SettingError, match=r"data.source: Squares has no masks"):
-        patch_sets({"": Colours()}, squares(), CPU)
+        patch_sets({"": Colors()}, squares(), CPU)
 
 
 def test_refuses_what_makes_no_sense() -> None:

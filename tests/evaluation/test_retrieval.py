@@ -46,7 +46,7 @@ def test_what_belongs_nowhere_is_refused():
             retrieval(torch.eye(2), torch.eye(2), torch.tensor(owner))
 
 
-def test_prompts_are_normalised_before_and_after_their_mean():
+def test_prompts_are_normalized_before_and_after_their_mean():
     vectors = {"a cat": [3.0, 0.0], "the cat": [0.0, 1.0], "a dog": [-1.0, 0.0], "the dog": [-1.0, 0.0]}
     weights = classifier(["cat", "dog"], lambda texts: torch.tensor([vectors[t] for t in texts]), ["a {}", "the {}"])
     torch.testing.assert_close(weights, torch.tensor([[0.5**0.5, 0.5**0.5], [-1.0, 0.0]]))

@@ -79,7 +79,7 @@ def test_pixels_are_averaged_by_area() -> None:
         PixelEncoder(0)
 
 
-def test_pixels_tell_the_colours_apart() -> None:
+def test_pixels_tell_the_colors_apart() -> None:
     scores = run_evaluators({"pixels": PixelEncoder(1)}, squares(length=60), [KNN(k=5), LinearProbe()], CPU)
     assert scores["knn_top1"] > 0.9
     assert scores["linear_top1"] > 0.9
@@ -102,8 +102,8 @@ def test_queries_come_from_the_split_that_is_asked_for() -> None:
     for split in ("val", "test"):
         sets = feature_sets({"": PixelEncoder(1)}, data, CPU, split=split)[""]
         for part, name in ((sets.bank, "train"), (sets.query, split)):
-            std, centre = torch.tensor([0.229, 0.224, 0.225]), torch.tensor([0.485, 0.456, 0.406])
-            torch.testing.assert_close((part.features * std + centre).mean(dim=1), mean(name), rtol=0, atol=1e-5)
+            std, center = torch.tensor([0.229, 0.224, 0.225]), torch.tensor([0.485, 0.456, 0.406])
+            torch.testing.assert_close((part.features * std + center).mean(dim=1), mean(name), rtol=0, atol=1e-5)
     for split in ("train", "tset"):
         with pytest.raises(SettingError, match=rf"evaluate.split is val or test.*not '{split}'"):
             feature_sets({"": PixelEncoder(1)}, data, CPU, split=split)

@@ -22,7 +22,7 @@ from src.evaluation.knn import KNN
 from src.evaluation.label_propagation import LabelPropagation
 from src.evaluation.multilabel import MultiLabelProbe
 from src.evaluation.run import feature_sets, run_evaluators
-from tests.evaluation.test_image_text import Judged, Reader
+from tests.evaluation.test_image_text import JudgedSource, Reader
 from tests.evaluation.test_image_text import data as image_text_data
 from tests.evaluation.test_label_propagation import Patches, Walkers
 from tests.evaluation.toy import PatchySquares, make_data, random_rows, squares, tiny_encoder
@@ -45,7 +45,7 @@ def observe(rank: int, world_size: int) -> dict[str, object]:
     ties, predicted = tied_sets(rank, world_size), {}
     for k, chunk in ((7, 8), (40, 512), (500, 64)):
         predicted[f"{k}"] = KNN(k=k, temperature=0.5, bank_chunk=chunk).predict(ties, CPU)[k]
-    pairs = image_text_data(Path("nowhere"), Judged)
+    pairs = image_text_data(Path("nowhere"), JudgedSource)
     pairs.trainer = launch
     shard = extract(encoders, data.val_dataloader(), data, CPU, shard=world_size == 2)["two"]
     scores = run_evaluators(encoders, data, [KNN(k=3)], CPU)
@@ -149,7 +149,7 @@ def test_a_process_without_labelled_samples_takes_part(seen: Any) -> None:
     assert pair[1]["sparse features"].shape == (4, 32)
 
 
-def test_a_bank_in_shards_gives_the_neighbours_of_the_whole_one(seen: Any) -> None:
+def test_a_bank_in_shards_gives_the_neighbors_of_the_whole_one(seen: Any) -> None:
     alone, pair = seen
     for one in pair:
         for k in ("7", "40", "500"):

@@ -1,4 +1,4 @@
-"""A small world for the tests of evaluation: coloured squares, a tiny ViT, a method with a student and a teacher."""
+"""A small world for the tests of evaluation: colored squares, a tiny ViT, a method with a student and a teacher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from src.datamodules.batch import ImageBatch
 from src.datamodules.image import ImageDataModule
 from src.datamodules.sources.source import BadSample, Sample, Split
-from src.datamodules.views.image import CentreCrop
+from src.datamodules.views.image import CenterCrop
 from src.models.backbones.image_encoder import ImageEncoder
 from src.models.pretrain_module import PretrainModule, StepOutput
 from src.optim import OptimizerRecipe
@@ -72,7 +72,7 @@ def squares(length: int = 48, *, labelled: bool = True, **options: Any) -> Image
 
 def make_data(source: Any, **options: Any) -> ImageDataModule:
     settings = {"batch_size": 16, "eval_batch_size": 10, "num_workers": 0, **options}
-    return ImageDataModule(source=source, train_view=CentreCrop(SIZE, 1.0), eval_view=CentreCrop(SIZE, 1.0), **settings)
+    return ImageDataModule(source=source, train_view=CenterCrop(SIZE, 1.0), eval_view=CenterCrop(SIZE, 1.0), **settings)
 
 
 def tiny_vit(seed: int = 0, **options: Any) -> nn.Module:
@@ -94,7 +94,7 @@ def tiny_encoder(seed: int = 0) -> ImageEncoder:
 
 
 class Toy(PretrainModule):
-    """Regresses an image's mean colour. Dropout draws random numbers, which evaluation must not disturb."""
+    """Regresses an image's mean color. Dropout draws random numbers, which evaluation must not disturb."""
 
     def __init__(self, dropout: float = 0.1) -> None:
         super().__init__(OptimizerRecipe(partial(torch.optim.AdamW), lr=1e-3))

@@ -16,7 +16,7 @@ from src import configuration, evaluate, runs, train, trained
 from src.configuration import CONFIGS
 from src.errors import UserError
 from src.gauntlet import __main__ as gauntlet
-from src.gauntlet.tasks import Contender, FineTuned, Frozen, Headed, hash_of
+from src.gauntlet.tasks import FineTuned, Frozen, FrozenHeadTask, GauntletEntry, hash_of
 from src.models.backbones.image_encoder import ImageEncoder, cls_token
 from tests.commands import SECONDS
 from tests.evaluation.toy import tiny_encoder
@@ -57,13 +57,13 @@ class Fake:
 
     adaptation: ClassVar[str] = "frozen"
 
-    def recipe(self, contender: Contender) -> tuple[DictConfig, Any]:
+    def recipe(self, contender: GauntletEntry) -> tuple[DictConfig, Any]:
         return contender.decides, [self.name, self.version, contender.weights]
 
-    def judged_on(self, contender: Contender) -> str:
+    def judged_on(self, contender: GauntletEntry) -> str:
         return contender.judged_on if self.data is None else self.data
 
-    def __call__(self, contender: Contender) -> float:
+    def __call__(self, contender: GauntletEntry) -> float:
         self.seen.append(contender.title)
         if self.problem is not None:
             raise self.problem
@@ -175,14 +175,14 @@ def test_every_task_of_the_gauntlet_names_what_there_is(two: list[runs.Run]) -> 
     """Each composes for a run; an evaluation that does not exist would not."""
     run = two[0]
     config = evaluate.settle(run, None, [])
-    trained_one = Contender(run, config, "scenes", run.last, [], run.dir)
+    trained_one = GauntletEntry(run, config, "scenes", run.last, [], run.dir)
     tasks = gauntlet.chosen(None)
     assert {"knn", "linear", "labelpropagation", "finetune"} <= set(tasks)
     for task in tasks.values():
         recipe, _ = task.recipe(trained_one)
         if isinstance(task, FineTuned):
             frozen = recipe.model.get("frozen", False)
-            assert frozen == isinstance(task, Headed)
+            assert frozen == isinstance(task, FrozenHeadTask)
             assert task.adaptation == ("frozen" if frozen else "fine-tuned")
     odd = Frozen("knnn", metric="knn_top1", kind="classification")
     with pytest.raises(UserError, match="no evaluation 'knnn'; did you mean knn"):
@@ -204,7 +204,7 @@ def test_fine_tuning_goes_on_from_the_weights_or_begins_anew(
     )
     run = two[0]
     config = evaluate.settle(run, None, [])
-    contenders = [Contender(run, config, "scenes", each, [], tmp_path, ["seed=7"]) for each in (run.last, None)]
+    contenders = [GauntletEntry(run, config, "scenes", each, [], tmp_path, ["seed=7"]) for each in (run.last, None)]
     assert [task(each) for each in contenders] == [0.5, 0.5]
     (recipe, folder, metric), (anew, other, _) = asked
     assert recipe.run.experiment == "linear_vitb"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from src.gauntlet.ranking import Standing, mean_of_known, with_backbones, z_scores
+from src.gauntlet.ranking import Ranking, mean_of_known, with_backbones, z_scores
 
 ABOUT = {"date": "2030-01-01", "commit": "abc", "cpu": "a CPU", "cores": 2, "torch": "2", "threads": 1, "others": 0.0}
 
@@ -30,7 +30,7 @@ FULL = rows(
 
 
 def test_z_scores_have_mean_0_and_population_deviation_1_in_every_setting() -> None:
-    z = Standing(FULL).z
+    z = Ranking(FULL).z
     np.testing.assert_allclose(z.mean(axis=0), 0, atol=1e-12)
     np.testing.assert_allclose(z.std(axis=0, ddof=0), 1)
     # by hand: 1, 2 and 6 have mean 3 and squared distances 4, 1 and 9, so the deviation sqrt(14 / 3)
@@ -38,24 +38,24 @@ def test_z_scores_have_mean_0_and_population_deviation_1_in_every_setting() -> N
 
 
 def test_the_ranking_knows_no_units() -> None:
-    expected = Standing(FULL)
+    expected = Ranking(FULL)
     for setting, (scale, shift) in {"knn": (100, -5), "linear": (1e-3, 2), "dense": (1 / 7, 1e4)}.items():
         moved = [r | {"value": scale * r["value"] + shift} if r["setting"] == setting else r for r in FULL]
-        found = Standing(moved)
+        found = Ranking(moved)
         np.testing.assert_allclose(found.z, expected.z, rtol=1e-6, atol=1e-9)
         assert found.order == expected.order
 
 
 def test_an_error_counts_with_its_sign_turned() -> None:
     error = [row("a", "depth", 0.2, lower_is_better=True), row("b", "depth", 0.4, lower_is_better=True)]
-    standing = Standing(error)
+    standing = Ranking(error)
     assert standing.z[:, 0].tolist() == pytest.approx([1, -1])
     assert standing.raw[:, 0].tolist() == [0.2, 0.4]
     assert [standing.backbones[each] for each in standing.order] == ["a", "b"]
 
 
 def test_what_is_missing_is_left_out_and_said() -> None:
-    standing = Standing(rows(knn={"a": 1.0, "b": 3.0, "c": 2.0}, dense={"a": 4.0, "c": 8.0}))
+    standing = Ranking(rows(knn={"a": 1.0, "b": 3.0, "c": 2.0}, dense={"a": 4.0, "c": 8.0}))
     z = np.sqrt(1.5)
     np.testing.assert_allclose(standing.z, [[-z, -1], [z, np.nan], [0, 1]], atol=1e-12)
     np.testing.assert_allclose(standing.overall, [(-z - 1) / 2, z, 0.5])
@@ -65,13 +65,13 @@ def test_what_is_missing_is_left_out_and_said() -> None:
 
 
 def test_equal_scores_are_all_0() -> None:
-    assert Standing(rows(knn={"a": 0.3, "b": 0.3, "c": 0.3})).z.tolist() == [[0], [0], [0]]
-    assert Standing(rows(knn={"a": 0.7})).z.tolist() == [[0]]
+    assert Ranking(rows(knn={"a": 0.3, "b": 0.3, "c": 0.3})).z.tolist() == [[0], [0], [0]]
+    assert Ranking(rows(knn={"a": 0.7})).z.tolist() == [[0]]
 
 
 def test_seeds_are_averaged_before_anything_else() -> None:
     seeds = [row("a", "knn", 0.2), row("a", "knn", 0.4, seed=1), row("b", "knn", 0.5)]
-    standing = Standing(seeds)
+    standing = Ranking(seeds)
     assert standing.raw[:, 0].tolist() == pytest.approx([0.3, 0.5])
     assert standing.z[:, 0].tolist() == pytest.approx([-1, 1])
 
@@ -83,7 +83,7 @@ def test_kinds_are_means_of_their_settings_and_frozen_and_fine_tuned_are_two() -
         row("b", "finetune", 0, adaptation="fine-tuned"),
         row("a", "depth", 0.5, kind="dense", lower_is_better=True),
     ]
-    kinds = Standing(scores).kinds
+    kinds = Ranking(scores).kinds
     assert list(kinds) == ["classification, frozen", "classification, fine-tuned", "dense, frozen"]
     assert kinds["classification, frozen"].tolist() == [-1, 1]
     assert kinds["classification, fine-tuned"].tolist() == [1, -1]
@@ -93,11 +93,11 @@ def test_kinds_are_means_of_their_settings_and_frozen_and_fine_tuned_are_two() -
 
 def test_settings_are_compared_by_ranks() -> None:
     """Orders of a, b, c, d: 0 2 3 1, 1 0 3 2 and 1 2 0 3; 1 - 6 sum d^2 / 60, and errors turn around."""
-    found = Standing(FULL).correlation
+    found = Ranking(FULL).correlation
     np.testing.assert_allclose(found, [[1, 0.4, -0.4], [0.4, 1, -0.4], [-0.4, -0.4, 1]])
     turned = [r | {"lower_is_better": r["setting"] == "knn"} for r in FULL]
-    np.testing.assert_allclose(Standing(turned).correlation[0], [1, -0.4, 0.4])
-    few = Standing(rows(knn={"a": 1, "b": 2, "c": 3}, dense={"a": 1, "b": 2}, flat={"a": 1, "b": 1, "c": 1}))
+    np.testing.assert_allclose(Ranking(turned).correlation[0], [1, -0.4, 0.4])
+    few = Ranking(rows(knn={"a": 1, "b": 2, "c": 3}, dense={"a": 1, "b": 2}, flat={"a": 1, "b": 1, "c": 1}))
     assert np.isnan(few.correlation[0, 1:]).all()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src.gauntlet.ranking import Standing
+from src.gauntlet.ranking import Ranking
 from src.gauntlet.report import dashboard, markdown, terminal
 from tests.gauntlet.test_ranking import row
 
@@ -18,7 +18,7 @@ SCORES = [
 
 
 def test_the_page_by_hand() -> None:
-    page = markdown(Standing(SCORES), {"dino, depth/scenes": "no depth there"})
+    page = markdown(Ranking(SCORES), {"dino, depth/scenes": "no depth there"})
     lines = page.splitlines()
     assert "|  | rank | mean z | coverage | parameters | classification, frozen | dense, fine-tuned |" in lines
     assert "| dino | 1 | +1.00 | 50 % | 5.5 M | +1.00 | – |" in lines
@@ -37,7 +37,7 @@ def test_backbones_of_several_sizes_are_ranked_among_their_own_too() -> None:
     sizes = {"mae": 9_000_000, "dino": 10_000_000, "clip": 86_000_000}
     values = {"mae": 0.75, "dino": 0.25, "clip": 0.5}
     scores = [row(name, "knn/scenes", value) | {"parameters": sizes[name]} for name, value in values.items()]
-    lines = markdown(Standing(scores), {}).splitlines()
+    lines = markdown(Ranking(scores), {}).splitlines()
     assert [line for line in lines if line.startswith("### ")] == ["### Tiny", "### Small", "### Base"]
     places = [line.split(" | ")[:3] for line in lines if line.startswith(("| mae | ", "| dino | ", "| clip | "))]
     assert places[:6] == [
@@ -48,24 +48,24 @@ def test_backbones_of_several_sizes_are_ranked_among_their_own_too() -> None:
         ["| dino", "1", "-1.22"],
         ["| clip", "1", "+0.00"],
     ]
-    assert "### Tiny" not in markdown(Standing(SCORES), {})
+    assert "### Tiny" not in markdown(Ranking(SCORES), {})
 
 
 def test_a_page_without_a_number_says_why() -> None:
-    page = markdown(Standing([]), {"mae, knn/scenes": "no labels"})
+    page = markdown(Ranking([]), {"mae, knn/scenes": "no labels"})
     assert "Ranking" not in page
     assert page.endswith("## Not measured\n\n- mae, knn/scenes: no labels\n")
 
 
 def test_the_terminal_s_table_has_the_ranking() -> None:
-    shown = terminal(Standing(SCORES))
+    shown = terminal(Ranking(SCORES))
     assert [column.header for column in shown.columns][:4] == ["", "rank", "mean z", "coverage"]
     assert list(shown.columns[0].cells) == ["dino", "mae"]
 
 
 def test_the_dashboard_has_page_and_numbers_once(tmp_path: Path) -> None:
     for scores in (SCORES[:1], SCORES):
-        dashboard(tmp_path, Standing(scores), "# Gauntlet")
+        dashboard(tmp_path, Ranking(scores), "# Gauntlet")
     assert len(list(tmp_path.iterdir())) == 1
     events = EventAccumulator(str(tmp_path))
     events.Reload()

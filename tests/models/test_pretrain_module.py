@@ -11,7 +11,7 @@ from torch import nn
 from src.callbacks.schedules import Schedules
 from src.datamodules.batch import ImageBatch
 from src.datamodules.image import ImageDataModule
-from src.datamodules.views.image import CentreCrop, RandomResizedCrop
+from src.datamodules.views.image import CenterCrop, RandomResizedCrop
 from src.models.backbones.image_encoder import ImageEncoder
 from src.models.pretrain_module import PretrainModule, StepOutput
 from src.optim import OptimizerRecipe
@@ -20,7 +20,7 @@ from tests.datamodules.test_dataset import Arrays
 
 
 class Brightness(PretrainModule):
-    """Regresses the mean of a picture: as small as a method can be."""
+    """Regresses the mean of a image: as small as a method can be."""
 
     def __init__(self, optimizer: OptimizerRecipe) -> None:
         super().__init__(optimizer)
@@ -42,7 +42,7 @@ def fit(micro_batches: int, *callbacks: L.Callback) -> tuple[Brightness, dict[st
     data = ImageDataModule(
         source=Arrays,
         train_view=RandomResizedCrop(size=8),
-        eval_view=CentreCrop(size=8),
+        eval_view=CenterCrop(size=8),
         batch_size=8,
         num_workers=0,
     )

@@ -1,4 +1,4 @@
-"""Rendered pictures, and what is true of them, on disk: built once, shared by every process, never half there."""
+"""Rendered images, and what is true of them, on disk: built once, shared by every process, never half there."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from src.datamodules.scenes import motion, patterns, render, scene, shapes, worl
 
 log = logging.getLogger(__name__)
 
-_CODE = (motion, patterns, render, scene, shapes, world, randomness)  # what a picture depends on
-_CHUNK = 256  # pictures a worker renders before it reports
+_CODE = (motion, patterns, render, scene, shapes, world, randomness)  # what a image depends on
+_CHUNK = 256  # images a worker renders before it reports
 _SMALL = 512  # so few are rendered here: starting workers would take longer
 
 
@@ -61,15 +61,15 @@ class Rendered(ABC):
         """Sample ``index``: a value for each of ``arrays``, in their order."""
 
     def description(self) -> dict[str, object]:
-        """Everything that decides a picture, the generator's version too, as plain values; equal descriptions mean
-        equal pictures."""
+        """Everything that decides a image, the generator's version too, as plain values; equal descriptions mean
+        equal images."""
         own = {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
         return {"what": type(self).__name__, **own, "code": code_version()}
 
 
 @dataclass(frozen=True)
 class Recipe(Rendered):
-    """A picture a sample, of an `ObjectsWorld`."""
+    """A image a sample, of an `ObjectsWorld`."""
 
     @property
     def name(self) -> str:
@@ -126,7 +126,7 @@ class Depths(Rendered):
 
 
 def pictures(shape: tuple[int, ...]) -> dict[str, Array]:
-    """The arrays of a cache of pictures of that shape and their labels, see `Cached`."""
+    """The arrays of a cache of images of that shape and their labels, see `Cached`."""
     return {"images": Array(np.uint8, shape), "labels": Array(np.int64)}
 
 
@@ -143,14 +143,14 @@ def _plain(value: Any) -> Any:
 
 
 class Cached(NamedTuple):
-    """The arrays of a cache of pictures, read-only and mapped: the pages are shared between processes."""
+    """The arrays of a cache of images, read-only and mapped: the pages are shared between processes."""
 
     images: np.ndarray  # uint8 [N, 3, H, W], or [N, T, 3, H, W] of films
     labels: np.ndarray  # int64 [N]
 
 
 def code_version() -> str:
-    """A hash of the modules that decide what a picture looks like."""
+    """A hash of the modules that decide what a image looks like."""
     digest = hashlib.sha256()
     for module in _CODE:
         assert module.__file__ is not None
@@ -159,13 +159,13 @@ def code_version() -> str:
 
 
 def folder_of(recipe: Rendered, cache_dir: str | Path) -> Path:
-    """Where the recipe's pictures are, or will be."""
+    """Where the recipe's images are, or will be."""
     key = hashlib.sha256(json.dumps(recipe.description(), sort_keys=True).encode()).hexdigest()[:16]
     return Path(cache_dir) / f"{recipe.name}-{key}"
 
 
 def open_or_build(recipe: Rendered, cache_dir: str | Path, *, processes: int | None = None) -> Cached:
-    """The recipe's pictures and labels; see `mapped`."""
+    """The recipe's images and labels; see `mapped`."""
     return Cached(**mapped(recipe, cache_dir, processes=processes))
 
 
@@ -203,7 +203,7 @@ def _build(recipe: Rendered, folder: Path, processes: int) -> None:
 
 
 def _render_all(recipe: Rendered, folder: Path, processes: int) -> Iterator[int]:
-    """Fill the arrays in ``folder``; yields how many pictures came with each finished chunk."""
+    """Fill the arrays in ``folder``; yields how many images came with each finished chunk."""
     processes = min(processes, -(-recipe.count // _CHUNK))
     if processes <= 1 or recipe.count <= _SMALL:
         yield from _render_share(recipe, folder, 0, 1)

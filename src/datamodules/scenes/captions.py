@@ -20,8 +20,8 @@ Across = Literal["left", "middle", "right"]
 Along = Literal["top", "middle", "bottom"]
 
 OPPOSITE: Mapping[Relation, Relation] = {"left": "right", "right": "left", "above": "below", "below": "above"}
-_NEAR = 0.12  # centres closer than this, in half picture widths, are beside each other in no direction
-_MIDDLE = 0.17  # and a centre closer than this to the middle is on neither side of it
+_NEAR = 0.12  # centers closer than this, in half image widths, are beside each other in no direction
+_MIDDLE = 0.17  # and a center closer than this to the middle is on neither side of it
 
 _ADJECTIVES = {"stripes": "striped", "checks": "checkered", "dots": "dotted", "waves": "wavy", "clouds": "cloudy"}
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -52,7 +52,7 @@ _RELATIONS: Mapping[Relation, tuple[str, ...]] = {
     "below": ("below", "under", "lower than"),
     "before": ("in front of", "before"),
 }
-_CENTRE = ("in the middle", "at the centre")
+_CENTER = ("in the middle", "at the center")
 _HALF = {"top": "upper", "bottom": "lower"}
 
 
@@ -61,14 +61,14 @@ class Noun:
     """What is said of a thing."""
 
     kind: str
-    colour: str
+    color: str
     pattern: str
 
 
 @dataclass(frozen=True)
 class Facts:
     """What a caption may say: the things, the main one first, where the main one is, seen from the second, and where
-    in the picture."""
+    in the image."""
 
     things: tuple[Noun, ...]
     relation: Relation | None  # None where there is one thing
@@ -87,9 +87,9 @@ def facts(scene: Scene, *, places: bool = False) -> Facts:
     """What is so.
 
     Args:
-        places: also where in the picture the main thing is.
+        places: also where in the image the main thing is.
     """
-    things = tuple(Noun(each.kind.name, each.colour, each.texture.pattern.name) for each in scene.things)
+    things = tuple(Noun(each.kind.name, each.color, each.texture.pattern.name) for each in scene.things)
     relation = _relation(scene) if len(things) > 1 else None
     return Facts(things, relation, _ninth(*_place(scene.things[0], scene)) if places else None)
 
@@ -128,18 +128,18 @@ def region(what: Facts, position: int, wording: int) -> Caption:
 def mistaken(what: Facts, mistake: Mistake, choice: int) -> Facts | None:
     """The facts with one thing wrong; None where they cannot be wrong in this way.
 
-    - "attribute": two things of different colours have each other's, a single one has another colour
+    - "attribute": two things of different colors have each other's, a single one has another color
     - "relation": the opposite; None without an opposite one
     - "count": the last thing is there twice or, of several and by an odd choice, not at all
     """
     if mistake == "attribute":
-        colours = [thing.colour for thing in what.things]
-        if len(set(colours[:2])) == 2:
+        colors = [thing.color for thing in what.things]
+        if len(set(colors[:2])) == 2:
             first, second, *rest = what.things
-            swapped = replace(first, colour=second.colour), replace(second, colour=first.colour)
+            swapped = replace(first, color=second.color), replace(second, color=first.color)
             return replace(what, things=(*swapped, *rest))
-        others = [colour for colour in COLOUR_NAMES if colour not in colours]
-        wrong = replace(what.things[0], colour=others[choice % len(others)])
+        others = [color for color in COLOR_NAMES if color not in colors]
+        wrong = replace(what.things[0], color=others[choice % len(others)])
         return replace(what, things=(wrong, *what.things[1:]))
     if mistake == "relation":
         if what.relation is None or what.relation not in OPPOSITE:
@@ -152,7 +152,7 @@ def mistaken(what: Facts, mistake: Mistake, choice: int) -> Facts | None:
 
 
 def alt_text(what: Facts, wording: int, *, other: Facts, mismatched: float, dropped: float, junk: float) -> Caption:
-    """What the web writes beside a picture: `short`, in parts lost or drowned.
+    """What the web writes beside a image: `short`, in parts lost or drowned.
 
     Args:
         other: of another scene.
@@ -215,7 +215,7 @@ SHOWN_BY: Mapping[Mistake, tuple[int, ...]] = {
     "relation": tuple(map(SHORT.index, (_photo, _bare, _seen, _turned))),
     "count": (SHORT.index(_counted),),
 }
-COLOUR_NAMES = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
+COLOR_NAMES = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
 
 
 def _beside(what: Facts, rng: np.random.Generator) -> list[_Part]:
@@ -229,7 +229,7 @@ def _beside(what: Facts, rng: np.random.Generator) -> list[_Part]:
 def _noun(what: Facts, position: int, rng: np.random.Generator) -> tuple[str, int]:
     thing = what.things[position]
     words = [
-        _one(rng, _SYNONYMS.get(thing.colour, (thing.colour,))),
+        _one(rng, _SYNONYMS.get(thing.color, (thing.color,))),
         _one(rng, _SYNONYMS.get(thing.kind, (thing.kind,))),
     ]
     if thing.pattern != PLAIN.name:
@@ -238,13 +238,13 @@ def _noun(what: Facts, position: int, rng: np.random.Generator) -> tuple[str, in
 
 
 def _main(what: Facts, rng: np.random.Generator) -> list[_Part]:
-    """The main thing, and where in the picture it is if that is to be said."""
+    """The main thing, and where in the image it is if that is to be said."""
     noun = _noun(what, 0, rng)
     if what.place is None:
         return [noun]
     sides = [side for side in what.place if side != "middle"]
     halves = [_HALF.get(side, side) for side in sides]
-    ways = (f"at the {' '.join(sides)}", f"in the {' '.join(halves)} part") if sides else _CENTRE
+    ways = (f"at the {' '.join(sides)}", f"in the {' '.join(halves)} part") if sides else _CENTER
     return [noun, f" {_one(rng, ways)}"]
 
 

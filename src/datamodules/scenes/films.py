@@ -24,8 +24,8 @@ from src.randomness import fold
 
 
 @dataclass(frozen=True)
-class FilmFootage:
-    """A film of a fixed rate; see `Footage`.
+class FilmReader:
+    """A film of a fixed rate; see `VideoReader`.
 
     Args:
         frames: frame by number -> uint8 [3, H, W].
@@ -49,7 +49,7 @@ class FilmFootage:
         return torch.from_numpy(np.stack([frames[number] for number in numbers]))
 
     def flow(self, times: Sequence[float]) -> Tensor:
-        """See `FlowFootage`; exact."""
+        """See `FlowFilmReader`; exact."""
         return torch.from_numpy(self.flows(self._numbers(times)))
 
     def _numbers(self, times: Sequence[float]) -> list[int]:
@@ -168,12 +168,12 @@ class FilmsSource:
         if self._cached is None:
             film = self.film(index)
             flows = partial(self.films.flows, film)
-            footage = FilmFootage(partial(self.films.frame, film), self.films.frames, self.films.rate, flows)
+            footage = FilmReader(partial(self.films.frame, film), self.films.frames, self.films.rate, flows)
             return {"image": footage, "label": film.action}
         self._check(index)
         frames, labels = self._cached
         flows = partial(self._flows, index)
-        footage = FilmFootage(frames[index].__getitem__, self.films.frames, self.films.rate, flows)
+        footage = FilmReader(frames[index].__getitem__, self.films.frames, self.films.rate, flows)
         return {"image": footage, "label": int(labels[index])}
 
     @property

@@ -32,7 +32,7 @@ class Swing:
 class Motion:
     """How a thing moves about the place that its scene gives it."""
 
-    x: Swing  # in half picture widths, as y
+    x: Swing  # in half image widths, as y
     y: Swing
     size: Swing  # relative
     pitch: Swing  # radians, as yaw
@@ -69,7 +69,7 @@ ACTIONS: dict[str, Mapping[str, float]] = {
 }
 
 
-# smaller than in still pictures, so that there is room to move, and patterned: a plain ring would turn unseen
+# smaller than in still images, so that there is room to move, and patterned: a plain ring would turn unseen
 OBJECTS = ObjectsWorld(patterns=PATTERNS[1:], plain=0.0, main_radius=(0.45, 0.7), main_place=0.15)
 
 
@@ -108,15 +108,15 @@ class Film:
 class MovingWorld:
     """Films of `ObjectsWorld`'s scenes; the label is what the main thing does.
 
-    No single picture tells what that is: whatever moves in one film stands still in another at a place that is drawn
-    from the places it passes through. So each picture of a film, taken alone, is distributed as if the label had been
+    No single image tells what that is: whatever moves in one film stands still in another at a place that is drawn
+    from the places it passes through. So each image of a film, taken alone, is distributed as if the label had been
     drawn afterwards. Other things and the camera move in every film.
 
     Args:
         objects: what the films show.
         actions: names and rates, see `ACTIONS`.
         tempo: swings a second.
-        place, grow, tilt: how far a main thing moves: in half picture widths, relative to its size, in radians.
+        place, grow, tilt: how far a main thing moves: in half image widths, relative to its size, in radians.
         other_place: how far the others move.
         pan: how far the camera moves, metres.
         pan_tempo: swings a second of the camera and of other things.
@@ -148,7 +148,7 @@ class MovingWorld:
         action = int(rng.integers(len(self.actions)))
         rates = list(self.actions.values())[action]
         tempo = _within(rng, self.tempo)
-        # every way is drawn whether it is gone or not: that is what makes a single picture say nothing
+        # every way is drawn whether it is gone or not: that is what makes a single image say nothing
         main = Motion(
             x=_swing(rng, self.place, tempo * rates.get("x", 0.0)),
             y=_swing(rng, self.place, tempo * rates.get("y", 0.0)),
@@ -178,14 +178,14 @@ class MovingWorld:
 def flow(film: Film, start: float, end: float, resolution: int) -> np.ndarray:
     """By how many pixels what is seen at ``start`` has moved at ``end``: float32 [2, H, W], right and down.
 
-    Of every pixel the point that its centre shows is followed, seen or hidden at the end.
+    Of every pixel the point that its center shows is followed, seen or hidden at the end.
     """
     before, after = film.at(start), film.at(end)
     moved = np.empty((2, resolution, resolution), np.float32)
     # the backdrop moves as its middle does
     for axis in range(2):
         moved[axis] = _backdrop_shift(before, axis) - _backdrop_shift(after, axis)
-    centres = (np.arange(resolution, dtype=np.float32) + np.float32(0.5)) * np.float32(2.0 / resolution) - np.float32(1)
+    centers = (np.arange(resolution, dtype=np.float32) + np.float32(0.5)) * np.float32(2.0 / resolution) - np.float32(1)
     order = sorted(range(len(before.things)), key=lambda number: -before.things[number].position[2])
     for number in order:
         patch = render.project(before.things[number], before.camera, resolution)
@@ -194,19 +194,19 @@ def flow(film: Film, start: float, end: float, resolution: int) -> np.ndarray:
         u, v = _seen(after.things[number], after.camera, patch.x, patch.y)
         inside = before.things[number].kind.distance(patch.x, patch.y) < 0
         window = moved[:, patch.rows, patch.columns]
-        np.copyto(window[0], u - centres[patch.columns], where=inside)
-        np.copyto(window[1], v - centres[patch.rows, None], where=inside)
+        np.copyto(window[0], u - centers[patch.columns], where=inside)
+        np.copyto(window[1], v - centers[patch.rows, None], where=inside)
     return moved * np.float32(resolution / 2)
 
 
 def _backdrop_shift(scene: Scene, axis: int) -> float:
-    """By how much the backdrop's own coordinate differs from the picture's."""
+    """By how much the backdrop's own coordinate differs from the image's."""
     camera = scene.camera
     return camera.position[axis] * camera.focal / (scene.background.distance - camera.position[2])
 
 
 def _seen(thing: Thing, camera: Camera, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where in the picture the thing's points (x, y), in radii, are seen: u and v in [-1, 1] across it."""
+    """Where in the image the thing's points (x, y), in radii, are seen: u and v in [-1, 1] across it."""
     right, down, _ = render.axes(thing.rotation)
     point = [
         thing.position[k] - camera.position[k] + thing.size * (x * np.float32(right[k]) + y * np.float32(down[k]))

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# x, y in periods of the pattern, width of a pixel in the same unit, phases in [0, 1) -> share of the second colour
+# x, y in periods of the pattern, width of a pixel in the same unit, phases in [0, 1) -> share of the second color
 Paint = Callable[[np.ndarray, np.ndarray, float, tuple[float, float]], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """How two colours alternate over a surface."""
+    """How two colors alternate over a surface."""
 
     name: str
-    paint: Paint | None = field(repr=False, compare=False)  # None: the first colour everywhere
+    paint: Paint | None = field(repr=False, compare=False)  # None: the first color everywhere
 
 
 def _wave(t: np.ndarray, pixel: float) -> np.ndarray:

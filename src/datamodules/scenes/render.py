@@ -1,7 +1,7 @@
-"""Views of a scene: the picture and its exact ground truth, each a pure function, at any resolution.
+"""Views of a scene: the image and its exact ground truth, each a pure function, at any resolution.
 
-Everything is drawn from signed distances on the pixel grid, far to near. A pixel of a picture is covered by the share
-that the distance at its centre says; in masks and depth a pixel belongs to what is seen through its centre.
+Everything is drawn from signed distances on the pixel grid, far to near. A pixel of a image is covered by the share
+that the distance at its center says; in masks and depth a pixel belongs to what is seen through its center.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from src.datamodules.scenes.scene import Background, Camera, Light, Mark, Rgb, Scene, Texture, Thing
 from src.datamodules.scenes.shapes import KINDS, Kind
 
-VISIBLE_AREA = 0.002  # share of the picture that must be seen of a kind for it to count as present
-_TAG_GRID = 64  # the grid on which that share is counted, whatever the picture's resolution
+VISIBLE_AREA = 0.002  # share of the image that must be seen of a kind for it to count as present
+_TAG_GRID = 64  # the grid on which that share is counted, whatever the image's resolution
 _GRAIN_GRID = 64  # cells a side of the film grain: fixed, so that it stays with the scene and not with the pixel
 CARVED = 0.22  # depth of what is carved into a face, in radii
 _SHADOW_BLUR = 0.35  # width of a shadow's edge, in radii of the thing
@@ -30,11 +30,11 @@ class Patch(NamedTuple):
     x: np.ndarray  # float32 [h, w], in radii
     y: np.ndarray
     z: np.ndarray  # depth of the thing's plane, metres
-    pixel: float  # width of a pixel at the thing's centre, in radii
+    pixel: float  # width of a pixel at the thing's center, in radii
 
 
 def image(scene: Scene, resolution: int) -> np.ndarray:
-    """The picture: uint8 [3, H, W], RGB."""
+    """The image: uint8 [3, H, W], RGB."""
     canvas = _backdrop(scene.background, scene.camera, resolution)
     for thing in reversed(_near_to_far(scene)):
         _paint(canvas, thing, scene, resolution)
@@ -90,7 +90,7 @@ def boxes_of(masks: np.ndarray) -> np.ndarray:
 
 
 def depth(scene: Scene, resolution: int) -> np.ndarray:
-    """Distance along the camera's axis of what each pixel's centre shows, in metres: float32 [H, W]."""
+    """Distance along the camera's axis of what each pixel's center shows, in metres: float32 [H, W]."""
     result = _backdrop_depth(scene.background, scene.camera, resolution)
     for thing in reversed(_near_to_far(scene)):
         patch = project(thing, scene.camera, resolution)
@@ -123,14 +123,14 @@ def box_labels(scene: Scene, kinds: tuple[Kind, ...] = KINDS) -> np.ndarray:
 
 
 def labels(scene: Scene, kinds: tuple[Kind, ...] = KINDS) -> np.ndarray:
-    """Which kinds can be seen: bool [K]. A kind counts if ``VISIBLE_AREA`` of the picture shows things of it."""
+    """Which kinds can be seen: bool [K]. A kind counts if ``VISIBLE_AREA`` of the image shows things of it."""
     area = np.zeros(len(kinds))
     np.add.at(area, box_labels(scene, kinds), instance_masks(scene, _TAG_GRID).mean((1, 2)))
     return area >= VISIBLE_AREA
 
 
 def project(thing: Thing, camera: Camera, resolution: int, *, shift: float = 0.0) -> Patch | None:
-    """Where on the pixel grid the thing lies; None if it is outside of the picture.
+    """Where on the pixel grid the thing lies; None if it is outside of the image.
 
     ``shift`` widens the patch, in radii. Each pixel's ray is cut with the thing's plane, so the perspective is exact.
     """
@@ -274,7 +274,7 @@ def _difference(values: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _mix(texture: Texture, x: np.ndarray, y: np.ndarray, pixel: float) -> np.ndarray | None:
-    """Share of the texture's second colour, or None where the pattern has one colour only."""
+    """Share of the texture's second color, or None where the pattern has one color only."""
     paint = texture.pattern.paint
     if paint is None:
         return None
@@ -336,7 +336,7 @@ def _between(values: np.ndarray, low: float, high: float) -> slice:
 
 
 def _exposure(scene: Scene, resolution: int) -> np.ndarray:
-    """Brightness over the picture, with its grain: float32 [H, W]."""
+    """Brightness over the image, with its grain: float32 [H, W]."""
     axis = _axis(resolution)
     fx, fy = scene.light.falloff
     exposure = (axis * fx + 1.0)[None, :] + (axis * fy)[:, None]
@@ -356,7 +356,7 @@ def _grain(seed: int, deviation: float, resolution: int) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _axis(resolution: int) -> np.ndarray:
-    """Centres of the pixels on [-1, 1]: float32 [R]."""
+    """Centers of the pixels on [-1, 1]: float32 [R]."""
     return ((np.arange(resolution) + 0.5) * (2.0 / resolution) - 1.0).astype(np.float32)
 
 
@@ -368,7 +368,7 @@ def _interpolation(resolution: int) -> np.ndarray:
 
 
 def mean_rgb(thing: Thing) -> Rgb:
-    """The thing's colour with its texture mixed in evenly, before light."""
+    """The thing's color with its texture mixed in evenly, before light."""
     if thing.texture.pattern.paint is None:
         return thing.rgb
     red, green, blue = (0.5 * (a + b) for a, b in zip(thing.rgb, thing.texture.rgb, strict=True))

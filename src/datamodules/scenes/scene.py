@@ -1,4 +1,4 @@
-"""A scene is data: what is where, seen from where, under which light. Pictures and labels are views of it."""
+"""A scene is data: what is where, seen from where, under which light. Visualizations and labels are views of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from src.datamodules.scenes.shapes import Kind
 Rgb = tuple[float, float, float]  # each in [0, 1]
 
 # World axes: x right, y down, z away from the camera; lengths in metres, angles in radians.
-# Picture axes: u right, v down, [-1, 1] across the picture.
+# Image axes: u right, v down, [-1, 1] across the image.
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Camera:
     """A pinhole at ``position`` looking along +z: a point (x, y, z) is seen at u = focal * (x - px) / (z - pz)."""
 
     position: tuple[float, float, float]
-    focal: float  # in half picture widths
+    focal: float  # in half image widths
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,25 @@ class Light:
 
     direction: tuple[float, float, float]  # unit vector from the things towards the lamp (z < 0: camera's side)
     ambient: float  # share of light without direction, in [0, 1]
-    tint: Rgb  # multiplies every colour
-    falloff: tuple[float, float]  # relative change of brightness from the picture's middle to its right, lower edge
+    tint: Rgb  # multiplies every color
+    falloff: tuple[float, float]  # relative change of brightness from the image's middle to its right, lower edge
     shadow: float  # how much of the light a shadow takes, in [0, 1]
 
 
 @dataclass(frozen=True)
 class Texture:
-    """A pattern between a surface's own colour and ``rgb``."""
+    """A pattern between a surface's own color and ``rgb``."""
 
     pattern: Pattern
     rgb: Rgb
-    period: float  # in radii of the thing, or in half picture widths on the backdrop
+    period: float  # in radii of the thing, or in half image widths on the backdrop
     angle: float
     phase: tuple[float, float]  # in [0, 1)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A straight stroke on the backdrop, in picture units as seen by a camera at the origin."""
+    """A straight stroke on the backdrop, in image units as seen by a camera at the origin."""
 
     start: tuple[float, float]
     end: tuple[float, float]
@@ -71,7 +71,7 @@ class Thing:
     """A flat, bevelled object."""
 
     kind: Kind
-    colour: str  # the name; ``rgb`` is this thing's own shade of it
+    color: str  # the name; ``rgb`` is this thing's own shade of it
     rgb: Rgb
     texture: Texture
     size: float  # radius of the disc of the same area, metres
@@ -84,9 +84,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything needed to draw any view. ``things[0]`` is the main one: nearest and, in the picture, largest.
+    """Everything needed to draw any view. ``things[0]`` is the main one: nearest and, in the image, largest.
 
-    Things do not pass through each other or the backdrop: ordered by the depth of their centres, a thing's farthest
+    Things do not pass through each other or the backdrop: ordered by the depth of their centers, a thing's farthest
     point is nearer than the next thing's nearest point. The worlds keep this, and it makes occlusion exact.
     """
 

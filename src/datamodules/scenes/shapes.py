@@ -14,7 +14,7 @@ import numpy as np
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Carving = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
-_GRID = 256  # points a side on which a form's area and centre are integrated
+_GRID = 256  # points a side on which a form's area and center are integrated
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Kind:
     name: str
     form: Distance = field(repr=False, compare=False)
     carving: Carving | None = field(default=None, repr=False, compare=False)
-    centre: tuple[float, float] = field(init=False, repr=False, compare=False)  # of ``form``, in its own unit
+    center: tuple[float, float] = field(init=False, repr=False, compare=False)  # of ``form``, in its own unit
     unit: float = field(init=False, repr=False, compare=False)  # of ``form`` a unit of this kind
-    reach: float = field(init=False, repr=False, compare=False)  # largest distance of the outline from the centre
+    reach: float = field(init=False, repr=False, compare=False)  # largest distance of the outline from the center
 
     def __post_init__(self) -> None:
         step = 2.4 / _GRID
@@ -42,17 +42,17 @@ class Kind:
         distance = self.form(x, y)
         inside = np.clip(0.5 - distance / step, 0.0, 1.0)
         total = inside.sum()
-        centre = (float((inside * x).sum() / total), float((inside * y).sum() / total))
+        center = (float((inside * x).sum() / total), float((inside * y).sum() / total))
         unit = math.sqrt(float(total) * step * step / math.pi)
-        radius = np.hypot(x - centre[0], y - centre[1])
-        object.__setattr__(self, "centre", centre)
+        radius = np.hypot(x - center[0], y - center[1])
+        object.__setattr__(self, "center", center)
         object.__setattr__(self, "unit", unit)
         object.__setattr__(self, "reach", float(radius[distance < step].max()) / unit)
 
     def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Signed distance to the outline at (x, y), in units of the equal-area disc's radius."""
         unit = self.unit
-        return self.form(x * unit + self.centre[0], y * unit + self.centre[1]) * (1.0 / unit)
+        return self.form(x * unit + self.center[0], y * unit + self.center[1]) * (1.0 / unit)
 
 
 def _half_planes(x: np.ndarray, y: np.ndarray, normals: list[tuple[float, float, float]]) -> np.ndarray:
@@ -101,7 +101,7 @@ def _hourglass(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Five points at distance 1, five notches at 0.45: folded into one tenth, where the outline is a single edge."""
     x, y = np.abs(x), -y  # y up, right half
-    for angle in (math.radians(-18), math.radians(54)):  # mirrors halfway between neighbouring points
+    for angle in (math.radians(-18), math.radians(54)):  # mirrors halfway between neighboring points
         a, b = math.sin(angle), -math.cos(angle)  # normal of the mirror, positive on the far side from the top
         over = np.maximum(a * x + b * y, 0.0) * 2.0
         x, y = x - a * over, y - b * over

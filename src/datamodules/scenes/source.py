@@ -15,7 +15,7 @@ from src.datamodules.scenes.cache import Depths, Recipe, Things, mapped, open_or
 from src.datamodules.scenes.captions import Facts
 from src.datamodules.scenes.scene import Scene
 from src.datamodules.scenes.world import Combinations, ObjectsWorld
-from src.datamodules.sources.source import Grounding, Mistaken, Prompts, Sample, Split
+from src.datamodules.sources.source import Grounding, HardNegative, Prompts, Sample, Split
 from src.errors import SettingError
 from src.randomness import fold
 
@@ -45,12 +45,12 @@ class SceneTexts:
         style: "short", "long", or "alt": short as the web has it.
         wordings: ways of a short text that training may use, positions in `captions.SHORT`; None for all.
         mismatched, dropped, junk: of "alt", see `captions.alt_text`.
-        judged: texts of each picture that retrieval is judged with.
-        variants: different texts of a picture that training may see, as a picture of the web has one; None for as many
+        judged: texts of each image that retrieval is judged with.
+        variants: different texts of a image that training may see, as a image of the web has one; None for as many
             as the style has words for.
         judged_wordings: ways of saying them, positions in `captions.SHORT`; None for all. What is not among
             ``wordings`` is judged unseen.
-        places: whether they also say in which part of the picture the main thing is.
+        places: whether they also say in which part of the image the main thing is.
     """
 
     style: Literal["short", "long", "alt"] = "short"
@@ -85,18 +85,18 @@ class ScenesSource:
     The split is folded into the seed, so no two splits share a scene, whatever their sizes; a larger ``count`` adds
     scenes to the same ones. Fields, T being the scene's number of things (the main thing is always the first):
 
-    - ``labels`` bool [K]: kinds of which at least 0.2 % of the picture is seen
+    - ``labels`` bool [K]: kinds of which at least 0.2 % of the image is seen
     - ``boxes`` float32 [T, 4]: x0 y0 x1 y1 in pixels around the visible part, zeros where nothing is seen
     - ``box_labels`` int64 [T]: kind of each thing
     - ``instance_masks`` bool [T, H, W]: visible part, disjoint
     - ``segmentation`` uint8 [H, W]: 0 for the backdrop, 1 + kind for a thing, as ``mask_classes`` names them
     - ``depth`` float32 [H, W]: metres along the camera's axis
 
-    With ``cache_dir`` the pictures and labels are rendered once into memory-mapped arrays, then also found whole in
+    With ``cache_dir`` the images and labels are rendered once into memory-mapped arrays, then also found whole in
     ``images`` (uint8 [N, 3, H, W]) and ``labels`` (int64 [N]), and so are the ``fields``, but for ``labels``.
 
     ``combinations`` (one, or one a split) are the world's: ``{train: seen, val: unseen, test: unseen}`` asks whether
-    what was learned of kinds and of colours holds where they meet for the first time.
+    what was learned of kinds and of colors holds where they meet for the first time.
     """
 
     images: np.ndarray | None
@@ -215,11 +215,11 @@ class ScenesSource:
                 break
         return tuple(found)
 
-    def mistakes(self, index: int) -> Sequence[Mistaken]:
+    def mistakes(self, index: int) -> Sequence[HardNegative]:
         """One of each kind that the scene allows, in wordings that say what is wrong, and the same for right and wrong:
 
-        - "attribute": the main thing has another colour, where there is no second one of another colour
-        - "swapped": otherwise the two have each other's colours; every word of the right text is in the wrong one
+        - "attribute": the main thing has another color, where there is no second one of another color
+        - "swapped": otherwise the two have each other's colors; every word of the right text is in the wrong one
         - "relation": the second thing is on the other side
         - "count": there are more or fewer things, as many as there may be
         """
@@ -227,18 +227,18 @@ class ScenesSource:
         for number, (mistake, wordings) in enumerate(captions.SHOWN_BY.items()):
             choice = fold(index, number)
             if mistake == "count":
-                # a number that no scene has is wrong whatever the picture shows
+                # a number that no scene has is wrong whatever the image shows
                 fewer, more = (len(what.things) - 1 - limit for limit in self.world.others)
                 choice = choice if fewer > 0 > more else int(fewer > 0)
             wrong = captions.mistaken(what, mistake, choice)
             if wrong is None:
                 continue
-            swapped = mistake == "attribute" and len({thing.colour for thing in what.things[:2]}) == 2
+            swapped = mistake == "attribute" and len({thing.color for thing in what.things[:2]}) == 2
             for attempt in range(_ATTEMPTS):
                 wording = fold(index, number, attempt)
                 right, other = (captions.short(each, wording, wordings=wordings).text for each in (what, wrong))
                 if not swapped or _words(right) == _words(other):  # synonyms may have to be drawn anew
-                    found.append(Mistaken("swapped" if swapped else mistake, right, other))
+                    found.append(HardNegative("swapped" if swapped else mistake, right, other))
                     break
         return found
 
@@ -263,7 +263,7 @@ class ScenesSource:
         return captions.alt_text(what, wording, other=other, **shares).text
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the mapped arrays: a pickled one would be a copy of all pictures."""
+        """Without the mapped arrays: a pickled one would be a copy of all images."""
         return self.__dict__ | {"images": None, "labels": None, "_truths": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -20,9 +20,9 @@ from src.randomness import fold
 Range = tuple[float, float]
 Combinations = Literal["all", "seen", "unseen"]
 
-# hue, saturation and value ranges; a thing takes its own shade from them. Muted: a colour says nothing of the kind, and
-# strong ones are what a self-supervised encoder would compare pictures by.
-COLOURS: dict[str, tuple[Range, Range, Range]] = {
+# hue, saturation and value ranges; a thing takes its own shade from them. Muted: a color says nothing of the kind, and
+# strong ones are what a self-supervised encoder would compare images by.
+COLORS: dict[str, tuple[Range, Range, Range]] = {
     "red": ((-0.025, 0.02), (0.26, 0.4), (0.7, 1.0)),
     "orange": ((0.05, 0.095), (0.3, 0.4), (0.8, 1.0)),
     "yellow": ((0.13, 0.17), (0.26, 0.4), (0.8, 1.0)),
@@ -33,19 +33,19 @@ COLOURS: dict[str, tuple[Range, Range, Range]] = {
     "white": ((0.0, 1.0), (0.0, 0.032), (0.85, 1.0)),
 }
 
-_HELD_OUT = 4  # of a kind's colours every so many is never "seen"
+_HELD_OUT = 4  # of a kind's colors every so many is never "seen"
 
 
 @dataclass(frozen=True)
 class ObjectsWorld:
     """One large thing before smaller ones of other kinds, on a painted backdrop. The label is the large thing's kind.
 
-    Lengths are in half picture widths unless stated. The numbers below are the measured difficulty; changing a range
+    Lengths are in half image widths unless stated. The numbers below are the measured difficulty; changing a range
     changes it.
 
-    ``combinations`` says which kinds come in which colours. The combination of kind i and colour j, counted in
-    ``kinds`` and `COLOURS`, is held out where i + j is a multiple of four: two of each kind's eight colours, so that
-    every kind and every colour is still met in others. No thing of a "seen" world is in a held-out combination, every
+    ``combinations`` says which kinds come in which colors. The combination of kind i and color j, counted in
+    ``kinds`` and `COLORS`, is held out where i + j is a multiple of four: two of each kind's eight colors, so that
+    every kind and every color is still met in others. No thing of a "seen" world is in a held-out combination, every
     thing of an "unseen" one is.
     """
 
@@ -53,16 +53,16 @@ class ObjectsWorld:
     patterns: tuple[Pattern, ...] = PATTERNS
     plain: float = 0.9  # share of surfaces without a pattern
     main_radius: Range = (0.7, 1.1)  # of the disc of equal area
-    main_place: float = 0.5  # the main thing's centre lies within ± this
+    main_place: float = 0.5  # the main thing's center lies within ± this
     other_radius: Range = (0.1, 0.18)
     others: tuple[int, int] = (0, 1)  # how many, both ends included
     roll: float = 1.2  # largest rotation of the main thing in its plane, radians
     other_roll: float = 0.6
     tilt: float = 0.25  # largest pitch and yaw, radians
-    contrast: float = 0.45  # least distance of a thing's colour from the backdrop's
-    backdrop_value: Range = (0.05, 0.9)  # brightness of the backdrop's colours
+    contrast: float = 0.45  # least distance of a thing's color from the backdrop's
+    backdrop_value: Range = (0.05, 0.9)  # brightness of the backdrop's colors
     marks: tuple[int, int] = (0, 2)  # strokes on the backdrop
-    falloff: float = 0.25  # largest change of brightness from the picture's middle to its edge
+    falloff: float = 0.25  # largest change of brightness from the image's middle to its edge
     grain: Range = (0.0, 0.008)
     combinations: Combinations = "all"
 
@@ -70,10 +70,10 @@ class ObjectsWorld:
         if self.combinations not in ("all", "seen", "unseen"):
             raise SettingError(f"the combinations of a world are all, seen or unseen, not '{self.combinations}'")
 
-    def colours(self, kind: Kind) -> tuple[str, ...]:
+    def colors(self, kind: Kind) -> tuple[str, ...]:
         """What things of a kind may be called."""
         position = [each.name for each in self.kinds].index(kind.name)
-        held_out = {name: (position + number) % _HELD_OUT == 0 for number, name in enumerate(COLOURS)}
+        held_out = {name: (position + number) % _HELD_OUT == 0 for number, name in enumerate(COLORS)}
         if self.combinations == "all":
             return tuple(held_out)
         return tuple(name for name, is_so in held_out.items() if is_so == (self.combinations == "unseen"))
@@ -101,16 +101,16 @@ class ObjectsWorld:
         count = int(rng.integers(self.others[0], self.others[1] + 1))
         chosen = [self.kinds[int(i)] for i in rng.permutation(len(self.kinds))]
         z = _within(rng, (2.0, 3.0))
-        centre = (_within(rng, (-self.main_place, self.main_place)), _within(rng, (-self.main_place, self.main_place)))
+        center = (_within(rng, (-self.main_place, self.main_place)), _within(rng, (-self.main_place, self.main_place)))
         radius = _within(rng, self.main_radius)
-        things = [self._thing(rng, chosen[0], camera, behind, centre, radius, z, self.roll)]
-        discs = [(centre, radius)]
+        things = [self._thing(rng, chosen[0], camera, behind, center, radius, z, self.roll)]
+        discs = [(center, radius)]
         for kind in chosen[1 : count + 1]:
             z *= _within(rng, (1.35, 1.6))  # more than the tilted things' extent in depth
             radius = _within(rng, self.other_radius)
-            centre = _free_place(rng, discs, radius)
-            discs.append((centre, radius))
-            things.append(self._thing(rng, kind, camera, behind, centre, radius, z, self.other_roll))
+            center = _free_place(rng, discs, radius)
+            discs.append((center, radius))
+            things.append(self._thing(rng, kind, camera, behind, center, radius, z, self.other_roll))
         return tuple(things)
 
     def _thing(
@@ -119,16 +119,16 @@ class ObjectsWorld:
         kind: Kind,
         camera: Camera,
         behind: tuple[float, ...],
-        centre: tuple[float, float],
+        center: tuple[float, float],
         radius: float,
         z: float,
         roll: float,
     ) -> Thing:
         scale = z / camera.focal
-        colour, rgb = _colour(rng, self.colours(kind), behind, self.contrast)
+        color, rgb = _color(rng, self.colors(kind), behind, self.contrast)
         return Thing(
             kind=kind,
-            colour=colour,
+            color=color,
             rgb=rgb,
             texture=Texture(
                 pattern=self._pattern(rng),
@@ -138,7 +138,7 @@ class ObjectsWorld:
                 phase=(_within(rng, (0.0, 1.0)), _within(rng, (0.0, 1.0))),
             ),
             size=radius * scale,
-            position=(camera.position[0] + centre[0] * scale, camera.position[1] + centre[1] * scale, z),
+            position=(camera.position[0] + center[0] * scale, camera.position[1] + center[1] * scale, z),
             rotation=(
                 _within(rng, (-roll, roll)),
                 _within(rng, (-self.tilt, self.tilt)),
@@ -154,7 +154,7 @@ class ObjectsWorld:
 
     def _background(self, rng: np.random.Generator, rgb: tuple[Rgb, Rgb], farthest: float) -> Background:
         strength = _within(rng, (-0.13, 0.13))
-        low = min(min(colour) for colour in rgb)
+        low = min(min(color) for color in rgb)
         strength = abs(strength) if low < 0.2 else strength
         wash = tuple(strength * _within(rng, (0.6, 1.4)) for _ in range(3))
         count = int(rng.integers(self.marks[0], self.marks[1] + 1))
@@ -183,18 +183,18 @@ def _hsv(rng: np.random.Generator, ranges: tuple[Range, Range, Range]) -> Rgb:
 
 
 def _paper(rng: np.random.Generator, value: Range) -> Rgb:
-    """A muted colour for the backdrop."""
+    """A muted color for the backdrop."""
     return _hsv(rng, ((0.0, 1.0), (0.0, 0.12), value))
 
 
-def _colour(
+def _color(
     rng: np.random.Generator, names: Sequence[str], behind: tuple[float, ...], contrast: float
 ) -> tuple[str, Rgb]:
-    """Any of the named colours, in a shade that stands out from ``behind``; the best of eight shades if none does."""
+    """Any of the named colors, in a shade that stands out from ``behind``; the best of eight shades if none does."""
     name = names[int(rng.integers(len(names)))]
     best, best_distance = (0.0, 0.0, 0.0), -1.0
     for _ in range(8):
-        rgb = _hsv(rng, COLOURS[name])
+        rgb = _hsv(rng, COLORS[name])
         distance = _difference(rgb, behind)
         if distance > best_distance:
             best, best_distance = rgb, distance
@@ -208,7 +208,7 @@ def _difference(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 
 def _second(rng: np.random.Generator, rgb: Rgb) -> Rgb:
-    """The texture's other colour: a darker, lighter or turned shade of the first."""
+    """The texture's other color: a darker, lighter or turned shade of the first."""
     hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
     if rng.random() < 0.6:
         value *= _within(rng, (0.6, 0.85))
@@ -252,7 +252,7 @@ def _free_place(
     best, best_room = (0.0, 0.0), -math.inf
     for _ in range(12):
         place = (_within(rng, (-0.9, 0.9)), _within(rng, (-0.9, 0.9)))
-        room = min((math.dist(place, centre) - taken) / radius for centre, taken in discs)
+        room = min((math.dist(place, center) - taken) / radius for center, taken in discs)
         if room > best_room:
             best, best_room = place, room
         if room >= 0.3:

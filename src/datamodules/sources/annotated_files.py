@@ -1,4 +1,4 @@
-"""Pictures in files with their masks or depths in other files beside them."""
+"""Visualizations in files with their masks or depths in other files beside them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _INDEXED = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # Pillow's modes of o
 
 
 class PairedFiles(ABC):
-    """Pictures, each with one file of ground truth. No labels.
+    """Visualizations, each with one file of ground truth. No labels.
 
     Args:
         split: "train", "val" or "test".
         root: the folder that holds everything.
-        images: by split the folder of the pictures below ``root``, or a list: a text file with a picture and its ground
+        images: by split the folder of the images below ``root``, or a list: a text file with a image and its ground
             truth in every line, paths below ``root``.
-        truths: by split the folder of the ground truth; the file has the picture's name with another extension. Not
+        truths: by split the folder of the ground truth; the file has the image's name with another extension. Not
             needed where ``images`` are lists.
         key: what ``truths`` are called in messages.
         extensions: that a ground truth may have, the first that is there counts.
@@ -93,7 +93,7 @@ class PairedFiles(ABC):
 
 
 class SegmentationFiles(PairedFiles):
-    """Pictures with masks whose pixels are the numbers of classes: PNGs of one channel, or with a palette.
+    """Visualizations with masks whose pixels are the numbers of classes: PNGs of one channel, or with a palette.
 
     The layout of ADE20K's challenge is what stands in for ``images`` and ``masks`` if nothing is said.
 
@@ -151,14 +151,14 @@ class SegmentationFiles(PairedFiles):
 
 
 class DepthFiles(PairedFiles):
-    """Pictures with depths: PNGs of 16 bits, or arrays of NumPy (``.npy``) in metres. 0, what is negative and what is
+    """Visualizations with depths: PNGs of 16 bits, or arrays of NumPy (``.npy``) in metres. 0, what is negative and what is
     not finite is not known.
 
     Args:
         split, root, images: see `PairedFiles`.
         depths: by split the folder of the depths.
         unit: metres that 1 in a PNG stands for: 0.001 for millimetres, 1 / 256 in KITTI.
-        judged: of validation and test pictures the part that counts: first row, one past the last, first column, one
+        judged: of validation and test images the part that counts: first row, one past the last, first column, one
             past the last. [45, 471, 41, 601] is what NYU Depth v2 is judged on since Eigen et al. (2014). None for all.
 
     Raises:
@@ -200,7 +200,7 @@ class DepthFiles(PairedFiles):
 
 
 class NormalFiles(PairedFiles):
-    """Pictures with surface normals: PNGs of three channels that say (n + 1) / 2 of 255, or arrays of NumPy (``.npy``,
+    """Visualizations with surface normals: PNGs of three channels that say (n + 1) / 2 of 255, or arrays of NumPy (``.npy``,
     [H, W, 3]). What has not about the length of a unit, such as grey or black, is not known.
 
     Args:
@@ -271,7 +271,7 @@ def _in_folders(root: Path, images: str, truths: str, extensions: Sequence[str],
 
 
 def _indices(path: Path) -> np.ndarray:
-    """A picture whose pixels are numbers, as they are in the file: [H, W]."""
+    """A image whose pixels are numbers, as they are in the file: [H, W]."""
     return _pixels(path, _INDEXED, "one number a pixel")
 
 

@@ -1,4 +1,4 @@
-"""Pictures in files whose texts stand in a list: CSV, TSV and JSON lines, COCO's captions, and Karpathy's splits."""
+"""Visualizations in files whose texts stand in a list: CSV, TSV and JSON lines, COCO's captions, and Karpathy's splits."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from src.datamodules.decoding import DataError, EncodedImage
 from src.datamodules.sources.files import is_path, json_lists, opened, require_some
 from src.datamodules.sources.source import Sample, Split
 from src.datamodules.sources.splits import PackedNames, files_of, hashed_split
-from src.datamodules.sources.texts import PackedTexts, Problems, WithTexts, is_unicode, listed
+from src.datamodules.sources.texts import PackedTexts, Problems, TextListSource, is_unicode, listed
 
 _TWICE = "pictures that are listed twice (the first counts)"
 _NO_PICTURE = "entries without a picture (left out)"
 _NO_TEXT = "pictures without a text (replaced when drawn)"
 
 
-class CaptionedFiles(WithTexts):
-    """Pictures in files below a folder, each with any number of texts; no classes.
+class CaptionedFiles(TextListSource):
+    """Visualizations in files below a folder, each with any number of texts; no classes.
 
-    A picture that is missing or unreadable, or has no text that can be used, is found out when it is drawn: it is a bad
+    A image that is missing or unreadable, or has no text that can be used, is found out when it is drawn: it is a bad
     sample, replaced and logged by its name. So one bad entry costs nothing else.
 
     Args:
@@ -36,7 +36,7 @@ class CaptionedFiles(WithTexts):
         key: the setting that names the list, for messages.
 
     Raises:
-        DataError: there is no picture, none has a text, or none of the first few looked for exists.
+        DataError: there is no image, none has a text, or none of the first few looked for exists.
     """
 
     classes: Sequence[str] = ()
@@ -80,18 +80,18 @@ class CaptionedFiles(WithTexts):
 
 
 class CaptionListSource(CaptionedFiles):
-    """Pictures and texts as rows of CSV or TSV files, or objects of JSON lines.
+    """Visualizations and texts as rows of CSV or TSV files, or objects of JSON lines.
 
-    A picture in several rows has the texts of all of them. In JSON lines a text may be a list of texts. Files are
+    A image in several rows has the texts of all of them. In JSON lines a text may be a list of texts. Files are
     UTF-8, with or without a byte order mark; a text with bytes that are not is no text, the row's others and all other
     rows stay. Lines that cannot be read at all are left out, counted and logged.
 
     Args:
         split: "train", "val" or "test".
-        root: folder that the files' and the pictures' paths are relative to.
-        files: paths by split, or the paths of all (then "val" is ``val_share`` of the pictures by a hash of their path,
+        root: folder that the files' and the images' paths are relative to.
+        files: paths by split, or the paths of all (then "val" is ``val_share`` of the images by a hash of their path,
             "train" the rest). ``.csv`` is separated by commas, ``.tsv`` by tabs, ``.jsonl`` holds an object a line.
-        image_key: column, or key, of the picture's path. A number is a column's position, from 0, in files without a
+        image_key: column, or key, of the image's path. A number is a column's position, from 0, in files without a
             line of names.
         text_key: of the text, named like ``image_key``; several columns are several texts.
         quoted: whether a cell may stand in double quotes; False where such a quote is only a character.
@@ -125,16 +125,16 @@ class CaptionListSource(CaptionedFiles):
 
 
 class CocoCaptionsSource(CaptionedFiles):
-    """COCO Captions (Chen et al., 2015): 118,287 pictures to train on and 5,000 to validate, five texts each.
+    """COCO Captions (Chen et al., 2015): 118,287 images to train on and 5,000 to validate, five texts each.
 
     Any file of that form will do: ``images`` with ``id`` and ``file_name``, ``annotations`` with ``image_id`` and
-    ``caption``. There are no texts of COCO's own test pictures; `KarpathySource` has a test split.
+    ``caption``. There are no texts of COCO's own test images; `KarpathySource` has a test split.
 
     Args:
         split: "train", "val" or "test".
         root: folder that the paths below are relative to.
-        annotations: JSON files by split, or one (then "val" is ``val_share`` of its pictures by a hash of their path).
-        images: folders of the pictures by split, or one.
+        annotations: JSON files by split, or one (then "val" is ``val_share`` of its images by a hash of their path).
+        images: folders of the images by split, or one.
         val_share: as above.
 
     Raises:
@@ -184,14 +184,14 @@ class KarpathySource(CaptionedFiles):
     ``images`` with ``filename``, ``filepath`` where there are several folders, ``split``, and ``sentences`` with
     ``raw``.
 
-    COCO: 5,000 pictures each in "val" and "test". Flickr30k: 1,014 and 1,000, and 29,000 to train on.
+    COCO: 5,000 images each in "val" and "test". Flickr30k: 1,014 and 1,000, and 29,000 to train on.
 
     Args:
         split: "train", "val" or "test".
         root: folder that the paths below are relative to.
         annotations: the JSON file.
-        images: folder of the pictures, or of the folders that ``filepath`` names.
-        restval: whether the 30,504 pictures of COCO's validation set that nothing is judged on belong to "train".
+        images: folder of the images, or of the folders that ``filepath`` names.
+        restval: whether the 30,504 images of COCO's validation set that nothing is judged on belong to "train".
 
     Raises:
         DataError: the file is missing or of another form; nothing in it can be used.
@@ -223,7 +223,7 @@ class KarpathySource(CaptionedFiles):
 
 @dataclass(frozen=True)
 class _Rows:
-    """(path of a picture, its texts) of each row of a file; what cannot be used goes to ``problems``."""
+    """(path of a image, its texts) of each row of a file; what cannot be used goes to ``problems``."""
 
     path: str
     image_key: str | int

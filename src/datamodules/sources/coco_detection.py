@@ -1,4 +1,4 @@
-"""COCO's instances: pictures in files, and a JSON of the things in them."""
+"""COCO's instances: images in files, and a JSON of the things in them."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ else:
 
 
 class CocoDetectionSource:
-    """COCO (Lin et al., 2014): 118,287 pictures to train on and 5,000 to validate, things of 80 classes with boxes and
+    """COCO (Lin et al., 2014): 118,287 images to train on and 5,000 to validate, things of 80 classes with boxes and
     masks. Any file of that form will do: ``images`` with ``id``, ``file_name``, ``height`` and ``width``,
     ``annotations`` with ``image_id``, ``category_id``, ``bbox`` (x, y, width, height), ``iscrowd`` and ``segmentation``
     (polygons, or run lengths as numbers or as COCO packs them), and ``categories``.
 
     Fields: ``boxes``, ``box_labels``, ``instance_masks``, and ``crowd``, bool [T]: heaps of things under one mask,
-    which a detector is not judged by. Training has none of them. Boxes are cut to their picture. What cannot be used is
+    which a detector is not judged by. Training has none of them. Boxes are cut to their image. What cannot be used is
     left out, counted in ``problems`` and logged.
 
     Args:
         split: "train", "val" or "test".
         root: folder that the paths below are relative to.
-        annotations: JSON files by split, or one (then "val" is ``val_share`` of its pictures by a hash of their path).
-        images: folders of the pictures by split, or one.
+        annotations: JSON files by split, or one (then "val" is ``val_share`` of its images by a hash of their path).
+        images: folders of the images by split, or one.
         fields: which ground truth is wanted.
         classes: names of the categories that count, in the order of their labels; None for all of the file's, in the
             order of their ids.
-        empty: whether training has pictures in which nothing is annotated; evaluation has them always.
+        empty: whether training has images in which nothing is annotated; evaluation has them always.
         val_share: as above.
 
     Raises:
@@ -112,7 +112,7 @@ class CocoDetectionSource:
     def __getitem__(self, index: int) -> Sample:
         """
         Raises:
-            BadSample: the picture cannot be read or has another size than the list says, or a mask is broken.
+            BadSample: the image cannot be read or has another size than the list says, or a mask is broken.
         """
         height, width = (int(side) for side in self._sizes[index])
         image = EncodedImage(self.name(index))

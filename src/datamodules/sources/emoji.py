@@ -18,7 +18,7 @@ from PIL import Image
 from src.datamodules.decoding import DataError
 from src.datamodules.sources.source import Prompts, Sample, Split
 from src.datamodules.sources.splits import hashed_split
-from src.datamodules.sources.texts import WithTexts
+from src.datamodules.sources.texts import TextListSource
 from src.errors import SettingError
 
 try:
@@ -50,7 +50,7 @@ PROMPTS = Prompts(
     single="{}",
 )
 VAL_SHARE = TEST_SHARE = 0.15
-_PRESENTATION = "FE0F"  # asks for a picture rather than a letter; says nothing about which emoji it is
+_PRESENTATION = "FE0F"  # asks for a image rather than a letter; says nothing about which emoji it is
 
 # Names of one family, whose drawings differ in a person's gender, age or hair, in group form or direction alone.
 _FORMS = {"man", "woman", "person", "men", "women", "people", "men’s", "women’s", "and"}
@@ -78,7 +78,7 @@ class Drawing(NamedTuple):
     label: int
 
 
-class EmojiSource(WithTexts):
+class EmojiSource(TextListSource):
     """OpenMoji's drawings (CC BY-SA 4.0) of Unicode's emoji, on a plain background; classes are its nine groups.
 
     About 70 % of the families of emoji are in "train", 15 % each in "val" and "test", by a hash of the family's name.
@@ -90,9 +90,9 @@ class EmojiSource(WithTexts):
         split: "train", "val" or "test".
         resolution: side in pixels.
         skin_tones: with the about 1,900 variants in skin tone, which make "People & Body" three fifths of the set.
-        background: CSS colour behind the drawing.
+        background: CSS color behind the drawing.
         languages: of the texts, as the package `emoji` names them: "en", "de", "es", "fr", "ja", "zh" …
-        cache_dir: where the rendered pictures are kept (one file a split and setting); None to render every time, about
+        cache_dir: where the rendered images are kept (one file a split and setting); None to render every time, about
             6 ms each.
 
     Attributes:

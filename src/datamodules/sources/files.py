@@ -1,4 +1,4 @@
-"""Lists that come with pictures in files, read with errors that say what to do."""
+"""Lists that come with images in files, read with errors that say what to do."""
 
 from __future__ import annotations
 

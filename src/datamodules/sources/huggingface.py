@@ -13,7 +13,7 @@ import numpy as np
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
 from src.datamodules.sources.source import Sample, Split
 from src.datamodules.sources.splits import hashed_split
-from src.datamodules.sources.texts import WithTexts, listed
+from src.datamodules.sources.texts import TextListSource, listed
 
 log = logging.getLogger(__name__)
 
@@ -25,16 +25,16 @@ _SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
 
 
 class HuggingFaceSource:
-    """Pictures and labels of a table; the pictures stay encoded.
+    """Visualizations and labels of a table; the images stay encoded.
 
     Args:
         split: "train", "val" or "test"; the table's own split under one of its usual names ("validation", "dev", …).
             Without one, "val" is ``val_share`` of the training rows by a hash of their position, "train" the rest.
-        path: a name on the hub, a folder of parquet files or pictures, the name of a format ("parquet", with
+        path: a name on the hub, a folder of parquet files or images, the name of a format ("parquet", with
             ``data_files``), or a folder written by ``save_to_disk``.
         name: configuration of the data set.
         data_dir, data_files, revision, cache_dir: as `datasets.load_dataset` has them.
-        image_key: column of the pictures.
+        image_key: column of the images.
         label_key: column of the labels (class labels, integers or strings); None for none. Where a row or the whole
             column has none, the label is -1.
         val_share: as above.
@@ -101,8 +101,8 @@ class HuggingFaceSource:
         return f"{self._path} {self._split}[{int(self._rows[index])}]"
 
 
-class CaptionedHuggingFaceSource(WithTexts, HuggingFaceSource):
-    """Pictures and texts of a table.
+class CaptionedHuggingFaceSource(TextListSource, HuggingFaceSource):
+    """Visualizations and texts of a table.
 
     Args:
         split, path: as `HuggingFaceSource`.

@@ -30,14 +30,14 @@ _EXPECTED = (
 
 
 class ImageFolderSource:
-    """Pictures below a folder.
+    """Visualizations below a folder.
 
     Three layouts are understood:
 
     - ``root/train/<class>/**/*.jpg``, with ``root/val`` (or ``validation``, ``valid``) and ``root/test`` beside
       it where there are such splits; the classes are the folders in ``train``;
     - ``root/<class>/**/*.jpg``;
-    - pictures directly in ``root`` or ``root/train``: no classes, label -1.
+    - images directly in ``root`` or ``root/train``: no classes, label -1.
 
     A split that has no folder is taken out of ``train`` (of ``root`` in the last two layouts): the given share of the
     files, 10 % for "val", none for "test", chosen by a hash of the path, so that new files move no old one.
@@ -51,7 +51,7 @@ class ImageFolderSource:
         extensions: of the files that count, lower case.
 
     Raises:
-        DataError: a folder is missing, unreadable or without pictures, or ``split`` has a class that ``train`` has not.
+        DataError: a folder is missing, unreadable or without images, or ``split`` has a class that ``train`` has not.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class ImageFolderSource:
         return os.path.join(self._folder, self._paths[index])
 
     def _scan(self, folder: Path) -> _Listing:
-        """Classes in ``folder`` and (path below it, label) of its pictures, sorted."""
+        """Classes in ``folder`` and (path below it, label) of its images, sorted."""
         entries = _entries(folder)
         classes = _class_names(folder)
         flat = [entry.name for entry in entries if not entry.is_dir() and self._counts(entry.name)]

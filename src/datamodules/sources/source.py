@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
-from src.datamodules.video_reader import Footage
+from src.datamodules.video_reader import VideoReader
 
 __all__ = [
     "AnnotatedSource",
@@ -19,11 +19,11 @@ __all__ = [
     "EncodedImage",
     "GroundedSource",
     "Grounding",
-    "HoldingOut",
+    "HardNegative",
+    "HardNegativeSource",
+    "HeldOutClassSource",
     "ImageSource",
     "ListedTexts",
-    "Mistaken",
-    "MistakenSource",
     "OrderedSource",
     "PromptedSource",
     "Prompts",
@@ -40,7 +40,7 @@ Split = Literal["train", "val", "test"]
 class Sample(TypedDict):
     """One item of a source, before any view is made of it."""
 
-    image: EncodedImage | Footage | torch.Tensor  # a picture or video still in its file, or uint8 [3, H, W] RGB
+    image: EncodedImage | VideoReader | torch.Tensor  # a image or video still in its file, or uint8 [3, H, W] RGB
     label: int  # class, -1 where there is none
     fields: NotRequired[dict[str, torch.Tensor]]  # further ground truth, by name (boxes, masks, depth …)
 
@@ -91,13 +91,13 @@ class SegmentedSource(ImageSource, Protocol):
     """A source that knows what each pixel shows."""
 
     def segmentation(self, index: int) -> torch.Tensor:
-        """uint8 [H, W], the size of the picture: 0 for background, 1 + class elsewhere."""
+        """uint8 [H, W], the size of the image: 0 for background, 1 + class elsewhere."""
         ...
 
 
 @runtime_checkable
 class TaggedSource(ImageSource, Protocol):
-    """A source that knows every class its pictures show, and not only the one that is their label."""
+    """A source that knows every class its images show, and not only the one that is their label."""
 
     def tags(self, index: int) -> torch.Tensor:
         """bool [K], by class; the same every time."""
@@ -109,30 +109,30 @@ class TrackedSource(ImageSource, Protocol):
     """A source of videos that knows where each thing is in every frame."""
 
     def masks(self, index: int) -> torch.Tensor:
-        """What is seen of each thing: bool [F, T, H, W], disjoint, in all F frames of the video, at `Footage.rate` from
+        """What is seen of each thing: bool [F, T, H, W], disjoint, in all F frames of the video, at `VideoReader.rate` from
         its beginning on."""
         ...
 
 
 @runtime_checkable
 class CaptionedSource(ImageSource, Protocol):
-    """A source that says what its pictures show."""
+    """A source that says what its images show."""
 
     def caption(self, index: int, choice: float) -> str:
-        """One text of the picture; ``choice`` in [0, 1) says which. Empty where there is none."""
+        """One text of the image; ``choice`` in [0, 1) says which. Empty where there is none."""
         ...
 
     def captions(self, index: int) -> Sequence[str]:
-        """The texts of the picture that retrieval is judged with, the same every time."""
+        """The texts of the image that retrieval is judged with, the same every time."""
         ...
 
 
 @runtime_checkable
 class ListedTexts(CaptionedSource, Protocol):
-    """A source whose pictures have a finite list of texts each, all of which can be looked at beforehand."""
+    """A source whose images have a finite list of texts each, all of which can be looked at beforehand."""
 
     def all_texts(self, index: int) -> Sequence[str]:
-        """All that ``caption`` may say of the picture.
+        """All that ``caption`` may say of the image.
 
         Raises:
             BadSample: they cannot be read.
@@ -155,7 +155,7 @@ class PromptedSource(ImageSource, Protocol):
 
 
 @runtime_checkable
-class HoldingOut(ImageSource, Protocol):
+class HeldOutClassSource(ImageSource, Protocol):
     """A source whose training split goes without some classes, which the other splits show."""
 
     held_out: Sequence[int]  # their labels; empty where training sees all
@@ -163,7 +163,7 @@ class HoldingOut(ImageSource, Protocol):
 
 @runtime_checkable
 class RegionSource(AnnotatedSource, Protocol):
-    """A source that says what each thing of its pictures is."""
+    """A source that says what each thing of its images is."""
 
     def regions(self, index: int, choice: float) -> Sequence[str]:
         """A text of each thing alone, in the order of the field ``boxes``; ``choice`` in [0, 1) says which. Empty where
@@ -171,8 +171,8 @@ class RegionSource(AnnotatedSource, Protocol):
         ...
 
 
-class Mistaken(NamedTuple):
-    """A text of a picture beside one that is wrong in one thing and otherwise says the same."""
+class HardNegative(NamedTuple):
+    """A text of a image beside one that is wrong in one thing and otherwise says the same."""
 
     kind: str  # what is wrong, one word: "relation", "count" …
     right: str
@@ -180,25 +180,25 @@ class Mistaken(NamedTuple):
 
 
 @runtime_checkable
-class MistakenSource(CaptionedSource, Protocol):
-    """A source that also says what its pictures do not show."""
+class HardNegativeSource(CaptionedSource, Protocol):
+    """A source that also says what its images do not show."""
 
-    def mistakes(self, index: int) -> Sequence[Mistaken]:
+    def mistakes(self, index: int) -> Sequence[HardNegative]:
         """What a model should not fall for, the same every time; any number of each kind, none where none can be."""
         ...
 
 
 class Grounding(NamedTuple):
-    """A text of a picture, and where the things are that it names."""
+    """A text of a image, and where the things are that it names."""
 
     text: str
     spans: tuple[tuple[int, int, int], ...]  # first character, one past the last, and which of the masks they name
-    masks: torch.Tensor  # bool [T, H, W], the size of the picture: what is seen of each thing
+    masks: torch.Tensor  # bool [T, H, W], the size of the image: what is seen of each thing
 
 
 @runtime_checkable
 class GroundedSource(CaptionedSource, Protocol):
-    """A source that also says which words of a text name what in the picture."""
+    """A source that also says which words of a text name what in the image."""
 
     def grounding(self, index: int) -> Grounding:
         """The same every time."""

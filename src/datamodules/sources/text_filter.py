@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from src.datamodules.sources.source import BadSample, CaptionedSource, ListedTexts, OrderedSource, Sample
-from src.datamodules.sources.texts import WithTexts
+from src.datamodules.sources.texts import TextListSource
 from src.errors import SettingError
 
 log = logging.getLogger(__name__)
@@ -19,13 +19,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TextFilter:
-    """Drops texts that say nothing of one picture: shared by many, or too short, or too long. Calling it with a source
+    """Drops texts that say nothing of one image: shared by many, or too short, or too long. Calling it with a source
     gives the source without them.
 
     ALIGN's third filter, of words that are rare in the whole web, needs the web's counts and is not here.
 
     Args:
-        max_images: pictures that may share a text, compared without regard to case and spaces; None for any number.
+        max_images: images that may share a text, compared without regard to case and spaces; None for any number.
         min_words, max_words: of a text, separated by spaces; None for no longest one.
 
     Raises:
@@ -58,14 +58,14 @@ class TextFilter:
         return FilteredTexts(source, self)
 
 
-class FilteredTexts(WithTexts):
-    """A source without the texts that a filter drops, and without the pictures that had none but those.
+class FilteredTexts(TextListSource):
+    """A source without the texts that a filter drops, and without the images that had none but those.
 
-    All texts are read once, at the beginning. A picture whose texts cannot be read stays and is replaced when it is
+    All texts are read once, at the beginning. A image whose texts cannot be read stays and is replaced when it is
     drawn, as without a filter.
 
     Attributes:
-        problems: how many texts were dropped, by reason (a text may have several), and how many pictures with them.
+        problems: how many texts were dropped, by reason (a text may have several), and how many images with them.
     """
 
     def __init__(self, source: ListedTexts, rules: TextFilter) -> None:

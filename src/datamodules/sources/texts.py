@@ -1,4 +1,4 @@
-"""Texts that a data set lists for its pictures: which can be used, how they are held, and one drawn from several."""
+"""Texts that a data set lists for its images: which can be used, how they are held, and one drawn from several."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from src.datamodules.sources.splits import PackedNames
 log = logging.getLogger(__name__)
 
 
-class WithTexts(ABC):
-    """What a source with a list of texts a picture answers; ``told`` is all it has to know.
+class TextListSource(ABC):
+    """What a source with a list of texts a image answers; ``told`` is all it has to know.
 
-    Texts that are empty or not valid Unicode are never drawn. A picture that has no other is one without text.
+    Texts that are empty or not valid Unicode are never drawn. A image that has no other is one without text.
     """
 
     @abstractmethod
     def told(self, index: int) -> Sequence[object]:
-        """What the data set has for texts of the picture, unusable ones too.
+        """What the data set has for texts of the image, unusable ones too.
 
         Raises:
             BadSample: it cannot be read.
         """
 
     def all_texts(self, index: int) -> list[str]:
-        """The texts of the picture that can be used.
+        """The texts of the image that can be used.
 
         Raises:
             BadSample: the only ones are broken.

@@ -1,4 +1,4 @@
-"""What pictures of things are annotated with, the same for every source that lists them."""
+"""What images of things are annotated with, the same for every source that lists them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def ground_truth(
 
 
 def clipped(box: Sequence[float], height: float, width: float) -> list[float] | None:
-    """The part of a box (x0 y0 x1 y1) within its picture; None where there is nothing of it."""
+    """The part of a box (x0 y0 x1 y1) within its image; None where there is nothing of it."""
     x0, y0, x1, y1 = box
     x0, y0, x1, y1 = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
     return [x0, y0, x1, y1] if x1 > x0 and y1 > y0 else None

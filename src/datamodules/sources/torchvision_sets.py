@@ -16,13 +16,13 @@ from src.datamodules.sources.splits import hashed_split
 
 
 class ArraySource:
-    """Pictures of one size, decoded in memory.
+    """Visualizations of one size, decoded in memory.
 
     Args:
         images: uint8 [N, 3, H, W].
         labels: int64 [N], -1 where there is none.
         classes: names by label.
-        names: what a person calls each picture.
+        names: what a person calls each image.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, classes: Sequence[str], names: Sequence[str]) -> None:
@@ -42,7 +42,7 @@ class ArraySource:
 
 
 class FileSource:
-    """Pictures in files, by a list of paths."""
+    """Visualizations in files, by a list of paths."""
 
     def __init__(self, paths: Sequence[str], labels: Sequence[int], classes: Sequence[str]) -> None:
         self._paths = list(paths)
@@ -94,12 +94,12 @@ class CIFAR100Source(CIFAR10Source):
 
 
 class STL10Source(ArraySource):
-    """STL-10 (Coates et al., 2011): 96x96, 10 classes, 5,000 + 8,000 labelled and 100,000 unlabelled pictures.
+    """STL-10 (Coates et al., 2011): 96x96, 10 classes, 5,000 + 8,000 labelled and 100,000 unlabelled images.
 
     Args:
         split: "test" is the set's own; "val" is ``val_share`` of its labelled training set, "train" the rest.
         root, download, val_share: as for `CIFAR10Source`.
-        unlabeled: add the unlabelled pictures, label -1, to "train".
+        unlabeled: add the unlabelled images, label -1, to "train".
 
     Raises:
         DataError: the set is not there.
@@ -126,7 +126,7 @@ class STL10Source(ArraySource):
 
 
 class Food101Source(FileSource):
-    """Food-101 (Bossard et al., 2014): 101 dishes, 75,750 + 25,250 pictures of up to 512 px.
+    """Food-101 (Bossard et al., 2014): 101 dishes, 75,750 + 25,250 images of up to 512 px.
 
     Arguments as `CIFAR10Source`; the hash is of the file's name.
     """
@@ -138,7 +138,7 @@ class Food101Source(FileSource):
 
 
 class Flowers102Source(FileSource):
-    """Flowers-102 (Nilsback and Zisserman, 2008): 102 flowers; its own splits of 1,020, 1,020 and 6,149 pictures.
+    """Flowers-102 (Nilsback and Zisserman, 2008): 102 flowers; its own splits of 1,020, 1,020 and 6,149 images.
 
     Args:
         split: the set's own.
@@ -155,7 +155,7 @@ class Flowers102Source(FileSource):
 
 
 class OxfordIIITPetSource(FileSource):
-    """Oxford-IIIT Pet (Parkhi et al., 2012): 37 breeds of cats and dogs, 3,680 + 3,669 pictures.
+    """Oxford-IIIT Pet (Parkhi et al., 2012): 37 breeds of cats and dogs, 3,680 + 3,669 images.
 
     Arguments as `CIFAR10Source`; the hash is of the file's name.
     """
@@ -179,7 +179,7 @@ def _open(make: Callable[..., datasets.VisionDataset], root: str | Path, **optio
 
 
 def _kept(split: Split, keys: Sequence[str], val_share: float) -> np.ndarray:
-    """Positions of ``keys``, those of the set's training or test pictures, that belong to ``split``."""
+    """Positions of ``keys``, those of the set's training or test images, that belong to ``split``."""
     if split == "test":
         return np.arange(len(keys))
     return np.array([i for i, key in enumerate(keys) if hashed_split(key, val_share=val_share) == split], np.int64)

@@ -1,4 +1,4 @@
-"""Pascal VOC: pictures in files, each with an XML of the things in it."""
+"""Pascal VOC: images in files, each with an XML of the things in it."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ VOC_CLASSES = (
 
 
 class VOCSource:
-    """Pascal VOC (Everingham et al., 2010): things of 20 classes, with boxes, and in some pictures with masks.
+    """Pascal VOC (Everingham et al., 2010): things of 20 classes, with boxes, and in some images with masks.
 
     Fields: ``boxes``, ``box_labels``, ``instance_masks``, and ``crowd``, bool [T]: what is marked difficult, which a
     detector is not judged by. The file's boxes count pixels from 1 and end with the last one; here, as everywhere, they
-    begin at 0 and end behind it. They are cut to their picture.
+    begin at 0 and end behind it. They are cut to their image.
 
     Args:
         split: "train", "val" or "test".
         root: the folder with ``VOCdevkit``, as the archives unpack.
-        sets: lists of pictures by split, below ``root``, such as
-            ``VOCdevkit/VOC2007/ImageSets/Main/trainval.txt``; their pictures, annotations and masks lie in
+        sets: lists of images by split, below ``root``, such as
+            ``VOCdevkit/VOC2007/ImageSets/Main/trainval.txt``; their images, annotations and masks lie in
             ``JPEGImages``, ``Annotations`` and ``SegmentationObject`` of the same year. Where "val" has none it is
-            ``val_share`` of the pictures of "train" by a hash of their names. For masks name lists of
-            ``ImageSets/Segmentation``: other pictures have none.
+            ``val_share`` of the images of "train" by a hash of their names. For masks name lists of
+            ``ImageSets/Segmentation``: other images have none.
         fields: which ground truth is wanted.
         difficult: whether training has things that are marked difficult.
         classes: their names, in the order of their labels.
         val_share: as above.
 
     Raises:
-        DataError: a list is missing or names no picture that is there.
+        DataError: a list is missing or names no image that is there.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class VOCSource:
     def __getitem__(self, index: int) -> Sample:
         """
         Raises:
-            BadSample: the picture, its annotation or its masks cannot be read.
+            BadSample: the image, its annotation or its masks cannot be read.
         """
         image = EncodedImage(self.name(index))
         height, width = image.size
@@ -125,7 +125,7 @@ class _Thing(NamedTuple):
     box: list[float]
     label: int
     difficult: bool
-    number: int  # its colour in the picture of masks
+    number: int  # its color in the image of masks
 
 
 def _box(corners: Sequence[str | None], path: Path) -> list[float]:

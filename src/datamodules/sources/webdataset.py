@@ -20,7 +20,7 @@ import numpy as np
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
 from src.datamodules.sources.source import Sample, Split
 from src.datamodules.sources.splits import PackedNames, files_of, hashed_split
-from src.datamodules.sources.texts import WithTexts, listed
+from src.datamodules.sources.texts import TextListSource, listed
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +57,13 @@ class WebDatasetSource:
             with ``json_key``); None for no labels.
         json_key: as above.
         classes: names by label, needed where labels are names.
-        image_extensions: of the members that are pictures, lower case; the first member of a sample counts.
+        image_extensions: of the members that are images, lower case; the first member of a sample counts.
         cache_dir: where the lists of members are kept (JSON, one file a shard), so that the next start need not read
             the shards; valid as long as the shard's size and time stay the same. None: not kept.
         val_share: as above.
         text: extension of the member with the text, listed for `CaptionedWebDatasetSource`; None for none.
 
-    Samples without a picture, members without a key and labels that are missing or unreadable (label -1) are counted
+    Samples without a image, members without a key and labels that are missing or unreadable (label -1) are counted
     and logged. Of members or samples of one name in a shard the first counts. A shard that ends too early gives its
     whole samples; one that is no tar is left out.
 
@@ -147,7 +147,7 @@ class WebDatasetSource:
         return data
 
 
-class TextsInShards(WithTexts):
+class TextsInShards(TextListSource):
     """The texts of a source of shards.
 
     Args:
@@ -184,7 +184,7 @@ class CaptionedWebDatasetSource(TextsInShards, WebDatasetSource):
     dealt to processes and workers like any other data, and a run that is taken up again goes on with the sample it had
     come to.
 
-    A picture without a text stays in the list and is replaced when it is drawn; texts without a picture are left out.
+    A image without a text stays in the list and is replaced when it is drawn; texts without a image are left out.
     Texts are read when they are drawn: only their places are held.
 
     Args:
@@ -233,7 +233,7 @@ def no_problems() -> dict[str, int]:
 
 
 class ShardReader(NamedTuple):
-    """Lists the samples of a shard: [key, offset, length, label, offset and length of the text] of each picture, the
+    """Lists the samples of a shard: [key, offset, length, label, offset and length of the text] of each image, the
     last two -1 where there is none, and what was wrong."""
 
     label: str | None

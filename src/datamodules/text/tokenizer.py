@@ -52,7 +52,7 @@ class Tokenizer:
         return self.inner.eos_token_id
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids int64 [B, length] and which of them are no filling, bool [B, length]; B may be 0."""
+        """Ids int64 [B, length] and which of them are no padding, bool [B, length]; B may be 0."""
         if not texts:
             return torch.zeros(0, self.length, dtype=torch.int64), torch.zeros(0, self.length, dtype=torch.bool)
         found = self.inner(
@@ -62,7 +62,7 @@ class Tokenizer:
 
     def places(self, texts: Sequence[str]) -> Tensor:
         """Which characters of its text each token stands for, the first and one past the last: int64 [B, length, 2].
-        Start, end and filling stand for none.
+        Start, end and padding stand for none.
 
         Raises:
             SettingError: a tokenizer that does not know, one of the slow ones of transformers.
@@ -79,7 +79,7 @@ class Tokenizer:
         return torch.tensor([len(ids) > self.length for ids in self.inner(list(texts))["input_ids"]])
 
     def decode(self, ids: Tensor) -> list[str]:
-        """Back to texts, without start, end and filling: [B, L]."""
+        """Back to texts, without start, end and padding: [B, L]."""
         return self.inner.batch_decode(ids, skip_special_tokens=True)
 
 

@@ -1,4 +1,4 @@
-"""The view supervised training uses: strong augmentation of single pictures."""
+"""The view supervised training uses: strong augmentation of single images."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _AUTO_AUGMENT = ("original", "originalr", "v0", "v0r")  # AutoAugment's policies
 class RandAugmentCrop:
     """Random resized crop and mirror, then timm's RandAugment or AutoAugment and random erasing.
 
-    Erased pixels are filled with noise that is normal after the DataModule's normalisation; since the view's result is
+    Erased pixels are filled with noise that is normal after the DataModule's normalization; since the view's result is
     8-bit, that noise is cut at black and white.
 
     Args:
         size: side of the result in pixels.
-        scale: smallest and largest share of the picture's area.
+        scale: smallest and largest share of the image's area.
         policy: of RandAugment ("rand-…") or AutoAugment ("original", "v0" …), as timm writes it; None for none.
         flip: probability of a left-right mirror.
-        erase: probability that a rectangle of the picture is erased.
+        erase: probability that a rectangle of the image is erased.
         mean, std: the DataModule's.
     """
 
@@ -80,9 +80,9 @@ class RandAugmentCrop:
             augmented = self._augment(picture)
             if not self.erase:
                 return to_tensor(augmented)
-            normalised = self._finish(augmented)
+            normalized = self._finish(augmented)
         mean, std = (torch.tensor(each).view(3, 1, 1) for each in (self.mean, self.std))
-        return ((normalised * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
+        return ((normalized * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -134,17 +134,17 @@ class StrongFrames:
         if not self.erase:
             return frames
         mean, std = (torch.tensor(each).view(3, 1, 1) for each in (self.mean, self.std))
-        normalised = (frames / 255 - mean) / std
+        normalized = (frames / 255 - mean) / std
         with seeded(_bits(uniform[1])):
-            # to timm one picture of 3 T channels: one rectangle
-            erased = self._erase(normalised.flatten(0, 1)).view_as(normalised)
+            # to timm one image of 3 T channels: one rectangle
+            erased = self._erase(normalized.flatten(0, 1)).view_as(normalized)
         return ((erased * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _transforms(
     size: int, policy: str | None, erase: float, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[Any, Any]:
-    """Timm's augmentation of a picture, and what makes a tensor of it and erases a part."""
+    """Timm's augmentation of a image, and what makes a tensor of it and erases a part."""
     _, augment, finish = transforms_imagenet_train(
         size,
         auto_augment=policy,
@@ -182,5 +182,5 @@ def _operations(transform: RandAugment | AutoAugment) -> list[AugmentOp]:
 
 
 def _at_least_one_bit(level_fn: Callable[..., tuple[int, ...]], level: float, settings: dict[str, Any]) -> tuple[int]:
-    # at the strongest levels timm asks for 0 bits a channel: a black picture, which newer Pillow refuses to make
+    # at the strongest levels timm asks for 0 bits a channel: a black image, which newer Pillow refuses to make
     return (max(1, level_fn(level, settings)[0]),)

@@ -1,6 +1,6 @@
-"""Colour augmentation of whole batches, every picture with numbers of its own.
+"""Color augmentation of whole batches, every image with numbers of its own.
 
-The functions follow torchvision's on float pictures in [0, 1], with one factor a picture instead of one for all; they
+The functions follow torchvision's on float images in [0, 1], with one factor a image instead of one for all; they
 are pure, and cheap enough for two cores: a batch costs a few passes over its pixels.
 """
 
@@ -18,20 +18,20 @@ _CHUNK = 64 * 3 * 64 * 64  # values worked on at a time: more leave the cache, f
 
 
 @dataclass(frozen=True)
-class Colour:
-    """Jitter, greyscale, blur and solarisation, in this order, each with a probability of its own.
+class Color:
+    """Jitter, greyscale, blur and solarization, in this order, each with a probability of its own.
 
     Jitter draws a factor from [1 - x, 1 + x] for brightness, contrast and saturation (not below 0) and a turn of the
     hue from [-x, x], and applies the four in random order, as torchvision's ``ColorJitter``. The blur's kernel is as
-    wide as a tenth of the picture, as in SimCLR's code: 23 pixels of 224, 7 of 64.
+    wide as a tenth of the image, as in SimCLR's code: 23 pixels of 224, 7 of 64.
 
     Args:
         brightness, contrast, saturation, hue: strength of the jitter; 0 leaves it out.
         jitter: probability of the jitter as a whole.
-        grey: probability of losing all colour.
+        grey: probability of losing all color.
         blur: probability of a Gaussian blur.
         sigma: smallest and largest width of the blur, in pixels.
-        solarise: probability of inverting all values from 0.5 on.
+        solarize: probability of inverting all values from 0.5 on.
     """
 
     brightness: float = 0.0
@@ -42,21 +42,21 @@ class Colour:
     grey: float = 0.0
     blur: float = 0.0
     sigma: tuple[float, float] = (0.1, 2.0)
-    solarise: float = 0.0
+    solarize: float = 0.0
 
     draws: ClassVar[int] = 13  # four decisions, four factors, four places in the order, one width
 
     def __post_init__(self) -> None:
-        for name in ("jitter", "grey", "blur", "solarise"):
+        for name in ("jitter", "grey", "blur", "solarize"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"Colour: {name} is a probability, got {getattr(self, name)}")
+                raise ValueError(f"Color: {name} is a probability, got {getattr(self, name)}")
         if min(self.brightness, self.contrast, self.saturation, self.hue) < 0 or self.hue > 0.5:
             raise ValueError(
-                f"Colour: brightness={self.brightness}, contrast={self.contrast}, saturation={self.saturation} must be "
+                f"Color: brightness={self.brightness}, contrast={self.contrast}, saturation={self.saturation} must be "
                 f"at least 0 and hue={self.hue} within [0, 0.5]"
             )
         if not 0 < self.sigma[0] <= self.sigma[1]:
-            raise ValueError(f"Colour: sigma must be 0 < low <= high, got {tuple(self.sigma)}")
+            raise ValueError(f"Color: sigma must be 0 < low <= high, got {tuple(self.sigma)}")
 
     def __call__(self, images: Tensor, uniform: np.ndarray) -> Tensor:
         """uint8 [B, 3, H, W] and numbers in [0, 1) [B, draws] -> uint8 [B, 3, H, W]."""
@@ -76,11 +76,11 @@ class Colour:
         _apply(x, decide[:, 1] < self.grey, lambda y, _: luma(y).expand_as(y), width)
         sigma = self.sigma[0] + width * (self.sigma[1] - self.sigma[0])
         _apply(x, decide[:, 2] < self.blur, gaussian_blur, sigma)
-        _apply(x, decide[:, 3] < self.solarise, lambda y, _: solarise(y), width)
+        _apply(x, decide[:, 3] < self.solarize, lambda y, _: solarize(y), width)
         return x.mul_(255).round_().to(torch.uint8)
 
     def _jitters(self, uniform: Tensor) -> list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor | None]]:
-        """The four changes, and how much each picture is changed [B]; None where the recipe has none of it."""
+        """The four changes, and how much each image is changed [B]; None where the recipe has none of it."""
         spans = (self.brightness, self.contrast, self.saturation)
         factors: list[Tensor | None] = [
             (low := max(0.0, 1 - x)) + uniform[:, i] * (1 + x - low) if x else None for i, x in enumerate(spans)
@@ -90,7 +90,7 @@ class Colour:
 
 
 def _apply(x: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor], amount: Tensor) -> None:
-    """Change the chosen pictures of a batch in place."""
+    """Change the chosen images of a batch in place."""
     index = chosen.nonzero().flatten()
     if len(index) == len(x):
         x.copy_(change(x, amount))
@@ -99,7 +99,7 @@ def _apply(x: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor]
 
 
 def luma(x: Tensor) -> Tensor:
-    """Brightness as torchvision weighs the colours: [B, 3, H, W] -> [B, 1, H, W]."""
+    """Brightness as torchvision weighs the colors: [B, 3, H, W] -> [B, 1, H, W]."""
     return (0.2989 * x[:, 0:1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
 
 
@@ -109,13 +109,13 @@ def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Away from the picture's mean brightness; 0 is that grey, 1 the picture."""
+    """Away from the image's mean brightness; 0 is that grey, 1 the image."""
     mean = luma(x).mean(dim=(-3, -2, -1), keepdim=True)
     return torch.lerp(mean, x, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Away from each pixel's own grey; 0 is grey, 1 the picture."""
+    """Away from each pixel's own grey; 0 is grey, 1 the image."""
     return torch.lerp(luma(x), x, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
@@ -149,7 +149,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor, radius: int | None = None) -> Tensor
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)
-    # one banded matrix a picture and axis holds kernel and borders: a blur is two matrix products
+    # one banded matrix a image and axis holds kernel and borders: a blur is two matrix products
     batch, channels, height, width = x.shape
     rows, columns = _bands(kernel, height, radius), _bands(kernel, width, radius)
     x = torch.bmm(x.reshape(batch, channels * height, width), columns.transpose(1, 2))
@@ -168,6 +168,6 @@ def _bands(kernel: Tensor, size: int, radius: int) -> Tensor:
     return bands.scatter_add_(2, seen.expand(len(kernel), -1, -1), kernel[:, None].expand(-1, size, -1))
 
 
-def solarise(x: Tensor, threshold: float = 0.5) -> Tensor:
+def solarize(x: Tensor, threshold: float = 0.5) -> Tensor:
     """Invert what is at least ``threshold``."""
     return torch.where(x >= threshold, 1 - x, x)

@@ -1,4 +1,4 @@
-"""Views that make an `ImageBatch`: one picture, cropped."""
+"""Views that make an `ImageBatch`: one image, cropped."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _TRIES = 10
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A random box of the picture, resized, mirrored with probability ``flip``; torchvision's distribution of boxes.
+    """A random box of the image, resized, mirrored with probability ``flip``; torchvision's distribution of boxes.
 
     Args:
         size: side of the result in pixels.
-        scale: smallest and largest share of the picture's area.
+        scale: smallest and largest share of the image's area.
         ratio: smallest and largest width over height.
         flip: probability of a left-right mirror.
     """
@@ -51,14 +51,14 @@ class RandomResizedCrop:
         return {"image": resample_boxes(images, boxes, self.size, flip=uniform[:, -1] < self.flip)}
 
     def of_picture(self, picture: Image, uniform: np.ndarray) -> Tensor:
-        """A picture that is decoded already and of which more is wanted, uniform [draws] -> uint8 [3, size, size]."""
+        """A image that is decoded already and of which more is wanted, uniform [draws] -> uint8 [3, size, size]."""
         top, left, rows, columns = self.boxes(picture.height, picture.width, uniform[None])[0]
         box = (left, top, left + columns, top + rows)
         pixels = to_tensor(picture.resize((self.size, self.size), Resampling.BICUBIC, box=box))
         return pixels.flip(-1) if uniform[-1] < self.flip else pixels
 
     def boxes(self, height: int, width: int, uniform: np.ndarray) -> np.ndarray:
-        """Integer boxes [B, 4] (top, left, height, width): the first of ten tries that fits, else the largest centred
+        """Integer boxes [B, 4] (top, left, height, width): the first of ten tries that fits, else the largest centered
         box of an allowed ratio."""
         tries = uniform[:, : 4 * _TRIES].reshape(-1, _TRIES, 4).astype(np.float64)
         area = height * width * (self.scale[0] + tries[..., 0] * (self.scale[1] - self.scale[0]))
@@ -71,20 +71,20 @@ class RandomResizedCrop:
         candidates = np.stack([top, left, rows, columns], axis=-1)
         chosen = candidates[np.arange(len(candidates)), fits.argmax(axis=1)]
         shape = min(max(width / height, self.ratio[0]), self.ratio[1])
-        centred_columns, centred_rows = min(width, round(height * shape)), min(height, round(width / shape))
-        centred = ((height - centred_rows) // 2, (width - centred_columns) // 2, centred_rows, centred_columns)
-        return np.where(fits.any(axis=1)[:, None], chosen, np.asarray(centred, np.float64))
+        centered_columns, centered_rows = min(width, round(height * shape)), min(height, round(width / shape))
+        centered = ((height - centered_rows) // 2, (width - centered_columns) // 2, centered_rows, centered_columns)
+        return np.where(fits.any(axis=1)[:, None], chosen, np.asarray(centered, np.float64))
 
 
 @dataclass(frozen=True)
-class CentreCrop:
-    """The picture's middle: the largest centred square shrunk by ``share``, resized. No randomness.
+class CenterCrop:
+    """The image's middle: the largest centered square shrunk by ``share``, resized. No randomness.
 
     ``share`` 0.875 is the usual resize to 256, crop 224, done in one resampling.
 
     Args:
         size: side of the result in pixels.
-        share: side of the square over the picture's shorter side.
+        share: side of the square over the image's shorter side.
     """
 
     size: int

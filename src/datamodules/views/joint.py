@@ -1,4 +1,4 @@
-"""Views that move a picture and its ground truth together, by the transforms of torchvision."""
+"""Views that move a image and its ground truth together, by the transforms of torchvision."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from src.errors import SettingError
 from src.randomness import seeded
 
 _TRIES = 10
-_MEAN_COLOUR = (124, 116, 104)  # ImageNet's: nothing is left of it after the normalisation
+_MEAN_COLOR = (124, 116, 104)  # ImageNet's: nothing is left of it after the normalization
 
 
 @dataclass(frozen=True)
 class JointView(ABC):
-    """A picture and what is true of it, moved alike. Its random numbers are the sample's own: a view is a pure
+    """A image and what is true of it, moved alike. Its random numbers are the sample's own: a view is a pure
     function of the uniform numbers it is given.
 
     Args:
-        transforms: of torchvision's v2, one after the other; none for the picture as it is.
+        transforms: of torchvision's v2, one after the other; none for the image as it is.
     """
 
     transforms: Sequence[Callable[[Any], Any]] = ()
@@ -53,23 +53,23 @@ class JointView(ABC):
 
     @abstractmethod
     def wrapped(self, fields: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-        """The ground truth of a picture of ``size`` (height, width) as the transforms know it, by name.
+        """The ground truth of a image of ``size`` (height, width) as the transforms know it, by name.
 
         Raises:
-            BadSample: it does not fit the picture.
+            BadSample: it does not fit the image.
         """
 
     @abstractmethod
     def unwrapped(self, moved: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The row of a batch, of the picture and the ground truth after the transforms."""
+        """The row of a batch, of the image and the ground truth after the transforms."""
 
     def annotated(
         self, image: EncodedImage | Tensor, fields: Mapping[str, Tensor], uniform: np.ndarray
     ) -> dict[str, Tensor]:
-        """One picture with its ground truth, uniform [draws] -> a row of the batch, uint8 where it is a picture.
+        """One image with its ground truth, uniform [draws] -> a row of the batch, uint8 where it is a image.
 
         Raises:
-            BadSample: the picture cannot be read, or the ground truth does not fit it.
+            BadSample: the image cannot be read, or the ground truth does not fit it.
         """
         picture = image if isinstance(image, Tensor) else to_tensor(image.decode())
         size = (picture.shape[-2], picture.shape[-1])
@@ -88,7 +88,7 @@ class JointView(ABC):
         """The batch of the rows.
 
         Raises:
-            SettingError: pictures or ground truth are of several sizes.
+            SettingError: images or ground truth are of several sizes.
         """
         shapes = {tuple(tuple(value.shape) for value in row.values()) for row in rows}
         if len(shapes) > 1:
@@ -104,8 +104,8 @@ class SegmentationView(JointView):
     """What each pixel shows, of the field ``segmentation``: uint8 or int64 [H, W], IGNORED where it counts for nothing.
 
     Args:
-        move_truth: False leaves the masks as they are and moves the picture alone. An evaluation that brings the
-            prediction back to the picture's own size is then judged there.
+        move_truth: False leaves the masks as they are and moves the image alone. An evaluation that brings the
+            prediction back to the image's own size is then judged there.
     """
 
     move_truth: bool = True
@@ -131,7 +131,7 @@ class SegmentationView(JointView):
 @dataclass(frozen=True)
 class DepthView(JointView):
     """How far away is what each pixel shows, of the field ``depth``: float32 [H, W] in metres. Nothing is interpolated:
-    a pixel's depth is that of one pixel of the source. A picture that is zoomed keeps the depths of its own camera.
+    a pixel's depth is that of one pixel of the source. A image that is zoomed keeps the depths of its own camera.
 
     Args:
         nearest, farthest: metres; a depth that does not lie between them, or is not finite, is unknown.
@@ -165,7 +165,7 @@ class DepthView(JointView):
 @dataclass(frozen=True)
 class NormalsView(JointView):
     """Which way faces what each pixel shows, of the field ``normals``: float32 [3, H, W], of unit length, or nought
-    where it is not known. In a mirrored picture normals are mirrored as well: the numbers of rows and columns go
+    where it is not known. In a mirrored image normals are mirrored as well: the numbers of rows and columns go
     through the transforms with them, and tell. Nothing is interpolated.
     """
 
@@ -191,22 +191,22 @@ class NormalsView(JointView):
 @dataclass(frozen=True)
 class DetectionView(JointView):
     """Things: the fields ``boxes`` (float32 [T, 4], x0 y0 x1 y1 in pixels) and ``box_labels`` (int64 [T]), and
-    ``instance_masks`` (bool [T, H, W]) where they are asked for; ``crowd`` (bool [T]) where the source has it. Pictures
+    ``instance_masks`` (bool [T, H, W]) where they are asked for; ``crowd`` (bool [T]) where the source has it. Visualizations
     of several sizes are filled up to one; a thing of which too little is left is left out.
 
     Args:
         masks: whether instance masks are wanted.
-        tight: whether boxes are drawn anew around what is left of the masks; else they are cut where the picture is.
+        tight: whether boxes are drawn anew around what is left of the masks; else they are cut where the image is.
         smallest: of a box that is kept, width and height in pixels, at least 1.
-        multiple: of which the sides of a batch's pictures are, such as the stride of a pyramid.
-        fill: colour of the filling.
+        multiple: of which the sides of a batch's images are, such as the stride of a pyramid.
+        fill: color of the padding.
     """
 
     masks: bool = False
     tight: bool = False
     smallest: float = 1.0
     multiple: int = 1
-    fill: tuple[int, int, int] = _MEAN_COLOUR
+    fill: tuple[int, int, int] = _MEAN_COLOR
 
     batch_type: ClassVar[type] = DetectionBatch
 
@@ -241,7 +241,7 @@ class DetectionView(JointView):
         return sample
 
     def moved(self, sample: dict[str, Any]) -> dict[str, Any]:
-        # `FilledCrop` leaves what is outside of its picture
+        # `FilledCrop` leaves what is outside of its image
         moved = v2.ClampBoundingBoxes()(super().moved(sample))
         if self.tight:
             moved["boxes"] = tv_tensors.wrap(_boxes_of(moved["masks"]), like=moved["boxes"])
@@ -294,8 +294,8 @@ class RegionView(DetectionView):
 
 
 class RandomRescale(v2.Transform):
-    """A picture at the largest size at which its shorter side is at most ``shorter`` times a random number, and its
-    longer side at most ``longer`` times the same. Pictures are resampled linearly with antialiasing, masks and depths
+    """A image at the largest size at which its shorter side is at most ``shorter`` times a random number, and its
+    longer side at most ``longer`` times the same. Visualizations are resampled linearly with antialiasing, masks and depths
     take the pixel that lies nearest.
 
     Args:
@@ -327,17 +327,17 @@ class RandomRescale(v2.Transform):
 
 
 class FilledCrop(v2.Transform):
-    """A random part of a picture; what is smaller is filled up at the right and at the bottom: the picture with
+    """A random part of a image; what is smaller is filled up at the right and at the bottom: the image with
     ``fill``, masks of classes with IGNORED, depths and masks of things with 0.
 
     Args:
         size: side of the part, or its height and width, in pixels.
         max_share: of ten tries the first is taken in which no class of the mask has a larger share of what counts.
-        fill: colour of the filling; as it is the mean of ImageNet.
+        fill: color of the padding; as it is the mean of ImageNet.
     """
 
     def __init__(
-        self, size: int | Sequence[int], max_share: float = 1.0, fill: tuple[int, int, int] = _MEAN_COLOUR
+        self, size: int | Sequence[int], max_share: float = 1.0, fill: tuple[int, int, int] = _MEAN_COLOR
     ) -> None:
         super().__init__()
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
@@ -374,7 +374,7 @@ class FilledCrop(v2.Transform):
 
 
 def _size_of(inputs: list[Any]) -> tuple[int, int]:
-    """Height and width of the picture among them."""
+    """Height and width of the image among them."""
     height, width = next(each for each in inputs if isinstance(each, tv_tensors.Image)).shape[-2:]
     return int(height), int(width)
 

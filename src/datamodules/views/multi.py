@@ -1,4 +1,4 @@
-"""Views for joint embedding: one picture, augmented several times over."""
+"""Views for joint embedding: one image, augmented several times over."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from torch import Tensor
 
 from src.datamodules.batch import ImageBatch, MultiViewBatch
 from src.datamodules.decoding import EncodedImage
-from src.datamodules.views.color import Colour
+from src.datamodules.views.color import Color
 from src.datamodules.views.image import RandomResizedCrop
 
 
 @dataclass(frozen=True)
 class Augmented:
-    """A random crop whose colours are changed. Alone it makes an `ImageBatch`; in a `MultiView` it is one kind of view.
+    """A random crop whose colors are changed. Alone it makes an `ImageBatch`; in a `MultiView` it is one kind of view.
 
     Args:
-        crop: which part of the picture, and how large it becomes.
-        colour: what happens to its colours.
-        count: how many views of this kind a `MultiView` takes of each picture.
+        crop: which part of the image, and how large it becomes.
+        color: what happens to its colors.
+        count: how many views of this kind a `MultiView` takes of each image.
     """
 
     crop: RandomResizedCrop
-    colour: Colour = field(default_factory=Colour)
+    color: Color = field(default_factory=Color)
     count: int = 1
 
     batch_type: ClassVar[type] = ImageBatch
-    draws: ClassVar[int] = RandomResizedCrop.draws + Colour.draws
+    draws: ClassVar[int] = RandomResizedCrop.draws + Color.draws
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -40,21 +40,21 @@ class Augmented:
 
     def encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
         cropped = self.crop.encoded(image, uniform[: RandomResizedCrop.draws])["image"]
-        return {"image": self.colour(cropped[None], uniform[None, RandomResizedCrop.draws :])[0]}
+        return {"image": self.color(cropped[None], uniform[None, RandomResizedCrop.draws :])[0]}
 
     def decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
         cropped = self.crop.decoded(images, uniform[:, : RandomResizedCrop.draws])["image"]
-        return {"image": self.colour(cropped, uniform[:, RandomResizedCrop.draws :])}
+        return {"image": self.color(cropped, uniform[:, RandomResizedCrop.draws :])}
 
     def of_picture(self, picture: Image.Image, uniform: np.ndarray) -> Tensor:
-        """A picture that is decoded already, uniform [draws] -> uint8 [3, size, size]."""
+        """A image that is decoded already, uniform [draws] -> uint8 [3, size, size]."""
         cropped = self.crop.of_picture(picture, uniform[: RandomResizedCrop.draws])
-        return self.colour(cropped[None], uniform[None, RandomResizedCrop.draws :])[0]
+        return self.color(cropped[None], uniform[None, RandomResizedCrop.draws :])[0]
 
 
 @dataclass(frozen=True)
 class MultiView:
-    """Several independent views of each picture, in the order they are listed.
+    """Several independent views of each image, in the order they are listed.
 
     A file is decoded once, in full, whatever the number of views.
 

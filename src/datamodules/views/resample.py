@@ -1,4 +1,4 @@
-"""Crop, resize and flip whole batches at once, each picture by a box of its own."""
+"""Crop, resize and flip whole batches at once, each image by a box of its own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 
 def resample_boxes(images: Tensor, boxes: np.ndarray, size: int, flip: np.ndarray | None = None) -> Tensor:
-    """Cut a box from every picture and bring it to size x size with antialiased bicubic interpolation.
+    """Cut a box from every image and bring it to size x size with antialiased bicubic interpolation.
 
-    Both axes are resampled by one small matrix a picture, so that a batch costs two matrix products; values agree with
+    Both axes are resampled by one small matrix a image, so that a batch costs two matrix products; values agree with
     ``PIL.Image.resize(box=…, resample=BICUBIC)`` to rounding.
 
     Args:
@@ -71,15 +71,15 @@ def _weights(start: np.ndarray, length: np.ndarray, source: int, size: int) -> n
     scale = (length / size)[:, None, None]
     stretch = np.maximum(scale, 1.0)
     support = 2.0 * stretch
-    centre = start[:, None, None] + (np.arange(size)[None, :, None] + 0.5) * scale
+    center = start[:, None, None] + (np.arange(size)[None, :, None] + 0.5) * scale
     # PIL looks at whole pixels between these bounds only, which matters at the support's rim
-    first = np.maximum(np.floor(centre - support + 0.5), 0)
-    last = np.minimum(np.floor(centre + support + 0.5), source)
+    first = np.maximum(np.floor(center - support + 0.5), 0)
+    last = np.minimum(np.floor(center + support + 0.5), source)
     taps = int(np.ceil(2 * support.max())) + 1  # no row has more weights than these
     pixel = first + np.arange(taps)
-    weight = _bicubic((pixel + 0.5 - centre) / stretch) * (pixel < last)
+    weight = _bicubic((pixel + 0.5 - center) / stretch) * (pixel < last)
     weight /= weight.sum(axis=-1, keepdims=True)
-    matrix = np.zeros((len(start), size, source + taps), np.float32)  # zeros may fall behind the picture's end
+    matrix = np.zeros((len(start), size, source + taps), np.float32)  # zeros may fall behind the image's end
     np.put_along_axis(matrix, pixel.astype(np.int64), weight.astype(np.float32), axis=-1)
     return matrix[..., :source]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.datamodules.batch import StatisticsBatch
-from src.datamodules.video_reader import FlowFootage
+from src.datamodules.video_reader import FlowFilmReader
 from src.datamodules.views.resample import resample_box, whole_pixels
 from src.datamodules.views.video import Boxes, Clip
 from src.errors import SettingError
@@ -51,7 +51,7 @@ class StatisticsCrop:
     def draws(self) -> int:
         return self.clip.draws + self.crop.draws
 
-    def encoded(self, image: FlowFootage, uniform: np.ndarray) -> dict[str, Tensor]:
+    def encoded(self, image: FlowFilmReader, uniform: np.ndarray) -> dict[str, Tensor]:
         times = self.clip.times(image.duration, image.rate, uniform).tolist()
         frames, flow = image.at(times), image.flow(times)
         own = uniform[self.clip.draws :]
@@ -153,11 +153,11 @@ def _strongest(boundary: _Boundaries, regions: Regions) -> tuple[int, int]:
 
 
 def appearance_statistics(video: np.ndarray) -> Tensor:
-    """Where colours change most and least over time, and which they are: 13 numbers.
+    """Where colors change most and least over time, and which they are: 13 numbers.
 
-    For each of the `partitions`: the region whose histograms of colour overlap least from frame to frame, and the
-    colour that is most frequent there; the same of the region whose histograms overlap most. The last is the most
-    frequent colour of all. Colours are octants of the cube of red, green and blue. All count from 1.
+    For each of the `partitions`: the region whose histograms of color overlap least from frame to frame, and the
+    color that is most frequent there; the same of the region whose histograms overlap most. The last is the most
+    frequent color of all. Colors are octants of the tubelet of red, green and blue. All count from 1.
 
     Args:
         video: uint8 [T, 3, S, S], S a multiple of 8.
@@ -183,12 +183,12 @@ def _overlap(pixels: np.ndarray) -> float:
 
 
 def _dominant(pixels: np.ndarray) -> int:
-    """The octant, from 1, of the one colour that is most frequent: uint8 [T, 3, N]. Of several that are, the darkest in
+    """The octant, from 1, of the one color that is most frequent: uint8 [T, 3, N]. Of several that are, the darkest in
     blue counts, then in green."""
     red, green, blue = (pixels[:, channel].astype(np.int32) for channel in range(3))
-    colours, counts = np.unique(blue << 16 | green << 8 | red, return_counts=True)
-    colour = int(colours[counts.argmax()])
-    red_on, green_on, blue_on = colour >> 7 & 1, colour >> 15 & 1, colour >> 23 & 1
+    colors, counts = np.unique(blue << 16 | green << 8 | red, return_counts=True)
+    color = int(colors[counts.argmax()])
+    red_on, green_on, blue_on = color >> 7 & 1, color >> 15 & 1, color >> 23 & 1
     return (0 if blue_on else 4) + 2 * red_on + green_on + 1
 
 

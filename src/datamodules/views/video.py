@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from src.datamodules.batch import VideoBatch
-from src.datamodules.video_reader import Footage
+from src.datamodules.video_reader import VideoReader
 from src.datamodules.views.augment import StrongFrames
-from src.datamodules.views.color import Colour
+from src.datamodules.views.color import Color
 from src.datamodules.views.resample import resample_box
 from src.errors import SettingError
 
@@ -121,7 +121,7 @@ class Boxes(Protocol):
 
 @dataclass(frozen=True)
 class MultiScaleCrop:
-    """A box whose sides are the frame's shorter side times two neighbours of ``scales``, at one of 13 places: the
+    """A box whose sides are the frame's shorter side times two neighbors of ``scales``, at one of 13 places: the
     augmentation of temporal segment networks (Wang et al., 2016).
 
     Args:
@@ -191,14 +191,14 @@ class RandomVideoCrop:
         repeats: how often the same frames are seen, each time in a box and with changes of their own: repeated
             augmentation (Hoffer et al., 2020), which decodes a video once for several rows of a batch.
         strong: what else happens to the frames; None for nothing.
-        colour: what happens to their colours, in all of them alike; None for nothing.
+        color: what happens to their colors, in all of them alike; None for nothing.
     """
 
     clip: Clip
     crop: Boxes
     repeats: int = 1
     strong: StrongFrames | None = None
-    colour: Colour | None = None
+    color: Color | None = None
 
     batch_type: ClassVar[type] = VideoBatch
 
@@ -215,7 +215,7 @@ class RandomVideoCrop:
         """How many clips a video becomes."""
         return self.repeats
 
-    def encoded(self, image: Footage, uniform: np.ndarray) -> dict[str, Tensor]:
+    def encoded(self, image: VideoReader, uniform: np.ndarray) -> dict[str, Tensor]:
         """``video`` [T, 3, size, size], or [rows, T, 3, size, size] of more than one row."""
         frames = image.at(self.clip.times(image.duration, image.rate, uniform).tolist())
         each = uniform[self.clip.draws :].reshape(self.repeats, self._draws_of_one)
@@ -224,7 +224,7 @@ class RandomVideoCrop:
 
     @property
     def _draws_of_one(self) -> int:
-        return self.crop.draws + sum(each.draws for each in (self.strong, self.colour) if each is not None)
+        return self.crop.draws + sum(each.draws for each in (self.strong, self.color) if each is not None)
 
     def _cropped(self, frames: Tensor, uniform: np.ndarray) -> Tensor:
         own, further = uniform[: self.crop.draws], uniform[self.crop.draws :]
@@ -232,13 +232,13 @@ class RandomVideoCrop:
             frames = self.strong.augmented(frames, further)
         (box,) = self.crop.boxes(frames.shape[-2], frames.shape[-1], own[None])
         cropped = resample_box(frames, box, self.crop.size, flip=bool(own[-1] < self.crop.flip))
-        if self.colour is not None:
-            cropped = self.colour(cropped, np.tile(further[-Colour.draws :], (len(frames), 1)))
+        if self.color is not None:
+            cropped = self.color(cropped, np.tile(further[-Color.draws :], (len(frames), 1)))
         return cropped if self.strong is None else self.strong.erased(cropped, further)
 
 
 @dataclass(frozen=True)
-class CentreVideoCrop:
+class CenterVideoCrop:
     """Clips at even places of the video, and squares at even places along the frames' longer side: of one the middle.
     No randomness, and no frame is decoded twice.
 
@@ -270,7 +270,7 @@ class CentreVideoCrop:
         """How many clips a video becomes."""
         return self.segments * self.crops
 
-    def encoded(self, image: Footage, uniform: np.ndarray) -> dict[str, Tensor]:
+    def encoded(self, image: VideoReader, uniform: np.ndarray) -> dict[str, Tensor]:
         """``video`` [T, 3, size, size], or [rows, T, 3, size, size] of more than one row: clip by clip, each with its
         squares."""
         places = self.clip.places(self.segments)

@@ -1,4 +1,4 @@
-"""What a sample becomes: the interface between a source's pictures and a method's batch."""
+"""What a sample becomes: the interface between a source's images and a method's batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 class EncodedView(Protocol):
     """Turns what is still in its file's bytes into the tensors of a batch, image fields still uint8 (the DataModule
-    normalises on the device).
+    normalizes on the device).
 
     All randomness comes in as ``uniform``, one row of ``draws`` numbers in [0, 1) a sample: a view is a pure function.
     """
@@ -28,18 +28,18 @@ class EncodedView(Protocol):
         ...
 
     def encoded(self, image: Any, uniform: np.ndarray) -> dict[str, Tensor]:
-        """One picture (`EncodedImage`) or video (`Footage`), uniform [draws]. Raises BadSample."""
+        """One image (`EncodedImage`) or video (`VideoReader`), uniform [draws]. Raises BadSample."""
         ...
 
 
 class View(EncodedView, Protocol):
-    """An `EncodedView` of pictures, which may also be decoded already."""
+    """An `EncodedView` of images, which may also be decoded already."""
 
     def decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
-        """Pictures of one size at once: uint8 [B, 3, H, W], uniform [B, draws]."""
+        """Visualizations of one size at once: uint8 [B, 3, H, W], uniform [B, draws]."""
         ...
 
 
 def stack(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Rows of one picture each as one batch."""
+    """Rows of one image each as one batch."""
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

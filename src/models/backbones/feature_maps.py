@@ -19,7 +19,7 @@ class FeatureMaps(nn.Module):
     """A timm backbone seen through its maps, from the finest to the coarsest or from the first block to the last.
 
     A ConvNet (or any network with stages) gives its pyramid, the maps of stride 4 and more. A ViT gives what comes out
-    of ``count`` blocks in even steps, the last one among them, all at the stride of its patches. Pictures may be of any
+    of ``count`` blocks in even steps, the last one among them, all at the stride of its patches. Visualizations may be of any
     size, of whole patches where there are patches. What of the backbone no map depends on takes no gradient.
 
     Args:
@@ -31,7 +31,7 @@ class FeatureMaps(nn.Module):
 
     Attributes:
         channels: width of each map.
-        strides: pixels of the picture a position of each map stands for.
+        strides: pixels of the image a position of each map stands for.
 
     Raises:
         SettingError: the backbone gives no maps, or has no such blocks.
@@ -77,7 +77,7 @@ class FeatureMaps(nn.Module):
         return self
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        """image [B, 3, H, W], normalised -> maps [B, channels[i], H / strides[i], W / strides[i]]."""
+        """image [B, 3, H, W], normalized -> maps [B, channels[i], H / strides[i], W / strides[i]]."""
         return self._intermediates(image)
 
     def with_class_token(self, image: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -82,7 +82,7 @@ class ImageEncoder(nn.Module):
         return int(self.backbone.num_features)  # type: ignore[arg-type]
 
     def forward(self, image: Tensor) -> Features:
-        """image: [B, 3, H, W], normalised."""
+        """image: [B, 3, H, W], normalized."""
         if self.deep and getattr(self.backbone, "cls_token", None) is not None:
             output, deep = self._deep(image)
         else:

@@ -1,4 +1,4 @@
-"""Positions of patches: fixed tables, and pictures of other sizes."""
+"""Positions of patches: fixed tables, and images of other sizes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def any_size(backbone: M) -> M:
-    """``backbone`` itself, made to take pictures of other sizes than its own, of whole patches: a ViT of timm
+    """``backbone`` itself, made to take images of other sizes than its own, of whole patches: a ViT of timm
     interpolates its positions, as it does where it is built with ``dynamic_img_size``. A ConvNet does so anyway.
 
-    A method says so, not a recipe, because the method knows its views, and only a ViT would know the option. A picture
+    A method says so, not a recipe, because the method knows its views, and only a ViT would know the option. A image
     that is no whole number of patches is then a SettingError.
     """
     if hasattr(backbone, "dynamic_img_size"):

@@ -1,4 +1,4 @@
-"""A ViT of timm that reads videos: its patches are cubes of space and time, and all of them attend to each other."""
+"""A ViT of timm that reads videos: its patches are tubelets of space and time, and all of them attend to each other."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from src.errors import SettingError
 from src.models.backbones.image_encoder import Features, ImageEncoder, Pool, mean_patch
 
 
-class CubeEmbed(nn.Module):
+class TubeletEmbed(nn.Module):
     """Cubes to tokens, in the place of timm's ``PatchEmbed``:
-    ``timm.create_model(…, embed_layer=partial(CubeEmbed, frames=16), class_token=False)``.
+    ``timm.create_model(…, embed_layer=partial(TubeletEmbed, frames=16), class_token=False)``.
 
     Args:
         frames: of a clip.
-        cube_frames: of a cube.
+        cube_frames: of a tubelet.
         img_size, patch_size, in_chans, embed_dim, bias: as timm gives them.
 
     Raises:
-        SettingError: the clip is no whole number of cubes.
+        SettingError: the clip is no whole number of tubelets.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ def video_vit(model_name: str, **options: Any) -> VisionTransformer:
     """A ViT of timm that reads clips, with the fixed positions of VideoMAE.
 
     Args:
-        model_name, options: as of ``timm.create_model``, among them ``embed_layer=partial(CubeEmbed, frames=…)`` and
+        model_name, options: as of ``timm.create_model``, among them ``embed_layer=partial(TubeletEmbed, frames=…)`` and
             ``class_token=False``.
     """
     vit: VisionTransformer = timm.create_model(model_name, **options)  # type: ignore[assignment]
@@ -89,7 +89,7 @@ class VideoEncoder(ImageEncoder):
     """An `ImageEncoder` of clips, its embedding the mean of all positions.
 
     Args:
-        backbone: a ViT with a `CubeEmbed`, or a ConvNet whose map is [B, D, T, H, W].
+        backbone: a ViT with a `TubeletEmbed`, or a ConvNet whose map is [B, D, T, H, W].
         pool: see `ImageEncoder`.
     """
 
@@ -97,7 +97,7 @@ class VideoEncoder(ImageEncoder):
         super().__init__(backbone, pool=pool)
 
     def forward(self, image: Tensor) -> Features:
-        """image: clips [B, T, 3, H, W], normalised."""
+        """image: clips [B, T, 3, H, W], normalized."""
         output = self.backbone.forward_features(image)  # type: ignore[operator]
         if output.ndim == 5:
             patches, grid = output.flatten(2).transpose(1, 2), tuple(output.shape[2:])
@@ -107,10 +107,10 @@ class VideoEncoder(ImageEncoder):
 
 
 class FrameEncoder(ImageEncoder):
-    """A backbone of pictures that reads the frames of a clip one by one; their embeddings are averaged."""
+    """A backbone of images that reads the frames of a clip one by one; their embeddings are averaged."""
 
     def forward(self, image: Tensor) -> Features:
-        """image: clips [B, T, 3, H, W], normalised."""
+        """image: clips [B, T, 3, H, W], normalized."""
         batch, frames = image.shape[:2]
         each = super().forward(image.flatten(0, 1))
         return Features(
@@ -121,14 +121,14 @@ class FrameEncoder(ImageEncoder):
 
 
 def reads_clips(backbone: nn.Module) -> bool:
-    """Whether a backbone takes [B, T, 3, H, W], not pictures."""
+    """Whether a backbone takes [B, T, 3, H, W], not images."""
     return bool(getattr(backbone, "reads_clips", False)) or isinstance(
-        getattr(backbone, "patch_embed", None), CubeEmbed
+        getattr(backbone, "patch_embed", None), TubeletEmbed
     )
 
 
 def clip_encoder(backbone: nn.Module, pool: Pool = mean_patch) -> ImageEncoder:
-    """The encoder of clips that a backbone makes, of clips or of pictures."""
+    """The encoder of clips that a backbone makes, of clips or of images."""
     return VideoEncoder(backbone, pool) if reads_clips(backbone) else FrameEncoder(backbone, pool)
 
 

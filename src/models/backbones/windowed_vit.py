@@ -1,4 +1,4 @@
-"""A plain ViT on pictures so large that most of its blocks had better look at a window only."""
+"""A plain ViT on images so large that most of its blocks had better look at a window only."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class WindowedViT(nn.Module):
     2022) takes it: patches without a class token, no final norm, and attention in windows that do not overlap, except
     in ``global_blocks`` blocks, the last of as many equal parts of the depth. Deviations: no relative positions.
 
-    The weights are the ViT's own under their own names; positions are interpolated to the picture's size.
+    The weights are the ViT's own under their own names; positions are interpolated to the image's size.
 
     Args:
-        backbone: a ViT of timm, changed in place: it takes pictures of any size, and what the map does not depend on
+        backbone: a ViT of timm, changed in place: it takes images of any size, and what the map does not depend on
             (class token, final norm, head) takes no gradient.
         window: side of a window in patches; None for global attention everywhere. The paper's is 14.
         global_blocks: how many blocks attend globally all the same.

@@ -16,7 +16,7 @@ class FineTuneAction(FineTune):
     """`FineTune` on clips: the fine-tuning of VideoMAE: Masked Autoencoders are Data-Efficient Learners for
     Self-Supervised Video Pre-Training (Tong et al., 2022). Deviations: crops are interpolated by bicubics.
 
-    A backbone of pictures reads a clip frame by frame, and its embeddings are averaged: what can be told of an action
+    A backbone of images reads a clip frame by frame, and its embeddings are averaged: what can be told of an action
     without looking at the order of the frames.
     """
 
@@ -36,7 +36,7 @@ class FineTuneAction(FineTune):
 
 
 class LinearAction(LinearProtocol):
-    """`LinearProtocol` on clips; a backbone of pictures reads them as in `FineTuneAction`."""
+    """`LinearProtocol` on clips; a backbone of images reads them as in `FineTuneAction`."""
 
     seen = "video"
 

@@ -19,13 +19,13 @@ _NAMES = {"map": "ap", "map_50": "ap50", "map_75": "ap75"}
 
 class AveragePrecision(MeanAveragePrecision):
     """The mean over classes and over the overlaps 0.50, 0.55, ..., 0.95 of the area under precision and recall, by
-    pycocotools: of boxes, and of masks where there are any. At most 100 detections a picture count.
+    pycocotools: of boxes, and of masks where there are any. At most 100 detections a image count.
 
-    ``update`` takes of each picture what was found (``boxes`` [T, 4] as x0 y0 x1 y1, ``scores``, ``labels`` and bool
+    ``update`` takes of each image what was found (``boxes`` [T, 4] as x0 y0 x1 y1, ``scores``, ``labels`` and bool
     ``masks`` [T, H, W]) and what there is (the same without scores; what ``iscrowd`` marks is not asked for, and
     finding something in it is no mistake).
 
-    torchmetrics gathers picture by picture, which waits for ever where one process has a picture more than another;
+    torchmetrics gathers image by image, which waits for ever where one process has a image more than another;
     here all that a process has crosses at once.
 
     Raises:
@@ -61,7 +61,7 @@ class AveragePrecision(MeanAveragePrecision):
             setattr(self, name, self._gathered_masks(getattr(self, name)))
 
     def _gathered(self, pictures: Sequence[Tensor], empty: Tensor) -> list[Tensor]:
-        """Rows of each picture of all processes; ``empty`` says what none would be."""
+        """Rows of each image of all processes; ``empty`` says what none would be."""
         counts = torch.tensor([len(each) for each in pictures], dtype=torch.int64, device=self.device)
         rows = torch.cat([empty.to(self.device), *(each.to(self.device, empty.dtype) for each in pictures)])
         return list(gather_rows(rows).split(gather_rows(counts).tolist()))

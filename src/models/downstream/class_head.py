@@ -11,7 +11,7 @@ from src.models.pretrain_module import PretrainModule
 from src.optim import OptimizerRecipe
 
 
-class Classed(PretrainModule):
+class ClassHeadModule(PretrainModule):
     """A method whose head is made once the classes are known: from ``num_classes``, else from the DataModule when
     training starts, else from the checkpoint that is loaded.
 

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from src.datamodules.batch import ImageBatch, VideoBatch, labels_of, mean_of_samples
-from src.models.downstream.class_head import Classed
+from src.models.downstream.class_head import ClassHeadModule
 from src.optim import OptimizerRecipe
 
 
-class Classifier(Classed):
+class Classifier(ClassHeadModule):
     """A classifier of images, or of videos, validated by ``eval/top1``, ``eval/top5`` and ``eval/loss``. The
     probabilities of several clips of a video are averaged.
 

@@ -1,4 +1,4 @@
-"""Depth from single pictures on the maps of a pretrained backbone: the head of the dense prediction transformer."""
+"""Depth from single images on the maps of a pretrained backbone: the head of the dense prediction transformer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 
 from src.datamodules.batch import DepthBatch
 from src.errors import SettingError
-from src.models.downstream import colormaps as colours
+from src.models.downstream import colormaps as colors
 from src.models.downstream.dpt import DensePrediction
 from src.models.losses.depth import silog
 from src.models.pretrain_module import StepOutput
@@ -22,8 +22,8 @@ from src.optim import OptimizerRecipe
 class DepthEstimator(DensePrediction):
     """Metres for every pixel, by the head of Vision Transformers for Dense Prediction (Ranftl et al., 2021).
 
-    Validated by what the literature reports, the mean over pictures of: ``eval/abs_rel`` |prediction - depth| / depth,
-    ``eval/rmse`` in metres and ``eval/delta1``, the share of pixels that are wrong by a factor below 1.25. Pictures are
+    Validated by what the literature reports, the mean over images of: ``eval/abs_rel`` |prediction - depth| / depth,
+    ``eval/rmse`` in metres and ``eval/delta1``, the share of pixels that are wrong by a factor below 1.25. Visualizations are
     taken whole, predictions brought to the size of the ground truth.
 
     Deviations: trained for metres from the start, by `silog` (the paper trains on ten data sets for depths that are
@@ -81,20 +81,20 @@ class DepthEstimator(DensePrediction):
             metric.update(values)  # type: ignore[operator]
             self.log(f"eval/{name}", metric, batch_size=len(image))  # type: ignore[arg-type]
 
-    def pictures(self, batch: DepthBatch) -> Mapping[str, Tensor]:
-        """The picture, what is predicted, and what is true, in the colours of the truth's range; dark where it is far,
+    def visualize(self, batch: DepthBatch) -> Mapping[str, Tensor]:
+        """The image, what is predicted, and what is true, in the colors of the truth's range; dark where it is far,
         or not known."""
         image, depth, valid = batch["image"], batch["depth"], batch["valid"]
         nearest = depth.masked_fill(~valid, self.farthest).flatten(1).amin(dim=1)
         farthest = depth.masked_fill(~valid, self.nearest).flatten(1).amax(dim=1)
         shown = [self(image), depth.masked_fill(~valid, self.farthest)]
-        drawn = [colours.of_depths(each, nearest, farthest) for each in shown]
+        drawn = [colors.of_depths(each, nearest, farthest) for each in shown]
         drawn = [F.interpolate(each, size=image.shape[-2:], mode="nearest-exact") for each in drawn]
-        return {"depth": torch.stack([image, *(self.trainer.datamodule.normalise(each) for each in drawn)], dim=1)}  # type: ignore[attr-defined]
+        return {"depth": torch.stack([image, *(self.trainer.datamodule.normalize(each) for each in drawn)], dim=1)}  # type: ignore[attr-defined]
 
 
 def depth_errors(predicted: Tensor, depth: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """``abs_rel``, ``rmse`` and ``delta1`` of each picture: [B, H, W] metres, with something known of each -> [B]."""
+    """``abs_rel``, ``rmse`` and ``delta1`` of each image: [B, H, W] metres, with something known of each -> [B]."""
     predicted, depth = predicted.float(), torch.where(valid, depth, 1.0)
     count = valid.flatten(1).sum(dim=1)
 

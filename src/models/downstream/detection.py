@@ -13,14 +13,14 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from src.datamodules.batch import BatchError, DetectionBatch
 from src.models.backbones.image_encoder import ImageEncoder, mean_patch
 from src.models.downstream.average_precision import AveragePrecision, require_pycocotools
-from src.models.downstream.class_head import Classed
+from src.models.downstream.class_head import ClassHeadModule
 from src.models.downstream.finetune import layer_rules_below
 from src.models.heads.mask_rcnn import MaskRCNNOnMaps
 from src.models.heads.pyramid import Pyramid
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
 
-_LEGIBLE = 256  # pixels across: names would hide what a smaller picture shows
+_LEGIBLE = 256  # pixels across: names would hide what a smaller image shows
 _PALETTE = ["red", "blue", "lime", "yellow", "magenta", "cyan", "orange", "white"]
 
 
@@ -30,12 +30,12 @@ class Heads(Protocol):
     def __call__(self, channels: int, strides: tuple[int, ...], num_classes: int) -> MaskRCNNOnMaps: ...
 
 
-class Detection(Classed):
+class Detection(ClassHeadModule):
     """Mask R-CNN (He et al., 2017) on any encoder: with `SimplePyramid` and ``conv_heads`` the ViTDet of Exploring
     Plain Vision Transformer Backbones for Object Detection (Li et al., 2022), with `ConvPyramid` the benchmark that
     ConvNets are judged by since Momentum Contrast (He et al., 2019). Deviations: those of the two pyramids.
 
-    Validated by ``eval/box_ap``, ``eval/mask_ap`` and both at overlaps of 0.50 and 0.75, on the pictures as the
+    Validated by ``eval/box_ap``, ``eval/mask_ap`` and both at overlaps of 0.50 and 0.75, on the images as the
     evaluation view shows them. A box without area is no thing: it is left out and counted in ``health/dropped_boxes``.
 
     Args:
@@ -43,7 +43,7 @@ class Detection(Classed):
         optimizer: its rules come before those of the layer decay.
         heads: makes region proposals, boxes and masks of the pyramid's maps.
         frozen: whether the backbone stays as it is: no gradient, evaluation mode.
-        frozen_norms: whether the backbone's batch norms do, statistics, scale and shift; for batches of a few pictures
+        frozen_norms: whether the backbone's batch norms do, statistics, scale and shift; for batches of a few images
             a process.
         layer_decay: of the learning rate from each of the backbone's layers to the one below; 1 for none.
         shown_score: what is at least so certain is drawn.
@@ -101,7 +101,7 @@ class Detection(Classed):
         return {"loss": torch.stack(list(losses.values())).sum(), "logs": logs}
 
     def things(self, batch: DetectionBatch) -> list[dict[str, Tensor]]:
-        """What there is in each picture, where it has an area: ``boxes``, ``labels`` from 0, ``masks`` where they are
+        """What there is in each image, where it has an area: ``boxes``, ``labels`` from 0, ``masks`` where they are
         learned, and ``iscrowd`` where it is known.
 
         Raises:
@@ -120,18 +120,18 @@ class Detection(Classed):
 
     @staticmethod
     def taught(things: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What of a picture's things is learned: no crowds."""
+        """What of a image's things is learned: no crowds."""
         if "iscrowd" not in things:
             return things
         single = ~things["iscrowd"]
         return {name: value[single] for name, value in things.items() if name != "iscrowd"}
 
     def sizes(self, batch: DetectionBatch) -> list[tuple[int, int]]:
-        """Rows and columns of each picture, without what fills it up."""
+        """Rows and columns of each image, without what fills it up."""
         return [(int(rows), int(columns)) for rows, columns in batch["size"].tolist()]
 
     def forward(self, image: Tensor, sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """What is found in pictures [B, 3, H, W], see `MaskRCNNOnMaps`; in evaluation mode only."""
+        """What is found in images [B, 3, H, W], see `MaskRCNNOnMaps`; in evaluation mode only."""
         return self.heads(self.pyramid(image), sizes, (int(image.shape[-2]), int(image.shape[-1])))
 
     def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:
@@ -144,7 +144,7 @@ class Detection(Classed):
             self.log(f"eval/{name}", value.to(self.device))
         self.average_precision.reset()
 
-    def pictures(self, batch: DetectionBatch) -> Mapping[str, Tensor]:
+    def visualize(self, batch: DetectionBatch) -> Mapping[str, Tensor]:
         """What there is, and what is found."""
         image, things = batch["image"], self.things(batch)
         found = self(image, self.sizes(batch))
@@ -159,16 +159,16 @@ class Detection(Classed):
         return {"detections": torch.stack(drawn) * (high - low) + low}
 
     def _drawn(self, image: Tensor, things: dict[str, Tensor]) -> Tensor:
-        """image: [3, H, W] in [0, 1], with a colour a class."""
+        """image: [3, H, W] in [0, 1], with a color a class."""
         labels = things["labels"].tolist()
         if not labels:
             return image
-        colours = [_PALETTE[label % len(_PALETTE)] for label in labels]
+        colors = [_PALETTE[label % len(_PALETTE)] for label in labels]
         if "masks" in things:
-            image = draw_segmentation_masks(image, things["masks"], alpha=0.4, colors=colours)
+            image = draw_segmentation_masks(image, things["masks"], alpha=0.4, colors=colors)
         names = [self.classes[label] if label < len(self.classes) else str(label) for label in labels]
         legible = image.shape[-1] >= _LEGIBLE
-        return draw_bounding_boxes(image, things["boxes"], labels=names if legible else None, colors=colours)
+        return draw_bounding_boxes(image, things["boxes"], labels=names if legible else None, colors=colors)
 
     def encoders(self) -> dict[str, ImageEncoder]:
         return {"encoder": ImageEncoder(self.pyramid.backbone, pool=mean_patch)}

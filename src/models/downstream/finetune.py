@@ -25,7 +25,7 @@ class FineTune(Classifier):
     """The fine-tuning of Masked Autoencoders Are Scalable Vision Learners (He et al., 2021). Deviations: none.
 
     On the mean of the patches stands a fresh norm (timm's ``fc_norm``, by ``global_pool="avg"`` in the backbone) in the
-    place of the final one. The learning rate falls by ``layer_decay`` from each layer to the one below it. Pictures and
+    place of the final one. The learning rate falls by ``layer_decay`` from each layer to the one below it. Visualizations and
     labels of a batch are mixed with its reverse, by mixup or cutmix, one or the other with equal odds.
 
     Args:
@@ -83,10 +83,10 @@ class FineTune(Classifier):
         return {"loss": loss, "embedding": embedding.detach().float()}
 
     def mix(self, image: Tensor, label: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Pictures, or clips, mixed with the batch's reverse, and shares of the classes [B, K].
+        """Visualizations, or clips, mixed with the batch's reverse, and shares of the classes [B, K].
 
         Raises:
-            BatchError: the batch is odd; its middle picture would be mixed with itself.
+            BatchError: the batch is odd; its middle image would be mixed with itself.
         """
         return mix(
             image,

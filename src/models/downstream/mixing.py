@@ -16,7 +16,7 @@ def mix(
     other with equal odds; cutmix takes the same box out of all frames of a clip.
 
     Args:
-        x: pictures [B, 3, H, W] or clips [B, T, 3, H, W]; they are left as they are.
+        x: images [B, 3, H, W] or clips [B, T, 3, H, W]; they are left as they are.
         label: int64 [B].
         classes: K.
         mixup, cutmix: parameter of the beta distribution the share is drawn from; 0 for none, one of them above 0.

@@ -1,4 +1,4 @@
-"""Which way surfaces face, from single pictures, on the maps of a pretrained backbone."""
+"""Which way surfaces face, from single images, on the maps of a pretrained backbone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from src.datamodules.batch import NormalsBatch
-from src.models.downstream import colormaps as colours
+from src.models.downstream import colormaps as colors
 from src.models.downstream.dpt import DensePrediction
 from src.models.losses.normals import angles, angular_nll
 from src.models.pretrain_module import StepOutput
@@ -67,11 +67,11 @@ class SurfaceNormals(DensePrediction):
         for name, metric in self.metrics.items():
             self.log(f"eval/{name}", metric, batch_size=len(image))  # type: ignore[arg-type]
 
-    def pictures(self, batch: NormalsBatch) -> Mapping[str, Tensor]:
-        """The picture, what is predicted, and what is true; grey where it is not known."""
+    def visualize(self, batch: NormalsBatch) -> Mapping[str, Tensor]:
+        """The image, what is predicted, and what is true; grey where it is not known."""
         image = batch["image"]
         drawn = [
-            F.interpolate(colours.of_normals(each), size=image.shape[-2:], mode="nearest-exact")
+            F.interpolate(colors.of_normals(each), size=image.shape[-2:], mode="nearest-exact")
             for each in (self(image), batch["normals"] * batch["valid"][:, None])
         ]
-        return {"normals": torch.stack([image, *(self.trainer.datamodule.normalise(each) for each in drawn)], dim=1)}  # type: ignore[attr-defined]
+        return {"normals": torch.stack([image, *(self.trainer.datamodule.normalize(each) for each in drawn)], dim=1)}  # type: ignore[attr-defined]

@@ -15,8 +15,8 @@ from src.datamodules.batch import IGNORED, SegmentationBatch
 from src.errors import SettingError
 from src.models.backbones.feature_maps import FeatureMaps
 from src.models.backbones.image_encoder import ImageEncoder, cls_token_or_mean
-from src.models.downstream import colormaps as colours
-from src.models.downstream.class_head import Classed
+from src.models.downstream import colormaps as colors
+from src.models.downstream.class_head import ClassHeadModule
 from src.models.downstream.finetune import layer_rules_below
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
@@ -25,12 +25,12 @@ Head = Callable[[Sequence[int], Sequence[int], int], nn.Module]
 """Of the maps' widths, their strides and the number of classes: maps -> logits [B, K, h, w]."""
 
 
-class Segmenter(Classed):
+class Segmenter(ClassHeadModule):
     """A class for every pixel. Validated by ``eval/miou``, the mean over the classes that occur or are predicted of
     intersection over union in all pixels of the split, and ``eval/pixel_accuracy``.
 
     The loss is the cross-entropy of all pixels after bilinear upsampling; one that counts for nothing adds 0 to the
-    mean, as in BEiT's and MAE's code, so that the loss of several processes is that of one. Pictures larger than
+    mean, as in BEiT's and MAE's code, so that the loss of several processes is that of one. Visualizations larger than
     ``crop`` are predicted window by window, logits averaged where windows overlap. Predictions are brought to the size
     of the ground truth before they are judged.
 
@@ -44,7 +44,7 @@ class Segmenter(Classed):
         blocks, norm, frozen: see `FeatureMaps`.
         layer_decay: of the learning rate from the head to the last layer of the backbone, and from each of its layers
             to the one below; 1 for none.
-        crop: side of a window, what training pictures are cropped to.
+        crop: side of a window, what training images are cropped to.
         stride: of the windows, over their side.
         num_classes: None for as many as the data's masks have.
     """
@@ -108,7 +108,7 @@ class Segmenter(Classed):
         return resized(self.head(self.features(image)), image.shape[-2:])
 
     def predict(self, image: Tensor) -> Tensor:
-        """As `forward`, by windows where the picture is larger than ``crop``."""
+        """As `forward`, by windows where the image is larger than ``crop``."""
         assert self.num_classes is not None
         if max(image.shape[-2:]) <= self.crop:
             return self(image)
@@ -124,13 +124,13 @@ class Segmenter(Classed):
             metric.update(predicted, mask)  # type: ignore[operator]
             self.log(f"eval/{name}", metric, batch_size=len(image))  # type: ignore[arg-type]
 
-    def pictures(self, batch: SegmentationBatch) -> Mapping[str, Tensor]:
-        """The picture, what is predicted, and what is true."""
+    def visualize(self, batch: SegmentationBatch) -> Mapping[str, Tensor]:
+        """The image, what is predicted, and what is true."""
         image = batch["image"]
         predicted = self.predict(image).argmax(dim=1)
         mask = F.interpolate(batch["mask"][:, None].float(), size=image.shape[-2:], mode="nearest-exact")[:, 0].long()
-        coloured = [self.trainer.datamodule.normalise(colours.of_classes(each)) for each in (predicted, mask)]  # type: ignore[attr-defined]
-        return {"segmentation": torch.stack([image, *coloured], dim=1)}
+        colored = [self.trainer.datamodule.normalize(colors.of_classes(each)) for each in (predicted, mask)]  # type: ignore[attr-defined]
+        return {"segmentation": torch.stack([image, *colored], dim=1)}
 
     def encoders(self) -> dict[str, ImageEncoder]:
         return {"encoder": ImageEncoder(self.features.backbone, pool=cls_token_or_mean)}
@@ -250,7 +250,7 @@ class PyramidPooling(nn.Module):
         """[B, C, h, w] -> [B, width, h, w].
 
         Raises:
-            SettingError: training on a single picture, whose average has nothing to be normalised with.
+            SettingError: training on a single image, whose average has nothing to be normalized with.
         """
         if self.training and self.needs_two and len(x) == 1 and not is_distributed():
             raise SettingError("data.batch_size: a process and micro-batch needs at least 2 pictures, got 1")
@@ -301,8 +301,8 @@ def resized(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def by_windows(network: Callable[[Tensor], Tensor], image: Tensor, crop: int, stride: int) -> Tensor:
-    """A network's logits for pictures larger than its own, averaged over windows of ``crop`` pixels every ``stride``;
-    the last ones are moved back into the picture. A side that is shorter than a window is filled up.
+    """A network's logits for images larger than its own, averaged over windows of ``crop`` pixels every ``stride``;
+    the last ones are moved back into the image. A side that is shorter than a window is filled up.
 
     Args:
         network: [B, 3, crop, crop] -> [B, K, crop, crop].

@@ -54,7 +54,7 @@ class DINOHead(nn.Module):
 class WeightNormLinear(nn.Module):
     """A linear layer without bias whose rows have the length ``gain``.
 
-    The normalisation is written out rather than hung on `nn.Linear`: the parameters keep plain names for the teacher,
+    The normalization is written out rather than hung on `nn.Linear`: the parameters keep plain names for the teacher,
     for checkpoints and for sharding. Rows start as `nn.Linear`'s do, lengths at 1.
     """
 

@@ -38,7 +38,7 @@ class MaskRCNNOnMaps(nn.Module):
     of the regions. As there, and not in Detectron2, boxes have a smooth L1 loss, and regions are cut half a position
     further to the right and below.
 
-    torchvision's own model also resizes and normalises pictures; here they are what the DataModule made of them, and
+    torchvision's own model also resizes and normalizes images; here they are what the DataModule made of them, and
     boxes are in their pixels. Scores, box coordinates and what is compared with anchors stay in float32 under autocast:
     in bfloat16 a coordinate of 1000 is good to 4 pixels.
 
@@ -53,9 +53,9 @@ class MaskRCNNOnMaps(nn.Module):
         width: of the heads' convolutions.
         hidden: width of the box head's layers.
         proposals: regions kept for training, and for evaluation, of each level and of all.
-        regions: how many of them a picture learns from.
-        anchors: how many anchors a picture learns from.
-        detections: at most so many things in a picture.
+        regions: how many of them a image learns from.
+        anchors: how many anchors a image learns from.
+        detections: at most so many things in a image.
         min_score: what is less certain is no detection.
 
     Raises:
@@ -129,8 +129,8 @@ class MaskRCNNOnMaps(nn.Module):
 
         Args:
             maps: of the pyramid.
-            sizes: rows and columns of each picture; what lies beyond is filling.
-            targets: of each picture ``boxes`` [T, 4] of more than no area, ``labels`` int64 [T] from 1 and ``masks``
+            sizes: rows and columns of each image; what lies beyond is padding.
+            targets: of each image ``boxes`` [T, 4] of more than no area, ``labels`` int64 [T] from 1 and ``masks``
                 [T, H, W]; T may be 0.
         """
         _, losses = self._regions(maps, sizes, targets)
@@ -139,7 +139,7 @@ class MaskRCNNOnMaps(nn.Module):
     def forward(
         self, maps: dict[str, Tensor], sizes: list[tuple[int, int]], size: tuple[int, int]
     ) -> list[dict[str, Tensor]]:
-        """What is found in each picture, the surest first: ``boxes`` [T, 4], ``scores`` [T], ``labels`` int64 [T] from
+        """What is found in each image, the surest first: ``boxes`` [T, 4], ``scores`` [T], ``labels`` int64 [T] from
         0, and ``masks`` bool [T, H, W] of ``size``; in evaluation mode only."""
         found, _ = self._regions(maps, sizes)
         for each in found:
@@ -157,7 +157,7 @@ class MaskRCNNOnMaps(nn.Module):
         return found, {**proposal_losses, **losses}
 
     def _canvas(self, maps: dict[str, Tensor], sizes: list[tuple[int, int]]) -> ImageList:
-        """Pictures for torchvision's anchors, which need no more of them than their shape."""
+        """Visualizations for torchvision's anchors, which need no more of them than their shape."""
         finest = maps["0"]
         rows, columns = (side * self.strides[0] for side in finest.shape[-2:])
         return ImageList(finest.new_empty(()).expand(len(finest), 3, rows, columns), sizes)
@@ -166,7 +166,7 @@ class MaskRCNNOnMaps(nn.Module):
 def _regions_of(strides: Sequence[int], side: int) -> MultiScaleRoIAlign:
     """Regions of ``side`` x ``side`` positions, from the map that suits their size."""
     pool = MultiScaleRoIAlign([str(level) for level in range(len(strides))], output_size=side, sampling_ratio=2)
-    # else it guesses the strides from the first batch, and wrongly where all its pictures are smaller than the canvas
+    # else it guesses the strides from the first batch, and wrongly where all its images are smaller than the canvas
     pool.scales = [1 / stride for stride in strides]
     pool.map_levels = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
     return pool

@@ -9,7 +9,7 @@ from torch import nn
 
 from src.datamodules.batch import ImageTextBatch
 from src.models.backbones.image_encoder import Pool, mean_patch
-from src.models.functional import unit
+from src.models.functional import l2_normalize
 from src.models.image_text.base import ImageTextModule
 from src.models.image_text.clip import contrast_all
 from src.models.pretrain_module import StepOutput
@@ -65,7 +65,7 @@ class ALIGN(ImageTextModule):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
         features = self.image_encoder(batch["image"]).embedding
-        image, text = unit(features), self.encode_text(batch["text"], batch["text_mask"])
+        image, text = l2_normalize(features), self.encode_text(batch["text"], batch["text_mask"])
         ids = batch["text"] if self.mask_equal_texts else None
         scale = 1 / self.temperature.squeeze()
         # the paper adds the two directions, of which this is the mean

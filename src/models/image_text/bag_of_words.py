@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from src.datamodules.batch import ImageTextBatch
 from src.models.backbones.image_encoder import ImageEncoder, Pool, cls_token_or_mean
-from src.models.functional import full_precision, unit
+from src.models.functional import full_precision, l2_normalize
 from src.models.losses.image_text import bag_of_words_loss
 from src.models.pretrain_module import PretrainModule, StepOutput
 from src.optim import OptimizerRecipe
@@ -22,13 +22,13 @@ class BagOfWords(PretrainModule):
     is drawn like any other, where the paper draws words uniformly.
 
     There is no text tower. A text is told by the logits of its words: their sum, over the square root of their number,
-    so that texts are unit vectors as `TwoTowers` wants them. A class is then recognised by the logits of its name.
+    so that texts are unit vectors as `TwoTowers` wants them. A class is then recognized by the logits of its name.
 
     Args:
         backbone: any timm model without a head.
         optimizer: as CLIP's, to be compared with it.
         vocabulary: token ids there may be.
-        marks: ids that are no words: filling, end and start, as the learned tokenizer has them.
+        marks: ids that are no words: padding, end and start, as the learned tokenizer has them.
         pool: what of the backbone's tokens the words are read from and is evaluated.
     """
 
@@ -61,7 +61,7 @@ class BagOfWords(PretrainModule):
         return {"loss": loss, "logs": {"words": bag.sum(dim=1).mean()}, "embedding": features.detach().float()}
 
     def bag(self, text: Tensor, mask: Tensor) -> Tensor:
-        """Which words there are: ids [B, L] and which of them are no filling [B, L] -> 0 or 1, [B, V]."""
+        """Which words there are: ids [B, L] and which of them are no padding [B, L] -> 0 or 1, [B, V]."""
         counts = torch.zeros(len(text), len(self.is_word), device=text.device)
         return counts.scatter_add_(1, text, mask.to(counts.dtype)).clamp_(max=1) * self.is_word
 
@@ -71,7 +71,7 @@ class BagOfWords(PretrainModule):
 
     def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
         """Unit vectors [B, V] of the bags; without a word nothing is said: zeros."""
-        return unit(self.bag(text, mask))
+        return l2_normalize(self.bag(text, mask))
 
     def encoders(self) -> dict[str, ImageEncoder]:
         return {"encoder": self.image_encoder}
@@ -80,4 +80,4 @@ class BagOfWords(PretrainModule):
     def _logits(self, logits: Tensor) -> Tensor:
         logits = logits.float()
         mean = (logits * self.is_word).sum(dim=1, keepdim=True) / self.is_word.sum()
-        return unit((logits - mean) * self.is_word)
+        return l2_normalize((logits - mean) * self.is_word)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from src.models.backbones.image_encoder import ImageEncoder, Pool
 from src.models.backbones.weights import WeightsError, read, some
-from src.models.functional import unit
+from src.models.functional import l2_normalize
 from src.models.image_text.micro_batches import check_micro_batch, in_micro_batches
 from src.models.pretrain_module import PretrainModule
 from src.models.text.text_tower import Tower
@@ -87,23 +87,23 @@ class ImageTextModule(PretrainModule):
             return in_micro_batches(lambda part: self.image_encoder(part).embedding, image, size=self.micro_batch)
 
     def text_features(self, text: Tensor, mask: Tensor) -> Tensor:
-        """The text tower's own: token ids [B, L], the mask saying which are no filling -> [B, D]."""
+        """The text tower's own: token ids [B, L], the mask saying which are no padding -> [B, D]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen["text_encoder"]):
             return in_micro_batches(lambda *part: self.text_encoder(*part).embedding, text, mask, size=self.micro_batch)
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """Unit vectors [B, E] of pictures [B, 3, H, W]."""
-        return unit(self.image_projection(self.image_features(image)))
+        """Unit vectors [B, E] of images [B, 3, H, W]."""
+        return l2_normalize(self.image_projection(self.image_features(image)))
 
     def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
-        """Unit vectors [B, E] of token ids [B, L], the mask saying which are no filling."""
-        return unit(self.text_projection(self.text_features(text, mask)))
+        """Unit vectors [B, E] of token ids [B, L], the mask saying which are no padding."""
+        return l2_normalize(self.text_projection(self.text_features(text, mask)))
 
     def encode_patches(self, image: Tensor) -> Tensor:
-        """Unit vectors [B, rows, columns, E] of the positions in pictures [B, 3, H, W], each projected as if it were
-        the picture's feature."""
+        """Unit vectors [B, rows, columns, E] of the positions in images [B, 3, H, W], each projected as if it were
+        the image's feature."""
         features = self.image_encoder(image)
-        return unit(self.image_projection(features.patches)).unflatten(1, features.grid)
+        return l2_normalize(self.image_projection(features.patches)).unflatten(1, features.grid)
 
     def encoders(self) -> dict[str, ImageEncoder]:
         return {"encoder": self.image_encoder}
@@ -122,7 +122,7 @@ def _projection(width: int, embed_dim: int | None, bias: bool) -> nn.Module:
     return projection
 
 
-def begin_from(module: ImageTextModule, start: str | Path | None) -> None:
+def load_towers(module: ImageTextModule, start: str | Path | None) -> None:
     """Gives ``module`` the towers, projections and scale of a run, in place; what else the run holds is left out.
 
     Raises:

@@ -1,4 +1,4 @@
-"""CLIP: recognise which text of the batch belongs to an image, and which image to a text."""
+"""CLIP: recognize which text of the batch belongs to an image, and which image to a text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from src.collectives import gather
 from src.datamodules.batch import ImageTextBatch
 from src.models.backbones.image_encoder import Pool, cls_token_or_mean
-from src.models.functional import unit
+from src.models.functional import l2_normalize
 from src.models.image_text.base import ImageTextModule
 from src.models.losses.image_text import clip_loss
 from src.models.pretrain_module import StepOutput
@@ -75,7 +75,7 @@ class CLIP(ImageTextModule):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
         features = self.image_features(batch["image"])
-        image = unit(self.image_projection(features))
+        image = l2_normalize(self.image_projection(features))
         text = self.encode_text(batch["text"], batch["text_mask"])
         loss, logs = self.contrast(image, text, batch["text"])
         return {"loss": loss, "logs": logs, "embedding": features.detach().float()}

@@ -14,8 +14,8 @@ from src.collectives import gather
 from src.datamodules.batch import ImageTextBatch
 from src.errors import SettingError
 from src.models.backbones.image_encoder import Pool, cls_token_or_mean
-from src.models.functional import unit
-from src.models.image_text.base import ImageTextModule, begin_from
+from src.models.functional import l2_normalize
+from src.models.image_text.base import ImageTextModule, load_towers
 from src.models.image_text.clip import contrast_all
 from src.models.image_text.micro_batches import in_micro_batches
 from src.models.losses.refine import hybrid_distillation, random_feature_alignment
@@ -83,7 +83,7 @@ class CLIPRefine(ImageTextModule):
         self.cosine = cosine
         # as the start has learned it: both losses that use it compare with the teacher, or with what it was taught
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)), requires_grad=False)
-        begin_from(self, start)
+        load_towers(self, start)
         towers = ("image_encoder", "image_projection", "text_encoder", "text_projection")
         self.teacher = teacher_of(nn.ModuleDict({name: self.get_submodule(name) for name in towers})).eval()
 
@@ -106,9 +106,11 @@ class CLIPRefine(ImageTextModule):
             terms["distillation"] = self.distillation * self._distil(batch, image, text)
         if self.contrast:
             scale = self.logit_scale.exp().squeeze()
-            terms["contrast"] = self.contrast * contrast_all(unit(image), unit(text), batch["text"], scale=scale)
+            terms["contrast"] = self.contrast * contrast_all(
+                l2_normalize(image), l2_normalize(text), batch["text"], scale=scale
+            )
         logs = {name: term.detach() for name, term in terms.items()}
-        logs["gap"] = (unit(image).mean(dim=0) - unit(text).mean(dim=0)).norm().detach()
+        logs["gap"] = (l2_normalize(image).mean(dim=0) - l2_normalize(text).mean(dim=0)).norm().detach()
         return {"loss": sum(terms.values(), image.new_zeros(())), "logs": logs, "embedding": features.detach().float()}
 
     def _distil(self, batch: ImageTextBatch, image: Tensor, text: Tensor) -> Tensor:
@@ -135,4 +137,4 @@ class CLIPRefine(ImageTextModule):
         return teacher["image_projection"](image), teacher["text_projection"](text)
 
     def _comparable(self, features: Tensor) -> Tensor:
-        return unit(features) if self.cosine else features
+        return l2_normalize(features) if self.cosine else features

@@ -11,13 +11,13 @@ from src.collectives import reduce_sum, world_size
 from src.datamodules.batch import ImageTextBatch
 from src.errors import SettingError
 from src.models.backbones.image_encoder import Pool, mean_patch
-from src.models.functional import unit
+from src.models.functional import l2_normalize
 from src.models.image_text.clip import CLIP
 from src.models.layers.attentional_pooler import AttentionalPooler
 from src.models.losses.captioning import captioning_loss
 from src.models.pretrain_module import StepOutput
 from src.models.text.generation import beam_search, greedy
-from src.models.text.text_decoder import MultimodalDecoder, Speaker, UnimodalDecoder
+from src.models.text.text_decoder import CaptioningMethod, MultimodalDecoder, UnimodalDecoder
 from src.optim import OptimizerRecipe
 
 
@@ -89,7 +89,7 @@ class CoCa(CLIP):
         looked = self.captioning_pooler(features.patches)
         image = self._compared(looked if self.cascade else features.patches)
         read = self.text_encoder(text, mask)
-        compared = unit(self.text_projection(read.embedding))
+        compared = l2_normalize(self.text_projection(read.embedding))
         contrastive, logs = self.contrast(image, compared, text)
 
         logits = self.text_decoder(read.tokens[:, :-1], looked)
@@ -106,11 +106,11 @@ class CoCa(CLIP):
 
     def _compared(self, tokens: Tensor) -> Tensor:
         """The unit vector [B, E] that is compared with texts, of an image's tokens [B, N, D]."""
-        return unit(self.image_projection(self.contrastive_pooler(tokens)[:, 0]))
+        return l2_normalize(self.image_projection(self.contrastive_pooler(tokens)[:, 0]))
 
     @torch.no_grad()
     def caption(self, image: Tensor, *, start: int, end: int, length: int, beams: int = 1) -> Tensor:
-        """What pictures [B, 3, H, W] show: token ids int64 [B, length], ``start`` first, filled up with ``end``.
+        """What images [B, 3, H, W] show: token ids int64 [B, length], ``start`` first, filled up with ``end``.
 
         Args:
             length: tokens at most.
@@ -127,6 +127,6 @@ class CoCa(CLIP):
         looked = self.captioning_pooler(self.image_encoder(image).patches)
         begin = torch.full((len(image),), start, device=image.device)
         if beams == 1:
-            return greedy(Speaker(self.text_encoder, self.text_decoder, looked), begin, end=end, length=length)
-        speaker = Speaker(self.text_encoder, self.text_decoder, looked.repeat_interleave(beams, dim=0))
+            return greedy(CaptioningMethod(self.text_encoder, self.text_decoder, looked), begin, end=end, length=length)
+        speaker = CaptioningMethod(self.text_encoder, self.text_decoder, looked.repeat_interleave(beams, dim=0))
         return beam_search(speaker, begin, beams=beams, end=end, length=length)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from src.collectives import gather
 from src.datamodules.batch import ImageTextBatch
 from src.models.backbones.image_encoder import mean_patch
-from src.models.functional import unit
+from src.models.functional import l2_normalize
 from src.models.image_text.clip import CLIP, equal_texts
 from src.models.losses.late_interaction import late_interaction, late_interaction_loss, salient
 from src.models.pretrain_module import StepOutput
@@ -63,7 +63,7 @@ class FILIP(CLIP):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
         features = self.image_encoder(batch["image"])
-        image = unit(self.image_projection(features.patches))
+        image = l2_normalize(self.image_projection(features.patches))
         text = self.encode_text(batch["text"], batch["text_mask"])
         images, offset = gather(salient(image, text, self.kept))
         texts, _ = gather(salient(text, image, self.kept))
@@ -73,12 +73,12 @@ class FILIP(CLIP):
         return {"loss": loss, "logs": {"scale": scale.detach()}, "embedding": features.embedding.detach().float()}
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """Unit vectors [B, N, E] of the patches of pictures [B, 3, H, W]."""
-        return unit(self.image_projection(self.image_encoder(image).patches))
+        """Unit vectors [B, N, E] of the patches of images [B, 3, H, W]."""
+        return l2_normalize(self.image_projection(self.image_encoder(image).patches))
 
     def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
-        """Unit vectors [B, L, E] of the tokens of texts [B, L], zeros where the mask says that they are filling."""
-        return unit(self.text_projection(self.text_encoder(text, mask).tokens)) * mask[:, :, None]
+        """Unit vectors [B, L, E] of the tokens of texts [B, L], zeros where the mask says that they are padding."""
+        return l2_normalize(self.text_projection(self.text_encoder(text, mask).tokens)) * mask[:, :, None]
 
     def encode_words(self, text: Tensor, mask: Tensor) -> Tensor:
         """What is compared are words already: [B, L, E]."""
@@ -86,5 +86,5 @@ class FILIP(CLIP):
 
     def similarity(self, query: Tensor, keys: Tensor) -> Tensor:
         """How well keys fit queries, images and texts or the other way round: [Q, n, E], [K, m, E] -> [Q, K]."""
-        some = keys.any(dim=-1).any(dim=0)  # where all texts are short, their filling need not be compared
+        some = keys.any(dim=-1).any(dim=0)  # where all texts are short, their padding need not be compared
         return late_interaction(query, keys[:, some])

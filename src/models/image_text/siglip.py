@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from src.collectives import gather
 from src.datamodules.batch import ImageTextBatch
 from src.models.backbones.image_encoder import Pool, attention_pool
-from src.models.functional import unit
+from src.models.functional import l2_normalize
 from src.models.image_text.base import ImageTextModule
 from src.models.losses.image_text import ring_sigmoid_loss, sigmoid_loss
 from src.models.pretrain_module import StepOutput
@@ -67,7 +67,7 @@ class SigLIP(ImageTextModule):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
         features = self.image_features(batch["image"])
-        image = unit(self.image_projection(features))
+        image = l2_normalize(self.image_projection(features))
         text = self.encode_text(batch["text"], batch["text_mask"])
         scale, bias = self.logit_scale.exp().squeeze(), self.logit_bias.squeeze()
         loss = self._loss(image, text, scale, bias)

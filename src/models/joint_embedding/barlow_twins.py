@@ -7,9 +7,9 @@ from torch import nn
 from src.collectives import all_reduce, world_size
 from src.datamodules.batch import MultiViewBatch
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
-from src.models.functional import deviation, full_precision
+from src.models.functional import feature_std, full_precision
 from src.models.heads.mlp import MlpHead
-from src.models.joint_embedding.base import JointEmbedding, apart, two_views
+from src.models.joint_embedding.base import JointEmbedding, forward_views_separately, two_views
 from src.models.losses.redundancy import barlow_twins, cross_correlation, off_diagonal
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
@@ -57,15 +57,15 @@ class BarlowTwins(JointEmbedding):
 
     def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:
         views = two_views(batch)
-        h = apart(lambda x: self.encoder(x).embedding, views)
-        z = apart(self.projector, h)
-        z1, z2 = apart(full_precision(self.norm), z).unbind(dim=1)
+        h = forward_views_separately(lambda x: self.encoder(x).embedding, views)
+        z = forward_views_separately(self.projector, h)
+        z1, z2 = forward_views_separately(full_precision(self.norm), z).unbind(dim=1)
         correlation = all_reduce(cross_correlation(z1, z2, len(z1) * world_size()))
         loss = barlow_twins(correlation, self.off_diagonal_weight)
         logs = {
             "diagonal": correlation.detach().diagonal().mean(),
             "off_diagonal": off_diagonal(correlation.detach()).square().mean().sqrt(),
-            "std": deviation(z),
+            "std": feature_std(z),
         }
         return {"loss": loss, "logs": logs, "embedding": h[:, 0].detach().float()}
 

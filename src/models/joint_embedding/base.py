@@ -13,9 +13,9 @@ from src.models.pretrain_module import PretrainModule
 
 
 class JointEmbedding(PretrainModule):
-    """A method on several views of each image, which are its pictures."""
+    """A method on several views of each image, which are its images."""
 
-    def pictures(self, batch: MultiViewBatch) -> Mapping[str, Tensor]:
+    def visualize(self, batch: MultiViewBatch) -> Mapping[str, Tensor]:
         """What the method is given: the views of each image side by side, those of one size together."""
         pictures = {"views": batch["views"]}
         if "local_views" in batch:
@@ -41,11 +41,11 @@ def two_views(batch: MultiViewBatch) -> Tensor:
     return views
 
 
-def together(network: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
+def forward_views_jointly(network: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
     """One forward pass of all views: [B, V, ...] -> [B, V, ...]. Batch norms see them as one batch."""
     return network(views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
 
-def apart(network: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
+def forward_views_separately(network: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
     """A forward pass for each view: [B, V, ...] -> [B, V, ...]. Batch norms see one kind of view at a time."""
     return torch.stack([network(view) for view in views.unbind(dim=1)], dim=1)

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from src.datamodules.batch import MultiViewBatch
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
-from src.models.functional import unit
+from src.models.functional import l2_normalize
 from src.models.heads.mlp import MlpHead
-from src.models.joint_embedding.base import JointEmbedding, apart, two_views
+from src.models.joint_embedding.base import JointEmbedding, forward_views_separately, two_views
 from src.models.pretrain_module import StepOutput
 from src.models.teacher import teacher_of
 from src.optim import OptimizerRecipe
@@ -53,10 +53,12 @@ class BYOL(JointEmbedding):
 
     def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:
         views = two_views(batch)
-        h = apart(lambda x: self.student["encoder"](x).embedding, views)
-        prediction = apart(lambda x: self.predictor(self.student["projector"](x)), h)
+        h = forward_views_separately(lambda x: self.student["encoder"](x).embedding, views)
+        prediction = forward_views_separately(lambda x: self.predictor(self.student["projector"](x)), h)
         with torch.no_grad():
-            target = apart(lambda x: self.teacher["projector"](self.teacher["encoder"](x).embedding), views)
+            target = forward_views_separately(
+                lambda x: self.teacher["projector"](self.teacher["encoder"](x).embedding), views
+            )
         loss = regression(prediction, target.flip(1))
         return {"loss": loss, "embedding": h[:, 0].detach().float()}
 
@@ -69,4 +71,4 @@ class BYOL(JointEmbedding):
 
 def regression(prediction: Tensor, target: Tensor) -> Tensor:
     """Squared distance of unit vectors, 2 - 2 cos, summed over views, its mean over images: [B, V, D], [B, V, D]."""
-    return (2 - 2 * (unit(prediction) * unit(target)).sum(dim=-1)).sum(dim=1).mean()
+    return (2 - 2 * (l2_normalize(prediction) * l2_normalize(target)).sum(dim=-1)).sum(dim=1).mean()

@@ -9,16 +9,16 @@ from src.collectives import reduce_sum
 from src.errors import SettingError
 
 
-class Centre(nn.Module):
+class Center(nn.Module):
     """c <- momentum * c + (1 - momentum) * mean, the mean being over all processes and micro-batches of a step.
 
-    A step calls ``observe`` for each micro-batch, after the centre was used, and ``move`` once the optimizer has moved;
-    so micro-batches share the centre that the whole batch would have had. What was observed is not saved: a run that
+    A step calls ``observe`` for each micro-batch, after the center was used, and ``move`` once the optimizer has moved;
+    so micro-batches share the center that the whole batch would have had. What was observed is not saved: a run that
     stops between two micro-batches loses their gradients too.
 
     Args:
         dim: K.
-        momentum: share of the old centre that stays, in [0, 1].
+        momentum: share of the old center that stays, in [0, 1].
 
     Attributes:
         value: [dim], zeros at first.
@@ -32,7 +32,7 @@ class Centre(nn.Module):
     def __init__(self, dim: int, momentum: float = 0.9) -> None:
         super().__init__()
         if not 0 <= momentum <= 1:
-            raise SettingError(f"centre momentum={momentum} must lie in [0, 1]")
+            raise SettingError(f"center momentum={momentum} must lie in [0, 1]")
         self.momentum = momentum
         self.register_buffer("value", torch.zeros(dim))
         self._sum: Tensor | None = None
@@ -50,7 +50,7 @@ class Centre(nn.Module):
 
     @torch.no_grad()
     def move(self) -> None:
-        """Every process must call it, once per optimizer step; nothing observed leaves the centre where it is."""
+        """Every process must call it, once per optimizer step; nothing observed leaves the center where it is."""
         if self._sum is None:
             return
         mean = reduce_sum(self._sum) / reduce_sum(self._sum.new_full((), self._count))

@@ -15,8 +15,8 @@ from src.errors import SettingError
 from src.models.backbones.image_encoder import ImageEncoder, Pool, cls_token_or_mean
 from src.models.backbones.positions import any_size
 from src.models.heads.dino import DINOHead
-from src.models.joint_embedding.base import JointEmbedding, together
-from src.models.joint_embedding.center import Centre
+from src.models.joint_embedding.base import JointEmbedding, forward_views_jointly
+from src.models.joint_embedding.center import Center
 from src.models.losses.distillation import (
     cross_view_cross_entropy,
     divergence,
@@ -34,7 +34,7 @@ class DINO(JointEmbedding):
 
     Deviations: the teacher's temperature rises by steps rather than by epochs.
 
-    The teacher sees the global views alone, and neither drop-path nor gradient. Its scores are centred by their running
+    The teacher sees the global views alone, and neither drop-path nor gradient. Its scores are centered by their running
     mean, against one prototype taking all, and sharpened by a low temperature, against all being alike. The recipe's
     callbacks clip each parameter's gradient on its own and keep the prototypes still for the first epoch.
 
@@ -46,7 +46,7 @@ class DINO(JointEmbedding):
         train_gain: let the prototypes' lengths be learned, as the authors do for ViT-S.
         student_temperature, teacher_temperature: scores are divided by them; the paper warms the second one up.
         teacher_momentum: of the moving average; the paper raises it to 1 along a cosine.
-        centre_momentum: of the centre; with 1 it stays at zero, which is no centring.
+        center_momentum: of the center; with 1 it stays at zero, which is no centering.
         pool: what of the backbone's tokens is compared and evaluated.
 
     Raises:
@@ -65,7 +65,7 @@ class DINO(JointEmbedding):
         student_temperature: float = 0.1,
         teacher_temperature: float = 0.04,
         teacher_momentum: float = 0.996,
-        centre_momentum: float = 0.9,
+        center_momentum: float = 0.9,
         pool: Pool = cls_token_or_mean,
     ) -> None:
         super().__init__(optimizer)
@@ -80,19 +80,19 @@ class DINO(JointEmbedding):
         )
         self.student = nn.ModuleDict({"encoder": encoder, "head": head})
         self.teacher = without_drop_path(teacher_of(self.student))
-        self.centre = Centre(prototypes, centre_momentum)
+        self.center = Center(prototypes, center_momentum)
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
         self.teacher_momentum = teacher_momentum
 
     def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:
         views = global_views(batch)
-        h = together(lambda x: self.student["encoder"](x).embedding, views)
+        h = forward_views_jointly(lambda x: self.student["encoder"](x).embedding, views)
         scores = torch.cat([self.student["head"](h), self.local_scores(batch)], dim=1)
         with torch.no_grad():
-            slow = self.teacher["head"](together(lambda x: self.teacher["encoder"](x).embedding, views))
-        targets = sharpen(slow, self.centre(), self.teacher_temperature)
-        self.centre.observe(slow)
+            slow = self.teacher["head"](forward_views_jointly(lambda x: self.teacher["encoder"](x).embedding, views))
+        targets = sharpen(slow, self.center(), self.teacher_temperature)
+        self.center.observe(slow)
         loss = cross_view_cross_entropy(targets.transpose(0, 1), scores.transpose(0, 1), self.student_temperature)
         return {
             "loss": loss,
@@ -104,8 +104,10 @@ class DINO(JointEmbedding):
     def local_scores(self, batch: MultiViewBatch) -> Tensor:
         """The student's, of the small views if there are any: [B, L, K], L possibly 0."""
         if "local_views" not in batch:
-            return self.centre().new_zeros(len(batch["views"]), 0, len(self.centre()))
-        return self.student["head"](together(lambda x: self.student["encoder"](x).embedding, batch["local_views"]))
+            return self.center().new_zeros(len(batch["views"]), 0, len(self.center()))
+        return self.student["head"](
+            forward_views_jointly(lambda x: self.student["encoder"](x).embedding, batch["local_views"])
+        )
 
     def spread(self, targets: Tensor, scores: Tensor) -> dict[str, Tensor | float]:
         """The paper's two signs of collapse, entropy and divergence, and the prototypes in use: [B, V, K] twice."""
@@ -116,7 +118,7 @@ class DINO(JointEmbedding):
         }
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.centre.move()
+        self.center.move()
 
     def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         return [(self.student, self.teacher)]
@@ -124,9 +126,9 @@ class DINO(JointEmbedding):
     def encoders(self) -> dict[str, ImageEncoder]:
         return {"student": self.student["encoder"], "teacher": self.teacher["encoder"]}
 
-    def pictures(self, batch: MultiViewBatch) -> Mapping[str, Tensor]:
+    def visualize(self, batch: MultiViewBatch) -> Mapping[str, Tensor]:
         """The views and, of a ViT, what the teacher's class token attends to in the first of them, head by head."""
-        pictures = dict(super().pictures(batch))
+        pictures = dict(super().visualize(batch))
         first = batch["views"][:, 0]
         attention = class_attention(self.teacher["encoder"].backbone, first)
         if attention is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from src.datamodules.batch import MultiViewBatch
 from src.errors import SettingError
 from src.models.backbones.image_encoder import Features, cls_token
-from src.models.joint_embedding.center import Centre
+from src.models.joint_embedding.center import Center
 from src.models.joint_embedding.dino import DINO, global_views
 from src.models.losses.distillation import cross_view_cross_entropy, entropy, masked_patch_cross_entropy, sharpen
 from src.models.masked.block_masking import block_masks
@@ -28,14 +28,14 @@ class iBOT(DINO):
 
     The student sees global views with some patches hidden and has to agree with the teacher, which sees them whole,
     twice over: its class token with the teacher's of the *other* views, as in DINO, and its hidden patches with the
-    teacher's patches of the *same* view. Both are scored by one head; each has a centre. As in the authors' code the
+    teacher's patches of the *same* view. Both are scored by one head; each has a center. As in the authors' code the
     mask token takes a patch's place before positions are added, and it begins at zero.
 
     Args:
         backbone: a ViT of timm with a class token and without a head.
         mask_probability: that a view has patches hidden.
         mask_share: smallest and largest share of them then.
-        patch_teacher_temperature, patch_centre_momentum: DINO's, for patches.
+        patch_teacher_temperature, patch_center_momentum: DINO's, for patches.
         patch_weight: of the patches' loss.
         others: DINO's.
 
@@ -52,7 +52,7 @@ class iBOT(DINO):
         mask_probability: float = 0.5,
         mask_share: tuple[float, float] = (0.1, 0.5),
         patch_teacher_temperature: float = 0.04,
-        patch_centre_momentum: float = 0.9,
+        patch_center_momentum: float = 0.9,
         patch_weight: float = 1.0,
         **others: Any,
     ) -> None:
@@ -69,7 +69,7 @@ class iBOT(DINO):
             raise SettingError(f"model.patch_teacher_temperature={patch_teacher_temperature} must be above 0")
         super().__init__(backbone, optimizer, prototypes=prototypes, **{"pool": cls_token, **others})
         self.mask_token = nn.Parameter(torch.zeros(1, int(backbone.num_features)))  # type: ignore[arg-type]
-        self.patch_centre = Centre(prototypes, patch_centre_momentum)
+        self.patch_center = Center(prototypes, patch_center_momentum)
         self.mask_probability = mask_probability
         self.mask_share = (mask_share[0], mask_share[1])
         self.patch_teacher_temperature = patch_teacher_temperature
@@ -87,10 +87,10 @@ class iBOT(DINO):
             whole: Features = self.teacher["encoder"](images)
             slow = self.teacher["head"](whole.embedding).unflatten(0, shape)
             slow_patches = self.teacher["head"](whole.patches)
-        targets = sharpen(slow, self.centre(), self.teacher_temperature)
-        patch_targets = sharpen(slow_patches[mask], self.patch_centre(), self.patch_teacher_temperature)
-        self.centre.observe(slow)
-        self.patch_centre.observe(slow_patches)
+        targets = sharpen(slow, self.center(), self.teacher_temperature)
+        patch_targets = sharpen(slow_patches[mask], self.patch_center(), self.patch_teacher_temperature)
+        self.center.observe(slow)
+        self.patch_center.observe(slow_patches)
         every = torch.cat([scores, self.local_scores(batch)], dim=1)
         on_class = cross_view_cross_entropy(targets.transpose(0, 1), every.transpose(0, 1), self.student_temperature)
         on_patches = masked_patch_cross_entropy(patch_targets, patch_scores, mask, self.student_temperature)
@@ -117,9 +117,9 @@ class iBOT(DINO):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
-        self.patch_centre.move()
+        self.patch_center.move()
 
-    def pictures(self, batch: MultiViewBatch) -> Mapping[str, Tensor]:
+    def visualize(self, batch: MultiViewBatch) -> Mapping[str, Tensor]:
         """DINO's, and the global views as the student sees them."""
         views = batch["views"]
         images = views.flatten(0, 1)
@@ -127,7 +127,7 @@ class iBOT(DINO):
         grid = self.student["encoder"].backbone.patch_embed.dynamic_feat_size(images.shape[-2:])  # type: ignore
         height, width = images.shape[-2] // grid[0], images.shape[-1] // grid[1]
         shown = (~mask).view(-1, 1, *grid).repeat_interleave(height, dim=2).repeat_interleave(width, dim=3)
-        return {**super().pictures(batch), "masked": (images * shown).unflatten(0, views.shape[:2])}
+        return {**super().visualize(batch), "masked": (images * shown).unflatten(0, views.shape[:2])}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from src.datamodules.batch import MultiViewBatch
 from src.errors import SettingError
 from src.models.backbones.image_encoder import Pool, mean_patch
 from src.models.joint_embedding.moco_v2 import MoCoV2
-from src.models.losses.contrastive import mix_hard_negatives, positive_first, queue_info_nce
+from src.models.losses.contrastive import contrastive_accuracy, mix_hard_negatives, queue_info_nce
 from src.optim import OptimizerRecipe
 
 
@@ -91,7 +91,7 @@ class MoCHi(MoCoV2):
         own = batch["index"][:, None] == self.queue.column("index") if self.exclude_own else None
         synthetic = self.mix(query, own) if self.mixing and self.queue.full else None
         loss = queue_info_nce(query, key, queue, temperature=self.temperature, synthetic=synthetic, excluded=own)
-        first = partial(positive_first, query, key, queue, excluded=own)
+        first = partial(contrastive_accuracy, query, key, queue, excluded=own)
         logs: dict[str, Tensor | float] = {
             "proxy_accuracy": first(),
             "proxy_accuracy_mixed": first(synthetic=synthetic),

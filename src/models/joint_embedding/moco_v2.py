@@ -1,4 +1,4 @@
-"""MoCo v2: recognise an image's other view, encoded by a slow copy of oneself, among those of many earlier images."""
+"""MoCo v2: recognize an image's other view, encoded by a slow copy of oneself, among those of many earlier images."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from src.datamodules.batch import MultiViewBatch
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
-from src.models.functional import unit
+from src.models.functional import l2_normalize
 from src.models.heads.mlp import MlpHead
 from src.models.joint_embedding.base import JointEmbedding, two_views
 from src.models.joint_embedding.queue import FeatureQueue
-from src.models.losses.contrastive import positive_first, queue_info_nce
+from src.models.losses.contrastive import contrastive_accuracy, queue_info_nce
 from src.models.pretrain_module import StepOutput
 from src.models.teacher import teacher_of
 from src.optim import OptimizerRecipe
 
 
 class MoCoV2(JointEmbedding):
-    """Improved Baselines with Momentum Contrastive Learning (Chen et al., 2020). Deviations: batch norm is synchronised
-    over processes where the paper shuffles the keys' images between them; both keep a query from recognising its key by
+    """Improved Baselines with Momentum Contrastive Learning (Chen et al., 2020). Deviations: batch norm is synchronized
+    over processes where the paper shuffles the keys' images between them; both keep a query from recognizing its key by
     the statistics they share.
 
     The student encodes the first view, the query. The teacher has moved before the step and encodes the second, the
@@ -69,9 +69,9 @@ class MoCoV2(JointEmbedding):
     def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:
         first, second = two_views(batch).unbind(dim=1)
         h = self.student["encoder"](first).embedding
-        query = unit(self.student["projector"](h))
+        query = l2_normalize(self.student["projector"](h))
         with torch.no_grad():
-            key = unit(self.teacher["projector"](self.teacher["encoder"](second).embedding))
+            key = l2_normalize(self.teacher["projector"](self.teacher["encoder"](second).embedding))
         loss, logs = self.compare(query, key, batch)
         self.queue.hold(key, index=batch["index"], label=batch["label"])
         return {"loss": loss, "logs": logs, "embedding": h.detach().float()}
@@ -79,7 +79,7 @@ class MoCoV2(JointEmbedding):
     def compare(self, query: Tensor, key: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss of unit vectors [B, D] against the queue, and what else to log."""
         loss = queue_info_nce(query, key, self.queue.features, temperature=self.temperature)
-        return loss, {"proxy_accuracy": positive_first(query, key, self.queue.features)}
+        return loss, {"proxy_accuracy": contrastive_accuracy(query, key, self.queue.features)}
 
     def on_train_start(self) -> None:
         self.queue.refuse(self.trainer.datamodule.batch_size)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""MoCo v3: recognise an image's other view, as a slow copy of oneself encodes it, among those of a large batch."""
+"""MoCo v3: recognize an image's other view, as a slow copy of oneself encodes it, among those of a large batch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from src.collectives import gather
 from src.datamodules.batch import MultiViewBatch
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.backbones.positions import fixed_positions
-from src.models.functional import unit
+from src.models.functional import l2_normalize
 from src.models.heads.mlp import MlpHead
-from src.models.joint_embedding.base import JointEmbedding, apart, two_views
+from src.models.joint_embedding.base import JointEmbedding, forward_views_separately, two_views
 from src.models.losses.contrastive import ctr
 from src.models.pretrain_module import StepOutput
 from src.models.teacher import teacher_of
@@ -26,7 +26,7 @@ class MoCoV3(JointEmbedding):
     """An Empirical Study of Training Self-Supervised Vision Transformers (Chen et al., 2021). Deviations: none.
 
     Student and predictor make the queries, the teacher, which has moved before the step, the keys, of both views each.
-    A query is to recognise the key of its image's other view among those of all images. A ViT is initialised anew with
+    A query is to recognize the key of its image's other view among those of all images. A ViT is initialized anew with
     fixed sine-cosine positions, and its patch projection stays the random one it begins with, which the paper found to
     keep training stable.
 
@@ -81,10 +81,14 @@ class MoCoV3(JointEmbedding):
 
     def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:
         views = two_views(batch)
-        h = apart(lambda x: self.student["encoder"](x).embedding, views)
-        query = unit(apart(lambda x: self.predictor(self.student["projector"](x)), h))
+        h = forward_views_separately(lambda x: self.student["encoder"](x).embedding, views)
+        query = l2_normalize(forward_views_separately(lambda x: self.predictor(self.student["projector"](x)), h))
         with torch.no_grad():
-            key = unit(apart(lambda x: self.teacher["projector"](self.teacher["encoder"](x).embedding), views))
+            key = l2_normalize(
+                forward_views_separately(
+                    lambda x: self.teacher["projector"](self.teacher["encoder"](x).embedding), views
+                )
+            )
         keys, offset = gather(key)
         loss = ctr(query[:, 0], keys[:, 1], offset, temperature=self.temperature) + ctr(
             query[:, 1], keys[:, 0], offset, temperature=self.temperature

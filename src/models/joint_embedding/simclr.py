@@ -1,4 +1,4 @@
-"""SimCLR: recognise an image's other view among the views of all other images."""
+"""SimCLR: recognize an image's other view among the views of all other images."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from src.collectives import gather
 from src.datamodules.batch import MultiViewBatch
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
-from src.models.functional import unit
+from src.models.functional import l2_normalize
 from src.models.heads.mlp import MlpHead
-from src.models.joint_embedding.base import JointEmbedding, together, two_views
+from src.models.joint_embedding.base import JointEmbedding, forward_views_jointly, two_views
 from src.models.losses.contrastive import nt_xent
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
@@ -66,8 +66,8 @@ class SimCLR(JointEmbedding):
 
     def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:
         views = two_views(batch)
-        h = together(lambda x: self.encoder(x).embedding, views)
-        z = unit(together(self.projector, h))
+        h = forward_views_jointly(lambda x: self.encoder(x).embedding, views)
+        z = l2_normalize(forward_views_jointly(self.projector, h))
         keys, offset = gather(z)
         loss = self.loss(z, keys, offset, temperature=self.temperature)
         positive = (z[:, 0] * z[:, 1]).sum(dim=-1).mean()

@@ -11,12 +11,12 @@ from src.datamodules.batch import MultiViewBatch
 from src.errors import SettingError
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.backbones.positions import any_size
-from src.models.functional import deviation, full_precision, unit
+from src.models.functional import feature_std, full_precision, l2_normalize
 from src.models.heads.mlp import MlpHead
-from src.models.joint_embedding.base import JointEmbedding, together
+from src.models.joint_embedding.base import JointEmbedding, forward_views_jointly
 from src.models.joint_embedding.queue import FeatureQueue
 from src.models.losses.distillation import effective_prototypes, entropy
-from src.models.losses.swapped import refuse_too_few_samples, sinkhorn, swapped_prediction
+from src.models.losses.swapped import check_too_few_samples, sinkhorn, swapped_prediction
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
 
@@ -93,8 +93,10 @@ class SwAV(JointEmbedding):
         resolutions = self.crops(batch)
         with torch.no_grad():
             self.prototypes.weight.copy_(normalize(self.prototypes.weight, dim=1))
-        h = torch.cat([together(lambda x: self.encoder(x).embedding, crops) for crops in resolutions], dim=1)
-        z = unit(together(self.projector, h))
+        h = torch.cat(
+            [forward_views_jointly(lambda x: self.encoder(x).embedding, crops) for crops in resolutions], dim=1
+        )
+        z = l2_normalize(forward_views_jointly(self.projector, h))
         scores = self.compare(z).transpose(0, 1)
         codes = self.assign(scores[:CODE_CROPS].detach())
         loss = swapped_prediction(codes, scores, self.temperature)
@@ -105,7 +107,7 @@ class SwAV(JointEmbedding):
             "effective_prototypes": effective_prototypes(mean_use(codes)),
             "effective_predictions": effective_prototypes(mean_use(predicted)),
             "code_entropy": entropy(codes),
-            "std": deviation(z),
+            "std": feature_std(z),
         }
         return {"loss": loss, "logs": logs, "embedding": h[:, 0].detach().float()}
 
@@ -118,7 +120,7 @@ class SwAV(JointEmbedding):
                 "train_view.views (further ones belong in train_view.local_views)"
             )
         queued = self.queue.size if self.queue is not None else 0
-        refuse_too_few_samples(self.prototypes.out_features, len(views) * world_size() + queued)
+        check_too_few_samples(self.prototypes.out_features, len(views) * world_size() + queued)
         return [views, batch["local_views"]] if "local_views" in batch else [views]
 
     def compare(self, z: Tensor) -> Tensor:

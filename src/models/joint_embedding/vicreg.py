@@ -7,9 +7,9 @@ from torch import nn
 from src.collectives import gather
 from src.datamodules.batch import MultiViewBatch
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
-from src.models.functional import deviation
+from src.models.functional import feature_std
 from src.models.heads.mlp import MlpHead
-from src.models.joint_embedding.base import JointEmbedding, apart, two_views
+from src.models.joint_embedding.base import JointEmbedding, forward_views_separately, two_views
 from src.models.losses.redundancy import vicreg
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
@@ -62,11 +62,11 @@ class VICReg(JointEmbedding):
 
     def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:
         views = two_views(batch)
-        h = apart(lambda x: self.encoder(x).embedding, views)
-        z = apart(self.projector, h)
+        h = forward_views_separately(lambda x: self.encoder(x).embedding, views)
+        z = forward_views_separately(self.projector, h)
         everyone, _ = gather(z)
         loss, terms = vicreg(z[:, 0], z[:, 1], everyone[:, 0], everyone[:, 1], **self.weights)
-        logs = {**terms, "std": deviation(everyone)}
+        logs = {**terms, "std": feature_std(everyone)}
         return {"loss": loss, "logs": logs, "embedding": h[:, 0].detach().float()}
 
     def encoders(self) -> dict[str, ImageEncoder]:

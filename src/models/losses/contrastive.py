@@ -4,7 +4,7 @@ They differ only in which keys are positive, which enter the denominator, and ho
 what they share. Anchors are the process's own rows, keys are those of all processes (``keys, offset = gather(z)``), and
 each loss is the mean over the own anchors, so that after DDP's mean the gradients are those of the whole batch.
 
-All vectors are of unit length; the method normalises them in float32. Similarities are made, used and thrown away for
+All vectors are of unit length; the method normalizes them in float32. Similarities are made, used and thrown away for
 as many anchors at a time as ``block`` entries allow, and made again in the backward pass: memory grows with the number
 of keys, not with its square, and the gradients are exact.
 """
@@ -47,7 +47,7 @@ def contrast(
 
 @full_precision
 def nt_xent(z: Tensor, keys: Tensor, offset: int, *, temperature: float, block: int = BLOCK) -> Tensor:
-    """SimCLR's loss (Chen et al., 2020): each view is to recognise the other views of its image among all others.
+    """SimCLR's loss (Chen et al., 2020): each view is to recognize the other views of its image among all others.
 
     Args:
         z: [B, V, D], the views of the process's images.
@@ -100,7 +100,7 @@ def info_nce(
     label_smoothing: float = 0.0,
     block: int = BLOCK,
 ) -> Tensor:
-    """Each query is to recognise its own key among the keys of all images.
+    """Each query is to recognize its own key among the keys of all images.
 
     Args:
         query: [B, D].
@@ -112,7 +112,7 @@ def info_nce(
     Raises:
         SettingError: one image in all.
     """
-    refuse_one(len(keys))
+    check_one(len(keys))
     same = torch.arange(len(keys), device=keys.device) if same is None else same
 
     def rows(own: Tensor, query: Tensor, keys: Tensor, same: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def queue_info_nce(
     decoupled: bool = False,
     block: int = BLOCK,
 ) -> Tensor:
-    """MoCo's loss (He et al., 2020): each query is to recognise its own key among old ones.
+    """MoCo's loss (He et al., 2020): each query is to recognize its own key among old ones.
 
     Args:
         query, key: [B, D]; the key has no gradient.
@@ -173,7 +173,7 @@ def queue_info_nce(
 
 @torch.no_grad()
 @full_precision
-def positive_first(
+def contrastive_accuracy(
     query: Tensor, key: Tensor, negatives: Tensor, *, synthetic: Tensor | None = None, excluded: Tensor | None = None
 ) -> Tensor:
     """The share of queries that are more like their key than like any negative, for the log. Arguments as above."""
@@ -241,7 +241,7 @@ def _among_images(
     weight: Tensor | None = None,
 ) -> Tensor:
     """The loss of every own view against all views of all images: [B * V]."""
-    refuse_one(len(keys))
+    check_one(len(keys))
     views = z.shape[1]
 
     def rows(own: Tensor, anchors: Tensor, weight: Tensor, keys: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ def _among_images(
     return by_rows(rows, [own, anchors, weight], [everything], columns=len(everything), block=block)
 
 
-def refuse_one(images: int) -> None:
+def check_one(images: int) -> None:
     """
     Raises:
         SettingError: there is nothing that an image could be told from.

@@ -14,7 +14,7 @@ _LEAST = 1e-8  # below it the root's slope would explode
 def silog(prediction: Tensor, depth: Tensor, valid: Tensor, *, focus: float = 0.85) -> Tensor:
     """The scale-invariant logarithmic error of Depth Map Prediction from a Single Image (Eigen et al., 2014), as BTS
     (Lee et al., 2019) takes its root: sqrt(mean d^2 - focus (mean d)^2), d = log prediction - log depth over what is
-    known of a picture. The mean over pictures; one of which nothing is known has 0.
+    known of a image. The mean over images; one of which nothing is known has 0.
 
     Args:
         prediction: metres, above 0: [B, H, W].

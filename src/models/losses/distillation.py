@@ -10,9 +10,9 @@ from src.models.functional import full_precision
 
 @torch.no_grad()
 @full_precision
-def sharpen(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
-    """The teacher's target: softmax((logits - centre) / temperature) over the last axis, without gradient."""
-    return ((logits - centre) / temperature).softmax(dim=-1)
+def sharpen(logits: Tensor, center: Tensor, temperature: float) -> Tensor:
+    """The teacher's target: softmax((logits - center) / temperature) over the last axis, without gradient."""
+    return ((logits - center) / temperature).softmax(dim=-1)
 
 
 @full_precision

@@ -29,7 +29,7 @@ def clip_loss(
     label_smoothing: float = 0.0,
     block: int = BLOCK,
 ) -> Tensor:
-    """CLIP's loss (Radford et al., 2021): each image is to recognise its text among all texts, and the other way round.
+    """CLIP's loss (Radford et al., 2021): each image is to recognize its text among all texts, and the other way round.
 
     Args:
         image, text: [B, D], own pairs.

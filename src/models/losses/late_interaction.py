@@ -1,6 +1,6 @@
 """Late interaction: images and texts are compared token by token, each token with the one that suits it best.
 
-Tokens are vectors of unit length. A token of zeros is filling: it stands for nothing, is found by nothing and does not
+Tokens are vectors of unit length. A token of zeros is padding: it stands for nothing, is found by nothing and does not
 count. Similarities of tokens with tokens are made, used and thrown away for some rows at a time, so that memory grows
 with the number of pairs in the batch and not with its square.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from src.models.functional import full_precision
 from src.models.losses.blocks import BLOCK, by_rows
-from src.models.losses.contrastive import contrast, refuse_one
+from src.models.losses.contrastive import check_one, contrast
 
 
 @full_precision
@@ -24,7 +24,7 @@ def late_interaction(query: Tensor, keys: Tensor, *, block: int = BLOCK) -> Tens
 
     Args:
         query: [Q, n, D].
-        keys: [K, m, D]; each with one token at least that is no filling.
+        keys: [K, m, D]; each with one token at least that is no padding.
 
     Returns:
         [Q, K].
@@ -44,7 +44,7 @@ def late_interaction_loss(
     same: Tensor | None = None,
     block: int = BLOCK,
 ) -> Tensor:
-    """FILIP's loss (Yao et al., 2021): each image is to recognise its text among all texts by `late_interaction`, and
+    """FILIP's loss (Yao et al., 2021): each image is to recognize its text among all texts by `late_interaction`, and
     each text its image among all images, by its own.
 
     Args:
@@ -58,8 +58,8 @@ def late_interaction_loss(
     Raises:
         SettingError: one pair in all.
     """
-    to_text = _recognise(image, texts, offset, scale, same, block)
-    to_image = _recognise(text, images, offset, scale, same, block)
+    to_text = _recognize(image, texts, offset, scale, same, block)
+    to_image = _recognize(text, images, offset, scale, same, block)
     return (to_text + to_image) / 2
 
 
@@ -82,7 +82,7 @@ def salient(tokens: Tensor, others: Tensor, share: float, *, block: int = BLOCK)
 @torch.no_grad()
 @full_precision
 def _saliency(tokens: Tensor, others: Tensor, block: int) -> Tensor:
-    """Each token's greatest similarity, -inf for filling: [B, n]."""
+    """Each token's greatest similarity, -inf for padding: [B, n]."""
     flat = others.flatten(0, 1)
 
     def rows(token: Tensor, others: Tensor, real: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ def _saliency(tokens: Tensor, others: Tensor, block: int) -> Tensor:
     return greatest.view(tokens.shape[:2]).masked_fill(~_real(tokens), -torch.inf)
 
 
-def _recognise(query: Tensor, keys: Tensor, offset: int, scale: Tensor, same: Tensor | None, block: int) -> Tensor:
-    refuse_one(len(keys))
+def _recognize(query: Tensor, keys: Tensor, offset: int, scale: Tensor, same: Tensor | None, block: int) -> Tensor:
+    check_one(len(keys))
     same = torch.arange(len(keys), device=keys.device) if same is None else same
 
     def rows(own: Tensor, query: Tensor, keys: Tensor, real: Tensor, same: Tensor, scale: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _recognise(query: Tensor, keys: Tensor, offset: int, scale: Tensor, same: Te
 
 
 def _best(query: Tensor, keys: Tensor, real: Tensor) -> Tensor:
-    """[R, n, D], [K, m, D] and which of the keys' tokens are no filling [K, m] -> [R, K]."""
+    """[R, n, D], [K, m, D] and which of the keys' tokens are no padding [K, m] -> [R, K]."""
     similarity = (query.flatten(0, 1) @ keys.flatten(0, 1).T).masked_fill_(~real.flatten(), -torch.inf)
     found = similarity.view(*query.shape[:2], *keys.shape[:2]).max(dim=3).values
     counts = _real(query).to(found.dtype)

@@ -23,7 +23,7 @@ def angles(prediction: Tensor, normals: Tensor) -> Tensor:
 @full_precision
 def angular_nll(prediction: Tensor, concentration: Tensor, normals: Tensor, valid: Tensor) -> Tensor:
     """The negative log likelihood of a direction whose density falls with the angle a as exp(-k a) (AngMF; Bae et al.,
-    2021): k a - log(k^2 + 1) + log(1 + exp(-k pi)), the mean over what is known of a picture, then over pictures; one
+    2021): k a - log(k^2 + 1) + log(1 + exp(-k pi)), the mean over what is known of a image, then over images; one
     of which nothing is known has 0.
 
     Args:

@@ -24,8 +24,8 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=patch_size, q=patch_size)
 
 
-def normalise_patches(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
-    """Each patch to zero mean and unit variance over all its values, in float32: (normalised, mean, std).
+def normalize_patches(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+    """Each patch to zero mean and unit variance over all its values, in float32: (normalized, mean, std).
 
     The variance is the unbiased one, as in MAE's code.
     """

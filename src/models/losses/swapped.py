@@ -47,7 +47,7 @@ def swapped_prediction(codes: Tensor, scores: Tensor, temperature: float = 0.1) 
     return cross_view_cross_entropy(codes, scores, temperature)
 
 
-def refuse_too_few_samples(prototypes: int, samples: int) -> None:
+def check_too_few_samples(prototypes: int, samples: int) -> None:
     """
     Args:
         samples: what takes part in one assignment: the images of a step and, if there is one, of the queue.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from src.datamodules.batch import ImageBatch
 from src.models.backbones.image_encoder import ImageEncoder, mean_patch
 from src.models.backbones.positions import fixed_positions
-from src.models.losses.reconstruction import masked_mse, normalise_patches, patchify, unpatchify
-from src.models.masked.masking import Masking, random_masking, take
+from src.models.losses.reconstruction import masked_mse, normalize_patches, patchify, unpatchify
+from src.models.masked.masking import Masking, gather_tokens, random_masking
 from src.models.pretrain_module import PretrainModule, StepOutput
 from src.optim import OptimizerRecipe
 
@@ -23,7 +23,7 @@ class MAE(PretrainModule):
 
     Args:
         backbone: a timm ViT with a class token and without a head. Its position table is replaced by the fixed
-            sine-cosine one and its weights are initialised anew.
+            sine-cosine one and its weights are initialized anew.
         optimizer: AdamW with betas (0.9, 0.95) in the paper.
         mask_ratio: share of the patches that is hidden.
         decoder_dim, decoder_depth, decoder_heads: of the light decoder.
@@ -64,7 +64,7 @@ class MAE(PretrainModule):
             grid=self.grid,
             out_dim=self.patch_size**2 * 3,
         )
-        initialise(self)
+        initialize(self)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> StepOutput:
         image = batch["image"]
@@ -80,26 +80,26 @@ class MAE(PretrainModule):
         vit = self.backbone
         positions = vit.get_parameter("pos_embed")
         x = vit.patch_embed(image) + positions[:, 1:]
-        x = take(x, masking.keep)
+        x = gather_tokens(x, masking.keep)
         cls = (vit.get_parameter("cls_token") + positions[:, :1]).expand(len(x), -1, -1)
         return vit.norm(vit.blocks(torch.cat([cls, x], dim=1)))
 
     def target(self, image: Tensor) -> Tensor:
         """What the decoder regresses: [B, N, P * P * 3]."""
         patches = patchify(image, self.patch_size)
-        return normalise_patches(patches)[0] if self.norm_pix else patches
+        return normalize_patches(patches)[0] if self.norm_pix else patches
 
     def encoders(self) -> dict[str, ImageEncoder]:
         return {"encoder": ImageEncoder(self.backbone, pool=mean_patch)}
 
-    def pictures(self, batch: ImageBatch) -> Mapping[str, Tensor]:
+    def visualize(self, batch: ImageBatch) -> Mapping[str, Tensor]:
         """The original, what the encoder saw, and the reconstruction: predicted patches among the visible ones."""
         image = batch["image"]
         masking = random_masking(len(image), self.grid[0] * self.grid[1], self.mask_ratio, image.device)
         prediction = self.decoder(self.encode(image, masking), masking.restore).float()
         patches = patchify(image, self.patch_size)
         if self.norm_pix:
-            _, mean, std = normalise_patches(patches)
+            _, mean, std = normalize_patches(patches)
             prediction = prediction * std + mean
         hidden = masking.mask.unsqueeze(-1)
         masked = unpatchify(patches * (1 - hidden), self.patch_size, self.grid)
@@ -132,12 +132,12 @@ class MAEDecoder(nn.Module):
         """visible: [B, 1 + V, encoder_dim], restore: int64 [B, N] -> [B, N, out_dim], raster order."""
         x = self.embed(visible)
         hidden = self.mask_token.expand(len(x), restore.shape[1] + 1 - x.shape[1], -1)
-        patches = take(torch.cat([x[:, 1:], hidden.to(x.dtype)], dim=1), restore)
+        patches = gather_tokens(torch.cat([x[:, 1:], hidden.to(x.dtype)], dim=1), restore)
         x = torch.cat([x[:, :1], patches], dim=1) + self.pos_embed
         return self.pred(self.norm(self.blocks(x)))[:, 1:]
 
 
-def initialise(model: nn.Module) -> None:
+def initialize(model: nn.Module) -> None:
     """Xavier-uniform for linear layers and for the patch projection seen as one, zero biases, N(0, 0.02) for tokens."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

@@ -33,6 +33,6 @@ def random_masking(batch: int, patches: int, ratio: float, device: torch.device)
     return Masking(keep=shuffle[:, :visible], restore=restore, mask=mask)
 
 
-def take(tokens: Tensor, positions: Tensor) -> Tensor:
+def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
     """The tokens at ``positions``: [B, N, D], int64 [B, M] -> [B, M, D]."""
     return tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from src.collectives import is_distributed
 
 
-class Speaker(Protocol):
+class CaptioningMethod(Protocol):
     """Knows what was said so far in each row, and what may come next."""
 
     def __call__(self, last: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ class Speaker(Protocol):
 
 
 @torch.no_grad()
-def greedy(speaker: Speaker, start: Tensor, *, end: int, length: int) -> Tensor:
+def greedy(speaker: CaptioningMethod, start: Tensor, *, end: int, length: int) -> Tensor:
     """The likeliest token each time: ids int64 [R, length], the start included, filled up with ``end``.
 
     Args:
@@ -41,7 +41,7 @@ def greedy(speaker: Speaker, start: Tensor, *, end: int, length: int) -> Tensor:
 
 @torch.no_grad()
 def beam_search(
-    speaker: Speaker, start: Tensor, *, beams: int, end: int, length: int, length_penalty: float = 1.0
+    speaker: CaptioningMethod, start: Tensor, *, beams: int, end: int, length: int, length_penalty: float = 1.0
 ) -> Tensor:
     """The best text of each image among the ``beams`` that are followed: ids int64 [B, length], as `greedy`.
 

@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 class UnimodalDecoder(Tower):
-    """The lower half. A learned token stands behind the text; it sees all of the text, filling excepted, and no token
+    """The lower half. A learned token stands behind the text; it sees all of the text, padding excepted, and no token
     sees it: its output is the text's feature, those of the others are what the upper half goes on with.
 
     Args:
@@ -144,7 +144,7 @@ class MultimodalDecoder(nn.Module):
         return self.head(self.norm(x))
 
 
-class Speaker:
+class CaptioningMethod:
     """Both halves at work on captions that grow by a token at a time; see `src.models.text.generation`.
 
     Args:

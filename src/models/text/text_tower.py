@@ -29,7 +29,7 @@ class TextFeatures:
     """What a text tower says of a batch of texts."""
 
     embedding: Tensor  # [B, D], one vector a text
-    tokens: Tensor  # [B, L, D], one vector a token, filling included
+    tokens: Tensor  # [B, L, D], one vector a token, padding included
 
 
 TextPool = Callable[[Tensor, Tensor], Tensor]
@@ -41,12 +41,12 @@ def first_token(tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def last_token(tokens: Tensor, mask: Tensor) -> Tensor:
-    """The last one that is no filling, CLIP's: [B, L, D], [B, L] -> [B, D]."""
+    """The last one that is no padding, CLIP's: [B, L, D], [B, L] -> [B, D]."""
     return tokens[torch.arange(len(tokens), device=tokens.device), mask.sum(dim=1) - 1]
 
 
 def mean_token(tokens: Tensor, mask: Tensor) -> Tensor:
-    """The mean of all that are no filling, as T5 and sentence encoders are read: [B, L, D], [B, L] -> [B, D]."""
+    """The mean of all that are no padding, as T5 and sentence encoders are read: [B, L, D], [B, L] -> [B, D]."""
     weight = mask.to(tokens.dtype)
     return torch.einsum("bld,bl->bd", tokens, weight) / weight.sum(dim=1, keepdim=True)
 
@@ -67,7 +67,7 @@ class Tower(nn.Module, ABC):
         self.dim = dim
 
     def forward(self, text: Tensor, mask: Tensor) -> TextFeatures:
-        """Token ids [B, L] and which are no filling, bool [B, L]; filling stands at the end.
+        """Token ids [B, L] and which are no padding, bool [B, L]; padding stands at the end.
 
         Raises:
             SettingError: a text is longer than ``length``.
@@ -104,14 +104,14 @@ class TextTower(Tower):
         super().__init__(vocabulary=vocabulary, length=length, dim=width)
         sizes = _sizes(vocabulary, length, width, depth, heads)
         self.transformer = CLIPTextModel(CLIPTextConfig(hidden_act=activation, **sizes))
-        self._initialise(width, depth)
+        self._initialize(width, depth)
 
     def read(self, text: Tensor, mask: Tensor) -> TextFeatures:
         tokens = self.transformer(input_ids=text).last_hidden_state
         return TextFeatures(last_token(tokens, mask), tokens)
 
     @torch.no_grad()
-    def _initialise(self, width: int, depth: int) -> None:
+    def _initialize(self, width: int, depth: int) -> None:
         """The released code's: transformers has the two attention scales the other way round."""
         within, out = width**-0.5, width**-0.5 * (2 * depth) ** -0.5
         scales = {
@@ -146,8 +146,8 @@ def _sizes(vocabulary: int, length: int, width: int, depth: int, heads: int) -> 
 
 
 class SigmoidTextTower(Tower):
-    """SigLIP's (Zhai et al., 2023): every token sees every other, filling included, and a linear layer on the last
-    place, which is mostly filling, makes the feature.
+    """SigLIP's (Zhai et al., 2023): every token sees every other, padding included, and a linear layer on the last
+    place, which is mostly padding, makes the feature.
 
     Args:
         vocabulary, length: see `Tower`; texts are filled up to ``length``.

@@ -1,4 +1,4 @@
-"""Which cubes of a clip are hidden, and which of them are predicted."""
+"""Which tubelets of a clip are hidden, and which of them are predicted."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 from src.errors import SettingError
 from src.models.masked.masking import Masking, random_masking
 
-Grid = tuple[int, int, int]  # cubes in time, rows and columns; they are counted in this order
+Grid = tuple[int, int, int]  # tubelets in time, rows and columns; they are counted in this order
 
 VideoMasking = Callable[[int, Grid, float, torch.device], Masking]
-"""(batch, grid, share to hide, device) -> as many visible cubes for every clip."""
+"""(batch, grid, share to hide, device) -> as many visible tubelets for every clip."""
 
 Decoded = Callable[[Masking, Grid], Tensor]
 """(masking, grid) -> int64 [B, M], the places of what is predicted."""
@@ -49,8 +49,8 @@ def hidden_cubes(masking: Masking, grid: Grid) -> Tensor:
     return masking.restore.argsort(dim=1)[:, masking.keep.shape[1] :]
 
 
-def running_cells(masking: Masking, grid: Grid) -> Tensor:
-    """Half of all cubes, hidden or not (Wang et al., 2023): in every cell of 2 x 2 places two, which run round the cell
+def running_cell_masking(masking: Masking, grid: Grid) -> Tensor:
+    """Half of all tubelets, hidden or not (Wang et al., 2023): in every cell of 2 x 2 places two, which run round the cell
     from time to time, so that over any four times each place is predicted twice. Where the run begins is random.
 
     Raises:

@@ -17,8 +17,8 @@ MOTION, APPEARANCE = 14, 13  # numbers of a clip, see `src.datamodules.views.sta
 class STS(PretrainModule):
     """Self-supervised Video Representation Learning by Uncovering Spatio-temporal Statistics (Wang et al., 2021).
 
-    The numbers of regions, directions, frames and colours are regressed as they are. Deviations: a mirrored flow
-    changes its sign, and the colour of a ring is that of the ring alone, both of which the authors' code misses; where
+    The numbers of regions, directions, frames and colors are regressed as they are. Deviations: a mirrored flow
+    changes its sign, and the color of a ring is that of the ring alone, both of which the authors' code misses; where
     nothing moves all numbers of motion are 0, not the first region's; clips are not ordered by how hard they are.
 
     Args:

@@ -20,8 +20,8 @@ from src.datamodules.text.tokenizer import Tokenizer
 from src.errors import SettingError
 from src.models.backbones.image_encoder import Features, ImageEncoder, cls_token
 from src.models.downstream.mixing import mix
-from src.models.functional import at_least_float32, full_precision, unit
-from src.models.image_text.base import ImageTextModule, begin_from
+from src.models.functional import at_least_float32, full_precision, l2_normalize
+from src.models.image_text.base import ImageTextModule, load_towers
 from src.models.layers.attention import Attention
 from src.models.pretrain_module import StepOutput
 from src.models.text.text_tower import Tower
@@ -32,7 +32,7 @@ _AT_A_TIME = 2**13  # videos times classes whose prompts are made at once
 
 class XCLIP(ImageTextModule):
     """Expanding Language-Image Pretrained Models for General Video Recognition (Ni et al., 2022): a video is classified
-    by the names of the classes. Deviations: the clips of a batch are mixed with its reverse, and the colours of a clip
+    by the names of the classes. Deviations: the clips of a batch are mixed with its reverse, and the colors of a clip
     change alike in all frames, where the authors draw both anew.
 
     What is compared has a row for each video, its feature and then what its places look like, and a row for each name,
@@ -103,7 +103,7 @@ class XCLIP(ImageTextModule):
         if template is not None and template.count("{}") != 1:
             raise SettingError(f"model.template has one {{}} for the name of the class; got '{template}'")
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
-        begin_from(self, start)
+        load_towers(self, start)
         # only now what the start does not have
         heads = heads or max(1, embed_dim // 64)
         self.image_encoder = CrossFrameEncoder(backbone, messages=messages)
@@ -183,9 +183,11 @@ class XCLIP(ImageTextModule):
         if query.ndim == 2:
             return self.similarity(keys, query).T
         if self.prompts is None:
-            return cosines(unit(query[:, 0]), unit(keys).expand(len(query), -1, -1))
+            return cosines(l2_normalize(query[:, 0]), l2_normalize(keys).expand(len(query), -1, -1))
         parts = query.split(max(1, _AT_A_TIME // len(keys)))
-        return torch.cat([cosines(unit(part[:, 0]), unit(self.prompts(keys, part[:, 1:]))) for part in parts])
+        return torch.cat(
+            [cosines(l2_normalize(part[:, 0]), l2_normalize(self.prompts(keys, part[:, 1:]))) for part in parts]
+        )
 
     def name_classes(self, tokenizer: Tokenizer, texts: Sequence[str], held_out: Sequence[int] = ()) -> None:
         """Takes the classes to train on.
@@ -278,7 +280,7 @@ class CrossFrameEncoder(ImageEncoder):
         return self.frames(tokens).mean(dim=1)
 
     def forward(self, image: Tensor) -> Features:
-        """image: clips [B, T, 3, H, W], normalised."""
+        """image: clips [B, T, 3, H, W], normalized."""
         tokens = self.tokens(image)
         patches = self.backbone.norm(self.patches(tokens)).flatten(1, 2)  # type: ignore[operator]
         rows, columns = self.backbone.patch_embed.grid_size  # type: ignore[union-attr,misc]

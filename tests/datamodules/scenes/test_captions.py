@@ -8,20 +8,20 @@ import pytest
 from src.datamodules.scenes import captions, render
 from src.datamodules.scenes.captions import Facts, Noun, alt_text, facts, long, mistaken, region, short
 from src.datamodules.scenes.shapes import KINDS
-from src.datamodules.scenes.world import COLOURS, ObjectsWorld
+from src.datamodules.scenes.world import COLORS, ObjectsWorld
 
 WORLD = ObjectsWorld(others=(0, 3))
 TWO = Facts((Noun("star", "red", "stripes"), Noun("ring", "blue", "plain")), "left")
 
 
 def meant(phrase: str) -> str:
-    """The kind or colour that a synonym stands for, in a phrase for one thing."""
+    """The kind or color that a synonym stands for, in a phrase for one thing."""
     return next(name for name, words in captions._SYNONYMS.items() if phrase in words)
 
 
-def test_every_kind_and_colour_has_words_and_no_words_mean_two():
-    assert set(captions._SYNONYMS) == {kind.name for kind in KINDS} | set(COLOURS)
-    assert set(captions.COLOUR_NAMES) == set(COLOURS)
+def test_every_kind_and_color_has_words_and_no_words_mean_two():
+    assert set(captions._SYNONYMS) == {kind.name for kind in KINDS} | set(COLORS)
+    assert set(captions.COLOR_NAMES) == set(COLORS)
     words = [word for each in captions._SYNONYMS.values() for word in each]
     assert len(words) == len(set(words))
 
@@ -32,7 +32,7 @@ def test_facts_are_those_of_the_scene_and_its_picture():
         scene = WORLD.scene(0, index)
         what = facts(scene)
         assert [noun.kind for noun in what.things] == [thing.kind.name for thing in scene.things]
-        assert [noun.colour for noun in what.things] == [thing.colour for thing in scene.things]
+        assert [noun.color for noun in what.things] == [thing.color for thing in scene.things]
         if len(what.things) == 1:
             assert what.relation is None
             continue
@@ -52,7 +52,7 @@ PARTS = {
     ("top", "middle"): ("at the top", "in the upper part"),
     ("top", "right"): ("at the top right", "in the upper right part"),
     ("middle", "left"): ("at the left", "in the left part"),
-    ("middle", "middle"): ("in the middle", "at the centre"),
+    ("middle", "middle"): ("in the middle", "at the center"),
     ("middle", "right"): ("at the right", "in the right part"),
     ("bottom", "left"): ("at the bottom left", "in the lower left part"),
     ("bottom", "middle"): ("at the bottom", "in the lower part"),
@@ -73,7 +73,7 @@ def test_the_part_of_the_picture_is_said_right_behind_the_main_thing(place, word
 
 def test_the_part_of_the_picture_is_where_the_main_thing_is_seen():
     seen = set()
-    # whole in the picture, and round: the middle of their pixels is where they are
+    # whole in the image, and round: the middle of their pixels is where they are
     round_things = ObjectsWorld(
         kinds=tuple(k for k in KINDS if k.name == "disc"), others=(0, 0), main_radius=(0.3, 0.4)
     )
@@ -81,7 +81,7 @@ def test_the_part_of_the_picture_is_where_the_main_thing_is_seen():
         scene = round_things.scene(0, index)
         along, across = facts(scene, places=True).place
         mask = render.amodal_masks(scene, 64)[0]
-        # in half picture widths
+        # in half image widths
         down, right = (middle / 31.5 - 1 for middle in _middle(mask))
         for where, name, (before, after) in ((down, along, ("top", "bottom")), (right, across, ("left", "right"))):
             low, high = {before: (-1, -0.15), "middle": (-0.19, 0.19), after: (0.15, 1)}[name]
@@ -106,10 +106,10 @@ def test_a_wording_names_the_things_by_words_that_mean_them(wording):
         assert ("striped" in phrase) == (thing == 0)
         rest = re.sub(r"^an? (striped )?", "", phrase)
         named = [
-            (colour, kind)
-            for colour in captions._SYNONYMS["red"] + captions._SYNONYMS["blue"]
+            (color, kind)
+            for color in captions._SYNONYMS["red"] + captions._SYNONYMS["blue"]
             for kind in captions._SYNONYMS["star"] + captions._SYNONYMS["ring"]
-            if rest == f"{colour} {kind}"
+            if rest == f"{color} {kind}"
         ]
         assert [tuple(map(meant, pair)) for pair in named] == [("red", "star") if thing == 0 else ("blue", "ring")]
 
@@ -143,14 +143,14 @@ def test_a_long_caption_says_every_thing_and_how_many():
 
 def test_mistakes_change_what_they_name_and_nothing_else():
     swapped = mistaken(TWO, "attribute", 0)
-    assert [thing.colour for thing in swapped.things] == ["blue", "red"]
+    assert [thing.color for thing in swapped.things] == ["blue", "red"]
     assert replace(swapped, things=TWO.things) == TWO
     assert [thing.kind for thing in swapped.things] == ["star", "ring"]
     assert mistaken(TWO, "relation", 0) == replace(TWO, relation="right")
     assert len(mistaken(TWO, "count", 0).things) == 3
     assert mistaken(TWO, "count", 1) == Facts(TWO.things[:1], None)
     alone = Facts(TWO.things[:1], None)
-    assert mistaken(alone, "attribute", 4).things[0].colour not in ("red",)
+    assert mistaken(alone, "attribute", 4).things[0].color not in ("red",)
     assert mistaken(alone, "relation", 0) is None
     assert mistaken(replace(TWO, relation="before"), "relation", 0) is None
 

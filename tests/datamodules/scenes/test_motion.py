@@ -1,4 +1,4 @@
-"""Films: what moves, that no single picture tells, and exact flow."""
+"""Films: what moves, that no single image tells, and exact flow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures and ground truth of a scene: exact, consistent with each other and between resolutions."""
+"""Visualizations and ground truth of a scene: exact, consistent with each other and between resolutions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLAT = Texture(pattern=PLAIN, rgb=GREY, period=1.0, angle=0.0, phase=(0.0, 0.0))
 def _thing(**changes: object) -> Thing:
     thing = Thing(
         kind=SMOOTH,
-        colour="white",
+        color="white",
         rgb=(1.0, 1.0, 1.0),
         texture=FLAT,
         size=0.8,
@@ -57,7 +57,7 @@ def scenes() -> list[Scene]:
 
 
 def test_disc_seen_straight_has_the_area_and_place_of_its_projection() -> None:
-    """Radius 0.8 m at 4 m with focal 2 is 0.4 half widths; centre (0.5, -0.25) m is (0.25, -0.125) half widths."""
+    """Radius 0.8 m at 4 m with focal 2 is 0.4 half widths; center (0.5, -0.25) m is (0.25, -0.125) half widths."""
     scene, resolution = _scene(_thing(position=(0.5, -0.25, 4.0))), 400
     (mask,) = render.instance_masks(scene, resolution)
     assert mask.mean() == pytest.approx(math.pi * 0.4**2 / 4, rel=2e-3)
@@ -88,7 +88,7 @@ def test_a_carved_face_takes_the_light_by_its_slope() -> None:
 
 
 def test_tilted_disc_has_the_area_of_the_exact_perspective_ellipse() -> None:
-    """Yawed by a about its centre at depth Z, the disc of radius r is seen as an ellipse of area
+    """Yawed by a about its center at depth Z, the disc of radius r is seen as an ellipse of area
     π r² f² cos(a) Z / (Z² - r² sin²(a))^1.5 in half widths squared."""
     angle, radius, z = 0.9, 0.8, 4.0
     scene = _scene(_thing(rotation=(0.0, 0.0, angle)))
@@ -213,7 +213,7 @@ def test_same_picture_at_every_resolution(scenes: list[Scene]) -> None:
         assert np.quantile(error, 0.99) < 30.0
         masks = render.instance_masks(scene, 256).reshape(-1, 64, 4, 64, 4).mean((2, 4))
         coarse = render.instance_masks(scene, 64)
-        assert np.quantile(masks[coarse], 0.02) > 0.3  # a pixel whose centre is inside is mostly inside
+        assert np.quantile(masks[coarse], 0.02) > 0.3  # a pixel whose center is inside is mostly inside
         assert np.abs(masks - coarse).mean() < 0.02
 
 

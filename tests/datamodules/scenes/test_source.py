@@ -21,7 +21,7 @@ from src.datamodules.scenes import cache, render
 from src.datamodules.scenes.cache import Recipe, folder_of, open_or_build
 from src.datamodules.scenes.captions import _SYNONYMS
 from src.datamodules.scenes.source import FIELDS, ScenesSource
-from src.datamodules.scenes.world import COLOURS, ObjectsWorld
+from src.datamodules.scenes.world import COLORS, ObjectsWorld
 
 
 def _image(source: ScenesSource, index: int) -> np.ndarray:
@@ -208,13 +208,13 @@ def test_failing_worker_is_an_error_and_not_a_cache(tmp_path: Path, monkeypatch:
 
 
 def _shown(source: ScenesSource) -> list[set[tuple[str, str]]]:
-    return [{(thing.kind.name, thing.colour) for thing in source.scene(index).things} for index in range(len(source))]
+    return [{(thing.kind.name, thing.color) for thing in source.scene(index).things} for index in range(len(source))]
 
 
 def test_held_out_combinations_are_met_where_they_are_asked_for_and_nowhere_else() -> None:
     world = ObjectsWorld(others=(3, 3))
-    kinds, colours = [kind.name for kind in world.kinds], list(COLOURS)
-    unseen = {(kind, colour) for i, kind in enumerate(kinds) for j, colour in enumerate(colours) if (i + j) % 4 == 0}
+    kinds, colors = [kind.name for kind in world.kinds], list(COLORS)
+    unseen = {(kind, color) for i, kind in enumerate(kinds) for j, color in enumerate(colors) if (i + j) % 4 == 0}
     assert len(unseen) == 20
     count, combinations = {"train": 150, "val": 40, "test": 40}, {"train": "seen", "val": "unseen", "test": "all"}
     train, val, test = (
@@ -223,8 +223,8 @@ def test_held_out_combinations_are_met_where_they_are_asked_for_and_nowhere_else
     )
     assert not any(shown & unseen for shown in train)
     assert all(shown <= unseen for shown in val)
-    # every kind and every colour is learned, in other combinations
-    assert set.union(*train) == {(kind, colour) for kind in kinds for colour in colours} - unseen
+    # every kind and every color is learned, in other combinations
+    assert set.union(*train) == {(kind, color) for kind in kinds for color in colors} - unseen
     assert set.union(*val) == unseen
     assert set.union(*test) & unseen
     assert set.union(*test) - unseen
@@ -252,6 +252,6 @@ def test_each_region_is_told_in_the_order_of_the_boxes() -> None:
             assert len(told) == len(things) == len(source[index]["fields"]["boxes"])
             for text, thing in zip(told, things, strict=True):
                 assert any(text.endswith(f" {kind}") for kind in _SYNONYMS[thing.kind.name])
-                assert any(colour in text for colour in _SYNONYMS[thing.colour])
+                assert any(color in text for color in _SYNONYMS[thing.color])
         reworded += source.regions(index, 0.1) != source.regions(index, 0.8)
     assert reworded >= 5  # the choice chooses

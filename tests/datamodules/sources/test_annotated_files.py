@@ -77,7 +77,7 @@ def test_a_palette_is_read_as_its_numbers(ade: Path) -> None:
         ),
         (lambda file: save(file, np.ones((2, 3, 3), np.uint8)), r"pixels of the kind 'RGB', not one number a pixel"),
     ],
-    ids=["missing", "nonsense", "cut", "size", "class", "colours"],
+    ids=["missing", "nonsense", "cut", "size", "class", "colors"],
 )
 def test_a_bad_mask_is_named(ade: Path, spoil: Any, message: str) -> None:
     spoil(ade / "annotations/training/a.png")
@@ -153,7 +153,7 @@ def test_depths_in_metres_in_arrays(nyu: Path) -> None:
             source[0]
 
 
-def test_normals_in_colours_and_in_arrays(nyu: Path) -> None:
+def test_normals_in_colors_and_in_arrays(nyu: Path) -> None:
     """Right is +x; up and to the camera where the data set says so by its signs; grey and black say nothing."""
     said = np.array([[[255, 128, 128], [128, 255, 128], [128, 128, 255]]], np.uint8)
     for name in "ab":

@@ -1,4 +1,4 @@
-"""Lists of pictures and texts: what is read, what is told from what, and what a bad entry costs."""
+"""Lists of images and texts: what is read, what is told from what, and what a bad entry costs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PINNED_VAL = ["03.png", "06.png", "08.png", "15.png", "16.png", "19.png"]
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Pictures 00.png … 19.png of one grey each."""
+    """Visualizations 00.png … 19.png of one grey each."""
     for number in range(20):
         Image.new("RGB", (4, 3), (number, number, number)).save(tmp_path / f"{number:02d}.png")
     return tmp_path

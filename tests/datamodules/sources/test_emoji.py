@@ -1,4 +1,4 @@
-"""The emoji: classes, families that stay together, pictures, and the cache."""
+"""The emoji: classes, families that stay together, images, and the cache."""
 
 from __future__ import annotations
 

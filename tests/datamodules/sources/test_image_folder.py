@@ -1,4 +1,4 @@
-"""Folders of pictures: layouts, labels, splits, and messages for what is wrong."""
+"""Folders of images: layouts, labels, splits, and messages for what is wrong."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ class TestBad:
 
 class TestSplits:
     def test_hash_is_pinned(self) -> None:
-        """Another hash would move pictures from val to train in every collection already in use."""
+        """Another hash would move images from val to train in every collection already in use."""
         got = [hashed_split(f"class/{number}.jpg", val_share=0.3, test_share=0.3) for number in range(8)]
         assert got == ["train", "val", "test", "val", "train", "train", "test", "train"]
 

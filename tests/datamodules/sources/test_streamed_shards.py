@@ -20,7 +20,7 @@ from src.datamodules.sources.source import BadSample, CaptionedSource, DataError
 from src.datamodules.sources.streamed_shards import CaptionedStreamedShards, StreamedShards
 from src.datamodules.sources.text_filter import TextFilter
 from src.datamodules.sources.webdataset import CaptionedWebDatasetSource
-from src.datamodules.views.image import CentreCrop
+from src.datamodules.views.image import CenterCrop
 from src.errors import SettingError
 from tests.datamodules.sources.test_webdataset import encoded, grey_of, write
 
@@ -55,7 +55,7 @@ class Server:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    """Four shards of 4, 5, 6 and 3 pictures, whose greys count on from shard to shard."""
+    """Four shards of 4, 5, 6 and 3 images, whose greys count on from shard to shard."""
     folder, grey = tmp_path / "there", 0
     folder.mkdir()
     for shard, size in enumerate(SIZES):
@@ -192,7 +192,7 @@ def test_a_shard_that_cannot_be_had_does_not_end_the_run(
                 source[4]
     assert server.shards_asked().count("00001.tar") == 2
     assert sum("left alone" in record.message for record in caplog.records) == 1
-    dataset = ViewedDataset(source, CentreCrop(size=4), seed=0)
+    dataset = ViewedDataset(source, CenterCrop(size=4), seed=0)
     batch = dataset[next(iter(TrainSampler(18, batch_size=18, seed=0)))]
     assert batch["replaced"].tolist().count(True) == 5
     near = {int(source.stand_in(position, number)) for position in range(4, 9) for number in range(50)}
@@ -203,7 +203,7 @@ def test_texts_are_learned_from_and_limits_taken_where_the_data_begins(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("src.datamodules.text.tokenizing._LEARNED_FROM", 6)
-    view = CentreCrop(size=4)
+    view = CenterCrop(size=4)
     data = ImageTextDataModule(
         source=lambda split: streamed(server, tmp_path, shuffle_shards=1),
         train_view=view,

@@ -11,11 +11,11 @@ import torch
 from src.datamodules.scenes.source import ScenesSource, SceneTexts
 from src.datamodules.sources.source import BadSample, Sample
 from src.datamodules.sources.text_filter import TextFilter
-from src.datamodules.sources.texts import WithTexts
+from src.datamodules.sources.texts import TextListSource
 from src.errors import SettingError
 
 
-class Told(WithTexts):
+class Told(TextListSource):
     classes = ("thing",)
 
     def __init__(self, texts: list[list[str]], broken: tuple[int, ...] = ()) -> None:
@@ -38,7 +38,7 @@ class Told(WithTexts):
 
 TEXTS = [
     ["A  photo of x", "two words", "the only one"],
-    ["a photo of X", "a photo of x"],  # twice here, but one picture
+    ["a photo of X", "a photo of x"],  # twice here, but one image
     ["a photo of x"],
     ["one two three four five six"],
     [],
@@ -50,7 +50,7 @@ def test_texts_are_dropped_by_length_and_by_how_many_pictures_share_them(caplog:
     source = Told(TEXTS, broken=(5,))
     with caplog.at_level(logging.WARNING):
         kept = TextFilter(max_images=2, min_words=3, max_words=5)(source)
-    # 3 pictures share one text, which takes 1 and 2 along; 3's is too long; what has no text or is broken stays
+    # 3 images share one text, which takes 1 and 2 along; 3's is too long; what has no text or is broken stays
     assert [kept.name(index) for index in range(len(kept))] == ["told/0", "told/4", "told/5"]
     assert kept.captions(0) == ["the only one"]
     assert {kept.caption(0, choice) for choice in np.linspace(0, 0.99, 5)} == {"the only one"}

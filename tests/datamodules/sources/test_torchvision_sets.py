@@ -41,7 +41,7 @@ def cifar_pixels(label: int, index: int) -> np.ndarray:
 
 @pytest.fixture
 def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """CIFAR-10 with 8 pictures in each of its five training batches and 8 to test; checksums of these files."""
+    """CIFAR-10 with 8 images in each of its five training batches and 8 to test; checksums of these files."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
 
@@ -116,7 +116,7 @@ class TestCIFAR:
 class TestSTL10:
     @pytest.fixture
     def root(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        """12 labelled, 5 unlabelled and 3 test pictures: column-major planes, labels from 1."""
+        """12 labelled, 5 unlabelled and 3 test images: column-major planes, labels from 1."""
         folder = tmp_path / "stl10_binary"
         folder.mkdir()
         for name, count in (("train", 12), ("unlabeled", 5), ("test", 3)):

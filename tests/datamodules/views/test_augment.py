@@ -80,7 +80,7 @@ def test_erasing_fills_one_rectangle_with_noise_and_keeps_every_other_pixel():
         assert 0.01 <= area / 32**2 <= 0.4
         noise.append(erasing.decoded(grey, numbers)["image"][index][:, where] if index < 8 else torch.zeros(3, 0))
     values = torch.cat(noise, dim=1).float() / 255
-    # standard normal after normalisation: the mean colour, one standard deviation wide, cut at black and white
+    # standard normal after normalization: the mean color, one standard deviation wide, cut at black and white
     torch.testing.assert_close(values.mean(dim=1), torch.tensor([0.485, 0.456, 0.406]), atol=0.03, rtol=0)
     torch.testing.assert_close(values.std(dim=1), torch.tensor([0.22, 0.215, 0.21]), atol=0.025, rtol=0)
 
@@ -93,7 +93,7 @@ def test_the_share_of_erased_pictures_is_the_probability():
     assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
 
 
-def test_strongest_posterisation_keeps_a_bit():
+def test_strongest_posterization_keeps_a_bit():
     class Operation:
         def __call__(self, level, settings):
             return (4 - int(level / 10 * 4),)

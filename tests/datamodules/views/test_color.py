@@ -5,20 +5,20 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from src.datamodules.views.color import (
-    Colour,
+    Color,
     adjust_brightness,
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
     gaussian_blur,
     luma,
-    solarise,
+    solarize,
 )
 from src.randomness import uniform
 
 
 def pictures(count: int = 5, size: int = 12) -> Tensor:
-    """Random pixels, and in the first picture greys, blacks, whites and colours whose largest channel is not alone."""
+    """Random pixels, and in the first image greys, blacks, whites and colors whose largest channel is not alone."""
     images = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
     images[0, :, 0] = 0.3
     images[0, :, 1] = 0.0
@@ -32,7 +32,7 @@ def eight_bit(count: int, size: int = 16) -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, size, size), dtype=np.uint8))
 
 
-def numbers(count: int, draws: int = Colour.draws, seed: int = 0) -> np.ndarray:
+def numbers(count: int, draws: int = Color.draws, seed: int = 0) -> np.ndarray:
     return uniform(seed, [0] * count, range(count), draws)
 
 
@@ -53,10 +53,10 @@ def test_each_picture_is_changed_as_torchvision_changes_it_with_its_factor(ours,
         assert torch.allclose(changed, theirs(image, factor), atol=2e-6)
 
 
-def test_grey_and_solarisation_are_torchvision_s():
+def test_grey_and_solarization_are_torchvision_s():
     images = pictures()
     assert torch.allclose(luma(images), tv.rgb_to_grayscale(images), atol=1e-6)
-    assert torch.equal(solarise(images), tv.solarize(images, 0.5))
+    assert torch.equal(solarize(images), tv.solarize(images, 0.5))
 
 
 @pytest.mark.parametrize(("size", "kernel"), [(24, 3), (64, 7), (96, 9)])
@@ -68,7 +68,7 @@ def test_the_blur_is_torchvision_s_with_a_kernel_of_a_tenth_of_the_side(size, ke
 
 
 def test_a_recipe_is_torchvision_s_functions_in_the_order_and_by_the_factors_of_its_numbers():
-    recipe = Colour(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grey=0.2, blur=0.5, solarise=0.3)
+    recipe = Color(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grey=0.2, blur=0.5, solarize=0.3)
     count = 40
     images, rows = eight_bit(count), numbers(count)
     result = recipe(images, rows)
@@ -88,13 +88,13 @@ def test_a_recipe_is_torchvision_s_functions_in_the_order_and_by_the_factors_of_
             x = tv.gaussian_blur(x, [3, 3], [0.1 + 1.9 * float(row[12])] * 2)
         if row[3] < 0.3:
             x = tv.solarize(x, 0.5)
-        # solarisation turns a rounding at its threshold into nearly nothing, since 1 - 0.5 = 0.5
+        # solarization turns a rounding at its threshold into nearly nothing, since 1 - 0.5 = 0.5
         assert (changed.float() - 255 * x).abs().max() <= 0.51
     assert len(seen) > 10  # of 24 orders
 
 
 def test_a_factor_below_zero_is_cut_as_torchvision_does():
-    strong = Colour(brightness=2.0, jitter=1.0)
+    strong = Color(brightness=2.0, jitter=1.0)
     rows = numbers(2)
     rows[0, 4], rows[1, 4] = 0.0, 0.5
     image = torch.full((2, 3, 4, 4), 100, dtype=torch.uint8)
@@ -103,12 +103,12 @@ def test_a_factor_below_zero_is_cut_as_torchvision_does():
 
 def test_without_strength_or_luck_nothing_changes():
     images, rows = eight_bit(6), numbers(6)
-    assert torch.equal(Colour()(images, rows), images)
-    assert torch.equal(Colour(brightness=0.8, hue=0.2, jitter=0.0)(images, rows), images)
+    assert torch.equal(Color()(images, rows), images)
+    assert torch.equal(Color(brightness=0.8, hue=0.2, jitter=0.0)(images, rows), images)
 
 
-def test_a_picture_s_colours_do_not_depend_on_its_neighbours_nor_on_how_many_there_are():
-    recipe = Colour(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grey=0.2, blur=0.5, solarise=0.2)
+def test_a_picture_s_colors_do_not_depend_on_its_neighbors_nor_on_how_many_there_are():
+    recipe = Color(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grey=0.2, blur=0.5, solarize=0.2)
     images, rows = eight_bit(30, 64), numbers(30)
     whole = recipe(images, rows)
     for index in (0, 7, 16, 29):
@@ -120,9 +120,9 @@ def test_each_change_happens_as_often_as_its_probability_says_and_independently(
     count = 2000
     images = torch.tensor([200, 40, 90], dtype=torch.uint8).view(1, 3, 1, 1).expand(count, 3, 24, 24).contiguous()
     rows = numbers(count)
-    grey = (Colour(grey=0.2)(images, rows).amax(dim=1) == Colour(grey=0.2)(images, rows).amin(dim=1)).flatten(1).all(1)
-    inverted = Colour(solarise=0.4)(images, rows)[:, 0, 0, 0] == 55
-    jittered = Colour(brightness=0.5, jitter=0.8)(images, rows)[:, 0, 0, 0] != 200
+    grey = (Color(grey=0.2)(images, rows).amax(dim=1) == Color(grey=0.2)(images, rows).amin(dim=1)).flatten(1).all(1)
+    inverted = Color(solarize=0.4)(images, rows)[:, 0, 0, 0] == 55
+    jittered = Color(brightness=0.5, jitter=0.8)(images, rows)[:, 0, 0, 0] != 200
     for share, p in ((grey, 0.2), (inverted, 0.4), (jittered, 0.8), (grey & inverted, 0.08), (grey & jittered, 0.16)):
         assert abs(share.float().mean().item() - p) < 4 * (p * (1 - p) / count) ** 0.5
 
@@ -138,4 +138,4 @@ def test_each_change_happens_as_often_as_its_probability_says_and_independently(
 )
 def test_nonsense_is_refused_by_its_name(settings, message):
     with pytest.raises(ValueError, match=message):
-        Colour(**settings)
+        Color(**settings)

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from src.datamodules.views.image import CentreCrop, RandomResizedCrop
+from src.datamodules.views.image import CenterCrop, RandomResizedCrop
 from src.datamodules.views.resample import resample_boxes
 from src.randomness import uniform
 
@@ -56,7 +56,7 @@ def test_boxes_have_torchvision_s_distribution():
         assert mine.std() == pytest.approx(theirs.std(), rel=0.06)
 
 
-def test_a_picture_too_narrow_for_any_ratio_falls_back_to_its_centre():
+def test_a_picture_too_narrow_for_any_ratio_falls_back_to_its_center():
     view = RandomResizedCrop(size=8, scale=(0.9, 1.0))
     assert view.boxes(10, 100, uniform(0, [0], [0], view.draws)).tolist() == [[0, 43, 10, 13]]
 
@@ -81,13 +81,13 @@ def test_a_picture_of_its_own_gets_what_it_gets_in_a_batch():
     assert torch.equal(view.decoded(images[2:3], numbers[2:3])["image"][0], together[2])
 
 
-def test_centre_crop_is_the_resized_middle():
+def test_center_crop_is_the_resized_middle():
     images = pictures(1, 64, 96)
-    found = CentreCrop(size=28, share=0.875).decoded(images, np.zeros((1, 0)))["image"][0]
+    found = CenterCrop(size=28, share=0.875).decoded(images, np.zeros((1, 0)))["image"][0]
     pil = Image.fromarray(images[0].permute(1, 2, 0).numpy())
     expected = np.asarray(pil.resize((28, 28), Image.Resampling.BICUBIC, box=(20, 4, 76, 60)))
     assert np.abs(found.permute(1, 2, 0).numpy().astype(int) - expected.astype(int)).max() <= 1
-    untouched = CentreCrop(size=64, share=1.0).decoded(pictures(1, 64, 64), np.zeros((1, 0)))["image"]
+    untouched = CenterCrop(size=64, share=1.0).decoded(pictures(1, 64, 64), np.zeros((1, 0)))["image"]
     assert torch.equal(untouched, pictures(1, 64, 64))
 
 

@@ -9,13 +9,13 @@ from PIL import Image
 from src.datamodules.batch import BatchError, MultiViewBatch, validate
 from src.datamodules.decoding import EncodedImage
 from src.datamodules.image import ImageDataModule
-from src.datamodules.views.color import Colour
-from src.datamodules.views.image import CentreCrop, RandomResizedCrop
+from src.datamodules.views.color import Color
+from src.datamodules.views.image import CenterCrop, RandomResizedCrop
 from src.datamodules.views.multi import Augmented, MultiView
 from src.randomness import uniform
 
-STRONG = Colour(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grey=0.2, blur=0.5)
-PLAIN = Colour()
+STRONG = Color(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grey=0.2, blur=0.5)
+PLAIN = Color()
 MIXED = MultiView(
     {"first": Augmented(RandomResizedCrop(24), STRONG), "second": Augmented(RandomResizedCrop(24), PLAIN)},
     {"small": Augmented(RandomResizedCrop(12, scale=(0.05, 0.4)), STRONG, count=3)},
@@ -74,7 +74,7 @@ def test_a_file_and_its_pixels_give_the_same_views_but_for_rounding():
     pixels = np.random.default_rng(1).integers(0, 256, (50, 60, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
-    mild = Colour(brightness=0.4, grey=0.2, blur=0.5)
+    mild = Color(brightness=0.4, grey=0.2, blur=0.5)
     view = MultiView(
         {"both": Augmented(RandomResizedCrop(24), mild, count=2)},
         {"small": Augmented(RandomResizedCrop(12), mild, count=2)},
@@ -89,7 +89,7 @@ def test_a_file_and_its_pixels_give_the_same_views_but_for_rounding():
     assert (alone.int() - encoded["views"][0].int()).abs().max() <= 3
 
 
-def test_views_reach_the_method_normalised_with_label_and_index():
+def test_views_reach_the_method_normalized_with_label_and_index():
     class Source:
         classes = ("a",)
         images = pictures(8).numpy()
@@ -104,7 +104,7 @@ def test_views_reach_the_method_normalised_with_label_and_index():
     data = ImageDataModule(
         source=lambda split: Source(),
         train_view=MIXED,
-        eval_view=CentreCrop(24),
+        eval_view=CenterCrop(24),
         batch_size=4,
         num_workers=0,
     )

@@ -75,7 +75,7 @@ def test_where_nothing_moves_against_anything_there_is_nothing_to_say() -> None:
 def test_a_step_in_the_horizontal_flow() -> None:
     """u is 0 left of column 13 and 2 from there on, in the last of three frames alone: boundaries on columns 12 and 13.
 
-    A convolution turns its kernel round, so the derivative across is the left neighbour less the right one, over three
+    A convolution turns its kernel round, so the derivative across is the left neighbor less the right one, over three
     rows: 3 (0 - 2) = -6 at both columns, 180 degrees: the fifth of eight directions.
     """
     flow = still()
@@ -85,13 +85,13 @@ def test_a_step_in_the_horizontal_flow() -> None:
     assert found[0:4] == [4, 5, 0, 0]
     # 24 of the third ring's 80 pixels, 8 of the fourth's 112
     assert found[4:8] == [3, 5, 0, 0]
-    # 5 + 6 pixels of the triangle on the right above, 4 + 3 of its neighbour; the diagonal is in both
+    # 5 + 6 pixels of the triangle on the right above, 4 + 3 of its neighbor; the diagonal is in both
     assert found[8:12] == [4, 5, 0, 0]
     assert found[12:] == [3, 0]
 
 
 def test_a_step_in_the_vertical_flow_downwards() -> None:
-    """v is 1 above row 3 and 0 below, in all frames, twice as strong in the second. Upper neighbour less the lower one:
+    """v is 1 above row 3 and 0 below, in all frames, twice as strong in the second. Upper neighbor less the lower one:
     3 (1 - 0) a frame and row, downwards: 90 degrees, the third direction."""
     flow = still()
     flow[:, 1, :3] = 1.0
@@ -138,12 +138,12 @@ def test_what_boundaries_of_different_frames_say_is_summed_with_their_signs() ->
 BLUE, GREEN, RED, WHITE, BLACK = (0, 0, 255), (0, 255, 0), (255, 0, 0), (255, 255, 255), (0, 0, 0)
 
 
-def painted(colour: tuple[int, int, int], frames: int = 4) -> np.ndarray:
-    return np.broadcast_to(np.array(colour, np.uint8).reshape(1, 3, 1, 1), (frames, 3, SIZE, SIZE)).copy()
+def painted(color: tuple[int, int, int], frames: int = 4) -> np.ndarray:
+    return np.broadcast_to(np.array(color, np.uint8).reshape(1, 3, 1, 1), (frames, 3, SIZE, SIZE)).copy()
 
 
 @pytest.mark.parametrize(
-    ("colour", "octant"),
+    ("color", "octant"),
     [
         (BLUE, 1),
         ((127, 128, 128), 2),
@@ -155,16 +155,16 @@ def painted(colour: tuple[int, int, int], frames: int = 4) -> np.ndarray:
         ((128, 128, 127), 8),
     ],
 )
-def test_the_octants_of_colour(colour: tuple[int, int, int], octant: int) -> None:
+def test_the_octants_of_color(color: tuple[int, int, int], octant: int) -> None:
     # all regions overlap wholly, so the first of each is both
-    assert appearance_statistics(painted(colour)).tolist() == [1, octant, 1, octant] * 3 + [octant]
+    assert appearance_statistics(painted(color)).tolist() == [1, octant, 1, octant] * 3 + [octant]
 
 
-def test_where_colours_change_and_where_they_stay() -> None:
+def test_where_colors_change_and_where_they_stay() -> None:
     """Green, with the block of rows 0-3 and columns 12-15 red at first and blue afterwards."""
     video = painted(GREEN)
-    for frame, colour in enumerate((RED, BLUE, BLUE, BLUE)):
-        video[frame, :, 0:4, 12:16] = np.array(colour, np.uint8).reshape(3, 1, 1)
+    for frame, color in enumerate((RED, BLUE, BLUE, BLUE)):
+        video[frame, :, 0:4, 12:16] = np.array(color, np.uint8).reshape(3, 1, 1)
     found = appearance_statistics(video).tolist()
     assert found[0:4] == [4, 1, 1, 6]  # the block changes and is mostly blue; the first one does not
     # 4 of the 80 pixels of the third ring change and 12 of the fourth's 112
@@ -182,14 +182,14 @@ def test_overlap_is_intersection_over_union_averaged_over_channels() -> None:
     assert statistics._overlap(pixels) == pytest.approx((2 / 6 + 1 + 0) / 3)
 
 
-def test_a_colour_counts_exactly_and_over_all_frames() -> None:
+def test_a_color_counts_exactly_and_over_all_frames() -> None:
     """Three reds that differ, twice each, against one blue that is there three times."""
     pixels = np.array([[[200, 201, 202, 0], [200, 201, 202, 0]], [[0] * 4, [0] * 4], [[0, 0, 0, 255], [0, 0, 0, 255]]])
     pixels = np.concatenate([pixels, np.array([[[0]] * 2, [[0]] * 2, [[255], [0]]])], axis=2).transpose(1, 0, 2)
     assert statistics._dominant(pixels.astype(np.uint8)) == 1
 
 
-def test_a_ring_has_its_own_colour_alone() -> None:
+def test_a_ring_has_its_own_color_alone() -> None:
     """The second ring is red and the middle white: the strip below the middle is a strip of rows, not of frames."""
     video = painted(GREEN)
     rings = partitions(SIZE)[1].masks

@@ -1,4 +1,4 @@
-"""Action recognition: clips through the heads of pictures, and pictures through the heads of clips."""
+"""Action recognition: clips through the heads of images, and images through the heads of clips."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from timm.data.mixup import Mixup
 from src.datamodules.batch import VideoBatch
 from src.models.backbones.image_encoder import ImageEncoder
 from src.models.backbones.video_conv import r2plus1d
-from src.models.backbones.video_vit import CubeEmbed, FrameEncoder, VideoEncoder, clip_encoder, sinusoids, video_vit
+from src.models.backbones.video_vit import FrameEncoder, TubeletEmbed, VideoEncoder, clip_encoder, sinusoids, video_vit
 from src.models.backbones.weights import WeightsError, pretrained
 from src.models.downstream.action import FineTuneAction, LinearAction
 from src.optim import OptimizerRecipe, adamw
@@ -23,7 +23,7 @@ RECIPE = OptimizerRecipe(adamw, lr=1.0, weight_decay=0.05)
 
 
 def clips_vit(size: int = 16, frames: int = 4) -> timm.models.VisionTransformer:
-    embed = partial(CubeEmbed, frames=frames, cube_frames=2)
+    embed = partial(TubeletEmbed, frames=frames, cube_frames=2)
     options = {**SMALL, "img_size": size, "class_token": False, "global_pool": "avg", "fc_norm": True}
     return video_vit("vit_tiny_patch16_224", embed_layer=embed, **options)
 
@@ -49,7 +49,7 @@ def built(backbone: torch.nn.Module, **options: object) -> FineTuneAction:
 
 
 def test_frames_of_a_clip_are_mixed_alike() -> None:
-    """Mixed frame by frame with the same numbers, as pictures are."""
+    """Mixed frame by frame with the same numbers, as images are."""
     module, data = built(clips_vit()), batch()
     for step in range(4):  # mixup and cutmix both
         mixed, shares = module.mix(data["video"], data["label"], step)

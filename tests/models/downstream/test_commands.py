@@ -81,7 +81,7 @@ def test_a_wrong_checkpoint_is_said_before_anything_starts(tmp_path):
 def test_patches_of_a_runs_encoder_are_judged_by_the_classes_of_their_pixels(tmp_path, pretrained, monkeypatch):
     monkeypatch.setenv("PRETEXT_RUN_DIR", "")
     words = ["experiment=segmentation_linear_vitb", "scale=tiny", *KEPT, "callbacks.progress=null"]
-    words += ["trainer.max_epochs=1", "data.eval_batch_size=8", "callbacks.pictures.count=2"]
+    words += ["trainer.max_epochs=1", "data.eval_batch_size=8", "callbacks.visualizations.count=2"]
     assert train.main([*words, f"checkpoint={pretrained}", f"paths.runs={tmp_path}", "run.name=dense"]) == 0
     run_of = runs.Run(tmp_path / "segmentation_linear_vitb" / "dense")
     assert 0 <= run_of.metrics()["train"]["eval/miou"] <= run_of.metrics()["train"]["eval/pixel_accuracy"] <= 1
@@ -97,7 +97,7 @@ def test_patches_of_a_runs_encoder_are_judged_by_the_classes_of_their_pixels(tmp
 def test_things_are_found_on_a_runs_frozen_encoder_which_stays_as_it_is(tmp_path, pretrained, monkeypatch):
     monkeypatch.setenv("PRETEXT_RUN_DIR", "")
     words = ["experiment=detection_vitb", "scale=tiny", *KEPT, "callbacks.progress=null", "model.frozen=true"]
-    words += ["trainer.max_epochs=1", "data.eval_batch_size=8", "callbacks.pictures.count=2"]
+    words += ["trainer.max_epochs=1", "data.eval_batch_size=8", "callbacks.visualizations.count=2"]
     assert train.main([*words, f"checkpoint={pretrained}", f"paths.runs={tmp_path}", "run.name=things"]) == 0
     run_of = runs.Run(tmp_path / "detection_vitb" / "things")
     metrics = run_of.metrics()["train"]

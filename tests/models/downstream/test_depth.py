@@ -54,7 +54,7 @@ class TestLoss:
         prediction = torch.tensor([[[math.e, 1.0, 5.0]], [[1.0, 1.0, 1.0]]])
         depth = torch.tensor([[[1.0, 1.0, 0.0]], [[0.0, 0.0, 0.0]]])
         valid = torch.tensor([[[True, True, False]], [[False, False, False]]])
-        # d = 1, 0: mean d^2 = 1/2, (mean d)^2 = 1/4; nothing is known of the second picture
+        # d = 1, 0: mean d^2 = 1/2, (mean d)^2 = 1/4; nothing is known of the second image
         expected = math.sqrt(0.5 - 0.5 * 0.25) / 2
         prediction.requires_grad_()
         loss = silog(prediction, depth, valid, focus=0.5)
@@ -118,12 +118,12 @@ class TestHead:
         fusion = Fusion(4, first=False)
         x, joining = torch.randn(1, 4, 3, 5), torch.randn(1, 4, 3, 5)
 
-        def unit(of: Any, value: Tensor) -> Tensor:
+        def l2_normalize(of: Any, value: Tensor) -> Tensor:
             first, second = of.layers[1], of.layers[3]
             inner = F.conv2d(F.relu(value), first.weight, first.bias, padding=1)
             return value + F.conv2d(F.relu(inner), second.weight, second.bias, padding=1)
 
-        refined = unit(fusion.refine, x + unit(fusion.joining, joining))
+        refined = l2_normalize(fusion.refine, x + l2_normalize(fusion.joining, joining))
         doubled = F.interpolate(refined, size=(6, 10), mode="bilinear", align_corners=True)
         torch.testing.assert_close(fusion(x, joining), fusion.out(doubled))
         assert Fusion(4, first=True).joining is None
@@ -201,9 +201,9 @@ def test_a_split_is_judged_by_the_mean_over_its_pictures() -> None:
 
 def test_pictures_show_what_is_predicted_beside_what_is_true() -> None:
     module, data = dpt().eval(), batch(2)
-    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(normalise=lambda image: image / 255))  # type: ignore
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(normalize=lambda image: image / 255))  # type: ignore
     module.forward = lambda image: data["depth"]  # type: ignore[method-assign,assignment]
-    shown = module.pictures(data)["depth"]  # type: ignore[arg-type]
+    shown = module.visualize(data)["depth"]  # type: ignore[arg-type]
     assert shown.shape == (2, 3, 3, SIZE, SIZE)
     known = data["valid"][:, None].expand(-1, 3, -1, -1)
     assert torch.equal(shown[:, 1][known], shown[:, 2][known])

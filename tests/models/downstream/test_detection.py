@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from src.datamodules.annotated import AnnotatedDataModule, AnnotatedDataset
 from src.datamodules.batch import BatchError
-from src.datamodules.dataset import Draw
+from src.datamodules.dataset import SampleKey
 from src.datamodules.scenes.source import ScenesSource
 from src.datamodules.views.joint import DetectionView
 from src.models.backbones.weights import pretrained
@@ -57,7 +57,7 @@ def detection(backbone: nn.Module | None = None, *, heads=HEADS, classes: int | 
 
 
 def batch(*boxes: list[tuple[int, int, int, int]]) -> dict:
-    """A picture of noise with boxes of the class 0, 1, ... each; masks fill them."""
+    """A image of noise with boxes of the class 0, 1, ... each; masks fill them."""
     made: dict = {"boxes": [], "box_labels": [], "masks": []}
     for own in boxes:
         masks = torch.zeros(len(own), 64, 64, dtype=torch.bool)
@@ -72,7 +72,7 @@ def batch(*boxes: list[tuple[int, int, int, int]]) -> dict:
 
 
 def of_scenes(count: int = 8) -> dict:
-    made = AnnotatedDataset(SCENES("train"), DetectionView(masks=True), seed=0)[[Draw(0, n) for n in range(count)]]
+    made = AnnotatedDataset(SCENES("train"), DetectionView(masks=True), seed=0)[[SampleKey(0, n) for n in range(count)]]
     return {**made, "image": (made["image"].float() / 255 - 0.45) / 0.225}
 
 
@@ -88,12 +88,12 @@ def test_it_learns_eight_pictures_by_heart_boxes_and_masks():
     module.eval()
     with torch.no_grad():
         module.validation_step(data, 0)
-        drawn = module.pictures(data)["detections"]
+        drawn = module.visualize(data)["detections"]
     scores = module.average_precision.scores()
     assert scores["box_ap50"] > 0.8
     assert scores["mask_ap50"] > 0.7
     assert drawn.shape == (8, 2, 3, 64, 64)
-    assert ((drawn[:, 0] != data["image"]).flatten(1).any(dim=1)).all()  # what there is, drawn on the picture
+    assert ((drawn[:, 0] != data["image"]).flatten(1).any(dim=1)).all()  # what there is, drawn on the image
 
 
 def test_an_empty_batch_and_a_box_without_area_train_and_the_latter_is_left_out():
@@ -188,7 +188,7 @@ def test_data_without_masks_is_refused_where_masks_are_learned_and_trains_boxes_
     module.eval()
     module.validation_step(data, 0)
     assert module.average_precision.scores().keys() == {"box_ap", "box_ap50", "box_ap75"}
-    assert module.pictures(data)["detections"].shape == (1, 2, 3, 64, 64)
+    assert module.visualize(data)["detections"].shape == (1, 2, 3, 64, 64)
 
 
 def test_classes_come_from_the_data_scores_are_logged_and_the_checkpoint_gives_back_encoder_and_heads(tmp_path):

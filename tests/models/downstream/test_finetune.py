@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from src.datamodules.batch import BatchError
 from src.datamodules.image import ImageDataModule
 from src.datamodules.views.augment import RandAugmentCrop
-from src.datamodules.views.image import CentreCrop
+from src.datamodules.views.image import CenterCrop
 from src.models.downstream.finetune import FineTune, layer_rules, layer_rules_below
 from src.optim import OptimizerRecipe, Rule
 from tests.evaluation.toy import SIZE, Squares
@@ -138,7 +138,7 @@ def test_mixed_labels_are_the_smoothed_shares_of_both_pictures():
     images, labels = batch()["image"], batch()["label"]
     mixed, shares = module.mix(images, labels, batch_idx=3)
     torch.testing.assert_close(shares.sum(dim=1), torch.ones(6))
-    # by hand: lambda from the pictures, 0.9 + 0.1 / 4 on the own class and 0.1 / 4 on the others, both pictures' shares
+    # by hand: lambda from the images, 0.9 + 0.1 / 4 on the own class and 0.1 / 4 on the others, both images' shares
     share = ((mixed[0] - images[5]) / (images[0] - images[5])).median().item()
     smooth = torch.full((6, 4), 0.025)
     smooth[torch.arange(6), labels] = 0.925
@@ -212,7 +212,7 @@ def test_it_learns_pictures_it_has_not_seen():
     data = ImageDataModule(
         source=partial(Squares, length=180),
         train_view=RandAugmentCrop(SIZE, scale=(0.5, 1.0), policy=None, erase=0.25),
-        eval_view=CentreCrop(SIZE, share=1.0),
+        eval_view=CenterCrop(SIZE, share=1.0),
         batch_size=20,
         num_workers=0,
     )

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from src.datamodules.batch import BatchError
 from src.datamodules.image import ImageDataModule
-from src.datamodules.views.image import CentreCrop, RandomResizedCrop
+from src.datamodules.views.image import CenterCrop, RandomResizedCrop
 from src.models.backbones.image_encoder import mean_patch
 from src.models.downstream.linear import LinearProtocol
 from src.optim import OptimizerRecipe, lars
@@ -39,7 +39,7 @@ def data(labelled: bool = True, length: int = 36, batch_size: int = 12) -> Image
     return ImageDataModule(
         source=partial(Squares, length=length, labelled=labelled),
         train_view=RandomResizedCrop(SIZE, scale=(0.5, 1.0)),
-        eval_view=CentreCrop(SIZE, share=1.0),
+        eval_view=CenterCrop(SIZE, share=1.0),
         batch_size=batch_size,
         eval_batch_size=10,
         num_workers=0,
@@ -86,7 +86,7 @@ def test_the_backbone_stays_in_evaluation_mode_whatever_is_asked_of_the_module()
 
 
 @pytest.mark.parametrize(("pool", "position"), [(None, "class token"), (mean_patch, "patches")])
-def test_logits_are_the_linear_layer_on_standardised_features(pool, position):
+def test_logits_are_the_linear_layer_on_standardized_features(pool, position):
     module = protocol(**({"pool": pool} if pool else {}))
     module.build(3)
     module.train()
@@ -94,8 +94,8 @@ def test_logits_are_the_linear_layer_on_standardised_features(pool, position):
     with torch.no_grad():
         tokens = module.backbone.forward_features(image).double()
         features = tokens[:, 0] if position == "class token" else tokens[:, 1:].mean(dim=1)
-    standardised = (features - features.mean(dim=0)) / (features.var(dim=0, correction=0) + 1e-6).sqrt()
-    logits = standardised @ module.head.weight.double().T
+    standardized = (features - features.mean(dim=0)) / (features.var(dim=0, correction=0) + 1e-6).sqrt()
+    logits = standardized @ module.head.weight.double().T
     step = module.training_step({"image": image, "label": label}, 0)
     torch.testing.assert_close(step["loss"].double(), F.cross_entropy(logits, label), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(step["embedding"].double(), features, atol=1e-6, rtol=1e-5)

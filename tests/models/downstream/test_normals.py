@@ -24,7 +24,7 @@ def head(backbone: nn.Module | None = None, **options: Any) -> SurfaceNormals:
 
 
 def batch(size: int = 8) -> dict[str, Tensor]:
-    """Blocks of 8 pixels whose colour is their normal; of some nothing is known."""
+    """Blocks of 8 pixels whose color is their normal; of some nothing is known."""
     generator = torch.Generator().manual_seed(1)
     blocks = torch.randn(size, 3, SIZE // 8, SIZE // 8, generator=generator)
     blocks[:, 2] = -blocks[:, 2].abs() - 0.3
@@ -63,7 +63,7 @@ class TestLoss:
         turn = (torch.arange(20_000, dtype=torch.float64) + 0.5) * math.pi / 20_000
         ring = torch.stack([turn.sin(), torch.zeros_like(turn), turn.cos()]).view(3, 1, -1).float()
         truth = torch.tensor([0.0, 0.0, 1.0]).view(3, 1, 1).expand_as(ring)
-        # a picture each, so that no mean is taken
+        # a image each, so that no mean is taken
         each = torch.stack(
             [
                 angular_nll(
@@ -126,7 +126,7 @@ def test_all_that_is_to_learn_gets_a_gradient_and_a_frozen_encoder_none() -> Non
 
 
 def test_a_split_is_judged_by_all_its_known_pixels() -> None:
-    """Three pixels at 0, 20 and 90 degrees of two pictures, of which one counts for nothing as it stands in."""
+    """Three pixels at 0, 20 and 90 degrees of two images, of which one counts for nothing as it stands in."""
     module = head().eval()
     module.log = lambda *_args, **_kwargs: None  # type: ignore[method-assign,assignment]
     turn = math.radians(20)
@@ -147,13 +147,13 @@ def test_a_split_is_judged_by_all_its_known_pixels() -> None:
     module.validation_step(data, 0)  # type: ignore[arg-type]  # nothing to be judged, nothing goes wrong
 
 
-def test_pictures_are_coloured_by_where_surfaces_face() -> None:
+def test_pictures_are_colored_by_where_surfaces_face() -> None:
     module, data = head().eval(), batch(2)
-    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(normalise=lambda image: image / 255))  # type: ignore
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(normalize=lambda image: image / 255))  # type: ignore
     right_up_camera = field((1, 0, 0), (0, -1, 0), (0, 0, -1), (0, 0, 0))
     data |= {"image": torch.zeros(1, 3, 1, 4), "normals": right_up_camera, "valid": torch.ones(1, 1, 4) > 0}
     module.forward = lambda image: data["normals"]  # type: ignore[method-assign,assignment]
-    shown = module.pictures(data)["normals"]  # type: ignore[arg-type]
+    shown = module.visualize(data)["normals"]  # type: ignore[arg-type]
     grey = 128 / 255
     expected = torch.tensor([[1, grey, grey], [grey, 1, grey], [grey, grey, 1], [grey, grey, grey]]).T
     torch.testing.assert_close(shown[0, 2, :, 0], expected)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from src.datamodules.batch import IGNORED, BatchError
 from src.errors import SettingError
-from src.models.downstream import colormaps as colours
+from src.models.downstream import colormaps as colors
 from src.models.downstream.segmentation import (
     FCNHead,
     LinearHead,
@@ -45,7 +45,7 @@ def upernet(backbone: nn.Module | None = None, *, classes: int = 4, **options: A
 
 
 def batch(size: int = 8, classes: int = 4) -> dict[str, Tensor]:
-    """Blocks of 8 pixels whose colour says their class."""
+    """Blocks of 8 pixels whose color says their class."""
     generator = torch.Generator().manual_seed(1)
     mask = torch.randint(0, classes, (size, SIZE // 8, SIZE // 8), generator=generator)
     mask = mask.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
@@ -59,7 +59,7 @@ def batch(size: int = 8, classes: int = 4) -> dict[str, Tensor]:
 
 class TestParts:
     def test_the_loss_is_the_mean_over_all_pixels_also_those_that_count_for_nothing(self) -> None:
-        logits = torch.tensor([[[[0.0, 0.0]], [[0.0, math.log(3.0)]]]])  # two classes, a picture of 1 x 2
+        logits = torch.tensor([[[[0.0, 0.0]], [[0.0, math.log(3.0)]]]])  # two classes, a image of 1 x 2
         both = torch.tensor([[[0, 1]]])
         assert pixel_loss(logits, both).item() == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)
         assert pixel_loss(logits, torch.tensor([[[0, IGNORED]]])).item() == pytest.approx(math.log(2) / 2)
@@ -221,7 +221,7 @@ class TestJudging:
         return {name: metric.compute().item() for name, metric in module.metrics.items()}  # type: ignore[operator]
 
     def test_the_mean_intersection_over_union_of_a_split_by_hand(self) -> None:
-        """Two pictures together. Class 0: 1 of 2, class 1: 2 of 4, class 2: 2 of 3. Class 3 is nowhere and left out."""
+        """Two images together. Class 0: 1 of 2, class 1: 2 of 4, class 2: 2 of 3. Class 3 is nowhere and left out."""
         found = self.scores(linear(), [[0, 1, 1, 0], [1, 2, 2, 2]], [[0, 0, 1, IGNORED], [1, 1, 2, 2]])
         assert found["miou"] == pytest.approx((1 / 2 + 2 / 4 + 2 / 3) / 3)
         assert found["pixel_accuracy"] == pytest.approx(5 / 7)
@@ -257,13 +257,13 @@ def test_classes_come_from_the_data_s_masks() -> None:
 
 def test_pictures_show_what_is_predicted_beside_what_is_true() -> None:
     module, data = linear().eval(), batch(2)
-    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(normalise=lambda image: image / 255))  # type: ignore
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(normalize=lambda image: image / 255))  # type: ignore
     with torch.no_grad():
-        shown = module.pictures(data)["segmentation"]  # type: ignore[arg-type]
+        shown = module.visualize(data)["segmentation"]  # type: ignore[arg-type]
     assert shown.shape == (2, 3, 3, SIZE, SIZE)
     assert torch.equal(shown[:, 0], data["image"])
-    assert torch.equal(shown[:, 2], colours.of_classes(data["mask"]) / 255)
-    palette = colours.of_classes(torch.arange(256).view(1, 1, 256))[0, :, 0].T
+    assert torch.equal(shown[:, 2], colors.of_classes(data["mask"]) / 255)
+    palette = colors.of_classes(torch.arange(256).view(1, 1, 256))[0, :, 0].T
     assert len(palette.unique(dim=0)) > 200
     assert palette[IGNORED].tolist() == [255, 255, 255]
 

@@ -1,5 +1,5 @@
 """Two processes with half of a batch each have the gradient of one with all of it, batch norms that look across
-included. Mask R-CNN is not among them: which proposals it learns from is drawn by each process for its own pictures."""
+included. Mask R-CNN is not among them: which proposals it learns from is drawn by each process for its own images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mask R-CNN's heads on maps that somebody else made, in the pixels of the pictures as they came."""
+"""Mask R-CNN's heads on maps that somebody else made, in the pixels of the images as they came."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ def test_half_precision_does_not_move_boxes():
         (proposals,), _ = model.rpn(model._canvas(wide, sizes), wide, None)
         found = model(half, sizes, (32, 1120))
     assert proposals.dtype == torch.float32
-    centres = (proposals[:, 0] + proposals[:, 2]) / 2
+    centers = (proposals[:, 0] + proposals[:, 2]) / 2
     inside = (proposals[:, 0] > 1024) & (proposals[:, 2] < 1120)
     assert inside.sum() > 20
-    assert torch.equal(centres[inside] % 4, torch.zeros(int(inside.sum())))
+    assert torch.equal(centers[inside] % 4, torch.zeros(int(inside.sum())))
     assert all(found[0][name].dtype == torch.float32 for name in ("boxes", "scores"))
 
 

@@ -32,7 +32,7 @@ def test_a_bag_has_each_word_once_and_no_marks():
     )
     assert bag.nonzero().tolist() == [[0, 7], [0, 8]]
     assert bag.unique().tolist() == [0, 1]
-    # filling counts for nothing, whatever id it has
+    # padding counts for nothing, whatever id it has
     filled = method(marks=(1, 2)).bag(torch.tensor([[2, 7, 1, 9, 9, 9]]), torch.tensor([[True] * 3 + [False] * 3]))
     assert filled.nonzero().tolist() == [[0, 7]]
 
@@ -57,7 +57,7 @@ def test_a_step_is_a_softmax_over_words():
     output = bag_of_words.training_step(given, 0)
     features = bag_of_words.image_encoder(given["image"]).embedding
     log_p = F.log_softmax(features @ bag_of_words.words.weight.T + bag_of_words.words.bias, dim=1)
-    said = [[7, 8], [9], [7, 8, 9, 5], [7, 8]]  # TEXT without start, end and filling
+    said = [[7, 8], [9], [7, 8, 9, 5], [7, 8]]  # TEXT without start, end and padding
     expected = sum(-log_p[row, words].mean() for row, words in enumerate(said)) / 4
     torch.testing.assert_close(output["loss"], expected)
     assert output["logs"]["words"] == 9 / 4

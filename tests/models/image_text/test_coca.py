@@ -14,7 +14,7 @@ from src.models.image_text.coca import CoCa
 from src.models.layers.attention import Attention
 from src.models.layers.attentional_pooler import AttentionalPooler
 from src.models.losses.captioning import captioning_loss
-from src.models.text.text_decoder import Block, Speaker, UnimodalDecoder
+from src.models.text.text_decoder import Block, CaptioningMethod, UnimodalDecoder
 from src.optim import OptimizerRecipe, adamw
 from src.train import compose
 from tests.distributed import in_two_processes
@@ -76,7 +76,7 @@ def test_the_text_s_feature_sees_all_of_the_text_and_nothing_sees_its_token():
     found = text(TEXT, MASK)
     for place in range(6):
         apart = (text(changed(place), MASK).embedding - found.embedding).abs().amax(dim=1)
-        assert (apart > 1e-5).tolist() == MASK[:, place].tolist(), place  # filling is not part of it
+        assert (apart > 1e-5).tolist() == MASK[:, place].tolist(), place  # padding is not part of it
     with torch.no_grad():
         text.cls_token += torch.randn(24)
     other = text(TEXT, MASK)
@@ -89,7 +89,7 @@ def test_the_captioning_loss_at_a_hand_worked_point():
     text = torch.tensor([[2, 3, 1], [2, 1, 0]])
     logits = torch.zeros(2, 2, 4)
     logits[0, 1, 1] = math.log(3)  # 3 / 6
-    logits[1, 1, 2] = 99.0  # filling
+    logits[1, 1, 2] = 99.0  # padding
     loss = captioning_loss(logits, text, text != 0, 3)
     assert loss.item() == pytest.approx((math.log(4) + math.log(2) + math.log(4)) / 3)
 
@@ -167,10 +167,13 @@ def test_two_processes_are_one_though_their_texts_are_not_equally_long():
 def test_what_is_remembered_changes_nothing():
     method, image = coca().eval(), torch.randn(4, 3, 16)
     whole = method.text_decoder(method.text_encoder(TEXT, MASK).tokens, image)
-    speaker = Speaker(method.text_encoder, method.text_decoder, image)
+    speaker = CaptioningMethod(method.text_encoder, method.text_decoder, image)
     torch.testing.assert_close(torch.stack([speaker(token) for token in TEXT.unbind(1)], dim=1), whole)
     # rows that change places within an image
-    speaker, rows = Speaker(method.text_encoder, method.text_decoder, image[:1].expand(4, -1, -1)), [2, 2, 0, 1]
+    speaker, rows = (
+        CaptioningMethod(method.text_encoder, method.text_decoder, image[:1].expand(4, -1, -1)),
+        [2, 2, 0, 1],
+    )
     speaker(TEXT[:, 0])
     speaker(TEXT[:, 1])
     speaker.reorder(torch.tensor(rows))

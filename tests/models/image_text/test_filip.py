@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from src import configuration
-from src.evaluation.similarity import Comparing
+from src.evaluation.similarity import CustomSimilarity
 from src.models.image_text.filip import FILIP
 from src.optim import OptimizerRecipe, adamw
 from src.train import compose
@@ -54,10 +54,10 @@ def test_filling_changes_nothing():
     other = TEXT.clone()
     other[~MASK] = 13
     torch.testing.assert_close(method.encode_text(other, MASK), text)
-    assert isinstance(method, Comparing)
+    assert isinstance(method, CustomSimilarity)
     torch.testing.assert_close(method.similarity(images, text), by_loops(images, text))
     torch.testing.assert_close(method.similarity(text, images), by_loops(text, images))
-    # short texts alone are not compared by their filling
+    # short texts alone are not compared by their padding
     torch.testing.assert_close(method.similarity(images, text[1:2]), by_loops(images, text[1:2]))
 
 

@@ -50,7 +50,7 @@ def test_scale_and_bias_begin_as_in_the_paper_and_are_not_decayed():
 
 
 def test_every_token_is_seen_by_every_other():
-    """The feature stands behind the filling, so that what comes last matters as much as what comes first."""
+    """The feature stands behind the padding, so that what comes last matters as much as what comes first."""
     text = siglip().text_encoder.eval()
     found = text(TEXT, MASK).embedding
     for place in range(6):

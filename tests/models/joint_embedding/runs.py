@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.datamodules.dataset import Draw
+from src.datamodules.dataset import SampleKey
 from src.models.pretrain_module import PretrainModule
 from tests.callbacks.small_runs import SmallData, fit
 from tests.models.joint_embedding import toy
@@ -21,7 +21,7 @@ class Views(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.samples["index"])
 
-    def __getitem__(self, draws: list[Draw]) -> dict[str, Tensor]:
+    def __getitem__(self, draws: list[SampleKey]) -> dict[str, Tensor]:
         index = torch.tensor([draw.position for draw in draws])
         return {name: value[index] for name, value in self.samples.items()}
 

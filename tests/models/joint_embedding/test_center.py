@@ -1,28 +1,28 @@
 import pytest
 import torch
 
-from src.models.joint_embedding.center import Centre
+from src.models.joint_embedding.center import Center
 
 
 def test_it_moves_towards_the_mean_of_everything_observed():
-    centre = Centre(2, momentum=0.75)
-    centre.observe(
+    center = Center(2, momentum=0.75)
+    center.observe(
         torch.tensor([[[4.0, 0.0], [8.0, 0.0]], [[0.0, 4.0], [0.0, 4.0]]], requires_grad=True)
     )  # mean (3, 2)
-    assert centre().tolist() == [0.0, 0.0]  # used before it moves
-    centre.move()
-    assert centre().tolist() == [0.75, 0.5]
-    centre.move()  # nothing new
-    assert centre().tolist() == [0.75, 0.5]
-    centre.observe(torch.tensor([[0.75, 4.5]]))
-    centre.move()
-    assert centre().tolist() == [0.75, 1.5]
-    assert not centre().requires_grad
+    assert center().tolist() == [0.0, 0.0]  # used before it moves
+    center.move()
+    assert center().tolist() == [0.75, 0.5]
+    center.move()  # nothing new
+    assert center().tolist() == [0.75, 0.5]
+    center.observe(torch.tensor([[0.75, 4.5]]))
+    center.move()
+    assert center().tolist() == [0.75, 1.5]
+    assert not center().requires_grad
 
 
 def test_micro_batches_move_it_once_and_as_far_as_one_batch():
     logits = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
-    whole, parts = Centre(5), Centre(5)
+    whole, parts = Center(5), Center(5)
     whole.observe(logits)
     for part in logits.split([3, 7, 2]):  # unequal ones too: each row counts alike
         parts.observe(part)
@@ -34,15 +34,15 @@ def test_micro_batches_move_it_once_and_as_far_as_one_batch():
 
 
 def test_it_is_part_of_the_state_and_half_precision_is_averaged_in_float32():
-    centre, restored = Centre(1, momentum=0.0), Centre(1, momentum=0.0)
-    centre.observe(torch.tensor([[1.0], [1.0078125], [1.0], [1.0]], dtype=torch.bfloat16))
-    centre.move()
-    assert centre().item() == 1.0 + 0.0078125 / 4  # in bfloat16 this would be 1
-    restored.load_state_dict(centre.state_dict())
-    assert restored().item() == centre().item()
+    center, restored = Center(1, momentum=0.0), Center(1, momentum=0.0)
+    center.observe(torch.tensor([[1.0], [1.0078125], [1.0], [1.0]], dtype=torch.bfloat16))
+    center.move()
+    assert center().item() == 1.0 + 0.0078125 / 4  # in bfloat16 this would be 1
+    restored.load_state_dict(center.state_dict())
+    assert restored().item() == center().item()
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.1])
 def test_a_momentum_outside_of_its_range_is_refused(momentum):
     with pytest.raises(ValueError, match=f"momentum={momentum}"):
-        Centre(2, momentum)
+        Center(2, momentum)

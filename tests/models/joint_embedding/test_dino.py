@@ -1,4 +1,4 @@
-"""DINO's step, its teacher and its centre; what iBOT shares with it is tested here for both."""
+"""DINO's step, its teacher and its center; what iBOT shares with it is tested here for both."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = {"prototypes": 7, "hidden_dim": 10, "bottleneck_dim": 6}
 
 
 class MaskedByIndex(iBOT):
-    """Hides the patch that its pictures say, so that masks do not depend on how a batch is divided."""
+    """Hides the patch that its images say, so that masks do not depend on how a batch is divided."""
 
     def draw_masks(self, images: Tensor) -> Tensor:
         brightest = images.mean(dim=1).unfold(1, 8, 8).unfold(2, 8, 8).mean(dim=(-2, -1)).flatten(1).argmax(dim=1)
@@ -43,7 +43,7 @@ def build(kind: type[DINO] = DINO, **options: Any) -> DINO:
     for parameter in method.teacher.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))  # as after some steps
     for name, buffer in method.named_buffers():
-        if name.endswith("centre.value"):
+        if name.endswith("center.value"):
             buffer.copy_(0.1 * torch.randn_like(buffer))
     return method
 
@@ -63,7 +63,7 @@ def test_a_step_is_the_paper_written_as_loops():
         student = [reference.student["head"](reference.student["encoder"](x[None]).embedding)[0] for x in crops]
         for q in range(2):
             slow = reference.teacher["head"](reference.teacher["encoder"](crops[q][None]).embedding)[0]
-            target = distribution((slow - reference.centre.value).tolist(), 0.04)
+            target = distribution((slow - reference.center.value).tolist(), 0.04)
             for v in range(4):
                 if v != q:
                     predicted = distribution(student[v].tolist(), 0.1)
@@ -83,11 +83,11 @@ def test_without_local_views_the_two_global_ones_predict_each_other():
 
 
 @pytest.mark.parametrize("kind", [DINO, iBOT])
-def test_gradients_reach_the_student_and_never_teacher_or_centre(kind):
+def test_gradients_reach_the_student_and_never_teacher_or_center(kind):
     method = build(kind, **({"mask_probability": 1.0, "mask_share": (0.5, 0.5)} if kind is iBOT else {}))
     method.training_step(toy.batch(local_views=2), 0)["loss"].backward()
     learning = {name for name, p in method.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert not any(name.startswith(("teacher.", "centre.", "patch_centre.")) for name in learning)
+    assert not any(name.startswith(("teacher.", "center.", "patch_center.")) for name in learning)
     fixed = {"student.head.last_layer.gain"}  # lengths of the prototypes
     expected = {name for name, _ in method.named_parameters() if not name.startswith("teacher.")} - fixed
     # the last bias of an attention's keys moves no weight, but the parameter holds queries and values too
@@ -140,7 +140,7 @@ def test_attention_is_what_the_last_block_computes():
     ("options", "message"),
     [
         ({"teacher_temperature": 0.0}, r"model\.teacher_temperature=0.0 must be above 0"),
-        ({"centre_momentum": 1.5}, r"centre momentum=1.5 must lie in \[0, 1\]"),
+        ({"center_momentum": 1.5}, r"center momentum=1.5 must lie in \[0, 1\]"),
     ],
 )
 def test_refuses_what_makes_no_sense(options, message):
@@ -195,7 +195,7 @@ def run(folder: Path, kind: type[DINO], micro_batches: int = 1, epochs: int = 1,
 def test_four_micro_batches_are_one_batch(tmp_path, kind):
     whole, parts = run(tmp_path, kind), run(tmp_path, kind, micro_batches=4)
     begun = build(kind).state_dict()
-    assert not torch.equal(whole.centre.value, begun["centre.value"])
+    assert not torch.equal(whole.center.value, begun["center.value"])
     for (name, one), four in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
         assert torch.allclose(one, four, rtol=0, atol=1e-9), name
 
@@ -205,7 +205,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path, kind):
     straight = run(tmp_path, kind, epochs=2)
     run(tmp_path, kind, epochs=1)
     again = run(tmp_path, kind, epochs=2, resume=tmp_path / "1-1.ckpt")
-    assert {n for n, _ in again.named_buffers()} >= {"centre.value"}
+    assert {n for n, _ in again.named_buffers()} >= {"center.value"}
     for (name, one), two in zip(straight.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(one, two), name
 
@@ -230,8 +230,8 @@ def test_two_processes_are_one():
         for name, gradient in toy.gradients(whole).items():
             key = f"{kind.__name__} {name}"
             assert torch.allclose((parts[0][key] + parts[1][key]) / 2, gradient, rtol=0, atol=1e-8), key
-        centres = dict(whole.named_buffers())
-        assert set(centres) == {"centre.value"} | ({"patch_centre.value"} if kind is MaskedByIndex else set())
-        for name, value in centres.items():
+        centers = dict(whole.named_buffers())
+        assert set(centers) == {"center.value"} | ({"patch_center.value"} if kind is MaskedByIndex else set())
+        for name, value in centers.items():
             for part in parts:
                 assert torch.allclose(part[f"{kind.__name__} buffer {name}"], value, rtol=0, atol=1e-10), name

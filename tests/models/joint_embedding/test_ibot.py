@@ -14,8 +14,8 @@ from tests.models.joint_embedding import toy
 from tests.models.joint_embedding.test_dino import SMALL, build, distribution
 
 
-def cross_entropy(target: torch.Tensor, centre: torch.Tensor, temperature: float, predicted: torch.Tensor) -> float:
-    p, s = distribution((target - centre).tolist(), temperature), distribution(predicted.tolist(), 0.1)
+def cross_entropy(target: torch.Tensor, center: torch.Tensor, temperature: float, predicted: torch.Tensor) -> float:
+    p, s = distribution((target - center).tolist(), temperature), distribution(predicted.tolist(), 0.1)
     return -sum(a * math.log(b) for a, b in zip(p, s, strict=True))
 
 
@@ -43,7 +43,7 @@ def test_a_step_is_the_paper_written_as_loops(monkeypatch):
             theirs = reference.teacher["head"](whole.patches)[0]
             slow_patches.append(theirs)
             each = [
-                cross_entropy(theirs[n], reference.patch_centre.value, 0.06, reference.student["head"](tokens[1 + n]))
+                cross_entropy(theirs[n], reference.patch_center.value, 0.06, reference.student["head"](tokens[1 + n]))
                 for n in range(4)
                 if hide[n]
             ]
@@ -53,14 +53,14 @@ def test_a_step_is_the_paper_written_as_loops(monkeypatch):
         for q in range(2):
             for v in range(3):
                 if v != q:
-                    on_class += cross_entropy(teacher[q], reference.centre.value, 0.04, student[v]) / 8
+                    on_class += cross_entropy(teacher[q], reference.center.value, 0.04, student[v]) / 8
     assert output["logs"]["class"].item() == pytest.approx(on_class, rel=1e-10)
     assert output["logs"]["patch"].item() == pytest.approx(on_patches, rel=1e-10)
     assert output["loss"].item() == pytest.approx(on_class + 0.7 * on_patches, rel=1e-10)
-    # the patches' centre follows all patches of the whole views, hidden or not
+    # the patches' center follows all patches of the whole views, hidden or not
     method.on_before_optimizer_step(torch.optim.SGD(method.parameters()))
-    expected = 0.9 * reference.patch_centre.value + 0.1 * torch.stack(slow_patches).mean(dim=(0, 1))
-    assert torch.allclose(method.patch_centre.value, expected, atol=1e-12)
+    expected = 0.9 * reference.patch_center.value + 0.1 * torch.stack(slow_patches).mean(dim=(0, 1))
+    assert torch.allclose(method.patch_center.value, expected, atol=1e-12)
 
 
 def test_the_teacher_never_sees_a_mask(monkeypatch):
@@ -70,9 +70,9 @@ def test_the_teacher_never_sees_a_mask(monkeypatch):
         torch.nn.init.ones_(method.mask_token)
         seen.append(method.training_step(toy.batch(), 0))
         method.on_before_optimizer_step(torch.optim.SGD(method.parameters()))
-        seen[-1]["centre"] = method.patch_centre.value
+        seen[-1]["center"] = method.patch_center.value
     assert torch.equal(seen[0]["targets"], seen[1]["targets"])
-    assert torch.equal(seen[0]["centre"], seen[1]["centre"])
+    assert torch.equal(seen[0]["center"], seen[1]["center"])
     assert seen[0]["logs"]["patch"] == 0
     assert not torch.equal(seen[0]["embedding"], seen[1]["embedding"])
 
@@ -103,7 +103,7 @@ def test_pictures_show_views_and_masks_at_work():
     method = build(iBOT, mask_probability=1.0, mask_share=(0.5, 0.5))
     batch = toy.batch(3, local_views=2)
     with torch.no_grad():
-        pictures = method.pictures(batch)
+        pictures = method.visualize(batch)
     assert torch.equal(pictures["views"], batch["views"])
     assert torch.equal(pictures["local_views"], batch["local_views"])
     grey = (pictures["masked"] == 0).all(dim=2)

@@ -58,7 +58,7 @@ def moco_v3(backbone: nn.Module | None = None, **options: Any) -> MoCoV3:
     return as_after_some_steps(MoCoV3(backbone or toy.vit(), toy.optimizer(), **options).double())
 
 
-def unit(row: list[float]) -> list[float]:
+def l2_normalize(row: list[float]) -> list[float]:
     return [value / math.hypot(*row) for value in row]
 
 
@@ -70,7 +70,7 @@ def encoded(network: nn.ModuleDict, image: Tensor, *further: nn.Module) -> list[
     z = network["projector"](network["encoder"](image).embedding)
     for module in further:
         z = module(z)
-    return [unit(row) for row in z.tolist()]
+    return [l2_normalize(row) for row in z.tolist()]
 
 
 def cross_entropy(query: list[float], key: list[float], negatives: list[list[float]]) -> float:
@@ -116,10 +116,10 @@ def test_a_step_of_mochi_is_the_paper_written_as_loops(exclude_own):
         for s in range(3):
             one, two = (queue[nearest[int(5 * draw[3 * side + s])]] for side in (0, 1))
             a = draw[6 + s]
-            synthetic.append(unit([a * x + (1 - a) * y for x, y in zip(one, two, strict=True)]))
+            synthetic.append(l2_normalize([a * x + (1 - a) * y for x, y in zip(one, two, strict=True)]))
         for s in range(2):
             one, share = queue[nearest[int(5 * draw[9 + s])]], draw[11 + s] / 2
-            synthetic.append(unit([share * x + (1 - share) * y for x, y in zip(q, one, strict=True)]))
+            synthetic.append(l2_normalize([share * x + (1 - share) * y for x, y in zip(q, one, strict=True)]))
         negatives = [queue[place] for place in real]
         loss += cross_entropy(q, k, negatives + synthetic) / 4
         first += dot(q, k) > max(dot(q, n) for n in negatives)

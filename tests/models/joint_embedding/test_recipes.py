@@ -22,7 +22,7 @@ def composed(*words: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("views", "counts", "solarise"),
+    ("views", "counts", "solarize"),
     [
         ("simclr", (2, 0), 0.0),
         ("moco", (2, 0), 0.0),
@@ -31,7 +31,7 @@ def composed(*words: str) -> Any:
         ("dino", (2, 8), 0.2),
     ],
 )
-def test_the_papers_views_are_there_by_name(views, counts, solarise):
+def test_the_papers_views_are_there_by_name(views, counts, solarize):
     config = composed("experiment=simclr_r50", "scale=paper", f"views@data.train_view={views}")
     view = configuration.instantiate(config.data.train_view)
     assert view.batch_type is MultiViewBatch
@@ -39,7 +39,7 @@ def test_the_papers_views_are_there_by_name(views, counts, solarise):
     assert tuple(sum(kind.count for kind in group) for group in kinds) == counts
     assert {kind.crop.size for kind in kinds[0]} == {224}
     assert {kind.crop.size for kind in kinds[1]} <= {96}
-    assert max(kind.colour.solarise for group in kinds for kind in group) == solarise
+    assert max(kind.color.solarize for group in kinds for kind in group) == solarize
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_momentum_outside_of_0_and_1_ends_the_command_with_its_key(tmp_path: P
 def test_views_that_do_not_suit_the_method_end_the_command_with_their_key(tmp_path: Path):
     words = ["experiment=simclr_r50", "scale=tiny", "views@data.train_view=swav", f"paths.runs={tmp_path}"]
     small = ["data.source.count={train: 8, val: 4, test: 4}", "data.source.cache_dir=null", "data.batch_size=4"]
-    quiet = ["callbacks.pictures=null", "data.train_view.local_views.small.crop.size=32", "data.num_workers=0"]
+    quiet = ["callbacks.visualizations=null", "data.train_view.local_views.small.crop.size=32", "data.num_workers=0"]
     with pytest.raises(
         UserError, match=r"data\.train_view: .* 2 in train_view\.views and 6 in train_view\.local_views"
     ):
@@ -186,7 +186,7 @@ def test_ibot_is_dino_with_its_own_views_and_masks():
     views = config.data.train_view
     assert (views.local_views.local.count, views.local_views.local.crop.scale) == (10, [0.05, 0.25])
     assert [kind.crop.scale for kind in views.views.values()] == [[0.25, 1.0]] * 2
-    assert [kind.colour.blur for kind in views.views.values()] == [1.0, 0.1]  # DINO's colours
+    assert [kind.color.blur for kind in views.views.values()] == [1.0, 0.1]  # DINO's colors
     assert config.optimizer.lr == pytest.approx(2e-3)
     assert config.schedules.optimizer.weight_decay.end == 0.4
     assert config.callbacks.gradient_clip.max_norm == 3.0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.models.functional import deviation
+from src.models.functional import feature_std
 from src.models.joint_embedding.barlow_twins import BarlowTwins
 from src.models.joint_embedding.vicreg import VICReg
 from tests.models.joint_embedding import toy
@@ -62,10 +62,10 @@ def test_vicreg_written_as_loops():
     distance = sum((views[0][b, d] - views[1][b, d]) ** 2 for b in range(5) for d in range(6)) / 30
     hinge = shared = 0.0
     for z in views:
-        centred = [[z[b, d] - sum(z[:, d]) / 5 for d in range(6)] for b in range(5)]
+        centered = [[z[b, d] - sum(z[:, d]) / 5 for d in range(6)] for b in range(5)]
         for i in range(6):
             for j in range(6):
-                c = sum(row[i] * row[j] for row in centred) / 4
+                c = sum(row[i] * row[j] for row in centered) / 4
                 if i == j:
                     hinge += max(0.0, 1 - (c + 1e-4) ** 0.5) / 6 / 2
                 else:
@@ -111,5 +111,5 @@ def test_what_does_not_suit_is_refused_by_its_key(make):
 
 
 def test_a_collapsed_batch_has_no_deviation():
-    assert deviation(torch.ones(4, 2, 3)).item() == 0
-    assert deviation(torch.tensor([[[0.0, 1.0]], [[4.0, 1.0]]])).item() == 1.0  # 2 and 0
+    assert feature_std(torch.ones(4, 2, 3)).item() == 0
+    assert feature_std(torch.tensor([[[0.0, 1.0]], [[4.0, 1.0]]])).item() == 1.0  # 2 and 0

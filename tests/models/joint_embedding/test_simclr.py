@@ -119,6 +119,6 @@ def test_a_temperature_of_zero_is_refused():
 
 def test_pictures_are_the_views_side_by_side():
     batch = toy.batch(local_views=3)
-    pictures = simclr().pictures(batch)
+    pictures = simclr().visualize(batch)
     assert torch.equal(pictures["views"], batch["views"])
     assert torch.equal(pictures["local_views"], batch["local_views"])

@@ -7,6 +7,7 @@ from torch.nn.functional import normalize
 
 from src.models.losses.contrastive import (
     contrast,
+    contrastive_accuracy,
     coupling,
     ctr,
     dcl,
@@ -14,14 +15,13 @@ from src.models.losses.contrastive import (
     info_nce,
     mix_hard_negatives,
     nt_xent,
-    positive_first,
     queue_info_nce,
 )
 
 T = 0.3
 
 
-def unit(*shape: int, seed: int = 0) -> Tensor:
+def l2_normalize(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
 
@@ -60,7 +60,7 @@ def test_two_images_by_hand():
 
 
 def test_losses_among_images_are_those_of_the_papers_written_as_loops():
-    z = unit(5, 2, 4)
+    z = l2_normalize(5, 2, 4)
     assert nt_xent(z, z, 0, temperature=T).item() == pytest.approx(by_loops(z, decoupled=False), abs=1e-12)
     assert dcl(z, z, 0, temperature=T).item() == pytest.approx(by_loops(z, decoupled=True), abs=1e-12)
     expected = by_loops(z, decoupled=True, sigma=0.5)
@@ -69,14 +69,14 @@ def test_losses_among_images_are_those_of_the_papers_written_as_loops():
 
 
 def test_own_rows_are_found_among_the_keys_by_their_offset():
-    z = unit(6, 2, 4)
+    z = l2_normalize(6, 2, 4)
     for loss in (nt_xent, dcl, dclw):
         parts = [loss(z[start : start + 2], z, start, temperature=T) for start in (0, 2, 4)]
         assert sum(parts).item() / 3 == pytest.approx(loss(z, z, 0, temperature=T).item(), abs=1e-12)
 
 
 def test_info_nce_and_ctr_by_loops():
-    query, keys = unit(2, 3, seed=1), unit(5, 3, seed=2)
+    query, keys = l2_normalize(2, 3, seed=1), l2_normalize(5, 3, seed=2)
     expected = 0.0
     for b, own in enumerate((3, 4)):
         terms = [math.exp(dot(query[b], key) / T) for key in keys]
@@ -87,7 +87,7 @@ def test_info_nce_and_ctr_by_loops():
 
 def test_the_gradient_of_info_nce_is_the_coupling_factor_times_that_of_dcl():
     """The paper's proposition 1, anchor by anchor."""
-    z = unit(4, 2, 6)
+    z = l2_normalize(4, 2, 6)
     everything = z.flatten(0, 1)
     for anchor in range(8):
         own = torch.arange(8) == anchor
@@ -103,7 +103,7 @@ def test_the_gradient_of_info_nce_is_the_coupling_factor_times_that_of_dcl():
 
 
 def test_the_weights_of_dclw_carry_no_gradient():
-    z = unit(4, 2, 6).requires_grad_(True)
+    z = l2_normalize(4, 2, 6).requires_grad_(True)
     dclw(z, z, 0, temperature=T).backward()
     similarity = (z[:, 0] * z[:, 1]).sum(dim=1).detach()
     weight = 2 - (similarity / 0.5).exp() / (similarity / 0.5).exp().mean()
@@ -117,8 +117,8 @@ def test_the_weights_of_dclw_carry_no_gradient():
 def test_in_blocks_value_and_gradients_are_the_same(loss):
     results = []
     for block in (2**22, 3 * 14, 1):  # all anchors, three, one at a time
-        z = unit(3, 2, 4, seed=3).requires_grad_(True)
-        rest = unit(4, 2, 4, seed=4).requires_grad_(True)
+        z = l2_normalize(3, 2, 4, seed=3).requires_grad_(True)
+        rest = l2_normalize(4, 2, 4, seed=4).requires_grad_(True)
         value = loss(z, torch.cat([rest[:2], z, rest[2:]]), 2, temperature=T, block=block)
         value.backward()
         results.append((value.detach(), z.grad, rest.grad))
@@ -138,7 +138,12 @@ def queue_by_loops(query: Tensor, key: Tensor, negatives: list[list[Tensor]], *,
 
 
 def test_queue_info_nce_by_loops_with_synthetic_and_excluded_negatives():
-    query, key, queue, synthetic = unit(3, 4), unit(3, 4, seed=1), unit(5, 4, seed=2), unit(3, 2, 4, seed=3)
+    query, key, queue, synthetic = (
+        l2_normalize(3, 4),
+        l2_normalize(3, 4, seed=1),
+        l2_normalize(5, 4, seed=2),
+        l2_normalize(3, 2, 4, seed=3),
+    )
     plain = queue_by_loops(query, key, [list(queue)] * 3)
     assert queue_info_nce(query, key, queue, temperature=T).item() == pytest.approx(plain, abs=1e-12)
     excluded = torch.zeros(3, 5, dtype=torch.bool)
@@ -166,11 +171,11 @@ def test_the_share_of_positives_that_come_first():
     query = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     key = torch.tensor([[0.8, 0.6], [0.0, 1.0], [1.0, 0.0]])
     queue = torch.tensor([[0.6, 0.8], [-1.0, 0.0]])
-    assert positive_first(query, key, queue).item() == pytest.approx(2 / 3)
+    assert contrastive_accuracy(query, key, queue).item() == pytest.approx(2 / 3)
     synthetic = torch.tensor([[[0.96, 0.28]]] * 3)
-    assert positive_first(query, key, queue, synthetic=synthetic).item() == pytest.approx(1 / 3)
+    assert contrastive_accuracy(query, key, queue, synthetic=synthetic).item() == pytest.approx(1 / 3)
     excluded = torch.tensor([[False, False], [True, False], [False, False]])  # what the second query fell behind
-    assert positive_first(query, key, queue, excluded=excluded).item() == pytest.approx(1)
+    assert contrastive_accuracy(query, key, queue, excluded=excluded).item() == pytest.approx(1)
 
 
 def test_synthetic_negatives_by_hand_each_query_with_its_own_hardest():
@@ -195,14 +200,17 @@ def test_synthetic_negatives_by_hand_each_query_with_its_own_hardest():
 
 
 def test_the_query_s_share_stays_below_one_half():
-    query, queue = unit(1, 8), -unit(1, 8)  # opposite: a share of one half or more would change the sign
+    query, queue = (
+        l2_normalize(1, 8),
+        -l2_normalize(1, 8),
+    )  # opposite: a share of one half or more would change the sign
     uniform = torch.tensor([[0.0, 0.999, 0.0, 0.999]])
     mixed = mix_hard_negatives(query, queue, uniform[:, [0, 1, 2, 3]], hardest=1, pairs=0, with_query=2)
     assert torch.allclose(mixed, queue.expand(1, 2, 8))
 
 
 def test_half_precision_and_autocast_do_not_reach_the_similarities():
-    z = unit(4, 2, 16).float()
+    z = l2_normalize(4, 2, 16).float()
     exact = nt_xent(z, z, 0, temperature=0.05)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(nt_xent(z, z, 0, temperature=0.05), exact)
@@ -217,13 +225,13 @@ def test_half_precision_and_autocast_do_not_reach_the_similarities():
 
 
 def test_what_cannot_be_is_refused_by_its_name():
-    z = unit(1, 2, 4)
+    z = l2_normalize(1, 2, 4)
     for loss in (nt_xent, dcl, dclw):
         with pytest.raises(ValueError, match=r"data\.batch_size.*at least 2 images"):
             loss(z, z, 0, temperature=T)
     with pytest.raises(ValueError, match=r"data\.batch_size.*at least 2 images"):
         info_nce(z[:, 0], z[:, 1], 0, temperature=T)
     with pytest.raises(ValueError, match="two views"):
-        dclw(unit(2, 3, 4), unit(2, 3, 4), 0, temperature=T)
+        dclw(l2_normalize(2, 3, 4), l2_normalize(2, 3, 4), 0, temperature=T)
     with pytest.raises(ValueError, match=r"hardest=4.*queue's size 3"):
-        mix_hard_negatives(z[0], unit(3, 4), torch.zeros(2, 3), hardest=4, pairs=1, with_query=0)
+        mix_hard_negatives(z[0], l2_normalize(3, 4), torch.zeros(2, 3), hardest=4, pairs=1, with_query=0)

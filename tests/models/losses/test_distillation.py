@@ -23,7 +23,7 @@ def cross_entropy(target: torch.Tensor, logits: torch.Tensor, temperature: float
     return -sum(float(t) * (float(value) / temperature - math.log(total)) for t, value in pairs)
 
 
-def test_the_teacher_is_centred_and_sharpened():
+def test_the_teacher_is_centered_and_sharpened():
     target = sharpen(torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([0.5, 1.0]), 0.5)
     # (0.5, 1.0) / 0.5 = (1, 2)
     assert target.tolist() == pytest.approx([1 / (1 + math.e), math.e / (1 + math.e)])

@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 from src.models.losses.image_text import clip_loss, ring_sigmoid_loss, sigmoid_loss
 
 
-def unit(*shape: int, seed: int) -> Tensor:
+def l2_normalize(*shape: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
 
@@ -37,14 +37,14 @@ def sigmoid_by_loops(image: Tensor, text: Tensor, scale: float, bias: float) -> 
 
 
 def test_clip_is_the_mean_of_both_directions():
-    image, text = unit(5, 4, seed=1), unit(5, 4, seed=2)
+    image, text = l2_normalize(5, 4, seed=1), l2_normalize(5, 4, seed=2)
     scale = torch.tensor(3.0, dtype=torch.float64)
     value = clip_loss(image, text, image, text, 0, scale=scale)
     assert value.item() == pytest.approx(clip_by_loops(image, text, 3.0, [0, 1, 2, 3, 4]), rel=1e-12)
 
 
 def test_equal_texts_are_no_negatives_of_each_other():
-    image, text = unit(5, 4, seed=1), unit(5, 4, seed=2)
+    image, text = l2_normalize(5, 4, seed=1), l2_normalize(5, 4, seed=2)
     same = [0, 1, 0, 3, 1]
     scale = torch.tensor(3.0, dtype=torch.float64)
     value = clip_loss(image, text, image, text, 0, scale=scale, same=torch.tensor(same))
@@ -72,7 +72,7 @@ def test_a_pair_of_orthogonal_pairs_by_hand():
 
 
 def test_sigmoid_judges_every_pair_alone_and_divides_by_images():
-    image, text = unit(4, 3, seed=1), unit(4, 3, seed=2)
+    image, text = l2_normalize(4, 3, seed=1), l2_normalize(4, 3, seed=2)
     scale, bias = torch.tensor(5.0, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
     expected = sigmoid_by_loops(image, text, 5.0, -2.0)
     assert sigmoid_loss(image, text, 0, scale=scale, bias=bias).item() == pytest.approx(expected, rel=1e-12)
@@ -82,7 +82,12 @@ def test_sigmoid_judges_every_pair_alone_and_divides_by_images():
 
 
 def test_in_blocks_values_and_gradients_are_the_same():
-    leaves = [unit(6, 3, seed=1), unit(6, 3, seed=2), torch.tensor(4.0).double(), torch.tensor(-1.0).double()]
+    leaves = [
+        l2_normalize(6, 3, seed=1),
+        l2_normalize(6, 3, seed=2),
+        torch.tensor(4.0).double(),
+        torch.tensor(-1.0).double(),
+    ]
     for leaf in leaves:
         leaf.requires_grad_()
     image, text, scale, bias = leaves
@@ -100,7 +105,7 @@ def test_in_blocks_values_and_gradients_are_the_same():
 
 
 def test_half_precision_and_autocast_do_not_reach_the_similarities():
-    image, text = unit(4, 64, seed=1).bfloat16(), unit(4, 64, seed=2).bfloat16()
+    image, text = l2_normalize(4, 64, seed=1).bfloat16(), l2_normalize(4, 64, seed=2).bfloat16()
     scale, bias = torch.tensor(50.0), torch.tensor(-10.0)
     wide = [sigmoid_loss(image.float(), text.float(), 0, scale=scale, bias=bias)]
     wide += [clip_loss(image.float(), text.float(), image.float(), text.float(), 0, scale=scale)]

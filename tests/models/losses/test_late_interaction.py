@@ -42,7 +42,7 @@ def test_each_token_takes_its_best_and_filling_neither_takes_nor_is_taken():
     longer = torch.cat([TEXT, torch.zeros(4, 2, 4, dtype=torch.float64)], dim=1)
     torch.testing.assert_close(late_interaction(IMAGE, longer), late_interaction(IMAGE, TEXT))
     torch.testing.assert_close(late_interaction(longer, IMAGE), late_interaction(TEXT, IMAGE))
-    # filling has similarity 0, which is more than what stands on the other side
+    # padding has similarity 0, which is more than what stands on the other side
     against = torch.tensor([[[-1.0, 0.0], [0.0, 0.0]]])
     assert late_interaction(torch.tensor([[[1.0, 0.0]]]), against).item() == -1
 
@@ -62,7 +62,7 @@ def test_the_loss_is_cross_entropy_both_ways_over_two_different_matrices():
 
 
 def whole(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Written with the tensor of all similarities, as the paper's formulas are."""
+    """ExportInfo with the tensor of all similarities, as the paper's formulas are."""
     real = text.any(dim=-1)
     similarity = torch.einsum("ikd,jrd->ijkr", image, text).masked_fill(~real[None, :, None, :], -torch.inf)
     to_text = similarity.amax(dim=3).mean(dim=2)
@@ -118,7 +118,7 @@ def test_what_is_shown_to_others_is_what_they_are_most_like():
     assert torch.equal(salient(image, text, 0.5), torch.stack([eye[[1, 2]], eye[[1, 2]]]))
     assert torch.equal(salient(image, -text, 0.3), torch.stack([eye[[0]], eye[[0]]]))
     assert torch.equal(salient(image, text, 1), image)
-    # filling comes last, whatever it is compared with
+    # padding comes last, whatever it is compared with
     assert torch.equal(salient(text, -image, 0.5)[1, 0], text[1, 0])
     leaf = image.clone().requires_grad_()
     salient(leaf, text, 0.5).sum().backward()

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from src.models.losses.reconstruction import masked_mse, normalise_patches, patchify, unpatchify
+from src.models.losses.reconstruction import masked_mse, normalize_patches, patchify, unpatchify
 
 
 def test_patchify_lays_patches_out_in_raster_order_and_values_by_row_column_channel():
@@ -24,21 +24,21 @@ def test_an_image_that_is_not_a_whole_number_of_patches_is_refused():
         patchify(torch.zeros(1, 3, 4, 5), 2)
 
 
-def test_patches_are_normalised_by_the_unbiased_variance_of_all_their_values():
+def test_patches_are_normalized_by_the_unbiased_variance_of_all_their_values():
     patches = torch.tensor([[[1.0, 2.0, 3.0, 6.0]]])
-    normalised, mean, std = normalise_patches(patches)
+    normalized, mean, std = normalize_patches(patches)
     # by hand: mean 3, squared deviations 4 + 1 + 0 + 9 = 14, unbiased variance 14 / 3
     expected_std = math.sqrt(14 / 3 + 1e-6)
     assert mean.item() == 3.0
     assert std.item() == pytest.approx(expected_std, rel=1e-6)
-    assert normalised[0, 0].tolist() == pytest.approx([(v - 3) / expected_std for v in (1, 2, 3, 6)], rel=1e-6)
-    assert normalise_patches(torch.ones(1, 1, 4))[0].abs().max() == 0  # a flat patch gives zeros, not NaN
+    assert normalized[0, 0].tolist() == pytest.approx([(v - 3) / expected_std for v in (1, 2, 3, 6)], rel=1e-6)
+    assert normalize_patches(torch.ones(1, 1, 4))[0].abs().max() == 0  # a flat patch gives zeros, not NaN
 
 
-def test_normalisation_and_loss_are_in_float32_whatever_comes_in():
+def test_normalization_and_loss_are_in_float32_whatever_comes_in():
     patches = torch.full((1, 1, 768), 100.0, dtype=torch.bfloat16)
     patches[..., ::2] = 101.0
-    assert normalise_patches(patches)[0].dtype == torch.float32
+    assert normalize_patches(patches)[0].dtype == torch.float32
     half = torch.zeros(1, 2, 4, dtype=torch.bfloat16)
     assert masked_mse(half, half + 1, torch.tensor([[1.0, 0.0]])).dtype == torch.float32
 

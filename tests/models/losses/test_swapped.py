@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from src.models.losses.swapped import refuse_too_few_samples, sinkhorn, swapped_prediction
+from src.models.losses.swapped import check_too_few_samples, sinkhorn, swapped_prediction
 
 
 def cosines(samples: int, prototypes: int) -> torch.Tensor:
@@ -61,6 +61,6 @@ def test_each_crop_predicts_the_codes_of_the_others():
 
 
 def test_more_prototypes_than_samples_are_refused():
-    refuse_too_few_samples(prototypes=8, samples=8)
+    check_too_few_samples(prototypes=8, samples=8)
     with pytest.raises(ValueError, match=r"model\.prototypes=9 .* 8 samples.*data\.batch_size.*model\.queue_size"):
-        refuse_too_few_samples(prototypes=9, samples=8)
+        check_too_few_samples(prototypes=9, samples=8)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from src.collectives import all_reduce, gather, reduce_sum
-from src.models.joint_embedding.center import Centre
+from src.models.joint_embedding.center import Center
 from src.models.joint_embedding.queue import FeatureQueue
 from src.models.losses.contrastive import ctr, dcl, dclw, info_nce, nt_xent
 from src.models.losses.distillation import cross_view_cross_entropy, sharpen
@@ -52,11 +52,11 @@ def swav(z1: Tensor, z2: Tensor) -> Tensor:
 
 
 def dino(z1: Tensor, z2: Tensor) -> Tensor:
-    centre = Centre(z1.shape[1]).double()
-    centre.observe(z1)
-    centre.observe(z2)
-    centre.move()
-    return cross_view_cross_entropy(sharpen(torch.stack([z1, z2]), centre(), 0.5), torch.stack([z2, z1]), 0.1)
+    center = Center(z1.shape[1]).double()
+    center.observe(z1)
+    center.observe(z2)
+    center.move()
+    return cross_view_cross_entropy(sharpen(torch.stack([z1, z2]), center(), 0.5), torch.stack([z2, z1]), 0.1)
 
 
 def clip(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def align(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
 
 
 def filip(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
-    """Tokens are three numbers in a row each; the third of every text is filling."""
+    """Tokens are three numbers in a row each; the third of every text is padding."""
     image, text = (normalize(torch.stack([z[:, i : i + 3] for i in range(3)], dim=1), dim=-1) for z in (z1, z2))
     text = text * torch.tensor([1.0, 1.0, 0.0], dtype=text.dtype)[:, None]
     images, offset = gather(image)
@@ -140,19 +140,19 @@ def parameter_gradients(
 
 
 def state(process: int, processes: int) -> dict[str, Tensor]:
-    """Two steps of the queue and of the centre with micro-batches as the sampler deals them."""
+    """Two steps of the queue and of the center with micro-batches as the sampler deals them."""
     torch.manual_seed(0)
-    queue, centre = FeatureQueue(3, 16, columns=("index",)).double(), Centre(3).double()
+    queue, center = FeatureQueue(3, 16, columns=("index",)).double(), Center(3).double()
     keys = torch.randn(2, IMAGES, 3, dtype=torch.float64)
     share = IMAGES // MICRO_BATCHES // processes
     for step in range(2):
         for micro_batch in range(MICRO_BATCHES):
             begin = (micro_batch * processes + process) * share
             queue.hold(keys[step, begin : begin + share], index=torch.arange(begin, begin + share) + 100 * step)
-            centre.observe(keys[step, begin : begin + share])
+            center.observe(keys[step, begin : begin + share])
         queue.push()
-        centre.move()
-    whole = {"centre": centre(), "share": queue.share()}
+        center.move()
+    whole = {"center": center(), "share": queue.share()}
     return whole | {f"queue {name}": value for name, value in queue.state_dict().items()}
 
 

@@ -28,15 +28,15 @@ def test_hidden_patches_lie_together():
     uniform = draws(100)
     uniform[:, 0], uniform[:, 1] = 0.0, 0.75  # 40 %
 
-    def neighbours(masks: torch.Tensor) -> float:
-        """Share of hidden patches whose right neighbour is hidden too."""
+    def neighbors(masks: torch.Tensor) -> float:
+        """Share of hidden patches whose right neighbor is hidden too."""
         grid = masks.view(-1, 14, 14)
         return ((grid[..., :-1] & grid[..., 1:]).sum() / grid[..., :-1].sum()).item()
 
     masks = block_masks(uniform, (14, 14))
     scattered = masks.gather(1, torch.rand(masks.shape, generator=torch.Generator().manual_seed(1)).argsort(dim=1))
-    assert neighbours(scattered) == pytest.approx(0.4, abs=0.05)
-    assert neighbours(masks) > 0.65
+    assert neighbors(scattered) == pytest.approx(0.4, abs=0.05)
+    assert neighbors(masks) > 0.65
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (1, 6), (3, 5)])

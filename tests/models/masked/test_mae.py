@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from src.models.losses.reconstruction import patchify
 from src.models.masked.mae import MAE
-from src.models.masked.masking import random_masking, take
+from src.models.masked.masking import gather_tokens, random_masking
 from src.optim import OptimizerRecipe
 
 
@@ -34,8 +34,8 @@ def test_masking_keeps_the_paper_s_share_and_restore_undoes_the_shuffle():
     assert masking.keep.shape == (5, 49)
     assert masking.mask.sum(dim=1).tolist() == [147.0] * 5
     tokens = torch.arange(196.0).expand(5, 196).unsqueeze(-1)
-    visible = take(tokens, masking.keep)
-    restored = take(torch.cat([visible, torch.full((5, 147, 1), -1.0)], dim=1), masking.restore).squeeze(-1)
+    visible = gather_tokens(tokens, masking.keep)
+    restored = gather_tokens(torch.cat([visible, torch.full((5, 147, 1), -1.0)], dim=1), masking.restore).squeeze(-1)
     expected = torch.where(masking.mask.bool(), -1.0, tokens.squeeze(-1))
     assert torch.equal(restored, expected)
     assert len({tuple(row) for row in masking.mask.tolist()}) == 5  # each sample has a mask of its own
@@ -117,7 +117,7 @@ def test_gradients_reach_everything_but_the_position_tables(mae, batch):
     assert not any(name.endswith("bias") or "norm" in name for name in decayed)
 
 
-def test_initialisation_is_the_paper_s():
+def test_initialization_is_the_paper_s():
     torch.manual_seed(0)
     backbone: VisionTransformer = timm.create_model(
         "vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=192, depth=1, num_heads=3, num_classes=0
@@ -138,7 +138,7 @@ def test_initialisation_is_the_paper_s():
 
 def test_pictures_show_the_image_what_was_seen_and_a_filled_in_whole(mae, batch):
     torch.manual_seed(4)
-    rows = mae.pictures(batch)["reconstruction"]
+    rows = mae.visualize(batch)["reconstruction"]
     torch.manual_seed(4)
     masking = random_masking(3, 16, 0.75, torch.device("cpu"))
     hidden = (

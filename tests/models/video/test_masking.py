@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from src.errors import SettingError
-from src.models.video.masking import VideoMasking, anywhere, frames, hidden_cubes, running_cells, tubes
+from src.models.video.masking import VideoMasking, anywhere, frames, hidden_cubes, running_cell_masking, tubes
 
 GRID = (4, 6, 6)
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_running_cells_decode_every_place_twice_in_any_four_times() -> None:
     torch.manual_seed(1)
     grid = (8, 4, 6)
     masking = tubes(16, grid, 0.75, CPU)
-    decoded = running_cells(masking, grid)
+    decoded = running_cell_masking(masking, grid)
     assert decoded.shape == (16, 8 * 24 // 2)
     chosen = torch.zeros(16, 8 * 24).scatter(1, decoded, 1.0).view(16, *grid)
     for start in range(5):
@@ -64,4 +64,4 @@ def test_what_cannot_be_hidden_is_refused() -> None:
     with pytest.raises(SettingError, match=r"model\.mask_ratio=0\.1 hides 0 of 4"):
         frames(1, GRID, 0.1, CPU)
     with pytest.raises(SettingError, match="running cells of 2x2 do not fill 3x6"):
-        running_cells(tubes(1, (2, 3, 6), 0.5, CPU), (2, 3, 6))
+        running_cell_masking(tubes(1, (2, 3, 6), 0.5, CPU), (2, 3, 6))

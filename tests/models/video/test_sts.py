@@ -12,7 +12,7 @@ from src.datamodules.scenes.films import FilmsSource
 from src.datamodules.sources.video_folder import VideoFolderSource
 from src.datamodules.video import VideoDataModule
 from src.datamodules.views.statistics import StatisticsCrop
-from src.datamodules.views.video import CentreVideoCrop, DenseClip, RandomSquare
+from src.datamodules.views.video import CenterVideoCrop, DenseClip, RandomSquare
 from src.errors import SettingError
 from src.models.backbones.video_conv import r2plus1d
 from src.models.video.sts import STS
@@ -30,7 +30,7 @@ def data(source: object, **options: object) -> VideoDataModule:
     return VideoDataModule(
         source=source,
         train_view=StatisticsCrop(CLIP, RandomSquare(16)),
-        eval_view=CentreVideoCrop(CLIP, size=16),
+        eval_view=CenterVideoCrop(CLIP, size=16),
         batch_size=8,
         num_workers=0,
         **options,

@@ -11,10 +11,10 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 from src.errors import SettingError
 from src.export.videos import videomae_weights
-from src.models.backbones.video_vit import CubeEmbed, VideoEncoder, sinusoids
+from src.models.backbones.video_vit import TubeletEmbed, VideoEncoder, sinusoids
 from src.models.losses.reconstruction import masked_mse
-from src.models.video.masking import running_cells, tubes
-from src.models.video.videomae import VideoMAE, cubify, normalise_cubes, uncubify
+from src.models.video.masking import running_cell_masking, tubes
+from src.models.video.videomae import VideoMAE, cubify, normalize_cubes, uncubify
 from src.optim import OptimizerRecipe
 
 RECIPE = OptimizerRecipe(torch.optim.AdamW, lr=1e-3)
@@ -32,7 +32,7 @@ def vit(frames: int = 4) -> timm.models.VisionTransformer:
         class_token=False,
         global_pool="avg",
         fc_norm=False,
-        embed_layer=partial(CubeEmbed, frames=frames, cube_frames=2),
+        embed_layer=partial(TubeletEmbed, frames=frames, cube_frames=2),
     )
 
 
@@ -84,7 +84,7 @@ def test_loss_is_that_of_transformers_own() -> None:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model = theirs(ours)
     torch.manual_seed(3)
-    # theirs takes the mean and deviation of ImageNet off again, ours normalises what it is given
+    # theirs takes the mean and deviation of ImageNet off again, ours normalizes what it is given
     unit = torch.rand(3, 4, 3, 32, 32)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     video = (unit - mean) / std
@@ -101,26 +101,26 @@ def test_cubes_and_back() -> None:
     cubes = cubify(video, (2, 2, 4))
     assert cubes.shape == (2, 2 * 2 * 2, 16, 3)
     assert torch.equal(uncubify(cubes, (2, 2, 4), (2, 2, 2)), video)
-    # the second cube: the first two frames, upper rows, right half; pixels laid out by frame, row and column
+    # the second tubelet: the first two frames, upper rows, right half; pixels laid out by frame, row and column
     expected = video[0, :2, :, :2, 4:].permute(0, 2, 3, 1).reshape(16, 3)
     assert torch.equal(cubes[0, 1], expected)
 
 
-def test_each_channel_of_a_cube_is_normalised_alone() -> None:
+def test_each_channel_of_a_cube_is_normalized_alone() -> None:
     cubes = torch.tensor([[[[0.0, 10.0], [2.0, 30.0]]]])
-    target, mean, std = normalise_cubes(cubes)
+    target, mean, std = normalize_cubes(cubes)
     assert mean.flatten().tolist() == [1.0, 20.0]
     torch.testing.assert_close(std.flatten(), torch.tensor([2**0.5, 200**0.5]))
     torch.testing.assert_close(target.flatten(), torch.tensor([-1.0, -1.0, 1.0, 1.0]) / 2**0.5, rtol=1e-5, atol=0)
 
 
 def test_dual_masking_counts_what_is_hidden_and_decoded() -> None:
-    ours, video = method(decoded=running_cells, mask_ratio=0.5), torch.randn(2, 4, 3, 32, 32)
+    ours, video = method(decoded=running_cell_masking, mask_ratio=0.5), torch.randn(2, 4, 3, 32, 32)
     torch.manual_seed(2)
     masking = tubes(2, ours.grid, 0.5, video.device)
-    decoded = running_cells(masking, ours.grid)
+    decoded = running_cell_masking(masking, ours.grid)
     prediction = ours.decoder(ours.encode(video, masking), masking.keep, decoded)
-    target = normalise_cubes(cubify(video, ours.cube))[0].flatten(2)
+    target = normalize_cubes(cubify(video, ours.cube))[0].flatten(2)
     errors = []
     for clip in range(2):
         for row, place in enumerate(decoded[clip].tolist()):
@@ -144,7 +144,7 @@ def test_nothing_hidden_reaches_the_encoder() -> None:
 def test_pictures_show_the_clip_and_leave_visible_cubes_alone() -> None:
     ours, video = method(), torch.randn(2, 4, 3, 32, 32)
     torch.manual_seed(7)
-    shown = ours.pictures({"video": video})["reconstruction"]
+    shown = ours.visualize({"video": video})["reconstruction"]
     torch.manual_seed(7)
     masking = tubes(2, ours.grid, ours.mask_ratio, video.device)
     assert shown.shape == (2 * 3, 2, 3, 32, 32)
@@ -158,9 +158,9 @@ def test_pictures_show_the_clip_and_leave_visible_cubes_alone() -> None:
 def test_clips_are_the_same_side_by_side() -> None:
     ours, video = method(), torch.randn(2, 4, 3, 32, 32)
     torch.manual_seed(7)
-    stills = ours.pictures({"video": video})["reconstruction"]
+    stills = ours.visualize({"video": video})["reconstruction"]
     torch.manual_seed(7)
-    clips = ours.clips({"video": video})["reconstruction"]
+    clips = ours.visualize_video({"video": video})["reconstruction"]
     assert clips.shape == (2, 3, 4, 3, 32, 32)
     assert torch.equal(clips[:, 0], video)
     assert torch.equal(clips[1, :, ::2], stills[3:])

@@ -110,7 +110,9 @@ def theirs(ours: XCLIP) -> XCLIPModel:
     def copy(to: str, source: nn.Module) -> None:
         weights.update({f"{to}.{name}": value for name, value in source.state_dict().items()})
 
-    def apart(to: str, weight: Tensor, bias: Tensor, parts: tuple[str, ...] = ("q", "k", "v")) -> None:
+    def forward_views_separately(
+        to: str, weight: Tensor, bias: Tensor, parts: tuple[str, ...] = ("q", "k", "v")
+    ) -> None:
         for part, w, b in zip(parts, weight.chunk(3), bias.chunk(3), strict=True):
             weights[f"{to}.{part}_proj.weight"], weights[f"{to}.{part}_proj.bias"] = w, b
 
@@ -121,14 +123,14 @@ def theirs(ours: XCLIP) -> XCLIPModel:
         to = f"vision_model.encoder.layers.{number}"
         copy(f"{to}.message_fc", message.project)
         copy(f"{to}.message_ln", message.norm)
-        apart(f"{to}.message_attn", message.attention.in_proj_weight, message.attention.in_proj_bias)
+        forward_views_separately(f"{to}.message_attn", message.attention.in_proj_weight, message.attention.in_proj_bias)
         copy(f"{to}.message_attn.out_proj", message.attention.out_proj)
     copy("visual_projection", ours.image_projection)
     copy("text_projection", ours.text_projection)
     weights["mit.position_embedding"] = ours.integration.positions
     for number, block in enumerate(ours.integration.blocks):
         to = f"mit.encoder.layers.{number}"
-        apart(f"{to}.self_attn", block.attn.qkv.weight, block.attn.qkv.bias)
+        forward_views_separately(f"{to}.self_attn", block.attn.qkv.weight, block.attn.qkv.bias)
         copy(f"{to}.self_attn.out_proj", block.attn.proj)
         copy(f"{to}.layer_norm1", block.norm1)
         copy(f"{to}.layer_norm2", block.norm2)

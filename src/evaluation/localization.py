@@ -19,7 +19,7 @@ from src.evaluation.run import readable
 from src.models.functional import inference
 from src.randomness import seeded
 
-_SEEN = 0.002  # share of a picture that a thing must fill to be looked for
+_SEEN = 0.002  # share of a image that a thing must fill to be looked for
 
 
 @runtime_checkable
@@ -27,7 +27,7 @@ class PatchTower(Protocol):
     """What a method must answer to be judged here."""
 
     def encode_patches(self, image: Tensor) -> Tensor:
-        """Unit vectors of a picture's positions: [B, rows, columns, E]."""
+        """Unit vectors of a image's positions: [B, rows, columns, E]."""
         ...
 
     def encode_text(self, text: Tensor, mask: Tensor) -> Tensor: ...
@@ -43,23 +43,23 @@ class WordTower(Protocol):
 
 
 @dataclass(frozen=True)
-class Localisation:
-    """Each thing that a picture's text names is looked for among the picture's patches.
+class Localization:
+    """Each thing that a image's text names is looked for among the image's patches.
 
     A method that compares words with patches reads the whole text, and its map of a thing is the mean similarity of
     each patch with the words that name it, less their article. Of another one the map is the similarity of each patch,
-    taken as if it were the picture, with the vector of these words alone. Reports over all named things that fill at
-    least 0.2 % of the picture
+    taken as if it were the image, with the vector of these words alone. Reports over all named things that fill at
+    least 0.2 % of the image
 
-    - ``localisation_pointing``: how often the middle of the patch with the highest similarity lies on the thing, the
+    - ``localization_pointing``: how often the middle of the patch with the highest similarity lies on the thing, the
       pointing game (Zhang et al., 2016); of patches that tie, the first
-    - ``localisation_chance``: how often that of a patch drawn at random does
-    - ``localisation_iou``: intersection over union of the thing and what ``threshold`` leaves of the map
+    - ``localization_chance``: how often that of a patch drawn at random does
+    - ``localization_iou``: intersection over union of the thing and what ``threshold`` leaves of the map
 
     Args:
-        samples: pictures at most, a fixed random choice; None for all.
+        samples: images at most, a fixed random choice; None for all.
         split: "val" or "test".
-        threshold: of a map that runs from 0, its smallest value, to 1, its greatest, and is brought to the picture's
+        threshold: of a map that runs from 0, its smallest value, to 1, its greatest, and is brought to the image's
             size by interpolation.
     """
 
@@ -69,7 +69,7 @@ class Localisation:
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
-            raise SettingError(f"Localisation: threshold must be in (0, 1], got {self.threshold}")
+            raise SettingError(f"Localization: threshold must be in (0, 1], got {self.threshold}")
 
     def __call__(
         self, module: nn.Module, datamodule: ImageTextDataModule, device: torch.device, *, precision: str = "32-true"
@@ -83,7 +83,7 @@ class Localisation:
         """
         source = datamodule.test_source if self.split == "test" else datamodule.val_source
         if not isinstance(module, PatchTower):
-            raise SettingError(f"localisation needs patches beside texts, which {type(module).__name__} does not give")
+            raise SettingError(f"localization needs patches beside texts, which {type(module).__name__} does not give")
         if not isinstance(source, GroundedSource):
             raise SettingError(
                 f"data.source: {type(source).__name__} does not know what its texts' words name; scenes do"
@@ -102,7 +102,7 @@ class Localisation:
         if len(rows) == 0:
             raise SettingError("data.source: no text names a thing that is seen")
         means = rows.double().mean(dim=0).tolist() if device.type != "mps" else rows.mean(dim=0).tolist()
-        return dict(zip(("localisation_pointing", "localisation_chance", "localisation_iou"), means, strict=True))
+        return dict(zip(("localization_pointing", "localization_chance", "localization_iou"), means, strict=True))
 
     def _judge(self, maps: Tensor, masks: Tensor) -> Tensor:
         """Maps [S, h, w] and masks, float in [0, 1] [S, H, W] -> hit, chance and intersection over union [S, 3]."""
@@ -118,11 +118,11 @@ class Localisation:
 
 @dataclass(frozen=True)
 class _Things:
-    """What the texts of a batch name and the pictures show."""
+    """What the texts of a batch name and the images show."""
 
-    texts: list[str]  # of the pictures
-    owner: list[int]  # of each thing, its picture's row
-    spans: list[tuple[int, int]]  # of each thing, which characters of the picture's text name it
+    texts: list[str]  # of the images
+    owner: list[int]  # of each thing, its image's row
+    spans: list[tuple[int, int]]  # of each thing, which characters of the image's text name it
     masks: list[Tensor]  # of each thing, float [H, W] in [0, 1]
 
     @staticmethod

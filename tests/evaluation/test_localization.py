@@ -11,9 +11,9 @@ from src.datamodules.image_text import ImageTextDataModule
 from src.datamodules.scenes import captions
 from src.datamodules.scenes.source import ScenesSource
 from src.datamodules.sources.source import Grounding
-from src.datamodules.views.image import CentreCrop
+from src.datamodules.views.image import CenterCrop
 from src.errors import SettingError
-from src.evaluation.localisation import Localisation
+from src.evaluation.localization import Localization
 from tests.datamodules.test_image_text import TOKENIZER, Numbered
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ TEXT = "zero one said two"  # the things: "one" fills a quarter, "two" an eighth
 
 
 class Grounded(Numbered):
-    """Pictures of 8 x 8: a quarter is 1, in one of two corners, half of the opposite quarter is 2, elsewhere is 0."""
+    """Visualizations of 8 x 8: a quarter is 1, in one of two corners, half of the opposite quarter is 2, elsewhere is 0."""
 
     def __getitem__(self, index: int):
         if index in self.broken:
@@ -50,7 +50,7 @@ class Pixels(nn.Module):
 
     def encode_patches(self, image: Tensor) -> Tensor:
         assert not self.training
-        shown = (self.data.denormalise(image)[:, 0] * 255).round().long()
+        shown = (self.data.denormalize(image)[:, 0] * 255).round().long()
         return F.avg_pool2d(F.one_hot(shown, 3).permute(0, 3, 1, 2).float(), 2).permute(0, 2, 3, 1)
 
     def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Words(Pixels):
 
 
 def data(tmp_path, source=Grounded, **options) -> ImageTextDataModule:
-    view = CentreCrop(8, share=1.0)
+    view = CenterCrop(8, share=1.0)
     made = ImageTextDataModule(
         source=partial(source, **options),
         train_view=view,
@@ -95,26 +95,26 @@ def data(tmp_path, source=Grounded, **options) -> ImageTextDataModule:
 def test_who_sees_what_is_named_points_at_it(tmp_path, tower):
     made = data(tmp_path, broken=(3,))
     module = tower(made).train()
-    scores = Localisation()(module, made, CPU)
+    scores = Localization()(module, made, CPU)
     assert module.training
-    assert scores["localisation_pointing"] == 1
-    assert scores["localisation_chance"] == pytest.approx((4 / 16 + 2 / 16) / 2)  # of the things that are seen
-    assert scores["localisation_iou"] == 1  # interpolation is at the half where a thing ends
+    assert scores["localization_pointing"] == 1
+    assert scores["localization_chance"] == pytest.approx((4 / 16 + 2 / 16) / 2)  # of the things that are seen
+    assert scores["localization_iou"] == 1  # interpolation is at the half where a thing ends
 
 
 def test_who_sees_the_opposite_does_not(tmp_path):
     made = data(tmp_path)
-    scores = Localisation(threshold=1.0)(Pixels(made, wrong=True), made, CPU)
-    assert scores["localisation_pointing"] == 0
+    scores = Localization(threshold=1.0)(Pixels(made, wrong=True), made, CPU)
+    assert scores["localization_pointing"] == 0
 
 
 def test_maps_by_hand():
     """A thing in the left half of 4 x 4; the second map's highest value is on the right, and its left column is above
-    the middle too. Halves are compared at the size of the picture, where a quarter of each half is in between."""
+    the middle too. Halves are compared at the size of the image, where a quarter of each half is in between."""
     masks = torch.zeros(2, 4, 4)
     masks[:, :, :2] = 1
     maps = torch.tensor([[[1.0, -1.0], [1.0, -1.0]], [[0.6, 1.0], [0.0, 0.0]]])
-    rows = Localisation()._judge(maps, masks)
+    rows = Localization()._judge(maps, masks)
     assert rows[:, 0].tolist() == [1, 0]
     assert rows[:, 1].tolist() == [0.5, 0.5]
     assert rows[0, 2] == 1
@@ -157,9 +157,9 @@ def test_a_token_s_place_is_found_in_its_text():
 def test_what_cannot_be_judged_is_refused(tmp_path):
     made = data(tmp_path)
     with pytest.raises(SettingError, match="needs patches beside texts, which Linear does not give"):
-        Localisation()(nn.Linear(1, 1), made, CPU)
+        Localization()(nn.Linear(1, 1), made, CPU)
     unknown = data(tmp_path, source=Numbered)
     with pytest.raises(SettingError, match=r"data.source: Numbered does not know what its texts' words name"):
-        Localisation()(Pixels(unknown), unknown, CPU)
+        Localization()(Pixels(unknown), unknown, CPU)
     with pytest.raises(SettingError, match="threshold must be in"):
-        Localisation(threshold=0.0)
+        Localization(threshold=0.0)
