@@ -52,7 +52,7 @@ _RELATIONS: Mapping[Relation, tuple[str, ...]] = {
     "below": ("below", "under", "lower than"),
     "before": ("in front of", "before"),
 }
-_CENTER = ("in the middle", "at the center")
+_CENTER = ("in the middle", "at the centre")
 _HALF = {"top": "upper", "bottom": "lower"}
 
 

@@ -52,7 +52,7 @@ PARTS = {
     ("top", "middle"): ("at the top", "in the upper part"),
     ("top", "right"): ("at the top right", "in the upper right part"),
     ("middle", "left"): ("at the left", "in the left part"),
-    ("middle", "middle"): ("in the middle", "at the center"),
+    ("middle", "middle"): ("in the middle", "at the centre"),
     ("middle", "right"): ("at the right", "in the right part"),
     ("bottom", "left"): ("at the bottom left", "in the lower left part"),
     ("bottom", "middle"): ("at the bottom", "in the lower part"),
