@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from src.collectives import gather_rows, rank
 from src.datamodules.batch import mean_of_samples
 from src.datamodules.image import ImageDataModule
-from src.models.backbones.image_encoder import Features, ImageEncoder
+from src.models.backbones.encoder import Encoder, Features
 from src.models.functional import inference
 
 Pool = Callable[[Features], Tensor]
@@ -109,21 +109,23 @@ class LastBlocks:
     blocks: int = 4
 
     def __call__(self, features: Features) -> Tensor:
-        return features.embedding if features.deep is None else features.deep[:, -self.blocks :].flatten(1)
+        return (
+            features.embedding if features.class_tokens is None else features.class_tokens[:, -self.blocks :].flatten(1)
+        )
 
 
 @contextmanager
 def reaching(encoders: Iterable[nn.Module], pools: Iterable[Pool]) -> Iterator[None]:
     """Encoders that give what the pools read of earlier blocks; afterwards they do not any more."""
     deep = max((pool.blocks for pool in pools if isinstance(pool, LastBlocks)), default=0)
-    able = [encoder for encoder in encoders if isinstance(encoder, ImageEncoder)]
+    able = [encoder for encoder in encoders if isinstance(encoder, Encoder)]
     for encoder in able:
-        encoder.deep = deep
+        encoder.last_blocks = deep
     try:
         yield
     finally:
         for encoder in able:
-            encoder.deep = 0
+            encoder.last_blocks = 0
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from src.models.backbones.image_encoder import Features
+from src.models.backbones.encoder import Features
 
 
 class PixelEncoder(nn.Module):

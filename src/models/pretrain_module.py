@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from src.callbacks.ema_teacher import EMATeacher
 from src.errors import SettingError
-from src.models.backbones.image_encoder import ImageEncoder
+from src.models.backbones.encoder import Encoder
 from src.models.logging import logs_now
 from src.optim import OptimizerRecipe
 from src.sharding import FullySharded
@@ -44,7 +44,7 @@ class PretrainModule(L.LightningModule, ABC):
     def training_step(self, batch: Any, batch_idx: int) -> StepOutput: ...
 
     @abstractmethod
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         """The encoders to evaluate, export and look at, the first being the one a user would take away."""
 
     def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from src.callbacks.ema_teacher import EMATeacher
 from src.callbacks.schedules import Schedules
-from src.models.backbones.image_encoder import ImageEncoder
+from src.models.backbones.encoder import Encoder
 from src.models.pretrain_module import PretrainModule, StepOutput
 from src.models.teacher import teacher_of
 from src.optim import OptimizerRecipe
@@ -39,7 +39,7 @@ class Follower(PretrainModule):
     def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         return [(self.student, self.teacher)]
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {}
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import one_hot
 from src.callbacks.drawing import Ranked, pictures_of_texts, similarities, texts_of_pictures, tile, wrapped
 from src.callbacks.image_text_visualizations import ImageTextVisualizations, extremes
 from src.loggers import OrderedTensorBoardLogger
-from src.models.backbones.image_encoder import ImageEncoder
+from src.models.backbones.encoder import Encoder
 from src.models.downstream.colormaps import ramp
 from src.models.pretrain_module import PretrainModule
 from src.optim import OptimizerRecipe
@@ -40,7 +40,7 @@ class Counting(PretrainModule):
         self.layer = nn.Linear(3, 1)
         self.asked = 0
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {}
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:

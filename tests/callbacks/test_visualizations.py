@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from src.callbacks.checkpoints import Checkpoints
 from src.callbacks.drawing import animation
 from src.callbacks.visualizations import Visualizations
-from src.datamodules.batch import MultiViewBatch
+from src.datamodules.batches.image import MultiViewBatch
 from src.datamodules.image import ImageDataModule
 from src.datamodules.sources.source import Split
 from src.datamodules.views.color import Color
 from src.datamodules.views.image import CenterCrop, RandomResizedCrop
 from src.datamodules.views.multi import Augmented, MultiView
 from src.loggers import OrderedTensorBoardLogger
-from src.models.backbones.image_encoder import ImageEncoder
+from src.models.backbones.encoder import Encoder
 from src.models.joint_embedding.base import JointEmbedding
 from src.models.pretrain_module import PretrainModule, StepOutput
 from src.optim import OptimizerRecipe
@@ -62,7 +62,7 @@ class Method(PretrainModule):
         self.batches: list[dict[str, Tensor]] = []
         self.noise: list[Tensor] = []
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {}
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -215,7 +215,7 @@ class Comparison(JointEmbedding):
         self.layer = nn.Linear(3, 1)
         self.shown: list[Tensor] = []
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {}
 
     def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from src.datamodules.batch import VideoBatch, mean_of_samples, validate
+from src.datamodules.batches.base import mean_of_samples, validate
+from src.datamodules.batches.video import VideoBatch
 from src.datamodules.scenes.films import FilmsSource
 from src.datamodules.scenes.motion import MovingWorld
 from src.datamodules.sources.video_folder import VideoFolderSource
@@ -24,7 +25,7 @@ from src.datamodules.views.resample import resample_box, whole_pixels
 from src.datamodules.views.video import CenterVideoCrop, DenseClip, MultiScaleCrop, RandomVideoCrop, SegmentClip
 from src.errors import SettingError
 from src.evaluation.features import extract
-from src.models.backbones.image_encoder import Features
+from src.models.backbones.encoder import Features
 from tests.datamodules.test_video_reader import write
 
 

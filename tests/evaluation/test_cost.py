@@ -10,7 +10,7 @@ from src.callbacks.online_evaluation import OnlineEvaluation
 from src.evaluation.cost import evaluation_share, evaluator_seconds, feature_images_per_second
 from src.evaluation.features import FeatureSets
 from src.evaluation.pixels import PixelEncoder
-from src.models.backbones.image_encoder import Features
+from src.models.backbones.encoder import Features
 
 CPU = torch.device("cpu")
 

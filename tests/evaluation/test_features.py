@@ -16,7 +16,8 @@ from src.evaluation.features import (
     extract,
     mean_of_patches,
 )
-from src.models.backbones.image_encoder import Features, ImageEncoder, cls_token
+from src.models.backbones.encoder import Features
+from src.models.backbones.image_encoder import ImageEncoder, cls_token
 from tests.evaluation.toy import PatchySquares, Squares, make_data, squares, tiny_encoder, tiny_vit
 
 CPU = torch.device("cpu")
@@ -120,8 +121,8 @@ def test_the_class_tokens_of_the_last_blocks_stand_beside_each_other() -> None:
     first, last = (read({"": ImageEncoder(vit, cls_token)})[""].features for vit in (short, whole))
     torch.testing.assert_close(both, torch.cat([first, last], dim=1))
     torch.testing.assert_close(read({"": encoder}, pool=LastBlocks(1))[""].features, last)
-    assert encoder.deep == 0
-    assert encoder(torch.zeros(1, 3, 32, 32)).deep is None
+    assert encoder.last_blocks == 0
+    assert encoder(torch.zeros(1, 3, 32, 32)).class_tokens is None
     colors = read({"": MeanColor()}, pool=LastBlocks(4))[""].features
     assert torch.equal(colors, read({"": MeanColor()})[""].features)
 

@@ -21,7 +21,7 @@ from src.datamodules.views.video import CenterVideoCrop, DenseClip
 from src.errors import SettingError
 from src.evaluation.features import BadFeatures
 from src.evaluation.label_propagation import LabelPropagation, neighborhood
-from src.models.backbones.image_encoder import Features
+from src.models.backbones.encoder import Features
 from tests.evaluation.toy import Squares, random_rows, squares
 
 CPU = torch.device("cpu")
@@ -183,7 +183,7 @@ def test_encoders_of_videos_are_shown_frames_that_stand_still() -> None:
 def test_a_film_knows_its_masks_in_every_frame() -> None:
     source = FilmsSource("val", count=2, resolution=24, duration=0.5, rate=8.0)
     masks, film = source.masks(1), source.film(1)
-    assert masks.shape == (4, len(film.scene.things), 24, 24)
+    assert masks.shape == (4, len(film.scene.objects), 24, 24)
     assert int(masks.sum(dim=1).max()) == 1
     assert np.array_equal(masks[3].numpy(), render.instance_masks(film.at(3 / 8), 24))
     found = LabelPropagation(partial(FilmsSource, count=2, resolution=24, duration=0.5, rate=8.0))

@@ -20,7 +20,7 @@ from src.datamodules.views.image import CenterCrop
 from src.errors import SettingError
 from src.evaluation.features import FeatureSet, FeatureSets
 from src.evaluation.patch_knn import PatchKNN, patch_labels, patch_sets
-from src.models.backbones.image_encoder import Features
+from src.models.backbones.encoder import Features
 from tests.evaluation.toy import squares
 
 CPU = torch.device("cpu")

@@ -11,10 +11,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from src.datamodules.batch import ImageBatch
+from src.datamodules.batches.image import ImageBatch
 from src.datamodules.image import ImageDataModule
 from src.datamodules.sources.source import BadSample, Sample, Split
 from src.datamodules.views.image import CenterCrop
+from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder
 from src.models.pretrain_module import PretrainModule, StepOutput
 from src.optim import OptimizerRecipe
@@ -108,7 +109,7 @@ class Toy(PretrainModule):
         loss = (self.head(embedding) - batch["image"].mean(dim=(2, 3))).square().mean()
         return StepOutput(loss=loss, embedding=embedding.detach())
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"student": ImageEncoder(self.student), "teacher": ImageEncoder(self.teacher)}
 
 

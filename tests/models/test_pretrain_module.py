@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from src.callbacks.schedules import Schedules
-from src.datamodules.batch import ImageBatch
+from src.datamodules.batches.image import ImageBatch
 from src.datamodules.image import ImageDataModule
 from src.datamodules.views.image import CenterCrop, RandomResizedCrop
+from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder
 from src.models.pretrain_module import PretrainModule, StepOutput
 from src.optim import OptimizerRecipe
@@ -32,7 +33,7 @@ class Brightness(PretrainModule):
         error = self.linear(batch["image"].flatten(1)).squeeze(1) - batch["image"].mean(dim=(1, 2, 3))
         return {"loss": error.pow(2).mean(), "logs": {"bias": error.detach().mean()}}
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"encoder": ImageEncoder(self.backbone)}
 
 

@@ -1,28 +1,18 @@
-"""The one feature interface: every encoder that is evaluated, exported or fine-tuned answers through it."""
+"""The encoder of images: a timm backbone and the pooling of its tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from src.errors import SettingError
-
-
-@dataclass(frozen=True)
-class Features:
-    """What an encoder says of a batch of images, or of videos."""
-
-    embedding: Tensor  # [B, D], one vector an image
-    patches: Tensor  # [B, N, D], one vector a position, raster order
-    grid: tuple[int, ...]  # rows and columns of the positions, times before them of a video; N is their product
-    deep: Tensor | None = None  # [B, L, D], class tokens after each of the last L blocks, where they are asked for
-
+from src.models.backbones.encoder import Encoder, Features
 
 Pool = Callable[[Tensor, Tensor], Tensor]
+"""Makes the embedding [B, D] of the prefix tokens [B, P, D] (class token, registers) and the patches [B, N, D]."""
 
 
 def cls_token(prefix: Tensor, patches: Tensor) -> Tensor:
@@ -32,44 +22,39 @@ def cls_token(prefix: Tensor, patches: Tensor) -> Tensor:
         SettingError: the backbone has no class token.
     """
     if prefix.shape[1] == 0:
-        raise SettingError("this backbone has no class token to pool by: use mean_patch")
+        raise SettingError("model.pool: this backbone has no class token; use pool=mean_patch")
     return prefix[:, 0]
 
 
 def mean_patch(prefix: Tensor, patches: Tensor) -> Tensor:
-    """The mean of all positions: [B, P, D], [B, N, D] -> [B, D]. On a ConvNet this is global average pooling."""
+    """The mean of all patches: [B, P, D], [B, N, D] -> [B, D]. On a ConvNet this is global average pooling."""
     return patches.mean(dim=1)
 
 
 def cls_token_or_mean(prefix: Tensor, patches: Tensor) -> Tensor:
-    """The class token, or the mean of all positions of a backbone that has none, such as a ConvNet."""
+    """The class token, or the mean of all patches if the backbone has no class token, such as a ConvNet."""
     return cls_token(prefix, patches) if prefix.shape[1] else mean_patch(prefix, patches)
 
 
 def attention_pool(backbone: nn.Module) -> Pool:
-    """What a ViT of timm with ``global_pool: map`` has for a pool: a learned query attends to all tokens.
+    """timm's attention-pooling head (``global_pool: map``): a learned query attends to all tokens.
 
     Raises:
-        SettingError: the backbone has none.
+        SettingError: the backbone has no such head.
     """
     if getattr(backbone, "attn_pool", None) is None:
-        raise SettingError("this backbone has no attention to pool by: backbone.global_pool=map makes one")
+        raise SettingError("this backbone has no attention-pooling head: set backbone.global_pool=map")
     head: nn.Module = backbone.attn_pool  # type: ignore[assignment]
     return lambda prefix, patches: head(torch.cat([prefix, patches], dim=1))
 
 
-class ImageEncoder(nn.Module):
-    """A timm backbone seen through `Features`.
+class ImageEncoder(Encoder):
+    """The `Encoder` of images, adapted from a timm backbone.
 
     Args:
         backbone: any timm model with ``forward_features``: tokens [B, P + N, D], or a map [B, D, H, W].
         pool: makes the embedding of the prefix tokens and the patches.
-
-    Attributes:
-        deep: of how many of the last blocks `Features.deep` is wanted; of a backbone with a class token.
     """
-
-    deep: int = 0
 
     def __init__(self, backbone: nn.Module, pool: Pool = mean_patch) -> None:
         super().__init__()
@@ -78,15 +63,14 @@ class ImageEncoder(nn.Module):
 
     @property
     def dim(self) -> int:
-        """D, the width of embedding and patches."""
         return int(self.backbone.num_features)  # type: ignore[arg-type]
 
-    def forward(self, image: Tensor) -> Features:
-        """image: [B, 3, H, W], normalized."""
-        if self.deep and getattr(self.backbone, "cls_token", None) is not None:
-            output, deep = self._deep(image)
+    def forward(self, x: Tensor) -> Features:
+        """x: images [B, 3, H, W], normalized."""
+        if self.last_blocks and getattr(self.backbone, "cls_token", None) is not None:
+            output, class_tokens = self._with_class_tokens(x)
         else:
-            output, deep = self.backbone.forward_features(image), None  # type: ignore[operator]
+            output, class_tokens = self.backbone.forward_features(x), None  # type: ignore[operator]
         if output.ndim == 4:
             rows, columns = output.shape[-2:]
             patches = output.flatten(2).transpose(1, 2)
@@ -94,13 +78,13 @@ class ImageEncoder(nn.Module):
         else:
             prefix_tokens = int(self.backbone.num_prefix_tokens)  # type: ignore[arg-type]
             prefix, patches = output[:, :prefix_tokens], output[:, prefix_tokens:]
-            rows, columns = self.backbone.patch_embed.dynamic_feat_size(image.shape[-2:])  # type: ignore[union-attr,operator]
-        return Features(self.pool(prefix, patches), patches, (rows, columns), deep)
+            rows, columns = self.backbone.patch_embed.dynamic_feat_size(x.shape[-2:])  # type: ignore[union-attr,operator]
+        return Features(self.pool(prefix, patches), patches, (rows, columns), class_tokens)
 
-    def _deep(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def _with_class_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens, and the class tokens after each of the last blocks, all through the final norm as in DINO."""
         vit: Any = self.backbone
-        output, found = vit.forward_intermediates(
-            image, indices=min(self.deep, len(vit.blocks)), return_prefix_tokens=True, norm=True, output_fmt="NLC"
+        output, blocks = vit.forward_intermediates(
+            x, indices=min(self.last_blocks, len(vit.blocks)), return_prefix_tokens=True, norm=True, output_fmt="NLC"
         )
-        return output, torch.stack([prefix[:, 0] for _, prefix in found], dim=1)
+        return output, torch.stack([prefix[:, 0] for _, prefix in blocks], dim=1)

@@ -10,7 +10,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from src.errors import SettingError
-from src.models.backbones.image_encoder import Features, ImageEncoder, Pool, mean_patch
 
 
 class TubeletEmbed(nn.Module):
@@ -83,53 +82,6 @@ def video_vit(model_name: str, **options: Any) -> VisionTransformer:
     vit: VisionTransformer = timm.create_model(model_name, **options)  # type: ignore[assignment]
     vit.pos_embed = sinusoids(vit.embed_dim, vit.patch_embed.num_patches)
     return vit
-
-
-class VideoEncoder(ImageEncoder):
-    """An `ImageEncoder` of clips, its embedding the mean of all positions.
-
-    Args:
-        backbone: a ViT with a `TubeletEmbed`, or a ConvNet whose map is [B, D, T, H, W].
-        pool: see `ImageEncoder`.
-    """
-
-    def __init__(self, backbone: nn.Module, pool: Pool = mean_patch) -> None:
-        super().__init__(backbone, pool=pool)
-
-    def forward(self, image: Tensor) -> Features:
-        """image: clips [B, T, 3, H, W], normalized."""
-        output = self.backbone.forward_features(image)  # type: ignore[operator]
-        if output.ndim == 5:
-            patches, grid = output.flatten(2).transpose(1, 2), tuple(output.shape[2:])
-        else:
-            patches, grid = output, tuple(self.backbone.patch_embed.grid)  # type: ignore[union-attr,arg-type]
-        return Features(embedding=self.pool(patches[:, :0], patches), patches=patches, grid=grid)
-
-
-class FrameEncoder(ImageEncoder):
-    """A backbone of images that reads the frames of a clip one by one; their embeddings are averaged."""
-
-    def forward(self, image: Tensor) -> Features:
-        """image: clips [B, T, 3, H, W], normalized."""
-        batch, frames = image.shape[:2]
-        each = super().forward(image.flatten(0, 1))
-        return Features(
-            embedding=each.embedding.unflatten(0, (batch, frames)).mean(dim=1),
-            patches=each.patches.reshape(batch, -1, each.patches.shape[-1]),
-            grid=(frames, *each.grid),
-        )
-
-
-def reads_clips(backbone: nn.Module) -> bool:
-    """Whether a backbone takes [B, T, 3, H, W], not images."""
-    return bool(getattr(backbone, "reads_clips", False)) or isinstance(
-        getattr(backbone, "patch_embed", None), TubeletEmbed
-    )
-
-
-def clip_encoder(backbone: nn.Module, pool: Pool = mean_patch) -> ImageEncoder:
-    """The encoder of clips that a backbone makes, of clips or of images."""
-    return VideoEncoder(backbone, pool) if reads_clips(backbone) else FrameEncoder(backbone, pool)
 
 
 def sinusoids(dim: int, count: int) -> nn.Parameter:

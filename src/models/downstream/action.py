@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from src.datamodules.batch import VideoBatch
-from src.models.backbones.image_encoder import ImageEncoder
-from src.models.backbones.video_vit import clip_encoder, reads_clips
+from src.datamodules.batches.video import VideoBatch
+from src.models.backbones.encoder import Encoder
+from src.models.backbones.video_encoder import clip_encoder, reads_clips
 from src.models.downstream.finetune import FineTune
 from src.models.downstream.linear import LinearProtocol
 from src.models.pretrain_module import StepOutput
@@ -31,7 +31,7 @@ class FineTuneAction(FineTune):
             return super().embed(image)
         return super().embed(image.flatten(0, 1)).unflatten(0, image.shape[:2]).mean(dim=1)
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"encoder": clip_encoder(self.backbone, self.pool)}
 
 
@@ -43,5 +43,5 @@ class LinearAction(LinearProtocol):
     def training_step(self, batch: VideoBatch, batch_idx: int) -> StepOutput:  # type: ignore[override]
         return self.learn(batch["video"], self.labels_of(batch))
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"encoder": clip_encoder(self.backbone, self.pool)}

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from src.datamodules.batch import BatchError, DetectionBatch
+from src.datamodules.batches.base import BatchError
+from src.datamodules.batches.dense import DetectionBatch
+from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, mean_patch
 from src.models.downstream.average_precision import AveragePrecision, require_pycocotools
 from src.models.downstream.class_head import ClassHeadModule
@@ -170,7 +172,7 @@ class Detection(ClassHeadModule):
         legible = image.shape[-1] >= _LEGIBLE
         return draw_bounding_boxes(image, things["boxes"], labels=names if legible else None, colors=colors)
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"encoder": ImageEncoder(self.pyramid.backbone, pool=mean_patch)}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.errors import SettingError
+from src.models.backbones.encoder import Encoder
 from src.models.backbones.feature_maps import FeatureMaps
 from src.models.backbones.image_encoder import ImageEncoder, cls_token_or_mean
 from src.models.functional import at_least_float32
@@ -85,7 +86,7 @@ class DensePrediction(PretrainModule):
             return [part(patches, cls) for part, (patches, cls) in zip(self.reassemble, tokens, strict=True)]
         return [part(patches) for part, patches in zip(self.reassemble, self.features(image), strict=True)]
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"encoder": ImageEncoder(self.features.backbone, pool=cls_token_or_mean)}
 
 

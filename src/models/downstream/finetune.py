@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.collectives import rank
-from src.datamodules.batch import ImageBatch
+from src.datamodules.batches.image import ImageBatch
+from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.downstream.classifier import Classifier, truncated_normal
 from src.models.downstream.mixing import mix
@@ -109,7 +110,7 @@ class FineTune(Classifier):
     def forward(self, image: Tensor) -> Tensor:
         return self.classify(self.embed(image))
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"encoder": ImageEncoder(self.backbone, pool=self.pool)}
 
     @property

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from src.datamodules.batch import ImageBatch
+from src.datamodules.batches.image import ImageBatch
+from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, cls_token
 from src.models.downstream.classifier import Classifier
 from src.models.pretrain_module import StepOutput
@@ -68,5 +69,5 @@ class LinearProtocol(Classifier):
     def forward(self, image: Tensor) -> Tensor:
         return self.head(self.norm(self.embed(image)))
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"encoder": ImageEncoder(self.backbone, pool=self.pool)}

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from src.collectives import is_distributed
-from src.datamodules.batch import IGNORED, SegmentationBatch
+from src.datamodules.batches.base import IGNORED
+from src.datamodules.batches.dense import SegmentationBatch
 from src.errors import SettingError
+from src.models.backbones.encoder import Encoder
 from src.models.backbones.feature_maps import FeatureMaps
 from src.models.backbones.image_encoder import ImageEncoder, cls_token_or_mean
 from src.models.downstream import colormaps as colors
@@ -132,7 +134,7 @@ class Segmenter(ClassHeadModule):
         colored = [self.trainer.datamodule.normalize(colors.of_classes(each)) for each in (predicted, mask)]  # type: ignore[attr-defined]
         return {"segmentation": torch.stack([image, *colored], dim=1)}
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"encoder": ImageEncoder(self.features.backbone, pool=cls_token_or_mean)}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

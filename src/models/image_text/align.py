@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from src.datamodules.batch import ImageTextBatch
+from src.collectives import gather
+from src.datamodules.batches.image_text import ImageTextBatch
 from src.models.backbones.image_encoder import Pool, mean_patch
 from src.models.functional import l2_normalize
-from src.models.image_text.base import ImageTextModule
-from src.models.image_text.clip import contrast_all
+from src.models.image_text.base import ImageTextModule, hash_texts, modality_gap
+from src.models.losses.image_text import clip_loss
 from src.models.pretrain_module import StepOutput
 from src.models.text.text_tower import Tower
 from src.optim import OptimizerRecipe
@@ -65,15 +66,25 @@ class ALIGN(ImageTextModule):
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
         features = self.image_encoder(batch["image"]).embedding
-        image, text = l2_normalize(features), self.encode_text(batch["text"], batch["text_mask"])
-        ids = batch["text"] if self.mask_equal_texts else None
-        scale = 1 / self.temperature.squeeze()
-        # the paper adds the two directions, of which this is the mean
-        loss = 2 * contrast_all(image, text, ids, scale=scale, label_smoothing=self.label_smoothing)
-        logs = {
-            "temperature": self.temperature.detach().squeeze(),
-            "gap": (image.mean(dim=0) - text.mean(dim=0)).norm().detach(),
-        }
+        image = l2_normalize(features)
+        text = self.encode_text(batch["text"], batch["text_mask"])
+
+        images, offset = gather(image)
+        texts, _ = gather(text)
+        text_hash = gather(hash_texts(batch["text"]))[0] if self.mask_equal_texts else None
+
+        # the paper adds the two directions, clip_loss averages them
+        loss = 2 * clip_loss(
+            image,
+            text,
+            images,
+            texts,
+            offset,
+            logit_scale=1 / self.temperature.squeeze(),
+            text_hash=text_hash,
+            label_smoothing=self.label_smoothing,
+        )
+        logs = {"temperature": self.temperature.detach().squeeze(), "modality_gap": modality_gap(image, text)}
         return {"loss": loss, "logs": logs, "embedding": features.detach().float()}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

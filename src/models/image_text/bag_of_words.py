@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from src.datamodules.batch import ImageTextBatch
+from src.datamodules.batches.image_text import ImageTextBatch
+from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, cls_token_or_mean
 from src.models.functional import full_precision, l2_normalize
 from src.models.losses.image_text import bag_of_words_loss
@@ -73,7 +74,7 @@ class BagOfWords(PretrainModule):
         """Unit vectors [B, V] of the bags; without a word nothing is said: zeros."""
         return l2_normalize(self.bag(text, mask))
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"encoder": self.image_encoder}
 
     @full_precision

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool
 from src.models.backbones.weights import WeightsError, read, some
 from src.models.functional import l2_normalize
@@ -105,7 +106,7 @@ class ImageTextModule(PretrainModule):
         features = self.image_encoder(image)
         return l2_normalize(self.image_projection(features.patches)).unflatten(1, features.grid)
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"encoder": self.image_encoder}
 
     def _frozen(self) -> list[str]:
@@ -120,6 +121,24 @@ def _projection(width: int, embed_dim: int | None, bias: bool) -> nn.Module:
     if bias:
         nn.init.zeros_(projection.bias)
     return projection
+
+
+def modality_gap(image: Tensor, text: Tensor) -> Tensor:
+    """Returns the distance between the mean image vector and the mean text vector of a batch, for the log."""
+    return (image.mean(dim=0) - text.mean(dim=0)).norm().detach()
+
+
+def hash_texts(ids: Tensor) -> Tensor:
+    """Returns one number a text, equal for equal texts: token ids int64 [N, L] -> int64 [N].
+
+    A hash needs no sorting and no synchronization with the device. Two different texts share a number with a
+    probability of about 2^-64.
+    """
+    # the constants of splitmix64 (Steele et al., 2014), one weight a position; int64 products wrap around as intended
+    weight = torch.arange(1, ids.shape[1] + 1, device=ids.device) * -7046029254386353131
+    weight = (weight ^ (weight >> 30)) * -4658895280553007687
+    weight = (weight ^ (weight >> 27)) * -7723592293110705685
+    return (ids * (weight ^ (weight >> 31))).sum(dim=1)
 
 
 def load_towers(module: ImageTextModule, start: str | Path | None) -> None:

@@ -6,13 +6,13 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from src.collectives import gather
-from src.datamodules.batch import ImageTextBatch
+from src.datamodules.batches.image_text import ImageTextBatch
 from src.models.backbones.image_encoder import Pool, cls_token_or_mean
 from src.models.functional import l2_normalize
-from src.models.image_text.base import ImageTextModule
+from src.models.image_text.base import ImageTextModule, hash_texts, modality_gap
 from src.models.losses.image_text import clip_loss
 from src.models.pretrain_module import StepOutput
 from src.models.text.text_tower import Tower
@@ -77,42 +77,17 @@ class CLIP(ImageTextModule):
         features = self.image_features(batch["image"])
         image = l2_normalize(self.image_projection(features))
         text = self.encode_text(batch["text"], batch["text_mask"])
-        loss, logs = self.contrast(image, text, batch["text"])
-        return {"loss": loss, "logs": logs, "embedding": features.detach().float()}
 
-    def contrast(self, image: Tensor, text: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and what is logged of it: unit vectors [B, E] of images and texts, the texts' token ids [B, L]."""
-        scale = self.logit_scale.exp().squeeze()
-        loss = contrast_all(image, text, ids if self.mask_equal_texts else None, scale=scale)
-        return loss, {"scale": scale.detach(), "gap": (image.mean(dim=0) - text.mean(dim=0)).norm().detach()}
+        images, offset = gather(image)
+        texts, _ = gather(text)
+        text_hash = gather(hash_texts(batch["text"]))[0] if self.mask_equal_texts else None
+
+        logit_scale = self.logit_scale.exp().squeeze()
+        loss = clip_loss(image, text, images, texts, offset, logit_scale=logit_scale, text_hash=text_hash)
+        logs = {"logit_scale": logit_scale.detach(), "modality_gap": modality_gap(image, text)}
+        return {"loss": loss, "logs": logs, "embedding": features.detach().float()}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
-        with torch.no_grad():  # not in the forward pass: beyond the limit there would be no gradient to come back by
+        with torch.no_grad():  # clamping in the forward pass would zero the gradient beyond the limit
             self.logit_scale.clamp_(0, math.log(self.max_scale))
-
-
-def contrast_all(
-    image: Tensor, text: Tensor, ids: Tensor | None, *, scale: Tensor, label_smoothing: float = 0.0
-) -> Tensor:
-    """`clip_loss` of the own pairs among those of all processes.
-
-    Args:
-        image, text: unit vectors [B, E].
-        ids: the texts' token ids [B, L]; equal ones are no negatives of each other. None where they are.
-        scale, label_smoothing: see `clip_loss`.
-    """
-    images, offset = gather(image)
-    texts, _ = gather(text)
-    same = None if ids is None else gather(equal_texts(ids))[0]
-    return clip_loss(image, text, images, texts, offset, scale=scale, same=same, label_smoothing=label_smoothing)
-
-
-def equal_texts(text: Tensor) -> Tensor:
-    """One number for all rows of token ids that are equal: int64 [N, L] -> [N]. A hash, so that nothing is sorted and
-    nobody waits for the device: two texts that differ share one with a probability of about 2^-64."""
-    # the numbers of splitmix64 (Steele et al., 2014), one a place; whole numbers of 64 bits overflow as they should
-    weight = torch.arange(1, text.shape[1] + 1, device=text.device) * -7046029254386353131
-    weight = (weight ^ (weight >> 30)) * -4658895280553007687
-    weight = (weight ^ (weight >> 27)) * -7723592293110705685
-    return (text * (weight ^ (weight >> 31))).sum(dim=1)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from src.collectives import gather
-from src.datamodules.batch import ImageTextBatch
+from src.datamodules.batches.image_text import ImageTextBatch
 from src.errors import SettingError
 from src.models.backbones.image_encoder import Pool, cls_token_or_mean
 from src.models.functional import l2_normalize
-from src.models.image_text.base import ImageTextModule, load_towers
-from src.models.image_text.clip import contrast_all
+from src.models.image_text.base import ImageTextModule, hash_texts, load_towers, modality_gap
 from src.models.image_text.micro_batches import in_micro_batches
+from src.models.losses.image_text import clip_loss
 from src.models.losses.refine import hybrid_distillation, random_feature_alignment
 from src.models.pretrain_module import StepOutput
 from src.models.teacher import teacher_of
@@ -97,44 +97,52 @@ class CLIPRefine(ImageTextModule):
         features = self.image_features(batch["image"])
         image = self.image_projection(features)
         text = self.text_projection(self.text_features(batch["text"], batch["text_mask"]))
-        terms = {}
-        if self.alignment:
-            # one a pair, for its image and its text
-            reference = torch.randn_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
-            terms["alignment"] = self.alignment * random_feature_alignment(image, text, reference)
-        if self.distillation:
-            terms["distillation"] = self.distillation * self._distil(batch, image, text)
-        if self.contrast:
-            scale = self.logit_scale.exp().squeeze()
-            terms["contrast"] = self.contrast * contrast_all(
-                l2_normalize(image), l2_normalize(text), batch["text"], scale=scale
-            )
-        logs = {name: term.detach() for name, term in terms.items()}
-        logs["gap"] = (l2_normalize(image).mean(dim=0) - l2_normalize(text).mean(dim=0)).norm().detach()
-        return {"loss": sum(terms.values(), image.new_zeros(())), "logs": logs, "embedding": features.detach().float()}
 
-    def _distil(self, batch: ImageTextBatch, image: Tensor, text: Tensor) -> Tensor:
-        """HyCD: the teacher's soft pairing mixed with the given one."""
+        losses = {}
+        if self.alignment:
+            # one random vector a pair, shared by its image and its text
+            reference = torch.randn_like(image, dtype=torch.promote_types(image.dtype, torch.float32))
+            losses["alignment"] = self.alignment * random_feature_alignment(image, text, reference)
+        if self.distillation:
+            losses["distillation"] = self.distillation * self._distillation_loss(batch, image, text)
+        if self.contrast:
+            losses["contrast"] = self.contrast * self._contrastive_loss(batch, image, text)
+
+        logs = {name: loss.detach() for name, loss in losses.items()}
+        logs["modality_gap"] = modality_gap(l2_normalize(image), l2_normalize(text))
+        return {"loss": sum(losses.values(), image.new_zeros(())), "logs": logs, "embedding": features.detach().float()}
+
+    def _distillation_loss(self, batch: ImageTextBatch, image: Tensor, text: Tensor) -> Tensor:
+        """HyCD: the target mixes the teacher's similarities with the given pairs."""
         with torch.no_grad():
-            taught_image, taught_text = (self._comparable(each) for each in self.taught(batch))
-            taught_images, taught_texts = gather(taught_image)[0], gather(taught_text)[0]
-            scale = self.logit_scale.exp().squeeze() if self.cosine else self.logit_scale.new_ones(())
-        image, text = self._comparable(image), self._comparable(text)
+            teacher_image, teacher_text = (self._normalize(features) for features in self.teacher_features(batch))
+            teacher_images, teacher_texts = gather(teacher_image)[0], gather(teacher_text)[0]
+            logit_scale = self.logit_scale.exp().squeeze() if self.cosine else self.logit_scale.new_ones(())
+        image, text = self._normalize(image), self._normalize(text)
         images, offset = gather(image)
         texts, _ = gather(text)
-        distil = partial(hybrid_distillation, scale=scale, alpha=self.alpha)
-        to_text = distil(image, texts, taught_image, taught_texts, offset)
-        to_image = distil(text, images, taught_text, taught_images, offset)
+        distil = partial(hybrid_distillation, logit_scale=logit_scale, alpha=self.alpha)
+        to_text = distil(image, texts, teacher_image, teacher_texts, offset)
+        to_image = distil(text, images, teacher_text, teacher_images, offset)
         return (to_text + to_image) / 2
 
+    def _contrastive_loss(self, batch: ImageTextBatch, image: Tensor, text: Tensor) -> Tensor:
+        """CLIP's loss, in which equal texts are not negatives of each other."""
+        image, text = l2_normalize(image), l2_normalize(text)
+        images, offset = gather(image)
+        texts, _ = gather(text)
+        text_hash, _ = gather(hash_texts(batch["text"]))
+        logit_scale = self.logit_scale.exp().squeeze()
+        return clip_loss(image, text, images, texts, offset, logit_scale=logit_scale, text_hash=text_hash)
+
     @torch.no_grad()
-    def taught(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
-        """The start's features of images and texts: [B, E] each."""
+    def teacher_features(self, batch: ImageTextBatch) -> tuple[Tensor, Tensor]:
+        """Returns the teacher's image and text features, [B, E] each."""
         teacher, size = self.teacher, self.micro_batch
         image = in_micro_batches(lambda part: teacher["image_encoder"](part).embedding, batch["image"], size=size)
         texts = batch["text"], batch["text_mask"]
         text = in_micro_batches(lambda *part: teacher["text_encoder"](*part).embedding, *texts, size=size)
         return teacher["image_projection"](image), teacher["text_projection"](text)
 
-    def _comparable(self, features: Tensor) -> Tensor:
+    def _normalize(self, features: Tensor) -> Tensor:
         return l2_normalize(features) if self.cosine else features

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.collectives import reduce_sum, world_size
-from src.datamodules.batch import ImageTextBatch
+from src.collectives import gather, reduce_sum, world_size
+from src.datamodules.batches.image_text import ImageTextBatch
 from src.errors import SettingError
 from src.models.backbones.image_encoder import Pool, mean_patch
 from src.models.functional import l2_normalize
+from src.models.image_text.base import hash_texts, modality_gap
 from src.models.image_text.clip import CLIP
 from src.models.layers.attentional_pooler import AttentionalPooler
 from src.models.losses.captioning import captioning_loss
+from src.models.losses.image_text import clip_loss
 from src.models.pretrain_module import StepOutput
 from src.models.text.generation import beam_search, greedy
 from src.models.text.text_decoder import CaptioningMethod, MultimodalDecoder, UnimodalDecoder
@@ -84,28 +86,37 @@ class CoCa(CLIP):
         self.captioning_weight = captioning_weight
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
-        text, mask = batch["text"], batch["text_mask"]
         features = self.image_encoder(batch["image"])
-        looked = self.captioning_pooler(features.patches)
-        image = self._compared(looked if self.cascade else features.patches)
-        read = self.text_encoder(text, mask)
-        compared = l2_normalize(self.text_projection(read.embedding))
-        contrastive, logs = self.contrast(image, compared, text)
+        image_tokens = self.captioning_pooler(features.patches)
+        image = self._contrastive_embedding(image_tokens if self.cascade else features.patches)
+        text_features = self.text_encoder(batch["text"], batch["text_mask"])
+        text = l2_normalize(self.text_projection(text_features.embedding))
 
-        logits = self.text_decoder(read.tokens[:, :-1], looked)
-        predicted = reduce_sum(mask[:, 1:].sum()) / world_size()
-        captioning = captioning_loss(logits, text, mask, predicted)
+        images, offset = gather(image)
+        texts, _ = gather(text)
+        text_hash = gather(hash_texts(batch["text"]))[0] if self.mask_equal_texts else None
+        logit_scale = self.logit_scale.exp().squeeze()
+        contrastive = clip_loss(image, text, images, texts, offset, logit_scale=logit_scale, text_hash=text_hash)
+
+        logits = self.text_decoder(text_features.tokens[:, :-1], image_tokens)
+        predicted_tokens = reduce_sum(batch["text_mask"][:, 1:].sum()) / world_size()
+        captioning = captioning_loss(logits, batch["text"], batch["text_mask"], predicted_tokens)
 
         loss = self.contrastive_weight * contrastive + self.captioning_weight * captioning
-        logs |= {"contrastive": contrastive.detach(), "captioning": captioning.detach()}
+        logs = {
+            "contrastive": contrastive.detach(),
+            "captioning": captioning.detach(),
+            "logit_scale": logit_scale.detach(),
+            "modality_gap": modality_gap(image, text),
+        }
         return {"loss": loss, "logs": logs, "embedding": features.embedding.detach().float()}
 
     def encode_image(self, image: Tensor) -> Tensor:
         patches = self.image_encoder(image).patches
-        return self._compared(self.captioning_pooler(patches) if self.cascade else patches)
+        return self._contrastive_embedding(self.captioning_pooler(patches) if self.cascade else patches)
 
-    def _compared(self, tokens: Tensor) -> Tensor:
-        """The unit vector [B, E] that is compared with texts, of an image's tokens [B, N, D]."""
+    def _contrastive_embedding(self, tokens: Tensor) -> Tensor:
+        """Pools image tokens [B, N, D] to the unit vectors [B, E] that are compared with texts."""
         return l2_normalize(self.image_projection(self.contrastive_pooler(tokens)[:, 0]))
 
     @torch.no_grad()

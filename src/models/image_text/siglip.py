@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from src.collectives import gather
-from src.datamodules.batch import ImageTextBatch
+from src.collectives import gather, shift, world_size
+from src.datamodules.batches.image_text import ImageTextBatch
 from src.models.backbones.image_encoder import Pool, attention_pool
 from src.models.functional import l2_normalize
-from src.models.image_text.base import ImageTextModule
-from src.models.losses.image_text import ring_sigmoid_loss, sigmoid_loss
+from src.models.image_text.base import ImageTextModule, modality_gap
+from src.models.losses.image_text import sigmoid_loss
 from src.models.pretrain_module import StepOutput
 from src.models.text.text_tower import Tower
 from src.optim import OptimizerRecipe
@@ -69,17 +69,26 @@ class SigLIP(ImageTextModule):
         features = self.image_features(batch["image"])
         image = l2_normalize(self.image_projection(features))
         text = self.encode_text(batch["text"], batch["text_mask"])
-        scale, bias = self.logit_scale.exp().squeeze(), self.logit_bias.squeeze()
-        loss = self._loss(image, text, scale, bias)
+
+        logit_scale, logit_bias = self.logit_scale.exp().squeeze(), self.logit_bias.squeeze()
+        if self.ring:
+            loss = ring_sigmoid_loss(image, text, logit_scale=logit_scale, logit_bias=logit_bias)
+        else:
+            texts, offset = gather(text)
+            loss = sigmoid_loss(image, texts, offset, logit_scale=logit_scale, logit_bias=logit_bias)
         logs = {
-            "scale": scale.detach(),
-            "bias": bias.detach(),
-            "gap": (image.mean(dim=0) - text.mean(dim=0)).norm().detach(),
+            "logit_scale": logit_scale.detach(),
+            "logit_bias": logit_bias.detach(),
+            "modality_gap": modality_gap(image, text),
         }
         return {"loss": loss, "logs": logs, "embedding": features.detach().float()}
 
-    def _loss(self, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        if self.ring:
-            return ring_sigmoid_loss(image, text, scale=scale, bias=bias)
-        texts, offset = gather(text)
-        return sigmoid_loss(image, texts, offset, scale=scale, bias=bias)
+
+def ring_sigmoid_loss(image: Tensor, text: Tensor, *, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    """`sigmoid_loss` without gathering: texts are passed from process to process, each of which holds the texts of one
+    other process at a time."""
+    loss = sigmoid_loss(image, text, 0, logit_scale=logit_scale, logit_bias=logit_bias)
+    for _ in range(world_size() - 1):
+        text = shift(text)
+        loss = loss + sigmoid_loss(image, text, None, logit_scale=logit_scale, logit_bias=logit_bias)
+    return loss

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from src.collectives import all_reduce, world_size
-from src.datamodules.batch import MultiViewBatch
+from src.datamodules.batches.image import MultiViewBatch
+from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.functional import feature_std, full_precision
 from src.models.heads.mlp import MlpHead
@@ -69,5 +70,5 @@ class BarlowTwins(JointEmbedding):
         }
         return {"loss": loss, "logs": logs, "embedding": h[:, 0].detach().float()}
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"encoder": self.encoder}

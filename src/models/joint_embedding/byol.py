@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from src.datamodules.batch import MultiViewBatch
+from src.datamodules.batches.image import MultiViewBatch
+from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.functional import l2_normalize
 from src.models.heads.mlp import MlpHead
@@ -65,7 +66,7 @@ class BYOL(JointEmbedding):
     def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         return [(self.student, self.teacher)]
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"student": self.student["encoder"], "teacher": self.teacher["encoder"]}  # type: ignore[dict-item]
 
 

@@ -10,8 +10,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from src.datamodules.batch import MultiViewBatch
+from src.datamodules.batches.image import MultiViewBatch
 from src.errors import SettingError
+from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, cls_token_or_mean
 from src.models.backbones.positions import any_size
 from src.models.heads.dino import DINOHead
@@ -123,7 +124,7 @@ class DINO(JointEmbedding):
     def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         return [(self.student, self.teacher)]
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"student": self.student["encoder"], "teacher": self.teacher["encoder"]}
 
     def visualize(self, batch: MultiViewBatch) -> Mapping[str, Tensor]:

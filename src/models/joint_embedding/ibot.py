@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.datamodules.batch import MultiViewBatch
+from src.datamodules.batches.image import MultiViewBatch
 from src.errors import SettingError
-from src.models.backbones.image_encoder import Features, cls_token
+from src.models.backbones.encoder import Features
+from src.models.backbones.image_encoder import cls_token
 from src.models.joint_embedding.center import Center
 from src.models.joint_embedding.dino import DINO, global_views
 from src.models.losses.distillation import cross_view_cross_entropy, entropy, masked_patch_cross_entropy, sharpen

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from src.datamodules.batch import MultiViewBatch
+from src.datamodules.batches.image import MultiViewBatch
 from src.errors import SettingError
 from src.models.backbones.image_encoder import Pool, mean_patch
 from src.models.joint_embedding.moco_v2 import MoCoV2

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.datamodules.batch import MultiViewBatch
+from src.datamodules.batches.image import MultiViewBatch
+from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.functional import l2_normalize
 from src.models.heads.mlp import MlpHead
@@ -90,5 +91,5 @@ class MoCoV2(JointEmbedding):
     def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         return [(self.student, self.teacher)]
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"student": self.student["encoder"], "teacher": self.teacher["encoder"]}  # type: ignore[dict-item]

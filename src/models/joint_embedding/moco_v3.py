@@ -10,13 +10,14 @@ from timm.models.vision_transformer import VisionTransformer, init_weights_vit_m
 from torch import nn
 
 from src.collectives import gather
-from src.datamodules.batch import MultiViewBatch
+from src.datamodules.batches.image import MultiViewBatch
+from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.backbones.positions import fixed_positions
 from src.models.functional import l2_normalize
 from src.models.heads.mlp import MlpHead
 from src.models.joint_embedding.base import JointEmbedding, forward_views_separately, two_views
-from src.models.losses.contrastive import ctr
+from src.models.losses.contrastive import moco_v3_loss
 from src.models.pretrain_module import StepOutput
 from src.models.teacher import teacher_of
 from src.optim import OptimizerRecipe
@@ -90,16 +91,15 @@ class MoCoV3(JointEmbedding):
                 )
             )
         keys, offset = gather(key)
-        loss = ctr(query[:, 0], keys[:, 1], offset, temperature=self.temperature) + ctr(
-            query[:, 1], keys[:, 0], offset, temperature=self.temperature
-        )
+        loss = moco_v3_loss(query[:, 0], keys[:, 1], offset, temperature=self.temperature)
+        loss = loss + moco_v3_loss(query[:, 1], keys[:, 0], offset, temperature=self.temperature)
         positive = (query * key.flip(1)).sum(dim=-1).mean()
         return {"loss": loss, "logs": {"positive": positive.detach()}, "embedding": h[:, 0].detach().float()}
 
     def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         return [(self.student, self.teacher)]
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"student": self.student["encoder"], "teacher": self.teacher["encoder"]}  # type: ignore[dict-item]
 
 

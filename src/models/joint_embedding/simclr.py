@@ -7,7 +7,8 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from src.collectives import gather
-from src.datamodules.batch import MultiViewBatch
+from src.datamodules.batches.image import MultiViewBatch
+from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.functional import l2_normalize
 from src.models.heads.mlp import MlpHead
@@ -73,5 +74,5 @@ class SimCLR(JointEmbedding):
         positive = (z[:, 0] * z[:, 1]).sum(dim=-1).mean()
         return {"loss": loss, "logs": {"positive": positive.detach()}, "embedding": h[:, 0].detach().float()}
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"encoder": self.encoder}

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from src.collectives import reduce_sum, world_size
-from src.datamodules.batch import MultiViewBatch
+from src.datamodules.batches.image import MultiViewBatch
 from src.errors import SettingError
+from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.backbones.positions import any_size
 from src.models.functional import feature_std, full_precision, l2_normalize
@@ -141,7 +142,7 @@ class SwAV(JointEmbedding):
         if self.queue is not None:
             self.queue.push()
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"encoder": self.encoder}
 
 

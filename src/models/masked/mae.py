@@ -9,7 +9,8 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from src.datamodules.batch import ImageBatch
+from src.datamodules.batches.image import ImageBatch
+from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, mean_patch
 from src.models.backbones.positions import fixed_positions
 from src.models.losses.reconstruction import masked_mse, normalize_patches, patchify, unpatchify
@@ -89,7 +90,7 @@ class MAE(PretrainModule):
         patches = patchify(image, self.patch_size)
         return normalize_patches(patches)[0] if self.norm_pix else patches
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"encoder": ImageEncoder(self.backbone, pool=mean_patch)}
 
     def visualize(self, batch: ImageBatch) -> Mapping[str, Tensor]:

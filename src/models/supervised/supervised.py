@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from src.datamodules.batch import ImageBatch
+from src.datamodules.batches.image import ImageBatch
+from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.downstream.classifier import Classifier, truncated_normal
 from src.models.pretrain_module import StepOutput
@@ -55,5 +56,5 @@ class Supervised(Classifier):
     def forward(self, image: Tensor) -> Tensor:
         return self.head(self.encoder(image).embedding)
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"encoder": self.encoder}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 from torch.nn import functional as F
 
-from src.datamodules.batch import StatisticsBatch
-from src.models.backbones.image_encoder import ImageEncoder
-from src.models.backbones.video_vit import clip_encoder
+from src.datamodules.batches.video import StatisticsBatch
+from src.models.backbones.encoder import Encoder
+from src.models.backbones.video_encoder import clip_encoder
 from src.models.pretrain_module import PretrainModule, StepOutput
 from src.optim import OptimizerRecipe
 
@@ -53,5 +53,5 @@ class STS(PretrainModule):
             "embedding": embedding.detach().float(),
         }
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"encoder": clip_encoder(self.backbone)}

@@ -10,9 +10,10 @@ from timm.layers import LayerNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from src.datamodules.batch import VideoBatch
-from src.models.backbones.image_encoder import ImageEncoder
-from src.models.backbones.video_vit import VideoEncoder, sinusoids
+from src.datamodules.batches.video import VideoBatch
+from src.models.backbones.encoder import Encoder
+from src.models.backbones.video_encoder import VideoEncoder
+from src.models.backbones.video_vit import sinusoids
 from src.models.losses.reconstruction import masked_mse
 from src.models.masked.mae import initialize
 from src.models.masked.masking import Masking, gather_tokens
@@ -85,7 +86,7 @@ class VideoMAE(PretrainModule):
         x = gather_tokens(vit.patch_embed(video) + vit.get_parameter("pos_embed"), masking.keep)
         return vit.norm(vit.blocks(x))
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"encoder": VideoEncoder(self.backbone)}
 
     def visualize(self, batch: VideoBatch) -> Mapping[str, Tensor]:

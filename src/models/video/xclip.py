@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.collectives import rank
-from src.datamodules.batch import VideoBatch, labels_of
+from src.datamodules.batches.base import labels_of
+from src.datamodules.batches.video import VideoBatch
 from src.datamodules.named_video import NamedVideoDataModule
 from src.datamodules.text.tokenizer import Tokenizer
 from src.errors import SettingError
-from src.models.backbones.image_encoder import Features, ImageEncoder, cls_token
+from src.models.backbones.encoder import Encoder, Features
+from src.models.backbones.image_encoder import ImageEncoder, cls_token
 from src.models.downstream.mixing import mix
 from src.models.functional import at_least_float32, full_precision, l2_normalize
 from src.models.image_text.base import ImageTextModule, load_towers
@@ -212,7 +214,7 @@ class XCLIP(ImageTextModule):
                 self._class_features = at_least_float32(self.encode_text(self.class_text, self.class_mask))
         return self._class_features
 
-    def encoders(self) -> dict[str, ImageEncoder]:
+    def encoders(self) -> dict[str, Encoder]:
         return {"encoder": self.image_encoder}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

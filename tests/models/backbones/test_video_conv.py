@@ -9,7 +9,7 @@ from torchvision.models.video import r2plus1d_18, r3d_18
 
 from src.errors import SettingError
 from src.models.backbones.video_conv import r2plus1d, r3d
-from src.models.backbones.video_vit import VideoEncoder
+from src.models.backbones.video_encoder import VideoEncoder
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(r3d, r3d_18), (r2plus1d, r2plus1d_18)])

@@ -9,10 +9,11 @@ import timm
 import torch
 from timm.data.mixup import Mixup
 
-from src.datamodules.batch import VideoBatch
+from src.datamodules.batches.video import VideoBatch
 from src.models.backbones.image_encoder import ImageEncoder
 from src.models.backbones.video_conv import r2plus1d
-from src.models.backbones.video_vit import FrameEncoder, TubeletEmbed, VideoEncoder, clip_encoder, sinusoids, video_vit
+from src.models.backbones.video_encoder import FrameEncoder, VideoEncoder, clip_encoder
+from src.models.backbones.video_vit import TubeletEmbed, sinusoids, video_vit
 from src.models.backbones.weights import WeightsError, pretrained
 from src.models.downstream.action import FineTuneAction, LinearAction
 from src.optim import OptimizerRecipe, adamw

@@ -10,8 +10,9 @@ import torch
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 from src.errors import SettingError
-from src.export.videos import videomae_weights
-from src.models.backbones.video_vit import TubeletEmbed, VideoEncoder, sinusoids
+from src.export.hf_videos import videomae_weights
+from src.models.backbones.video_encoder import VideoEncoder
+from src.models.backbones.video_vit import TubeletEmbed, sinusoids
 from src.models.losses.reconstruction import masked_mse
 from src.models.video.masking import running_cell_masking, tubes
 from src.models.video.videomae import VideoMAE, cubify, normalize_cubes, uncubify
