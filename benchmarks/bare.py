@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from src.datamodules.batch import MultiViewBatch
+from src.datamodules.batches.image import MultiViewBatch
 from src.datamodules.decoding import EncodedImage
 from src.datamodules.image import IMAGENET_MEAN, IMAGENET_STD
 from src.datamodules.sources.source import Sample, Split
@@ -74,7 +74,7 @@ class Copies:
     """A view that makes a `MultiViewBatch` of images as they are, for what would otherwise cost more than the step.
 
     Args:
-        views: copies of a image.
+        views: copies of an image.
         local_views: copies of its corner; 0 for none.
         local_size: side of that corner.
     """

@@ -109,13 +109,13 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 def nuisances(pictures: Visualizations) -> dict[str, Tensor]:
     """What must not tell the label: float32 [N, D] by name."""
     scenes, images = pictures.scenes, pictures.images.float() / 255.0
-    mains = [scene.things[0] for scene in scenes]
+    mains = [scene.objects[0] for scene in scenes]
     return {
         "mean color of the picture": images.mean((2, 3)),
         "backdrop's colors": _rows([(*s.background.rgb[0], *s.background.rgb[1]) for s in scenes]),
-        "main thing's colors": _rows([(*thing.rgb, *thing.texture.rgb) for thing in mains]),
-        "main thing's place and size": _rows([(*thing.position, thing.size, *thing.rotation) for thing in mains]),
-        "number of things": _rows([(len(scene.things),) for scene in scenes]),
+        "main object's colors": _rows([(*obj.rgb, *obj.texture.rgb) for obj in mains]),
+        "main object's place and size": _rows([(*obj.position, obj.size, *obj.rotation) for obj in mains]),
+        "number of objects": _rows([(len(scene.objects),) for scene in scenes]),
         "order in the data set": _rows([_order(index) for index in range(len(scenes))]),
         "corner pixels": torch.cat([images[:, :, i, j] for i in (0, -1) for j in (0, -1)], dim=1),
     }

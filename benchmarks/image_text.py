@@ -65,17 +65,17 @@ def measure(quick: bool = False) -> dict[str, Any]:
 
 
 def _clip(image: Tensor, text: Tensor, images: Tensor, texts: Tensor) -> Tensor:
-    return clip_loss(image, text, images, texts, 0, scale=torch.tensor(14.3, requires_grad=True))
+    return clip_loss(image, text, images, texts, 0, logit_scale=torch.tensor(14.3, requires_grad=True))
 
 
 def _sigmoid(image: Tensor, text: Tensor, images: Tensor, texts: Tensor) -> Tensor:
     scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
-    return sigmoid_loss(image, texts, 0, scale=scale, bias=bias)
+    return sigmoid_loss(image, texts, 0, logit_scale=scale, logit_bias=bias)
 
 
 def _filip(image: Tensor, text: Tensor, images: Tensor, texts: Tensor) -> Tensor:
     image, text, images, texts = (rows.unflatten(1, (TOKENS, -1)) for rows in (image, text, images, texts))
-    return late_interaction_loss(image, text, images, texts, 0, scale=torch.tensor(14.3, requires_grad=True))
+    return late_interaction_loss(image, text, images, texts, 0, logit_scale=torch.tensor(14.3, requires_grad=True))
 
 
 _LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {

@@ -70,7 +70,7 @@ def interleaved(words: list[str], view: str, *, size: int, steps: int, rounds: i
 
     Args:
         view: how the images become a batch, in Hydra's grammar.
-        size: side of a image.
+        size: side of an image.
         steps, rounds, more: arguments of `Interleaved`, the last in Hydra's grammar.
     """
     with tempfile.TemporaryDirectory() as folder:

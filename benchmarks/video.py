@@ -104,7 +104,7 @@ def _resident() -> float:
 
 
 def write_videos(folder: Path, count: int) -> None:
-    """``folder/train/pan/*.mp4`` and one held out: a camera that pans over a image with a photograph's spectrum."""
+    """``folder/train/pan/*.mp4`` and one held out: a camera that pans over an image with a photograph's spectrum."""
     import av
 
     for split, videos in (("train", count), ("val", 1)):

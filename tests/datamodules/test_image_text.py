@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from src import configuration, train
-from src.datamodules.batch import ImageTextBatch, validate
+from src.datamodules.batches.base import validate
+from src.datamodules.batches.image_text import ImageTextBatch
 from src.datamodules.dataset import SampleKey
 from src.datamodules.image_text import ImageTextDataModule, ImageTextDataset
 from src.datamodules.scenes import captions
@@ -137,7 +138,7 @@ def test_scenes_come_with_their_texts(tmp_path):
     assert data.batch_type is ImageTextBatch
     assert (tmp_path / "tokenizer.json").exists()
     for index, text in zip(batch["index"].tolist(), data.tokenizer.decode(batch["text"]), strict=True):
-        first, *others = data.train_source.scene(index).things
+        first, *others = data.train_source.scene(index).objects
         meant = captions._SYNONYMS
         assert any(f"{color} {kind}" in text for color in meant[first.color] for kind in meant[first.kind.name])
         named = {name for name, words in meant.items() if any(word in text for word in words)}
@@ -158,7 +159,7 @@ def test_wordings_can_be_kept_for_judging():
     texts = SceneTexts(wordings=(1,), judged_wordings=(5,))
     source = ScenesSource("val", count=20, resolution=16, texts=texts)
     for index in range(20):
-        several = len(source.scene(index).things) > 1
+        several = len(source.scene(index).objects) > 1
         assert source.captions(index) == source.captions(index)
         assert all((" and " in text) == several for text in source.captions(index))
         assert not any(" and " in source.caption(index, choice) for choice in (0.0, 0.3, 0.9))

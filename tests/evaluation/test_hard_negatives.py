@@ -47,10 +47,10 @@ def test_one_thing_gets_a_color_that_is_nowhere():
     seen = list(mistakes("attribute"))
     assert len(seen) > 10
     for scene, right, wrong in seen:
-        [color] = {thing.color for thing in scene.things}  # a second one of the same color keeps it
+        [color] = {obj.color for obj in scene.objects}  # a second one of the same color keeps it
         assert named(right, COLORS) == [color]
         [new] = set(named(wrong, COLORS)) - {color}
-        assert (color in named(wrong, COLORS)) == (len(scene.things) == 2)
+        assert (color in named(wrong, COLORS)) == (len(scene.objects) == 2)
         assert new != color
 
 
@@ -58,8 +58,8 @@ def test_two_things_get_each_other_s_color_and_no_word_is_new():
     seen = list(mistakes("swapped"))
     assert len(seen) > 10
     for scene, right, wrong in seen:
-        assert {thing.color for thing in scene.things} == set(named(right, COLORS))
-        assert len(scene.things) == 2
+        assert {obj.color for obj in scene.objects} == set(named(right, COLORS))
+        assert len(scene.objects) == 2
         assert named(wrong, COLORS) == named(right, COLORS)[::-1]
         without_articles = [Counter(text.replace(" an ", " a ").split()[1:]) for text in (right, wrong)]
         assert without_articles[0] == without_articles[1]
@@ -79,7 +79,7 @@ def test_another_number_is_named():
     seen = list(mistakes("count"))
     assert len(seen) == len(SCENES)
     for scene, right, wrong in seen:
-        assert right.startswith(f"{NUMBERS[len(scene.things) - 1]} thing")
+        assert right.startswith(f"{NUMBERS[len(scene.objects) - 1]} thing")
         assert wrong.split()[0] in captions._NUMBERS
         assert wrong.split()[0] != right.split()[0]
         assert right.split("largest")[1] == wrong.split("largest")[1]
@@ -92,7 +92,7 @@ def test_a_number_that_no_scene_has_would_need_no_picture(others):
     for index in range(len(source)):
         [(right, wrong)] = [each[1:] for each in source.mistakes(index) if each.kind == "count"]
         pair = [captions._NUMBERS.index(text.split()[0]) for text in (right, wrong)]
-        assert pair[0] == len(source.scene(index).things)
+        assert pair[0] == len(source.scene(index).objects)
         assert abs(pair[0] - pair[1]) == 1
         told.update([tuple(pair)])
     least, most = (1 + number for number in others)

@@ -129,13 +129,13 @@ def test_scenes_say_which_words_name_what(tmp_path):
         text, spans, masks = source.grounding(index)
         assert text == source.captions(index)[0]
         assert torch.equal(masks, source[index]["fields"]["instance_masks"])
-        things = captions.facts(source.scene(index)).things
+        objects = captions.facts(source.scene(index)).objects
         several += len(spans) > 1
         for begin, end, thing in spans:
             assert text[begin - 1] == " "
             assert text[:begin].split()[-1] in ("a", "an")
             named = text[begin:end]
-            kind = captions._SYNONYMS.get(things[thing].kind, (things[thing].kind,))
+            kind = captions._SYNONYMS.get(objects[thing].kind, (objects[thing].kind,))
             assert named.endswith(kind), (named, kind)
     assert several > 3
 

@@ -25,7 +25,7 @@ from src.datamodules.scenes import motion, patterns, render, scene, shapes, worl
 
 log = logging.getLogger(__name__)
 
-_CODE = (motion, patterns, render, scene, shapes, world, randomness)  # what a image depends on
+_CODE = (motion, patterns, render, scene, shapes, world, randomness)  # what an image depends on
 _CHUNK = 256  # images a worker renders before it reports
 _SMALL = 512  # so few are rendered here: starting workers would take longer
 
@@ -38,7 +38,7 @@ class Array(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rendered(ABC):
+class RenderedSet(ABC):
     """What a cache holds: samples 0 … count - 1 of one seed of one world. It is sent to the processes that render."""
 
     world: Any  # a frozen dataclass
@@ -61,15 +61,15 @@ class Rendered(ABC):
         """Sample ``index``: a value for each of ``arrays``, in their order."""
 
     def description(self) -> dict[str, object]:
-        """Everything that decides a image, the generator's version too, as plain values; equal descriptions mean
+        """Everything that decides an image, the generator's version too, as plain values; equal descriptions mean
         equal images."""
         own = {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
         return {"what": type(self).__name__, **own, "code": code_version()}
 
 
 @dataclass(frozen=True)
-class Recipe(Rendered):
-    """A image a sample, of an `ObjectsWorld`."""
+class SceneImages(RenderedSet):
+    """An image a sample, of an `ObjectsWorld`."""
 
     @property
     def name(self) -> str:
@@ -85,32 +85,32 @@ class Recipe(Rendered):
 
 
 @dataclass(frozen=True)
-class Things(Rendered):
-    """Which thing of an `ObjectsWorld` each pixel shows, and of which kind each thing is."""
+class ObjectMaps(RenderedSet):
+    """Which object of an `ObjectsWorld` each pixel shows, and of which kind each object is."""
 
     @property
     def name(self) -> str:
-        return f"things-{self.resolution}px-{self.count}"
+        return f"objects-{self.resolution}px-{self.count}"
 
     @property
     def arrays(self) -> dict[str, Array]:
         most = 1 + self.world.others[1]
         return {
-            "things": Array(np.uint8, (self.resolution, self.resolution)),  # 0 the backdrop, 1 + position of a thing
-            "kinds": Array(np.int16, (most,)),  # -1 where there are fewer things
+            "objects": Array(np.uint8, (self.resolution, self.resolution)),  # 0 the backdrop, 1 + position of an object
+            "kinds": Array(np.int16, (most,)),  # -1 where there are fewer objects
         }
 
     def render(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         scene = self.world.scene(self.seed, index)
         masks = render.instance_masks(scene, self.resolution)
-        things = (masks * np.arange(1, 1 + len(masks), dtype=np.uint8)[:, None, None]).sum(axis=0, dtype=np.uint8)
+        objects = (masks * np.arange(1, 1 + len(masks), dtype=np.uint8)[:, None, None]).sum(axis=0, dtype=np.uint8)
         kinds = np.full(self.arrays["kinds"].shape, -1, np.int16)
         kinds[: len(masks)] = render.box_labels(scene, self.world.kinds)
-        return things, kinds
+        return objects, kinds
 
 
 @dataclass(frozen=True)
-class Depths(Rendered):
+class DepthMaps(RenderedSet):
     """How far away is what each pixel of an `ObjectsWorld` shows."""
 
     @property
@@ -142,7 +142,7 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
 
 
-class Cached(NamedTuple):
+class CachedImages(NamedTuple):
     """The arrays of a cache of images, read-only and mapped: the pages are shared between processes."""
 
     images: np.ndarray  # uint8 [N, 3, H, W], or [N, T, 3, H, W] of films
@@ -150,7 +150,7 @@ class Cached(NamedTuple):
 
 
 def code_version() -> str:
-    """A hash of the modules that decide what a image looks like."""
+    """A hash of the modules that decide what an image looks like."""
     digest = hashlib.sha256()
     for module in _CODE:
         assert module.__file__ is not None
@@ -158,18 +158,18 @@ def code_version() -> str:
     return digest.hexdigest()[:16]
 
 
-def folder_of(recipe: Rendered, cache_dir: str | Path) -> Path:
+def folder_of(recipe: RenderedSet, cache_dir: str | Path) -> Path:
     """Where the recipe's images are, or will be."""
     key = hashlib.sha256(json.dumps(recipe.description(), sort_keys=True).encode()).hexdigest()[:16]
     return Path(cache_dir) / f"{recipe.name}-{key}"
 
 
-def open_or_build(recipe: Rendered, cache_dir: str | Path, *, processes: int | None = None) -> Cached:
+def open_or_build(recipe: RenderedSet, cache_dir: str | Path, *, processes: int | None = None) -> CachedImages:
     """The recipe's images and labels; see `mapped`."""
-    return Cached(**mapped(recipe, cache_dir, processes=processes))
+    return CachedImages(**mapped(recipe, cache_dir, processes=processes))
 
 
-def mapped(recipe: Rendered, cache_dir: str | Path, *, processes: int | None = None) -> dict[str, np.ndarray]:
+def mapped(recipe: RenderedSet, cache_dir: str | Path, *, processes: int | None = None) -> dict[str, np.ndarray]:
     """The recipe's arrays [N, ...], rendered first if they are not there yet.
 
     Of several callers one renders and the others wait. The folder takes its name only when it is complete, so a build
@@ -184,7 +184,7 @@ def mapped(recipe: Rendered, cache_dir: str | Path, *, processes: int | None = N
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in recipe.arrays}
 
 
-def _build(recipe: Rendered, folder: Path, processes: int) -> None:
+def _build(recipe: RenderedSet, folder: Path, processes: int) -> None:
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
@@ -202,7 +202,7 @@ def _build(recipe: Rendered, folder: Path, processes: int) -> None:
     unfinished.rename(folder)
 
 
-def _render_all(recipe: Rendered, folder: Path, processes: int) -> Iterator[int]:
+def _render_all(recipe: RenderedSet, folder: Path, processes: int) -> Iterator[int]:
     """Fill the arrays in ``folder``; yields how many images came with each finished chunk."""
     processes = min(processes, -(-recipe.count // _CHUNK))
     if processes <= 1 or recipe.count <= _SMALL:
@@ -226,7 +226,7 @@ def _render_all(recipe: Rendered, folder: Path, processes: int) -> Iterator[int]
             child.wait()
 
 
-def _start(recipe: Rendered, folder: Path, rank: int, world_size: int, reports: int) -> subprocess.Popen[bytes]:
+def _start(recipe: RenderedSet, folder: Path, rank: int, world_size: int, reports: int) -> subprocess.Popen[bytes]:
     """A plain child and not multiprocessing's: that would import the caller's main module again, guarded or not.
 
     It writes one line a chunk to ``reports``; should this process be killed, the write fails and the child ends too.
@@ -244,7 +244,7 @@ def _start(recipe: Rendered, folder: Path, rank: int, world_size: int, reports: 
     return child
 
 
-def _render_share(recipe: Rendered, folder: Path, rank: int, world_size: int) -> Iterator[int]:
+def _render_share(recipe: RenderedSet, folder: Path, rank: int, world_size: int) -> Iterator[int]:
     """Render every ``world_size``-th chunk, from the ``rank``-th on, into the arrays of ``folder``."""
     arrays = [np.lib.format.open_memmap(folder / f"{name}.npy", mode="r+") for name in recipe.arrays]
     for start in range(rank * _CHUNK, recipe.count, world_size * _CHUNK):

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from src.datamodules.scenes.patterns import PLAIN
-from src.datamodules.scenes.scene import Scene, Thing
+from src.datamodules.scenes.scene import Scene, SceneObject
 from src.randomness import fold
 
 Relation = Literal["left", "right", "above", "below", "before"]
@@ -58,7 +58,7 @@ _HALF = {"top": "upper", "bottom": "lower"}
 
 @dataclass(frozen=True)
 class Noun:
-    """What is said of a thing."""
+    """What is said of an object."""
 
     kind: str
     color: str
@@ -67,17 +67,17 @@ class Noun:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a caption may say: the things, the main one first, where the main one is, seen from the second, and where
+    """What a caption may say: the objects, the main one first, where the main one is, seen from the second, and where
     in the image."""
 
-    things: tuple[Noun, ...]
-    relation: Relation | None  # None where there is one thing
+    objects: tuple[Noun, ...]
+    relation: Relation | None  # None where there is one object
     place: tuple[Along, Across] | None = None  # None where nothing is said of it
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A text and which of its characters name which thing: (begin, end, thing's position in the scene)."""
+    """A text and which of its characters name which object: (begin, end, object's position in the scene)."""
 
     text: str
     spans: tuple[tuple[int, int, int], ...] = ()
@@ -87,15 +87,15 @@ def facts(scene: Scene, *, places: bool = False) -> Facts:
     """What is so.
 
     Args:
-        places: also where in the image the main thing is.
+        places: also where in the image the main object is.
     """
-    things = tuple(Noun(each.kind.name, each.color, each.texture.pattern.name) for each in scene.things)
-    relation = _relation(scene) if len(things) > 1 else None
-    return Facts(things, relation, _ninth(*_place(scene.things[0], scene)) if places else None)
+    objects = tuple(Noun(each.kind.name, each.color, each.texture.pattern.name) for each in scene.objects)
+    relation = _relation(scene) if len(objects) > 1 else None
+    return Facts(objects, relation, _ninth(*_place(scene.objects[0], scene)) if places else None)
 
 
 def short(what: Facts, wording: int, *, wordings: Sequence[int] | None = None) -> Caption:
-    """One sentence about the main thing and, where there is one, about the second.
+    """One sentence about the main object and, where there is one, about the second.
 
     Args:
         wording: chooses among the ways of saying it and among synonyms.
@@ -107,10 +107,10 @@ def short(what: Facts, wording: int, *, wordings: Sequence[int] | None = None) -
 
 
 def long(what: Facts, wording: int) -> Caption:
-    """A sentence for each thing, then how many there are."""
+    """A sentence for each object, then how many there are."""
     rng = _words(wording)
     parts: list[_Part] = []
-    for position in range(len(what.things)):
+    for position in range(len(what.objects)):
         opening = _one(rng, ("There is ", "One can see ", "The picture has ", "Here is "))
         parts += [opening, *([_noun(what, position, rng)] if position else _main(what, rng))]
         if position == 0 and what.relation is not None:
@@ -121,38 +121,38 @@ def long(what: Facts, wording: int) -> Caption:
 
 
 def region(what: Facts, position: int, wording: int) -> Caption:
-    """Of one thing alone."""
+    """Of one object alone."""
     return _said([_noun(what, position, _words(wording))])
 
 
 def mistaken(what: Facts, mistake: Mistake, choice: int) -> Facts | None:
-    """The facts with one thing wrong; None where they cannot be wrong in this way.
+    """The facts with one object wrong; None where they cannot be wrong in this way.
 
-    - "attribute": two things of different colors have each other's, a single one has another color
+    - "attribute": two objects of different colors have each other's, a single one has another color
     - "relation": the opposite; None without an opposite one
-    - "count": the last thing is there twice or, of several and by an odd choice, not at all
+    - "count": the last object is there twice or, of several and by an odd choice, not at all
     """
     if mistake == "attribute":
-        colors = [thing.color for thing in what.things]
+        colors = [obj.color for obj in what.objects]
         if len(set(colors[:2])) == 2:
-            first, second, *rest = what.things
+            first, second, *rest = what.objects
             swapped = replace(first, color=second.color), replace(second, color=first.color)
-            return replace(what, things=(*swapped, *rest))
+            return replace(what, objects=(*swapped, *rest))
         others = [color for color in COLOR_NAMES if color not in colors]
-        wrong = replace(what.things[0], color=others[choice % len(others)])
-        return replace(what, things=(wrong, *what.things[1:]))
+        wrong = replace(what.objects[0], color=others[choice % len(others)])
+        return replace(what, objects=(wrong, *what.objects[1:]))
     if mistake == "relation":
         if what.relation is None or what.relation not in OPPOSITE:
             return None
         return replace(what, relation=OPPOSITE[what.relation])
-    if len(what.things) > 1 and choice % 2:
-        fewer = what.things[:-1]
-        return replace(what, things=fewer, relation=what.relation if len(fewer) > 1 else None)
-    return replace(what, things=(*what.things, what.things[-1]))
+    if len(what.objects) > 1 and choice % 2:
+        fewer = what.objects[:-1]
+        return replace(what, objects=fewer, relation=what.relation if len(fewer) > 1 else None)
+    return replace(what, objects=(*what.objects, what.objects[-1]))
 
 
 def alt_text(what: Facts, wording: int, *, other: Facts, mismatched: float, dropped: float, junk: float) -> Caption:
-    """What the web writes beside a image: `short`, in parts lost or drowned.
+    """What the web writes beside an image: `short`, in parts lost or drowned.
 
     Args:
         other: of another scene.
@@ -172,7 +172,7 @@ def alt_text(what: Facts, wording: int, *, other: Facts, mismatched: float, drop
     return Caption(" ".join(words) or text)
 
 
-_Part = str | tuple[str, int]  # words, or words for a thing
+_Part = str | tuple[str, int]  # words, or words for an object
 _Way = Callable[[Facts, np.random.Generator], list[_Part]]
 
 
@@ -203,7 +203,7 @@ def _turned(what: Facts, rng: np.random.Generator) -> list[_Part]:
 
 def _listed(what: Facts, rng: np.random.Generator) -> list[_Part]:
     parts: list[_Part] = []
-    for position in range(len(what.things)):
+    for position in range(len(what.objects)):
         parts += [" and ", _noun(what, position, rng)] if position else _main(what, rng)
     return parts
 
@@ -221,24 +221,24 @@ COLOR_NAMES = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "wh
 def _beside(what: Facts, rng: np.random.Generator) -> list[_Part]:
     if what.relation is None:
         return []
-    # "at the top left of a ring" would be two things
+    # "at the top left of a ring" would be two objects
     comma = "" if what.place is None else ","
     return [f"{comma} {_one(rng, _RELATIONS[what.relation])} ", _noun(what, 1, rng)]
 
 
 def _noun(what: Facts, position: int, rng: np.random.Generator) -> tuple[str, int]:
-    thing = what.things[position]
+    obj = what.objects[position]
     words = [
-        _one(rng, _SYNONYMS.get(thing.color, (thing.color,))),
-        _one(rng, _SYNONYMS.get(thing.kind, (thing.kind,))),
+        _one(rng, _SYNONYMS.get(obj.color, (obj.color,))),
+        _one(rng, _SYNONYMS.get(obj.kind, (obj.kind,))),
     ]
-    if thing.pattern != PLAIN.name:
-        words.insert(0, _ADJECTIVES[thing.pattern])
+    if obj.pattern != PLAIN.name:
+        words.insert(0, _ADJECTIVES[obj.pattern])
     return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}", position
 
 
 def _main(what: Facts, rng: np.random.Generator) -> list[_Part]:
-    """The main thing, and where in the image it is if that is to be said."""
+    """The main object, and where in the image it is if that is to be said."""
     noun = _noun(what, 0, rng)
     if what.place is None:
         return [noun]
@@ -249,25 +249,25 @@ def _main(what: Facts, rng: np.random.Generator) -> list[_Part]:
 
 
 def _count(what: Facts) -> str:
-    number = len(what.things)
+    number = len(what.objects)
     return f"{_NUMBERS[number]} thing{'' if number == 1 else 's'}"
 
 
 def _said(parts: Sequence[_Part]) -> Caption:
     text, spans = "", []
     for part in parts:
-        words, thing = part if isinstance(part, tuple) else (part, None)
-        if thing is not None:
-            spans.append((len(text), len(text) + len(words), thing))
+        words, obj = part if isinstance(part, tuple) else (part, None)
+        if obj is not None:
+            spans.append((len(text), len(text) + len(words), obj))
         text += words
     return Caption(text, tuple(spans))
 
 
 def _relation(scene: Scene) -> Relation:
-    first, second = (_place(each, scene) for each in scene.things[:2])
+    first, second = (_place(each, scene) for each in scene.objects[:2])
     right, down = first[0] - second[0], first[1] - second[1]
     if max(abs(right), abs(down)) < _NEAR:
-        return "before"  # the main thing is the nearest
+        return "before"  # the main object is the nearest
     if abs(right) >= abs(down):
         return "right" if right > 0 else "left"
     return "below" if down > 0 else "above"
@@ -279,8 +279,8 @@ def _ninth(right: float, down: float) -> tuple[Along, Across]:
     return along, across
 
 
-def _place(thing: Thing, scene: Scene) -> tuple[float, float]:
-    camera, (x, y, z) = scene.camera, thing.position
+def _place(obj: SceneObject, scene: Scene) -> tuple[float, float]:
+    camera, (x, y, z) = scene.camera, obj.position
     scale = camera.focal / (z - camera.position[2])
     return (x - camera.position[0]) * scale, (y - camera.position[1]) * scale
 

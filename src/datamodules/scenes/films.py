@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from src.datamodules.scenes import render
-from src.datamodules.scenes.cache import Array, Rendered, open_or_build, pictures
+from src.datamodules.scenes.cache import Array, RenderedSet, open_or_build, pictures
 from src.datamodules.scenes.motion import Film, MovingWorld, flow
 from src.datamodules.scenes.source import SPLITS
 from src.datamodules.sources.source import Prompts, Sample, Split
@@ -57,7 +57,7 @@ class FilmReader:
 
 
 @dataclass(frozen=True)
-class Films(Rendered):
+class FilmFrames(RenderedSet):
     """All frames of a film a sample, of a `MovingWorld`."""
 
     frames: int
@@ -90,7 +90,7 @@ class Films(Rendered):
 
 
 @dataclass(frozen=True)
-class FilmsWithout(Films):
+class FilmFramesWithout(FilmFrames):
     """`Films` in which some actions never happen: where one would, another film is made."""
 
     held_out: tuple[int, ...]
@@ -101,7 +101,7 @@ class FilmsWithout(Films):
 
 
 class FilmsSource:
-    """``count`` films of one split (one number, or one a split); the label is what the main thing does.
+    """``count`` films of one split (one number, or one a split); the label is what the main object does.
 
     The split is folded into the seed, so no two splits share a film, whatever their sizes.
 
@@ -153,11 +153,11 @@ class FilmsSource:
                 f"data.source.held_out: some of {', '.join(self.classes)}, not {', '.join(unknown) or 'all of them'}"
             )
         self.held_out = tuple(label for label, name in enumerate(self.classes) if name in held_out)
-        self.films = Films(
+        self.films = FilmFrames(
             self.world, fold(seed, SPLITS.index(split)), count, resolution, max(1, round(duration * rate)), rate
         )
         if split == "train" and self.held_out:
-            self.films = FilmsWithout(**vars(self.films), held_out=self.held_out)
+            self.films = FilmFramesWithout(**vars(self.films), held_out=self.held_out)
         self.cache_dir = cache_dir
         self._open()
 
@@ -194,7 +194,7 @@ class FilmsSource:
         return self.films.flows(self.film(index), numbers)
 
     def masks(self, index: int) -> Tensor:
-        """What is seen of each thing of the film's scene: bool [F, T, H, W], disjoint, in all of its frames."""
+        """What is seen of each object of the film's scene: bool [F, T, H, W], disjoint, in all of its frames."""
         film = self.film(index)
         times = (number / self.films.rate for number in range(self.films.frames))
         return torch.from_numpy(

@@ -10,7 +10,7 @@ import numpy as np
 
 from src.datamodules.scenes import render
 from src.datamodules.scenes.patterns import PATTERNS
-from src.datamodules.scenes.scene import Camera, Scene, Thing
+from src.datamodules.scenes.scene import Camera, Scene, SceneObject
 from src.datamodules.scenes.world import ObjectsWorld
 from src.errors import SettingError
 from src.randomness import fold
@@ -30,7 +30,7 @@ class Swing:
 
 @dataclass(frozen=True)
 class Motion:
-    """How a thing moves about the place that its scene gives it."""
+    """How an object moves about the place that its scene gives it."""
 
     x: Swing  # in half image widths, as y
     y: Swing
@@ -39,22 +39,22 @@ class Motion:
     yaw: Swing
     turns: float = 0.0  # of roll, a second; clockwise above 0
 
-    def of(self, thing: Thing, focal: float, time: float) -> Thing:
-        """The thing at ``time`` seconds, seen by a camera of ``focal``."""
-        depth = thing.position[2]
-        x, y = thing.position[0] + self.x.at(time) * depth / focal, thing.position[1] + self.y.at(time) * depth / focal
-        roll = thing.rotation[0] + 2 * math.pi * self.turns * time
+    def of(self, obj: SceneObject, focal: float, time: float) -> SceneObject:
+        """The object at ``time`` seconds, seen by a camera of ``focal``."""
+        depth = obj.position[2]
+        x, y = obj.position[0] + self.x.at(time) * depth / focal, obj.position[1] + self.y.at(time) * depth / focal
+        roll = obj.rotation[0] + 2 * math.pi * self.turns * time
         return replace(
-            thing,
+            obj,
             position=(x, y, depth),
             rotation=(roll, self.pitch.at(time), self.yaw.at(time)),
-            size=thing.size * (1 + self.size.at(time)),
+            size=obj.size * (1 + self.size.at(time)),
         )
 
 
-_LARGEST = 1.5  # a thing never grows to more than that of its size at rest
+_LARGEST = 1.5  # an object never grows to more than that of its size at rest
 
-# What the main thing does: swings a second of what moves, in units of the film's own tempo.
+# What the main object does: swings a second of what moves, in units of the film's own tempo.
 ACTIONS: dict[str, Mapping[str, float]] = {
     "rests": {},
     "slides": {"x": 1.0},
@@ -75,13 +75,13 @@ OBJECTS = ObjectsWorld(patterns=PATTERNS[1:], plain=0.0, main_radius=(0.45, 0.7)
 
 @dataclass(frozen=True)
 class Film:
-    """A scene whose things and camera move.
+    """A scene whose objects and camera move.
 
     Args:
         scene: what there is, everything at rest in the middle of its way.
-        motions: of the scene's things, in their order.
+        motions: of the scene's objects, in their order.
         pan: of the camera, metres to the right and down.
-        action: what the main thing does, as its position among the world's.
+        action: what the main object does, as its position among the world's.
     """
 
     scene: Scene
@@ -92,34 +92,34 @@ class Film:
     def at(self, time: float) -> Scene:
         """What is to be seen ``time`` seconds after the beginning; its grain is that moment's own."""
         camera, scene = self.scene.camera, self.scene
-        things = tuple(
-            motion.of(thing, camera.focal, time) for thing, motion in zip(scene.things, self.motions, strict=True)
+        objects = tuple(
+            motion.of(obj, camera.focal, time) for obj, motion in zip(scene.objects, self.motions, strict=True)
         )
         x, y = (place + swing.at(time) for place, swing in zip(camera.position[:2], self.pan, strict=True))
         return replace(
             scene,
             camera=replace(camera, position=(x, y, camera.position[2])),
-            things=things,
+            objects=objects,
             grain_seed=fold(scene.grain_seed, round(abs(time) * 1e6)),
         )
 
 
 @dataclass(frozen=True)
 class MovingWorld:
-    """Films of `ObjectsWorld`'s scenes; the label is what the main thing does.
+    """Films of `ObjectsWorld`'s scenes; the label is what the main object does.
 
     No single image tells what that is: whatever moves in one film stands still in another at a place that is drawn
     from the places it passes through. So each image of a film, taken alone, is distributed as if the label had been
-    drawn afterwards. Other things and the camera move in every film.
+    drawn afterwards. Other objects and the camera move in every film.
 
     Args:
         objects: what the films show.
         actions: names and rates, see `ACTIONS`.
         tempo: swings a second.
-        place, grow, tilt: how far a main thing moves: in half image widths, relative to its size, in radians.
+        place, grow, tilt: how far a main object moves: in half image widths, relative to its size, in radians.
         other_place: how far the others move.
         pan: how far the camera moves, metres.
-        pan_tempo: swings a second of the camera and of other things.
+        pan_tempo: swings a second of the camera and of other objects.
     """
 
     objects: ObjectsWorld = OBJECTS
@@ -158,9 +158,9 @@ class MovingWorld:
             turns=tempo * rates.get("turns", 0.0),
         )
         roll = 2 * math.pi * float(rng.random())
-        first = replace(scene.things[0], rotation=(roll, 0.0, 0.0))
-        others = [self._other(rng) for _ in scene.things[1:]]
-        scene = replace(scene, things=(_in_front(first, self.tilt[1], scene.camera), *scene.things[1:]))
+        first = replace(scene.objects[0], rotation=(roll, 0.0, 0.0))
+        others = [self._other(rng) for _ in scene.objects[1:]]
+        scene = replace(scene, objects=(_in_front(first, self.tilt[1], scene.camera), *scene.objects[1:]))
         pan = (_swing(rng, self.pan, _within(rng, self.pan_tempo)), _swing(rng, self.pan, _within(rng, self.pan_tempo)))
         return Film(scene, (main, *others), pan, action)
 
@@ -186,13 +186,13 @@ def flow(film: Film, start: float, end: float, resolution: int) -> np.ndarray:
     for axis in range(2):
         moved[axis] = _backdrop_shift(before, axis) - _backdrop_shift(after, axis)
     centers = (np.arange(resolution, dtype=np.float32) + np.float32(0.5)) * np.float32(2.0 / resolution) - np.float32(1)
-    order = sorted(range(len(before.things)), key=lambda number: -before.things[number].position[2])
+    order = sorted(range(len(before.objects)), key=lambda number: -before.objects[number].position[2])
     for number in order:
-        patch = render.project(before.things[number], before.camera, resolution)
+        patch = render.project(before.objects[number], before.camera, resolution)
         if patch is None:
             continue
-        u, v = _seen(after.things[number], after.camera, patch.x, patch.y)
-        inside = before.things[number].kind.distance(patch.x, patch.y) < 0
+        u, v = _seen(after.objects[number], after.camera, patch.x, patch.y)
+        inside = before.objects[number].kind.distance(patch.x, patch.y) < 0
         window = moved[:, patch.rows, patch.columns]
         np.copyto(window[0], u - centers[patch.columns], where=inside)
         np.copyto(window[1], v - centers[patch.rows, None], where=inside)
@@ -205,22 +205,22 @@ def _backdrop_shift(scene: Scene, axis: int) -> float:
     return camera.position[axis] * camera.focal / (scene.background.distance - camera.position[2])
 
 
-def _seen(thing: Thing, camera: Camera, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where in the image the thing's points (x, y), in radii, are seen: u and v in [-1, 1] across it."""
-    right, down, _ = render.axes(thing.rotation)
+def _seen(obj: SceneObject, camera: Camera, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where in the image the object's points (x, y), in radii, are seen: u and v in [-1, 1] across it."""
+    right, down, _ = render.axes(obj.rotation)
     point = [
-        thing.position[k] - camera.position[k] + thing.size * (x * np.float32(right[k]) + y * np.float32(down[k]))
+        obj.position[k] - camera.position[k] + obj.size * (x * np.float32(right[k]) + y * np.float32(down[k]))
         for k in range(3)
     ]
     return camera.focal * point[0] / point[2], camera.focal * point[1] / point[2]
 
 
-def _in_front(thing: Thing, tilt: float, camera: Camera) -> Thing:
-    """The main thing so near that it stands before the others however it tilts; it looks as large as before."""
-    behind = thing.size * _LARGEST * thing.kind.reach * math.sin(math.hypot(tilt, tilt))
-    nearer = thing.position[2] / (thing.position[2] + behind)
-    x, y = (place + (p - place) * nearer for place, p in zip(camera.position[:2], thing.position[:2], strict=True))
-    return replace(thing, position=(x, y, thing.position[2] * nearer), size=thing.size * nearer)
+def _in_front(obj: SceneObject, tilt: float, camera: Camera) -> SceneObject:
+    """The main object so near that it stands before the others however it tilts; it looks as large as before."""
+    behind = obj.size * _LARGEST * obj.kind.reach * math.sin(math.hypot(tilt, tilt))
+    nearer = obj.position[2] / (obj.position[2] + behind)
+    x, y = (place + (p - place) * nearer for place, p in zip(camera.position[:2], obj.position[:2], strict=True))
+    return replace(obj, position=(x, y, obj.position[2] * nearer), size=obj.size * nearer)
 
 
 def _swing(rng: np.random.Generator, reach: tuple[float, float], rate: float) -> Swing:

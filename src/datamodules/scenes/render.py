@@ -1,6 +1,6 @@
 """Views of a scene: the image and its exact ground truth, each a pure function, at any resolution.
 
-Everything is drawn from signed distances on the pixel grid, far to near. A pixel of a image is covered by the share
+Everything is drawn from signed distances on the pixel grid, far to near. A pixel of an image is covered by the share
 that the distance at its center says; in masks and depth a pixel belongs to what is seen through its center.
 """
 
@@ -12,32 +12,32 @@ from typing import NamedTuple
 
 import numpy as np
 
-from src.datamodules.scenes.scene import Background, Camera, Light, Mark, Rgb, Scene, Texture, Thing
+from src.datamodules.scenes.scene import Background, Camera, Light, Mark, Rgb, Scene, SceneObject, Texture
 from src.datamodules.scenes.shapes import KINDS, Kind
 
 VISIBLE_AREA = 0.002  # share of the image that must be seen of a kind for it to count as present
 _TAG_GRID = 64  # the grid on which that share is counted, whatever the image's resolution
 _GRAIN_GRID = 64  # cells a side of the film grain: fixed, so that it stays with the scene and not with the pixel
 CARVED = 0.22  # depth of what is carved into a face, in radii
-_SHADOW_BLUR = 0.35  # width of a shadow's edge, in radii of the thing
+_SHADOW_BLUR = 0.35  # width of a shadow's edge, in radii of the object
 
 
 class Patch(NamedTuple):
-    """The part of the pixel grid that a thing can touch, in the thing's own coordinates."""
+    """The part of the pixel grid that an object can touch, in the object's own coordinates."""
 
     rows: slice
     columns: slice
     x: np.ndarray  # float32 [h, w], in radii
     y: np.ndarray
-    z: np.ndarray  # depth of the thing's plane, metres
-    pixel: float  # width of a pixel at the thing's center, in radii
+    z: np.ndarray  # depth of the object's plane, metres
+    pixel: float  # width of a pixel at the object's center, in radii
 
 
 def image(scene: Scene, resolution: int) -> np.ndarray:
     """The image: uint8 [3, H, W], RGB."""
     canvas = _backdrop(scene.background, scene.camera, resolution)
-    for thing in reversed(_near_to_far(scene)):
-        _paint(canvas, thing, scene, resolution)
+    for obj in reversed(_near_to_far(scene)):
+        _paint(canvas, obj, scene, resolution)
     canvas *= _exposure(scene, resolution)
     canvas *= np.asarray(scene.light.tint, np.float32)[:, None, None] * np.float32(255.0)
     canvas += np.float32(0.5)
@@ -45,35 +45,35 @@ def image(scene: Scene, resolution: int) -> np.ndarray:
 
 
 def instance_masks(scene: Scene, resolution: int) -> np.ndarray:
-    """What is seen of each thing: bool [T, H, W], disjoint, in the order of ``scene.things``."""
-    masks = np.zeros((len(scene.things), resolution, resolution), bool)
+    """What is seen of each object: bool [T, H, W], disjoint, in the order of ``scene.objects``."""
+    masks = np.zeros((len(scene.objects), resolution, resolution), bool)
     taken = np.zeros((resolution, resolution), bool)
-    position = {id(thing): index for index, thing in enumerate(scene.things)}
-    for thing in _near_to_far(scene):
-        patch = project(thing, scene.camera, resolution)
+    position = {id(obj): index for index, obj in enumerate(scene.objects)}
+    for obj in _near_to_far(scene):
+        patch = project(obj, scene.camera, resolution)
         if patch is None:
             continue
         window = (patch.rows, patch.columns)
-        seen = (thing.kind.distance(patch.x, patch.y) < 0) & ~taken[window]
-        masks[position[id(thing)]][window] = seen
+        seen = (obj.kind.distance(patch.x, patch.y) < 0) & ~taken[window]
+        masks[position[id(obj)]][window] = seen
         taken[window] |= seen
     return masks
 
 
 def amodal_masks(scene: Scene, resolution: int) -> np.ndarray:
-    """Each thing as if nothing stood before it: bool [T, H, W]."""
-    masks = np.zeros((len(scene.things), resolution, resolution), bool)
-    for mask, thing in zip(masks, scene.things, strict=True):
-        patch = project(thing, scene.camera, resolution)
+    """Each object as if nothing stood before it: bool [T, H, W]."""
+    masks = np.zeros((len(scene.objects), resolution, resolution), bool)
+    for mask, obj in zip(masks, scene.objects, strict=True):
+        patch = project(obj, scene.camera, resolution)
         if patch is not None:
-            mask[patch.rows, patch.columns] = thing.kind.distance(patch.x, patch.y) < 0
+            mask[patch.rows, patch.columns] = obj.kind.distance(patch.x, patch.y) < 0
     return masks
 
 
 def boxes(scene: Scene, resolution: int) -> np.ndarray:
-    """Tight boxes around the visible part of each thing: float32 [T, 4], x0 y0 x1 y1 in pixels.
+    """Tight boxes around the visible part of each object: float32 [T, 4], x0 y0 x1 y1 in pixels.
 
-    The far edges are exclusive: a mask of one pixel has a box of one pixel. A thing of which nothing is seen has an
+    The far edges are exclusive: a mask of one pixel has a box of one pixel. An object of which nothing is seen has an
     empty box, all zeros.
     """
     return boxes_of(instance_masks(scene, resolution))
@@ -92,53 +92,53 @@ def boxes_of(masks: np.ndarray) -> np.ndarray:
 def depth(scene: Scene, resolution: int) -> np.ndarray:
     """Distance along the camera's axis of what each pixel's center shows, in metres: float32 [H, W]."""
     result = _backdrop_depth(scene.background, scene.camera, resolution)
-    for thing in reversed(_near_to_far(scene)):
-        patch = project(thing, scene.camera, resolution)
+    for obj in reversed(_near_to_far(scene)):
+        patch = project(obj, scene.camera, resolution)
         if patch is not None:
-            inside = thing.kind.distance(patch.x, patch.y) < 0
+            inside = obj.kind.distance(patch.x, patch.y) < 0
             np.copyto(result[patch.rows, patch.columns], patch.z, where=inside)
     return result
 
 
 def facings(scene: Scene) -> np.ndarray:
-    """Unit vectors across the planes of the backdrop and of each thing, to the camera's side: float32 [1 + T, 3], x to
-    the right, y down, z away from the camera. Reliefs and rims of things are light, and count for nothing."""
+    """Unit vectors across the planes of the backdrop and of each object, to the camera's side: float32 [1 + T, 3], x to
+    the right, y down, z away from the camera. Reliefs and rims of objects are light, and count for nothing."""
     across: list[tuple[float, ...]] = [(*scene.background.slope, -1.0)]
-    for thing in scene.things:
-        away = axes(thing.rotation)[2]
-        offset = tuple(p - c for p, c in zip(thing.position, scene.camera.position, strict=True))
+    for obj in scene.objects:
+        away = axes(obj.rotation)[2]
+        offset = tuple(p - c for p, c in zip(obj.position, scene.camera.position, strict=True))
         across.append(tuple(-math.copysign(1.0, _dot(away, offset)) * each for each in away))
     found = np.asarray(across, np.float32)
     return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
 def label(scene: Scene, kinds: tuple[Kind, ...] = KINDS) -> int:
-    """The kind of the main thing, as its position in ``kinds``."""
-    return kinds.index(scene.things[0].kind)
+    """The kind of the main object, as its position in ``kinds``."""
+    return kinds.index(scene.objects[0].kind)
 
 
 def box_labels(scene: Scene, kinds: tuple[Kind, ...] = KINDS) -> np.ndarray:
-    """The kind of every thing: int64 [T]."""
-    return np.asarray([kinds.index(thing.kind) for thing in scene.things], np.int64)
+    """The kind of every object: int64 [T]."""
+    return np.asarray([kinds.index(obj.kind) for obj in scene.objects], np.int64)
 
 
 def labels(scene: Scene, kinds: tuple[Kind, ...] = KINDS) -> np.ndarray:
-    """Which kinds can be seen: bool [K]. A kind counts if ``VISIBLE_AREA`` of the image shows things of it."""
+    """Which kinds can be seen: bool [K]. A kind counts if ``VISIBLE_AREA`` of the image shows objects of it."""
     area = np.zeros(len(kinds))
     np.add.at(area, box_labels(scene, kinds), instance_masks(scene, _TAG_GRID).mean((1, 2)))
     return area >= VISIBLE_AREA
 
 
-def project(thing: Thing, camera: Camera, resolution: int, *, shift: float = 0.0) -> Patch | None:
-    """Where on the pixel grid the thing lies; None if it is outside of the image.
+def project(obj: SceneObject, camera: Camera, resolution: int, *, shift: float = 0.0) -> Patch | None:
+    """Where on the pixel grid the object lies; None if it is outside of the image.
 
-    ``shift`` widens the patch, in radii. Each pixel's ray is cut with the thing's plane, so the perspective is exact.
+    ``shift`` widens the patch, in radii. Each pixel's ray is cut with the object's plane, so the perspective is exact.
     """
-    right, down, normal = axes(thing.rotation)
-    offset = tuple(p - c for p, c in zip(thing.position, camera.position, strict=True))
+    right, down, normal = axes(obj.rotation)
+    offset = tuple(p - c for p, c in zip(obj.position, camera.position, strict=True))
     along, focal = _dot(normal, offset), camera.focal
-    reach = thing.kind.reach + shift
-    bounds = _window(thing, camera, right, down, reach, resolution)
+    reach = obj.kind.reach + shift
+    bounds = _window(obj, camera, right, down, reach, resolution)
     if bounds is None:
         return None
     rows, columns = bounds
@@ -150,14 +150,14 @@ def project(thing: Thing, camera: Camera, resolution: int, *, shift: float = 0.0
     local = []
     for axis in (right, down):
         shift_along = _dot(axis, offset)
-        a, b, c = ((along * axis[i] - shift_along * normal[i]) / thing.size for i in range(3))
+        a, b, c = ((along * axis[i] - shift_along * normal[i]) / obj.size for i in range(3))
         local.append((u * (a / focal) + (v * (b / focal) + c)) * inverse)
-    pixel = step * offset[2] / (focal * thing.size)
+    pixel = step * offset[2] / (focal * obj.size)
     return Patch(rows, columns, local[0], local[1], inverse * along, pixel)
 
 
 def axes(rotation: tuple[float, float, float]) -> tuple[tuple[float, float, float], ...]:
-    """World directions of a thing's right, down and away axes: yaw after pitch after roll."""
+    """World directions of an object's right, down and away axes: yaw after pitch after roll."""
     (cr, cp, cy), (sr, sp, sy) = [math.cos(a) for a in rotation], [math.sin(a) for a in rotation]
     right = (cy * cr + sy * sp * sr, cp * sr, -sy * cr + cy * sp * sr)
     down = (-cy * sr + sy * sp * cr, cp * cr, sy * sr + cy * sp * cr)
@@ -169,12 +169,12 @@ def _dot(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
-def _near_to_far(scene: Scene) -> list[Thing]:
-    return sorted(scene.things, key=lambda thing: thing.position[2])
+def _near_to_far(scene: Scene) -> list[SceneObject]:
+    return sorted(scene.objects, key=lambda obj: obj.position[2])
 
 
 def _window(
-    thing: Thing,
+    obj: SceneObject,
     camera: Camera,
     right: tuple[float, ...],
     down: tuple[float, ...],
@@ -186,8 +186,7 @@ def _window(
     for i in (-1.0, 1.0):
         for j in (-1.0, 1.0):
             x, y, z = (
-                thing.position[k] - camera.position[k] + thing.size * reach * (i * right[k] + j * down[k])
-                for k in range(3)
+                obj.position[k] - camera.position[k] + obj.size * reach * (i * right[k] + j * down[k]) for k in range(3)
             )
             u.append(camera.focal * x / z)
             v.append(camera.focal * y / z)
@@ -201,20 +200,20 @@ def _window(
     return spans[0], spans[1]
 
 
-def _paint(canvas: np.ndarray, thing: Thing, scene: Scene, resolution: int) -> None:
-    """Lay the thing's shadow and then the thing on ``canvas`` [3, H, W]."""
-    patch = project(thing, scene.camera, resolution)
+def _paint(canvas: np.ndarray, obj: SceneObject, scene: Scene, resolution: int) -> None:
+    """Lay the object's shadow and then the object on ``canvas`` [3, H, W]."""
+    patch = project(obj, scene.camera, resolution)
     if scene.light.shadow > 0.0:
-        _cast(canvas, thing, scene, resolution)
+        _cast(canvas, obj, scene, resolution)
     if patch is None:
         return
-    distance = thing.kind.distance(patch.x, patch.y)
+    distance = obj.kind.distance(patch.x, patch.y)
     cover = np.clip(0.5 - distance * (1.0 / patch.pixel), 0.0, 1.0)
-    diffuse, highlight = _shading(distance, patch, thing, scene.light)
+    diffuse, highlight = _shading(distance, patch, obj, scene.light)
     under = canvas[:, patch.rows, patch.columns]
-    for channel, (near, far) in enumerate(zip(thing.rgb, thing.texture.rgb, strict=True)):
+    for channel, (near, far) in enumerate(zip(obj.rgb, obj.texture.rgb, strict=True)):
         if channel == 0:
-            share = _mix(thing.texture, patch.x, patch.y, patch.pixel)
+            share = _mix(obj.texture, patch.x, patch.y, patch.pixel)
         surface = diffuse * near if share is None else (share * (far - near) + near) * diffuse
         if highlight is not None:
             surface += highlight
@@ -223,32 +222,34 @@ def _paint(canvas: np.ndarray, thing: Thing, scene: Scene, resolution: int) -> N
         under[channel] += surface
 
 
-def _cast(canvas: np.ndarray, thing: Thing, scene: Scene, resolution: int) -> None:
-    """Darken what lies behind, away from the lamp: the thing's own form, moved and blurred."""
+def _cast(canvas: np.ndarray, obj: SceneObject, scene: Scene, resolution: int) -> None:
+    """Darken what lies behind, away from the lamp: the object's own form, moved and blurred."""
     light = scene.light
-    right, down, _ = axes(thing.rotation)
+    right, down, _ = axes(obj.rotation)
     shift_x = 0.45 * _dot(light.direction, right)  # in radii; towards the lamp
     shift_y = 0.45 * _dot(light.direction, down)
-    patch = project(thing, scene.camera, resolution, shift=max(abs(shift_x), abs(shift_y)) + _SHADOW_BLUR / 2)
+    patch = project(obj, scene.camera, resolution, shift=max(abs(shift_x), abs(shift_y)) + _SHADOW_BLUR / 2)
     if patch is None:
         return
-    distance = thing.kind.distance(patch.x + shift_x, patch.y + shift_y)
+    distance = obj.kind.distance(patch.x + shift_x, patch.y + shift_y)
     shade = np.clip(0.5 - distance * (1.0 / max(_SHADOW_BLUR, patch.pixel)), 0.0, 1.0)
     shade *= -light.shadow
     shade += 1.0
     canvas[:, patch.rows, patch.columns] *= shade
 
 
-def _shading(distance: np.ndarray, patch: Patch, thing: Thing, light: Light) -> tuple[np.ndarray, np.ndarray | None]:
+def _shading(
+    distance: np.ndarray, patch: Patch, obj: SceneObject, light: Light
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Diffuse light [h, w] and highlight [h, w] or None: a carved top with a rim that falls off towards the outline."""
     pixel = patch.pixel
-    slope = np.clip(distance * (1.0 / thing.bevel) + 1.0, 0.0, 1.0)
-    slope *= thing.relief
+    slope = np.clip(distance * (1.0 / obj.bevel) + 1.0, 0.0, 1.0)
+    slope *= obj.relief
     slope *= 1.0 / pixel
     nx, ny = _difference(distance, 1) * slope, _difference(distance, 0) * slope
-    if thing.kind.carving is not None:
+    if obj.kind.carving is not None:
         depth = -CARVED / pixel
-        height = thing.kind.carving(patch.x, patch.y)
+        height = obj.kind.carving(patch.x, patch.y)
         nx += _difference(height, 1) * depth
         ny += _difference(height, 0) * depth
     scale = 1.0 / np.sqrt(nx * nx + ny * ny + 1.0)
@@ -256,7 +257,7 @@ def _shading(distance: np.ndarray, patch: Patch, thing: Thing, light: Light) -> 
     facing = (nx * lx + ny * ly - lz) * scale
     diffuse = np.maximum(facing, 0.0) * (1.0 - light.ambient)
     diffuse += light.ambient
-    if thing.gloss <= 0.0:
+    if obj.gloss <= 0.0:
         return diffuse, None
     hx, hy, hz = lx, ly, lz - 1.0  # halfway between the lamp and the eye, which looks along +z
     length = math.sqrt(hx * hx + hy * hy + hz * hz)
@@ -264,7 +265,7 @@ def _shading(distance: np.ndarray, patch: Patch, thing: Thing, light: Light) -> 
     np.maximum(mirror, 0.0, out=mirror)
     for _ in range(4):  # 16th power
         mirror *= mirror
-    mirror *= thing.gloss
+    mirror *= obj.gloss
     return diffuse, mirror
 
 
@@ -367,9 +368,9 @@ def _interpolation(resolution: int) -> np.ndarray:
     return np.maximum(0.0, 1.0 - np.abs(position[:, None] - np.arange(_GRAIN_GRID))).astype(np.float32)
 
 
-def mean_rgb(thing: Thing) -> Rgb:
-    """The thing's color with its texture mixed in evenly, before light."""
-    if thing.texture.pattern.paint is None:
-        return thing.rgb
-    red, green, blue = (0.5 * (a + b) for a, b in zip(thing.rgb, thing.texture.rgb, strict=True))
+def mean_rgb(obj: SceneObject) -> Rgb:
+    """The object's color with its texture mixed in evenly, before light."""
+    if obj.texture.pattern.paint is None:
+        return obj.rgb
+    red, green, blue = (0.5 * (a + b) for a, b in zip(obj.rgb, obj.texture.rgb, strict=True))
     return red, green, blue

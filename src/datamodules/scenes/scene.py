@@ -25,7 +25,7 @@ class Camera:
 class Light:
     """A distant lamp and what comes from everywhere else."""
 
-    direction: tuple[float, float, float]  # unit vector from the things towards the lamp (z < 0: camera's side)
+    direction: tuple[float, float, float]  # unit vector from the objects towards the lamp (z < 0: camera's side)
     ambient: float  # share of light without direction, in [0, 1]
     tint: Rgb  # multiplies every color
     falloff: tuple[float, float]  # relative change of brightness from the image's middle to its right, lower edge
@@ -38,7 +38,7 @@ class Texture:
 
     pattern: Pattern
     rgb: Rgb
-    period: float  # in radii of the thing, or in half image widths on the backdrop
+    period: float  # in radii of the object, or in half image widths on the backdrop
     angle: float
     phase: tuple[float, float]  # in [0, 1)
 
@@ -67,11 +67,11 @@ class Background:
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """A flat, bevelled object."""
 
     kind: Kind
-    color: str  # the name; ``rgb`` is this thing's own shade of it
+    color: str  # the name; ``rgb`` is this object's own shade of it
     rgb: Rgb
     texture: Texture
     size: float  # radius of the disc of the same area, metres
@@ -84,15 +84,15 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything needed to draw any view. ``things[0]`` is the main one: nearest and, in the image, largest.
+    """Everything needed to draw any view. ``objects[0]`` is the main one: nearest and, in the image, largest.
 
-    Things do not pass through each other or the backdrop: ordered by the depth of their centers, a thing's farthest
-    point is nearer than the next thing's nearest point. The worlds keep this, and it makes occlusion exact.
+    Objects do not pass through each other or the backdrop: ordered by the depth of their centers, an object's farthest
+    point is nearer than the next object's nearest point. The worlds keep this, and it makes occlusion exact.
     """
 
     camera: Camera
     light: Light
     background: Background
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     grain: float  # standard deviation of the film grain, in [0, 1] of full scale
     grain_seed: int

@@ -1,4 +1,4 @@
-"""The kinds of things: each a form, given by a signed distance, and what is carved into its face.
+"""The kinds of objects: each a form, given by a signed distance, and what is carved into its face.
 
 All forms are of one area, so that size does not give a kind away.
 """
@@ -21,7 +21,7 @@ _GRID = 256  # points a side on which a form's area and center are integrated
 class Kind:
     """A form, moved and scaled so that its centroid is the origin and its area that of the unit disc, and its face.
 
-    ``carving`` is the height of the face in [-1, 1] where (x, y) are in radii: what a kind of thing looks like close
+    ``carving`` is the height of the face in [-1, 1] where (x, y) are in radii: what a kind of object looks like close
     up, seen by how it takes the light and whatever it is painted with. None for a smooth face.
 
     ``form`` takes x (right) and y (down) in any unit inside [-1.2, 1.2] and gives a function that is negative inside,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from src.datamodules.scenes import captions, render
-from src.datamodules.scenes.cache import Depths, Recipe, Things, mapped, open_or_build
+from src.datamodules.scenes.cache import DepthMaps, ObjectMaps, SceneImages, mapped, open_or_build
 from src.datamodules.scenes.captions import Facts
 from src.datamodules.scenes.scene import Scene
 from src.datamodules.scenes.world import Combinations, ObjectsWorld
@@ -34,7 +34,7 @@ PROMPTS = Prompts(
 )
 _ATTEMPTS = 64  # every other one succeeds
 FIELDS = ("labels", "boxes", "box_labels", "instance_masks", "segmentation", "normals", "depth")
-_OF_THINGS = ("boxes", "box_labels", "instance_masks", "segmentation", "normals")
+_OBJECT_FIELDS = ("boxes", "box_labels", "instance_masks", "segmentation", "normals")
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class SceneTexts:
         wordings: ways of a short text that training may use, positions in `captions.SHORT`; None for all.
         mismatched, dropped, junk: of "alt", see `captions.alt_text`.
         judged: texts of each image that retrieval is judged with.
-        variants: different texts of a image that training may see, as a image of the web has one; None for as many
+        variants: different texts of an image that training may see, as an image of the web has one; None for as many
             as the style has words for.
         judged_wordings: ways of saying them, positions in `captions.SHORT`; None for all. What is not among
             ``wordings`` is judged unseen.
-        places: whether they also say in which part of the image the main thing is.
+        places: whether they also say in which part of the image the main object is.
     """
 
     style: Literal["short", "long", "alt"] = "short"
@@ -83,13 +83,13 @@ class ScenesSource:
     """``count`` scenes of one split (one number, or one a split), with the ground truth that is asked for.
 
     The split is folded into the seed, so no two splits share a scene, whatever their sizes; a larger ``count`` adds
-    scenes to the same ones. Fields, T being the scene's number of things (the main thing is always the first):
+    scenes to the same ones. Fields, T being the scene's number of objects (the main object is always the first):
 
     - ``labels`` bool [K]: kinds of which at least 0.2 % of the image is seen
     - ``boxes`` float32 [T, 4]: x0 y0 x1 y1 in pixels around the visible part, zeros where nothing is seen
-    - ``box_labels`` int64 [T]: kind of each thing
+    - ``box_labels`` int64 [T]: kind of each object
     - ``instance_masks`` bool [T, H, W]: visible part, disjoint
-    - ``segmentation`` uint8 [H, W]: 0 for the backdrop, 1 + kind for a thing, as ``mask_classes`` names them
+    - ``segmentation`` uint8 [H, W]: 0 for the backdrop, 1 + kind for an object, as ``mask_classes`` names them
     - ``depth`` float32 [H, W]: metres along the camera's axis
 
     With ``cache_dir`` the images and labels are rendered once into memory-mapped arrays, then also found whole in
@@ -175,11 +175,11 @@ class ScenesSource:
         return self.world.scene(self._scene_seed, index)
 
     def segmentation(self, index: int) -> torch.Tensor:
-        """What each pixel shows: uint8 [H, W], 0 for the backdrop, 1 + kind for a thing. Rendered when asked for,
+        """What each pixel shows: uint8 [H, W], 0 for the backdrop, 1 + kind for an object. Rendered when asked for,
         whatever ``fields`` says."""
         self._check(index)
-        things, kinds = self._things(index)
-        return torch.from_numpy(_classes(things, kinds))
+        objects, kinds = self._objects(index)
+        return torch.from_numpy(_classes(objects, kinds))
 
     def tags(self, index: int) -> torch.Tensor:
         """Kinds that can be seen: bool [K], the field ``labels``, whatever ``fields`` says."""
@@ -200,10 +200,10 @@ class ScenesSource:
         return tuple(self._described(index, wording) for wording in range(self.texts.variants))
 
     def regions(self, index: int, choice: float) -> Sequence[str]:
-        """A text of each thing alone, in the order of the fields ``boxes`` and ``instance_masks``; ``choice`` in [0, 1)
+        """A text of each object alone, in the order of the fields ``boxes`` and ``instance_masks``; ``choice`` in [0, 1)
         chooses the words."""
         what, wording = self._facts(self.scene(index)), fold(index, int(choice * 2**31))
-        return tuple(captions.region(what, each, fold(wording, each)).text for each in range(len(what.things)))
+        return tuple(captions.region(what, each, fold(wording, each)).text for each in range(len(what.objects)))
 
     def captions(self, index: int) -> Sequence[str]:
         """True short texts, whatever training is told, in the ways that judging may use: the first that differ."""
@@ -218,22 +218,22 @@ class ScenesSource:
     def mistakes(self, index: int) -> Sequence[HardNegative]:
         """One of each kind that the scene allows, in wordings that say what is wrong, and the same for right and wrong:
 
-        - "attribute": the main thing has another color, where there is no second one of another color
+        - "attribute": the main object has another color, where there is no second one of another color
         - "swapped": otherwise the two have each other's colors; every word of the right text is in the wrong one
-        - "relation": the second thing is on the other side
-        - "count": there are more or fewer things, as many as there may be
+        - "relation": the second object is on the other side
+        - "count": there are more or fewer objects, as many as there may be
         """
         what, found = self._facts(self.scene(index)), []
         for number, (mistake, wordings) in enumerate(captions.SHOWN_BY.items()):
             choice = fold(index, number)
             if mistake == "count":
                 # a number that no scene has is wrong whatever the image shows
-                fewer, more = (len(what.things) - 1 - limit for limit in self.world.others)
+                fewer, more = (len(what.objects) - 1 - limit for limit in self.world.others)
                 choice = choice if fewer > 0 > more else int(fewer > 0)
             wrong = captions.mistaken(what, mistake, choice)
             if wrong is None:
                 continue
-            swapped = mistake == "attribute" and len({thing.color for thing in what.things[:2]}) == 2
+            swapped = mistake == "attribute" and len({obj.color for obj in what.objects[:2]}) == 2
             for attempt in range(_ATTEMPTS):
                 wording = fold(index, number, attempt)
                 right, other = (captions.short(each, wording, wordings=wordings).text for each in (what, wrong))
@@ -243,10 +243,10 @@ class ScenesSource:
         return found
 
     def grounding(self, index: int) -> Grounding:
-        """The first of `captions`, whose words for a thing are its adjectives and its noun, without the article."""
+        """The first of `captions`, whose words for an object are its adjectives and its noun, without the article."""
         scene = self.scene(index)
         said = captions.short(self._facts(scene), fold(index, 0))
-        spans = ((said.text.index(" ", begin) + 1, end, thing) for begin, end, thing in said.spans)
+        spans = ((said.text.index(" ", begin) + 1, end, obj) for begin, end, obj in said.spans)
         return Grounding(said.text, tuple(spans), torch.from_numpy(render.instance_masks(scene, self.resolution)))
 
     def _facts(self, scene: Scene) -> Facts:
@@ -275,24 +275,24 @@ class ScenesSource:
         self._truths: dict[str, np.ndarray] = {}
         if self.cache_dir is not None:
             of_these = (self.world, self._scene_seed, self.count, self.resolution)
-            self.images, self.labels = open_or_build(Recipe(*of_these), self.cache_dir)
-            if any(field in _OF_THINGS for field in self.fields):
-                self._truths |= mapped(Things(*of_these), self.cache_dir)
+            self.images, self.labels = open_or_build(SceneImages(*of_these), self.cache_dir)
+            if any(field in _OBJECT_FIELDS for field in self.fields):
+                self._truths |= mapped(ObjectMaps(*of_these), self.cache_dir)
             if "depth" in self.fields:
-                self._truths |= mapped(Depths(*of_these), self.cache_dir)
+                self._truths |= mapped(DepthMaps(*of_these), self.cache_dir)
 
     def _fields(self, index: int) -> dict[str, torch.Tensor]:
         found: dict[str, np.ndarray] = {}
-        if any(field in _OF_THINGS for field in self.fields):
-            things, kinds = self._things(index)
-            masks = things == np.arange(1, 1 + len(kinds))[:, None, None]
+        if any(field in _OBJECT_FIELDS for field in self.fields):
+            objects, kinds = self._objects(index)
+            masks = objects == np.arange(1, 1 + len(kinds))[:, None, None]
             found["instance_masks"], found["box_labels"] = masks, kinds
             if "boxes" in self.fields:
                 found["boxes"] = render.boxes_of(masks)
             if "segmentation" in self.fields:
-                found["segmentation"] = _classes(things, kinds)
+                found["segmentation"] = _classes(objects, kinds)
             if "normals" in self.fields:
-                found["normals"] = np.moveaxis(render.facings(self.scene(index))[things], -1, 0).copy()
+                found["normals"] = np.moveaxis(render.facings(self.scene(index))[objects], -1, 0).copy()
         if "depth" in self.fields:
             kept = self._truths.get("depth")
             depth = render.depth(self.scene(index), self.resolution) if kept is None else np.array(kept[index])
@@ -301,22 +301,22 @@ class ScenesSource:
             found["labels"] = render.labels(self.scene(index), self.world.kinds)
         return {field: torch.from_numpy(found[field]) for field in self.fields}
 
-    def _things(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which thing each pixel shows, uint8 [H, W], 0 for the backdrop, and the kinds of the things, int64 [T]."""
-        if "things" in self._truths:
-            things, kinds = self._truths["things"][index], self._truths["kinds"][index]
+    def _objects(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which object each pixel shows, uint8 [H, W], 0 for the backdrop, and the kinds of the objects, int64 [T]."""
+        if "objects" in self._truths:
+            objects, kinds = self._truths["objects"][index], self._truths["kinds"][index]
         else:
-            things, kinds = Things(self.world, self._scene_seed, self.count, self.resolution).render(index)
-        return np.array(things), kinds[kinds >= 0].astype(np.int64)
+            objects, kinds = ObjectMaps(self.world, self._scene_seed, self.count, self.resolution).render(index)
+        return np.array(objects), kinds[kinds >= 0].astype(np.int64)
 
     def _check(self, index: int) -> None:
         if not 0 <= index < self.count:
             raise IndexError(f"scene {index} of {self.count}")
 
 
-def _classes(things: np.ndarray, kinds: np.ndarray) -> np.ndarray:
-    """What each pixel shows, of which thing it shows: uint8 [H, W]."""
-    return np.concatenate([[0], 1 + kinds]).astype(np.uint8)[things]
+def _classes(objects: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """What each pixel shows, of which object it shows: uint8 [H, W]."""
+    return np.concatenate([[0], 1 + kinds]).astype(np.uint8)[objects]
 
 
 def _words(text: str) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from src.datamodules.scenes.patterns import PATTERNS, PLAIN, Pattern
 from src.datamodules.scenes.render import axes
-from src.datamodules.scenes.scene import Background, Camera, Light, Mark, Rgb, Scene, Texture, Thing
+from src.datamodules.scenes.scene import Background, Camera, Light, Mark, Rgb, Scene, SceneObject, Texture
 from src.datamodules.scenes.shapes import KINDS, Kind
 from src.errors import SettingError
 from src.randomness import fold
@@ -20,7 +20,7 @@ from src.randomness import fold
 Range = tuple[float, float]
 Combinations = Literal["all", "seen", "unseen"]
 
-# hue, saturation and value ranges; a thing takes its own shade from them. Muted: a color says nothing of the kind, and
+# hue, saturation and value ranges; an object takes its own shade from them. Muted: a color says nothing of the kind, and
 # strong ones are what a self-supervised encoder would compare images by.
 COLORS: dict[str, tuple[Range, Range, Range]] = {
     "red": ((-0.025, 0.02), (0.26, 0.4), (0.7, 1.0)),
@@ -38,28 +38,28 @@ _HELD_OUT = 4  # of a kind's colors every so many is never "seen"
 
 @dataclass(frozen=True)
 class ObjectsWorld:
-    """One large thing before smaller ones of other kinds, on a painted backdrop. The label is the large thing's kind.
+    """One large object before smaller ones of other kinds, on a painted backdrop. The label is the large object's kind.
 
     Lengths are in half image widths unless stated. The numbers below are the measured difficulty; changing a range
     changes it.
 
     ``combinations`` says which kinds come in which colors. The combination of kind i and color j, counted in
     ``kinds`` and `COLORS`, is held out where i + j is a multiple of four: two of each kind's eight colors, so that
-    every kind and every color is still met in others. No thing of a "seen" world is in a held-out combination, every
-    thing of an "unseen" one is.
+    every kind and every color is still met in others. No object of a "seen" world is in a held-out combination, every
+    object of an "unseen" one is.
     """
 
     kinds: tuple[Kind, ...] = KINDS
     patterns: tuple[Pattern, ...] = PATTERNS
     plain: float = 0.9  # share of surfaces without a pattern
     main_radius: Range = (0.7, 1.1)  # of the disc of equal area
-    main_place: float = 0.5  # the main thing's center lies within ± this
+    main_place: float = 0.5  # the main object's center lies within ± this
     other_radius: Range = (0.1, 0.18)
     others: tuple[int, int] = (0, 1)  # how many, both ends included
-    roll: float = 1.2  # largest rotation of the main thing in its plane, radians
+    roll: float = 1.2  # largest rotation of the main object in its plane, radians
     other_roll: float = 0.6
     tilt: float = 0.25  # largest pitch and yaw, radians
-    contrast: float = 0.45  # least distance of a thing's color from the backdrop's
+    contrast: float = 0.45  # least distance of an object's color from the backdrop's
     backdrop_value: Range = (0.05, 0.9)  # brightness of the backdrop's colors
     marks: tuple[int, int] = (0, 2)  # strokes on the backdrop
     falloff: float = 0.25  # largest change of brightness from the image's middle to its edge
@@ -71,7 +71,7 @@ class ObjectsWorld:
             raise SettingError(f"the combinations of a world are all, seen or unseen, not '{self.combinations}'")
 
     def colors(self, kind: Kind) -> tuple[str, ...]:
-        """What things of a kind may be called."""
+        """What objects of a kind may be called."""
         position = [each.name for each in self.kinds].index(kind.name)
         held_out = {name: (position + number) % _HELD_OUT == 0 for number, name in enumerate(COLORS)}
         if self.combinations == "all":
@@ -86,34 +86,34 @@ class ObjectsWorld:
         )
         backdrop = (_paper(rng, self.backdrop_value), _paper(rng, self.backdrop_value))
         behind = tuple(0.5 * (a + b) for a, b in zip(*backdrop, strict=True))
-        things = self._things(rng, camera, behind)
-        farthest = max(thing.position[2] for thing in things)
+        objects = self._objects(rng, camera, behind)
+        farthest = max(obj.position[2] for obj in objects)
         return Scene(
             camera=camera,
             light=_light(rng, self.falloff),
             background=self._background(rng, backdrop, farthest),
-            things=things,
+            objects=objects,
             grain=_within(rng, self.grain),
             grain_seed=fold(seed, index, 1),
         )
 
-    def _things(self, rng: np.random.Generator, camera: Camera, behind: tuple[float, ...]) -> tuple[Thing, ...]:
+    def _objects(self, rng: np.random.Generator, camera: Camera, behind: tuple[float, ...]) -> tuple[SceneObject, ...]:
         count = int(rng.integers(self.others[0], self.others[1] + 1))
         chosen = [self.kinds[int(i)] for i in rng.permutation(len(self.kinds))]
         z = _within(rng, (2.0, 3.0))
         center = (_within(rng, (-self.main_place, self.main_place)), _within(rng, (-self.main_place, self.main_place)))
         radius = _within(rng, self.main_radius)
-        things = [self._thing(rng, chosen[0], camera, behind, center, radius, z, self.roll)]
+        objects = [self._object(rng, chosen[0], camera, behind, center, radius, z, self.roll)]
         discs = [(center, radius)]
         for kind in chosen[1 : count + 1]:
-            z *= _within(rng, (1.35, 1.6))  # more than the tilted things' extent in depth
+            z *= _within(rng, (1.35, 1.6))  # more than the tilted objects' extent in depth
             radius = _within(rng, self.other_radius)
             center = _free_place(rng, discs, radius)
             discs.append((center, radius))
-            things.append(self._thing(rng, kind, camera, behind, center, radius, z, self.other_roll))
-        return tuple(things)
+            objects.append(self._object(rng, kind, camera, behind, center, radius, z, self.other_roll))
+        return tuple(objects)
 
-    def _thing(
+    def _object(
         self,
         rng: np.random.Generator,
         kind: Kind,
@@ -123,10 +123,10 @@ class ObjectsWorld:
         radius: float,
         z: float,
         roll: float,
-    ) -> Thing:
+    ) -> SceneObject:
         scale = z / camera.focal
         color, rgb = _color(rng, self.colors(kind), behind, self.contrast)
-        return Thing(
+        return SceneObject(
             kind=kind,
             color=color,
             rgb=rgb,
@@ -260,8 +260,8 @@ def _free_place(
     return best
 
 
-def depth_span(thing: Thing) -> tuple[float, float]:
-    """Nearest and farthest depth that any point of the thing can have, metres."""
-    right, down, _ = axes(thing.rotation)
-    extent = thing.size * thing.kind.reach * math.hypot(right[2], down[2])
-    return thing.position[2] - extent, thing.position[2] + extent
+def depth_span(obj: SceneObject) -> tuple[float, float]:
+    """Nearest and farthest depth that any point of the object can have, metres."""
+    right, down, _ = axes(obj.rotation)
+    extent = obj.size * obj.kind.reach * math.hypot(right[2], down[2])
+    return obj.position[2] - extent, obj.position[2] + extent

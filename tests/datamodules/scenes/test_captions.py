@@ -15,7 +15,7 @@ TWO = Facts((Noun("star", "red", "stripes"), Noun("ring", "blue", "plain")), "le
 
 
 def meant(phrase: str) -> str:
-    """The kind or color that a synonym stands for, in a phrase for one thing."""
+    """The kind or color that a synonym stands for, in a phrase for one object."""
     return next(name for name, words in captions._SYNONYMS.items() if phrase in words)
 
 
@@ -31,15 +31,15 @@ def test_facts_are_those_of_the_scene_and_its_picture():
     for index in range(60):
         scene = WORLD.scene(0, index)
         what = facts(scene)
-        assert [noun.kind for noun in what.things] == [thing.kind.name for thing in scene.things]
-        assert [noun.color for noun in what.things] == [thing.color for thing in scene.things]
-        if len(what.things) == 1:
+        assert [noun.kind for noun in what.objects] == [obj.kind.name for obj in scene.objects]
+        assert [noun.color for noun in what.objects] == [obj.color for obj in scene.objects]
+        if len(what.objects) == 1:
             assert what.relation is None
             continue
         masks = render.amodal_masks(scene, 64)[:2]
         if not all(mask.any() for mask in masks):
             continue
-        # where the middle of the main thing's pixels is, seen from the second's: the camera adds little to that
+        # where the middle of the main object's pixels is, seen from the second's: the camera adds little to that
         down, right = (mine - others for mine, others in zip(*map(_middle, masks), strict=True))
         seen.add(what.relation)
         expected = {"left": -right, "right": right, "above": -down, "below": down}.get(what.relation or "")
@@ -61,24 +61,24 @@ PARTS = {
 
 
 @pytest.mark.parametrize(("place", "words"), PARTS.items())
-def test_the_part_of_the_picture_is_said_right_behind_the_main_thing(place, words):
+def test_the_part_of_the_picture_is_said_right_behind_the_main_object(place, words):
     told = replace(TWO, place=place)
     said = set()
     for caption in (*(short(told, wording) for wording in range(40)), long(told, 0)):
-        phrase = next(caption.text[end:] for _, end, thing in caption.spans if thing == 0)
+        phrase = next(caption.text[end:] for _, end, obj in caption.spans if obj == 0)
         part = re.match(r" ((?:at|in) the .*?)(?:$|[,.]| and )", phrase)
         said.add(part and part[1])
     assert said == set(words)
 
 
-def test_the_part_of_the_picture_is_where_the_main_thing_is_seen():
+def test_the_part_of_the_picture_is_where_the_main_object_is_seen():
     seen = set()
     # whole in the image, and round: the middle of their pixels is where they are
-    round_things = ObjectsWorld(
+    round_objects = ObjectsWorld(
         kinds=tuple(k for k in KINDS if k.name == "disc"), others=(0, 0), main_radius=(0.3, 0.4)
     )
     for index in range(80):
-        scene = round_things.scene(0, index)
+        scene = round_objects.scene(0, index)
         along, across = facts(scene, places=True).place
         mask = render.amodal_masks(scene, 64)[0]
         # in half image widths
@@ -97,13 +97,13 @@ def _middle(mask):
 
 
 @pytest.mark.parametrize("wording", range(40))
-def test_a_wording_names_the_things_by_words_that_mean_them(wording):
+def test_a_wording_names_the_objects_by_words_that_mean_them(wording):
     caption = short(TWO, wording)
     assert caption == short(TWO, wording)
-    for begin, end, thing in caption.spans:
+    for begin, end, obj in caption.spans:
         phrase = caption.text[begin:end]
         assert re.match(r"an? ", phrase)
-        assert ("striped" in phrase) == (thing == 0)
+        assert ("striped" in phrase) == (obj == 0)
         rest = re.sub(r"^an? (striped )?", "", phrase)
         named = [
             (color, kind)
@@ -111,7 +111,7 @@ def test_a_wording_names_the_things_by_words_that_mean_them(wording):
             for kind in captions._SYNONYMS["star"] + captions._SYNONYMS["ring"]
             if rest == f"{color} {kind}"
         ]
-        assert [tuple(map(meant, pair)) for pair in named] == [("red", "star") if thing == 0 else ("blue", "ring")]
+        assert [tuple(map(meant, pair)) for pair in named] == [("red", "star") if obj == 0 else ("blue", "ring")]
 
 
 def test_the_relation_is_said_from_the_side_it_is_seen_from():
@@ -131,26 +131,26 @@ def test_wordings_that_are_left_out_are_not_used():
     assert len(texts) > 5
 
 
-def test_a_long_caption_says_every_thing_and_how_many():
-    what = Facts((*TWO.things, Noun("heart", "green", "dots")), "above")
+def test_a_long_caption_says_every_object_and_how_many():
+    what = Facts((*TWO.objects, Noun("heart", "green", "dots")), "above")
     caption = long(what, 3)
     assert caption.text.endswith("In all three things.")
-    assert {thing for _, _, thing in caption.spans} == {0, 1, 2}
+    assert {obj for _, _, obj in caption.spans} == {0, 1, 2}
     begin, end, _ = next(span for span in caption.spans if span[2] == 2)
     assert caption.text[begin:end].startswith("a dotted ")
     assert region(what, 2, 5).spans == ((0, len(region(what, 2, 5).text), 2),)
 
 
-def test_mistakes_change_what_they_name_and_nothing_else():
+def test_mistakes_change_what_they_name_and_noobject_else():
     swapped = mistaken(TWO, "attribute", 0)
-    assert [thing.color for thing in swapped.things] == ["blue", "red"]
-    assert replace(swapped, things=TWO.things) == TWO
-    assert [thing.kind for thing in swapped.things] == ["star", "ring"]
+    assert [obj.color for obj in swapped.objects] == ["blue", "red"]
+    assert replace(swapped, objects=TWO.objects) == TWO
+    assert [obj.kind for obj in swapped.objects] == ["star", "ring"]
     assert mistaken(TWO, "relation", 0) == replace(TWO, relation="right")
-    assert len(mistaken(TWO, "count", 0).things) == 3
-    assert mistaken(TWO, "count", 1) == Facts(TWO.things[:1], None)
-    alone = Facts(TWO.things[:1], None)
-    assert mistaken(alone, "attribute", 4).things[0].color not in ("red",)
+    assert len(mistaken(TWO, "count", 0).objects) == 3
+    assert mistaken(TWO, "count", 1) == Facts(TWO.objects[:1], None)
+    alone = Facts(TWO.objects[:1], None)
+    assert mistaken(alone, "attribute", 4).objects[0].color not in ("red",)
     assert mistaken(alone, "relation", 0) is None
     assert mistaken(replace(TWO, relation="before"), "relation", 0) is None
 

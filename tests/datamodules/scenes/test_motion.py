@@ -35,20 +35,20 @@ def test_a_film_is_a_function_of_seed_and_index() -> None:
 
 def _state(film: Film, time: float) -> dict[str, float]:
     scene = film.at(time)
-    thing, rest = scene.things[0], film.scene.things[0]
-    depth = thing.position[2] / scene.camera.focal
+    obj, rest = scene.objects[0], film.scene.objects[0]
+    depth = obj.position[2] / scene.camera.focal
     return {
-        "x": (thing.position[0] - rest.position[0]) / depth,
-        "y": (thing.position[1] - rest.position[1]) / depth,
-        "size": thing.size / rest.size - 1,
-        "pitch": thing.rotation[1],
-        "yaw": thing.rotation[2],
-        "roll": thing.rotation[0] % (2 * math.pi),
+        "x": (obj.position[0] - rest.position[0]) / depth,
+        "y": (obj.position[1] - rest.position[1]) / depth,
+        "size": obj.size / rest.size - 1,
+        "pitch": obj.rotation[1],
+        "yaw": obj.rotation[2],
+        "roll": obj.rotation[0] % (2 * math.pi),
     }
 
 
 @pytest.mark.parametrize("name", list(ACTIONS))
-def test_a_main_thing_does_what_its_label_says_and_nothing_else(name: str) -> None:
+def test_a_main_object_does_what_its_label_says_and_noobject_else(name: str) -> None:
     film = next(film for film in films(200) if film.action == list(ACTIONS).index(name))
     states = [_state(film, time) for time in np.linspace(0, 2.5, 26)]
     moving = {key for key in states[0] if np.ptp([state[key] for state in states]) > 1e-9}
@@ -71,25 +71,25 @@ def test_no_single_picture_tells_the_action(key: str, time: float) -> None:
     assert kruskal(*([abs(value - middle) for value in group] for group in groups)).pvalue > 1e-3
 
 
-def test_the_main_thing_stays_before_the_others() -> None:
+def test_the_main_object_stays_before_the_others() -> None:
     for film in films(60):
         for time in (0.0, 0.4, 1.1, 1.9):
-            spans = [depth_span(thing) for thing in film.at(time).things]
+            spans = [depth_span(obj) for obj in film.at(time).objects]
             assert all(spans[0][1] < near for near, _ in spans[1:])
             assert spans[0][0] > 0.2
 
 
-def test_flow_leads_a_things_points_to_where_they_are_seen() -> None:
-    """At the place to which a pixel has moved, the later scene shows the same point of the same thing."""
+def test_flow_leads_an_objects_points_to_where_they_are_seen() -> None:
+    """At the place to which a pixel has moved, the later scene shows the same point of the same object."""
     size, followed = 64, 0
     for film in films(12):
         before, after = film.at(0.2), film.at(0.45)
-        patch = render.project(before.things[0], before.camera, size)
-        later = render.project(after.things[0], after.camera, size)
+        patch = render.project(before.objects[0], before.camera, size)
+        later = render.project(after.objects[0], after.camera, size)
         assert patch is not None
         assert later is not None
         moved = flow(film, 0.2, 0.45, size)[:, patch.rows, patch.columns]
-        inside = before.things[0].kind.distance(patch.x, patch.y) < 0
+        inside = before.objects[0].kind.distance(patch.x, patch.y) < 0
         rows, columns = np.nonzero(inside)
         row = rows + moved[1][inside] + patch.rows.start - later.rows.start
         column = columns + moved[0][inside] + patch.columns.start - later.columns.start
@@ -115,7 +115,7 @@ def test_flow_of_the_backdrop_is_the_cameras() -> None:
     np.testing.assert_allclose(moved[0][behind], expected, rtol=1e-5)
 
 
-def test_nothing_moves_between_a_time_and_itself() -> None:
+def test_noobject_moves_between_a_time_and_itself() -> None:
     for film in films(5):
         assert np.abs(flow(film, 0.7, 0.7, 32)).max() < 1e-4
 
@@ -129,7 +129,7 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 def test_motion_knows_metres_from_half_picture_widths() -> None:
     film = WORLD.film(1, 1)
-    thing, still = film.scene.things[0], Swing(0.0, 0.0)
-    moved = Motion(Swing(0.5, 0.0), still, still, still, still).of(thing, film.scene.camera.focal, 0.0)
-    seen = film.scene.camera.focal * (moved.position[0] - thing.position[0]) / thing.position[2]
+    obj, still = film.scene.objects[0], Swing(0.0, 0.0)
+    moved = Motion(Swing(0.5, 0.0), still, still, still, still).of(obj, film.scene.camera.focal, 0.0)
+    seen = film.scene.camera.focal * (moved.position[0] - obj.position[0]) / obj.position[2]
     assert seen == pytest.approx(0.5)

@@ -12,7 +12,7 @@ from scipy.ndimage import binary_dilation
 
 from src.datamodules.scenes import render
 from src.datamodules.scenes.patterns import PATTERNS, PLAIN
-from src.datamodules.scenes.scene import Background, Camera, Light, Scene, Texture, Thing
+from src.datamodules.scenes.scene import Background, Camera, Light, Scene, SceneObject, Texture
 from src.datamodules.scenes.shapes import DISC, KINDS, RING, SQUARE, Kind
 from src.datamodules.scenes.world import ObjectsWorld, depth_span
 
@@ -21,8 +21,8 @@ SMOOTH = replace(DISC, carving=None)
 FLAT = Texture(pattern=PLAIN, rgb=GREY, period=1.0, angle=0.0, phase=(0.0, 0.0))
 
 
-def _thing(**changes: object) -> Thing:
-    thing = Thing(
+def _object(**changes: object) -> SceneObject:
+    obj = SceneObject(
         kind=SMOOTH,
         color="white",
         rgb=(1.0, 1.0, 1.0),
@@ -34,17 +34,17 @@ def _thing(**changes: object) -> Thing:
         relief=0.0,
         gloss=0.0,
     )
-    return replace(thing, **changes)  # type: ignore[arg-type]
+    return replace(obj, **changes)  # type: ignore[arg-type]
 
 
-def _scene(*things: Thing, **changes: object) -> Scene:
+def _scene(*objects: SceneObject, **changes: object) -> Scene:
     scene = Scene(
         camera=Camera(position=(0.0, 0.0, 0.0), focal=2.0),
         light=Light(direction=(0.0, 0.0, -1.0), ambient=0.5, tint=(1.0, 1.0, 1.0), falloff=(0.0, 0.0), shadow=0.0),
         background=Background(
             distance=20.0, slope=(0.0, 0.0), rgb=((0.0, 0.0, 0.0),) * 2, angle=0.0, texture=FLAT, marks=()
         ),
-        things=things,
+        objects=objects,
         grain=0.0,
         grain_seed=0,
     )
@@ -58,7 +58,7 @@ def scenes() -> list[Scene]:
 
 def test_disc_seen_straight_has_the_area_and_place_of_its_projection() -> None:
     """Radius 0.8 m at 4 m with focal 2 is 0.4 half widths; center (0.5, -0.25) m is (0.25, -0.125) half widths."""
-    scene, resolution = _scene(_thing(position=(0.5, -0.25, 4.0))), 400
+    scene, resolution = _scene(_object(position=(0.5, -0.25, 4.0))), 400
     (mask,) = render.instance_masks(scene, resolution)
     assert mask.mean() == pytest.approx(math.pi * 0.4**2 / 4, rel=2e-3)
     (box,) = render.boxes(scene, resolution)
@@ -66,7 +66,7 @@ def test_disc_seen_straight_has_the_area_and_place_of_its_projection() -> None:
     np.testing.assert_allclose(box, expected, atol=1.0)
     assert (render.depth(scene, resolution)[mask] == 4.0).all()
     # an anti-aliased smooth white disc on black: the mean brightness is the covered area
-    smooth = _scene(_thing(kind=SMOOTH, position=(0.5, -0.25, 4.0)))
+    smooth = _scene(_object(kind=SMOOTH, position=(0.5, -0.25, 4.0)))
     assert render.image(smooth, 64)[0].mean() / 255 == pytest.approx(math.pi * 0.4**2 / 4, rel=2e-3)
 
 
@@ -75,7 +75,7 @@ def test_a_carved_face_takes_the_light_by_its_slope() -> None:
     corrugated = replace(SQUARE, carving=lambda x, y: np.cos(y * (2 * math.pi / 0.85)))
     light = Light(direction=(0.0, 0.6, -0.8), ambient=0.25, tint=(1.0, 1.0, 1.0), falloff=(0.0, 0.0), shadow=0.0)
     resolution = 800
-    carved = _scene(_thing(kind=corrugated), light=light)
+    carved = _scene(_object(kind=corrugated), light=light)
     column = render.image(carved, resolution)[0, :, resolution // 2] / 255
     # 0.8 m at 4 m with focal 2: a radius is 0.4 half widths
     y = ((np.arange(resolution) + 0.5) * 2 / resolution - 1) / 0.4
@@ -83,7 +83,7 @@ def test_a_carved_face_takes_the_light_by_its_slope() -> None:
     facing = np.maximum((0.8 - 0.6 * slope) / np.sqrt(1 + slope**2), 0)
     inside = np.abs(y) < 0.6
     np.testing.assert_allclose(column[inside], (0.25 + 0.75 * facing)[inside], atol=0.01)
-    smooth = _scene(_thing(kind=replace(SQUARE, carving=None)), light=light)
+    smooth = _scene(_object(kind=replace(SQUARE, carving=None)), light=light)
     assert np.array_equal(render.instance_masks(carved, 64), render.instance_masks(smooth, 64))
 
 
@@ -91,22 +91,22 @@ def test_tilted_disc_has_the_area_of_the_exact_perspective_ellipse() -> None:
     """Yawed by a about its center at depth Z, the disc of radius r is seen as an ellipse of area
     π r² f² cos(a) Z / (Z² - r² sin²(a))^1.5 in half widths squared."""
     angle, radius, z = 0.9, 0.8, 4.0
-    scene = _scene(_thing(rotation=(0.0, 0.0, angle)))
+    scene = _scene(_object(rotation=(0.0, 0.0, angle)))
     area = math.pi * radius**2 * 4.0 * math.cos(angle) * z / (z**2 - (radius * math.sin(angle)) ** 2) ** 1.5
     assert render.instance_masks(scene, 500)[0].mean() == pytest.approx(area / 4, rel=3e-3)
 
 
 @pytest.mark.parametrize("rotation", [(0.4, 0.3, -0.5), (-0.7, -0.2, 0.6)])
-def test_every_pixel_of_a_thing_casts_back_onto_it(rotation: tuple[float, float, float]) -> None:
+def test_every_pixel_of_an_object_casts_back_onto_it(rotation: tuple[float, float, float]) -> None:
     """From depth and pixel the world point follows; it must lie in the square's plane and inside the square."""
-    thing = _thing(kind=SQUARE, rotation=rotation, position=(0.3, -0.2, 4.0))
+    obj = _object(kind=SQUARE, rotation=rotation, position=(0.3, -0.2, 4.0))
     camera = Camera(position=(0.4, 0.1, 0.5), focal=1.8)
-    scene, resolution = _scene(thing, camera=camera), 120
+    scene, resolution = _scene(obj, camera=camera), 120
     (mask,), depth = render.instance_masks(scene, resolution), render.depth(scene, resolution)
     rows, columns = np.nonzero(mask)
     u, v = ((index + 0.5) * 2 / resolution - 1 for index in (columns, rows))
     z = depth[rows, columns].astype(np.float64)
-    points = np.stack([u * z / 1.8 + 0.4, v * z / 1.8 + 0.1, z + 0.5], 1) - np.array(thing.position)
+    points = np.stack([u * z / 1.8 + 0.4, v * z / 1.8 + 0.1, z + 0.5], 1) - np.array(obj.position)
     roll, pitch, yaw = (_rotation(axis, angle) for axis, angle in zip((2, 0, 1), rotation, strict=True))
     local = points @ (yaw @ pitch @ roll)
     half = 0.8 * math.sqrt(math.pi) / 2  # of the square whose area is that of a disc of radius 0.8 m
@@ -122,8 +122,8 @@ def _rotation(axis: int, angle: float) -> np.ndarray:
     return matrix
 
 
-def test_nearer_thing_hides_farther_one_whatever_their_order() -> None:
-    near, far = _thing(position=(0.2, 0.0, 3.0), size=0.4), _thing(kind=RING, position=(0.0, 0.0, 6.0), size=1.4)
+def test_nearer_object_hides_farther_one_whatever_their_order() -> None:
+    near, far = _object(position=(0.2, 0.0, 3.0), size=0.4), _object(kind=RING, position=(0.0, 0.0, 6.0), size=1.4)
     first, second = render.instance_masks(_scene(near, far), 80)
     swapped_second, swapped_first = render.instance_masks(_scene(far, near), 80)
     np.testing.assert_array_equal(first, swapped_first)
@@ -134,39 +134,39 @@ def test_nearer_thing_hides_farther_one_whatever_their_order() -> None:
     assert (amodal[0] & amodal[1]).any()
 
 
-def test_masks_are_disjoint_and_cover_what_any_thing_covers(scenes: list[Scene]) -> None:
+def test_masks_are_disjoint_and_cover_what_any_object_covers(scenes: list[Scene]) -> None:
     for scene in scenes:
         masks = render.instance_masks(scene, 96)
         assert masks.sum(0).max() <= 1
         np.testing.assert_array_equal(masks.any(0), render.amodal_masks(scene, 96).any(0))
 
 
-def test_depth_is_the_nearest_of_all_things_and_the_backdrop(scenes: list[Scene]) -> None:
-    """Every thing alone gives its own depth; the scene's must be their minimum and agree with the masks."""
+def test_depth_is_the_nearest_of_all_objects_and_the_backdrop(scenes: list[Scene]) -> None:
+    """Every object alone gives its own depth; the scene's must be their minimum and agree with the masks."""
     for scene in scenes:
-        alone = np.stack([render.depth(replace(scene, things=(thing,)), 64) for thing in scene.things])
-        backdrop = render.depth(replace(scene, things=()), 64)
+        alone = np.stack([render.depth(replace(scene, objects=(obj,)), 64) for obj in scene.objects])
+        backdrop = render.depth(replace(scene, objects=()), 64)
         together = render.depth(scene, 64)
         np.testing.assert_array_equal(together, np.minimum(alone.min(0), backdrop))
         masks = render.instance_masks(scene, 64)
-        for mask, depth, thing in zip(masks, alone, scene.things, strict=True):
+        for mask, depth, obj in zip(masks, alone, scene.objects, strict=True):
             np.testing.assert_array_equal(together[mask], depth[mask])
-            nearest, farthest = depth_span(thing)
+            nearest, farthest = depth_span(obj)
             assert nearest <= depth[mask].min(initial=nearest)
             assert depth[mask].max(initial=farthest) <= farthest
         np.testing.assert_array_equal(together[~masks.any(0)], backdrop[~masks.any(0)])
 
 
-def test_things_of_the_world_are_apart_in_depth_and_the_main_one_leads(scenes: list[Scene]) -> None:
+def test_objects_of_the_world_are_apart_in_depth_and_the_main_one_leads(scenes: list[Scene]) -> None:
     for scene in scenes:
-        spans = [depth_span(thing) for thing in scene.things]
+        spans = [depth_span(obj) for obj in scene.objects]
         for (_, farthest), (nearest, _) in itertools.pairwise(spans):
             assert farthest < nearest
         areas = render.amodal_masks(scene, 64).sum((1, 2))
         assert areas[0] > 1.5 * areas[1:].max(initial=0)
-        assert render.label(scene) == KINDS.index(scene.things[0].kind)
+        assert render.label(scene) == KINDS.index(scene.objects[0].kind)
         assert render.box_labels(scene)[0] == render.label(scene)
-        assert len(set(render.box_labels(scene))) == len(scene.things)
+        assert len(set(render.box_labels(scene))) == len(scene.objects)
 
 
 def test_boxes_are_tight(scenes: list[Scene]) -> None:
@@ -183,8 +183,8 @@ def test_boxes_are_tight(scenes: list[Scene]) -> None:
             assert mask[y0:y1, x1 - 1].any()
 
 
-def test_hidden_thing_has_no_mask_an_empty_box_and_no_tag() -> None:
-    front, hidden = _thing(kind=SQUARE, size=1.0), _thing(kind=RING, size=0.2, position=(0.0, 0.0, 8.0))
+def test_hidden_object_has_no_mask_an_empty_box_and_no_tag() -> None:
+    front, hidden = _object(kind=SQUARE, size=1.0), _object(kind=RING, size=0.2, position=(0.0, 0.0, 8.0))
     scene = _scene(front, hidden)
     assert not render.instance_masks(scene, 64)[1].any()
     assert render.boxes(scene, 64)[1].tolist() == [0.0, 0.0, 0.0, 0.0]
@@ -197,10 +197,10 @@ def test_tags_name_the_kinds_seen(scenes: list[Scene]) -> None:
     for scene in scenes:
         tags = render.labels(scene)
         seen = render.instance_masks(scene, 256).mean((1, 2))
-        for thing, share in zip(scene.things, seen, strict=True):
+        for obj, share in zip(scene.objects, seen, strict=True):
             if share > 1.25 * render.VISIBLE_AREA or share < 0.75 * render.VISIBLE_AREA:
-                assert tags[KINDS.index(thing.kind)] == (share >= render.VISIBLE_AREA)
-        assert tags.sum() <= len(scene.things)
+                assert tags[KINDS.index(obj.kind)] == (share >= render.VISIBLE_AREA)
+        assert tags.sum() <= len(scene.objects)
 
 
 def test_same_picture_at_every_resolution(scenes: list[Scene]) -> None:
@@ -221,7 +221,7 @@ def test_same_picture_at_every_resolution(scenes: list[Scene]) -> None:
 def test_patterns_do_not_alias(pattern: object) -> None:
     """Even a texture far finer than a pixel must fade to an even mixture instead of beating."""
     texture = Texture(pattern=pattern, rgb=(0.0, 0.0, 0.0), period=0.35, angle=0.3, phase=(0.2, 0.6))  # type: ignore[arg-type]
-    scene = _scene(_thing(texture=texture, size=1.4))
+    scene = _scene(_object(texture=texture, size=1.4))
     small = render.image(scene, 64)[0].astype(np.float64)
     large = render.image(scene, 512)[0].astype(np.float64).reshape(64, 8, 64, 8).mean((1, 3))
     assert np.sqrt(((small - large) ** 2).mean()) < 12.0
@@ -231,7 +231,7 @@ def test_light_comes_from_where_it_says() -> None:
     """The rim that faces the lamp is brighter, and the shadow falls on the other side."""
     light = Light(direction=(-0.8, 0.0, -0.6), ambient=0.2, tint=(1.0, 1.0, 1.0), falloff=(0.0, 0.0), shadow=0.4)
     scene = _scene(
-        _thing(relief=1.0),
+        _object(relief=1.0),
         light=light,
         background=Background(
             distance=20.0, slope=(0.0, 0.0), rgb=((0.6, 0.6, 0.6),) * 2, angle=0.0, texture=FLAT, marks=()
@@ -243,10 +243,10 @@ def test_light_comes_from_where_it_says() -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.carving is not None], ids=lambda kind: kind.name)
-def test_carving_changes_how_a_face_takes_the_light_and_nothing_else(kind: Kind) -> None:
+def test_carving_changes_how_a_face_takes_the_light_and_noobject_else(kind: Kind) -> None:
     light = Light(direction=(-0.8, 0.0, -0.6), ambient=0.2, tint=(1.0, 1.0, 1.0), falloff=(0.0, 0.0), shadow=0.0)
-    carved = _scene(_thing(kind=kind), light=light)
-    smooth = _scene(_thing(kind=replace(kind, carving=None)), light=light)
+    carved = _scene(_object(kind=kind), light=light)
+    smooth = _scene(_object(kind=replace(kind, carving=None)), light=light)
     np.testing.assert_array_equal(render.instance_masks(carved, 96), render.instance_masks(smooth, 96))
     np.testing.assert_array_equal(render.depth(carved, 96), render.depth(smooth, 96))
     one, other = render.image(carved, 96).astype(int), render.image(smooth, 96).astype(int)
@@ -259,8 +259,8 @@ def test_carving_changes_how_a_face_takes_the_light_and_nothing_else(kind: Kind)
     assert not (differs & ~rim).any()
 
 
-def test_camera_that_moves_right_shifts_near_things_more_than_far_ones() -> None:
-    near, far = _thing(size=0.3, position=(0.0, 0.0, 3.0)), _thing(size=0.6, position=(0.0, 1.5, 6.0))
+def test_camera_that_moves_right_shifts_near_objects_more_than_far_ones() -> None:
+    near, far = _object(size=0.3, position=(0.0, 0.0, 3.0)), _object(size=0.6, position=(0.0, 1.5, 6.0))
     scene = _scene(near, far)
     moved = replace(scene, camera=Camera(position=(0.3, 0.0, 0.0), focal=2.0))
     shift = (render.boxes(scene, 600) - render.boxes(moved, 600))[:, 0]
@@ -268,7 +268,7 @@ def test_camera_that_moves_right_shifts_near_things_more_than_far_ones() -> None
 
 
 def test_normals_are_those_of_the_surface_that_the_depths_span(scenes: list[Scene]) -> None:
-    """Three pixels that show one thing span a triangle in space; its normal, to the camera's side, is the thing's."""
+    """Three pixels that show one object span a triangle in space; its normal, to the camera's side, is the object's."""
     checked = 0
     for scene in scenes:
         resolution, focal = 64, scene.camera.focal

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from src.datamodules.scenes import cache, render
-from src.datamodules.scenes.cache import Recipe, folder_of, open_or_build
+from src.datamodules.scenes.cache import SceneImages, folder_of, open_or_build
 from src.datamodules.scenes.captions import _SYNONYMS
 from src.datamodules.scenes.source import FIELDS, ScenesSource
 from src.datamodules.scenes.world import COLORS, ObjectsWorld
@@ -47,13 +47,13 @@ def test_splits_share_no_scene() -> None:
         for index in range(200)
     ]
     assert len(set(scenes)) == len(scenes)
-    assert len({scene.things[0].position for scene in scenes}) == len(scenes)
+    assert len({scene.objects[0].position for scene in scenes}) == len(scenes)
 
 
-def test_sample_holds_what_was_asked_for_and_nothing_else() -> None:
+def test_sample_holds_what_was_asked_for_and_noobject_else() -> None:
     plain = ScenesSource("train", count=5, resolution=40)
     assert set(plain[2]) == {"image", "label"}
-    assert plain.classes[plain[2]["label"]] == plain.scene(2).things[0].kind.name
+    assert plain.classes[plain[2]["label"]] == plain.scene(2).objects[0].kind.name
     assert plain.name(2) == "scenes/train/2"
     full = ScenesSource("train", count=5, resolution=40, fields=FIELDS)
     sample, scene = full[2], full.scene(2)
@@ -109,8 +109,8 @@ def test_cache_equals_direct_rendering(tmp_path: Path) -> None:
     np.testing.assert_array_equal(cached.images[0], direct[0]["image"])
 
 
-def test_cache_is_keyed_by_everything_that_changes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Recipe(ObjectsWorld(), 1, 4, 16)
+def test_cache_is_keyed_by_everyobject_that_changes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = SceneImages(ObjectsWorld(), 1, 4, 16)
     changed = [
         replace(recipe, seed=2),
         replace(recipe, count=5),
@@ -129,8 +129,8 @@ def test_cache_is_keyed_by_everything_that_changes_a_picture(tmp_path: Path, mon
     assert stored["world"]["kinds"][0] == "disc"
 
 
-def test_second_opening_renders_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Recipe(ObjectsWorld(), 1, 6, 16)
+def test_second_opening_renders_noobject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = SceneImages(ObjectsWorld(), 1, 6, 16)
     first = np.array(open_or_build(recipe, tmp_path).images)
 
     def refuse(*_: object) -> None:
@@ -154,7 +154,7 @@ def _digest(images: np.ndarray) -> str:
 
 
 def _build(folder: Path, count: int, seen: Connection) -> None:
-    found = open_or_build(Recipe(ObjectsWorld(), 9, count, 16), folder, processes=2)
+    found = open_or_build(SceneImages(ObjectsWorld(), 9, count, 16), folder, processes=2)
     seen.send(_digest(found.images))  # small: a sender never waits for a reader that is gone
 
 
@@ -166,11 +166,11 @@ def _builder(folder: Path, count: int) -> tuple[BaseProcess, Connection]:
     return process, receiver
 
 
-def test_build_that_is_killed_leaves_nothing_behind_and_parallel_ones_agree(tmp_path: Path) -> None:
+def test_build_that_is_killed_leaves_noobject_behind_and_parallel_ones_agree(tmp_path: Path) -> None:
     """One builder is killed in the middle; then two start at once. Both see one complete cache, rendered by worker
     processes exactly as it would have been here."""
     count = 600  # more than is rendered without worker processes
-    recipe = Recipe(ObjectsWorld(), 9, count, 16)
+    recipe = SceneImages(ObjectsWorld(), 9, count, 16)
     folder = folder_of(recipe, tmp_path)
     unfinished = folder.with_name(folder.name + ".unfinished")
     victim, _ = _builder(tmp_path, count)
@@ -201,14 +201,14 @@ def test_failing_worker_is_an_error_and_not_a_cache(tmp_path: Path, monkeypatch:
     interpreter.write_text("#!/bin/sh\nexit 3\n")
     interpreter.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(interpreter))
-    recipe = Recipe(ObjectsWorld(), 9, 600, 16)
+    recipe = SceneImages(ObjectsWorld(), 9, 600, 16)
     with pytest.raises(RuntimeError, match="ended with code 3"):
         open_or_build(recipe, tmp_path, processes=2)
     assert not folder_of(recipe, tmp_path).exists()
 
 
 def _shown(source: ScenesSource) -> list[set[tuple[str, str]]]:
-    return [{(thing.kind.name, thing.color) for thing in source.scene(index).things} for index in range(len(source))]
+    return [{(obj.kind.name, obj.color) for obj in source.scene(index).objects} for index in range(len(source))]
 
 
 def test_held_out_combinations_are_met_where_they_are_asked_for_and_nowhere_else() -> None:
@@ -233,7 +233,7 @@ def test_held_out_combinations_are_met_where_they_are_asked_for_and_nowhere_else
 def test_scenes_in_all_combinations_are_what_they_were(tmp_path: Path) -> None:
     plain, named = (ScenesSource("val", count=9, resolution=16, combinations=each) for each in (None, "all"))
     assert [plain.scene(index) for index in range(9)] == [named.scene(index) for index in range(9)]
-    recipes = [Recipe(ObjectsWorld(combinations=each), 1, 4, 16) for each in ("all", "seen", "unseen")]
+    recipes = [SceneImages(ObjectsWorld(combinations=each), 1, 4, 16) for each in ("all", "seen", "unseen")]
     assert len({folder_of(recipe, tmp_path) for recipe in recipes}) == 3
     with pytest.raises(ValueError, match="all, seen or unseen, not 'new'"):
         ScenesSource("val", count=9, combinations="new")
@@ -245,13 +245,13 @@ def test_each_region_is_told_in_the_order_of_the_boxes() -> None:
     source = ScenesSource("val", count=10, resolution=16, world=ObjectsWorld(others=(0, 3)), fields=("boxes",))
     reworded = 0
     for index in range(10):
-        things = source.scene(index).things
+        objects = source.scene(index).objects
         for choice in (0.1, 0.8):
             told = source.regions(index, choice)
             assert told == source.regions(index, choice)
-            assert len(told) == len(things) == len(source[index]["fields"]["boxes"])
-            for text, thing in zip(told, things, strict=True):
-                assert any(text.endswith(f" {kind}") for kind in _SYNONYMS[thing.kind.name])
-                assert any(color in text for color in _SYNONYMS[thing.color])
+            assert len(told) == len(objects) == len(source[index]["fields"]["boxes"])
+            for text, obj in zip(told, objects, strict=True):
+                assert any(text.endswith(f" {kind}") for kind in _SYNONYMS[obj.kind.name])
+                assert any(color in text for color in _SYNONYMS[obj.color])
         reworded += source.regions(index, 0.1) != source.regions(index, 0.8)
     assert reworded >= 5  # the choice chooses
