@@ -42,7 +42,7 @@ def test_pixels_tell_something_but_little(train: Visualizations, test: Visualiza
 
 
 @pytest.mark.parametrize("classifier", ["knn", "linear"])
-def test_nuisances_tell_noobject(train: Visualizations, test: Visualizations, classifier: str) -> None:
+def test_nuisances_tell_nothing(train: Visualizations, test: Visualizations, classifier: str) -> None:
     predict = getattr(headroom, classifier)
     found = headroom.nuisances(test)
     for name, values in headroom.nuisances(train).items():
@@ -85,6 +85,6 @@ def test_one_frame_of_a_film_does_not_tell_its_action() -> None:
         assert found < _bound(400)
 
 
-def test_of_a_film_shown_by_one_frame_noobject_moves() -> None:
+def test_of_a_film_shown_by_one_frame_nothing_moves() -> None:
     films = torch.arange(2 * 3).view(2, 3, 1).expand(2, 3, 4)
     assert headroom.one_frame(films, torch.tensor([2, 0])).tolist() == [[[2] * 4] * 3, [[3] * 4] * 3]

@@ -141,7 +141,7 @@ def test_a_long_caption_says_every_object_and_how_many():
     assert region(what, 2, 5).spans == ((0, len(region(what, 2, 5).text), 2),)
 
 
-def test_mistakes_change_what_they_name_and_noobject_else():
+def test_mistakes_change_what_they_name_and_nothing_else():
     swapped = mistaken(TWO, "attribute", 0)
     assert [obj.color for obj in swapped.objects] == ["blue", "red"]
     assert replace(swapped, objects=TWO.objects) == TWO

@@ -48,7 +48,7 @@ def _state(film: Film, time: float) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", list(ACTIONS))
-def test_a_main_object_does_what_its_label_says_and_noobject_else(name: str) -> None:
+def test_a_main_object_does_what_its_label_says_and_nothing_else(name: str) -> None:
     film = next(film for film in films(200) if film.action == list(ACTIONS).index(name))
     states = [_state(film, time) for time in np.linspace(0, 2.5, 26)]
     moving = {key for key in states[0] if np.ptp([state[key] for state in states]) > 1e-9}
@@ -115,7 +115,7 @@ def test_flow_of_the_backdrop_is_the_cameras() -> None:
     np.testing.assert_allclose(moved[0][behind], expected, rtol=1e-5)
 
 
-def test_noobject_moves_between_a_time_and_itself() -> None:
+def test_nothing_moves_between_a_time_and_itself() -> None:
     for film in films(5):
         assert np.abs(flow(film, 0.7, 0.7, 32)).max() < 1e-4
 

@@ -243,7 +243,7 @@ def test_light_comes_from_where_it_says() -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.carving is not None], ids=lambda kind: kind.name)
-def test_carving_changes_how_a_face_takes_the_light_and_noobject_else(kind: Kind) -> None:
+def test_carving_changes_how_a_face_takes_the_light_and_nothing_else(kind: Kind) -> None:
     light = Light(direction=(-0.8, 0.0, -0.6), ambient=0.2, tint=(1.0, 1.0, 1.0), falloff=(0.0, 0.0), shadow=0.0)
     carved = _scene(_object(kind=kind), light=light)
     smooth = _scene(_object(kind=replace(kind, carving=None)), light=light)

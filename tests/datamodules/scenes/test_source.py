@@ -50,7 +50,7 @@ def test_splits_share_no_scene() -> None:
     assert len({scene.objects[0].position for scene in scenes}) == len(scenes)
 
 
-def test_sample_holds_what_was_asked_for_and_noobject_else() -> None:
+def test_sample_holds_what_was_asked_for_and_nothing_else() -> None:
     plain = ScenesSource("train", count=5, resolution=40)
     assert set(plain[2]) == {"image", "label"}
     assert plain.classes[plain[2]["label"]] == plain.scene(2).objects[0].kind.name
@@ -109,7 +109,7 @@ def test_cache_equals_direct_rendering(tmp_path: Path) -> None:
     np.testing.assert_array_equal(cached.images[0], direct[0]["image"])
 
 
-def test_cache_is_keyed_by_everyobject_that_changes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_keyed_by_everything_that_changes_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = SceneImages(ObjectsWorld(), 1, 4, 16)
     changed = [
         replace(recipe, seed=2),
@@ -129,7 +129,7 @@ def test_cache_is_keyed_by_everyobject_that_changes_a_picture(tmp_path: Path, mo
     assert stored["world"]["kinds"][0] == "disc"
 
 
-def test_second_opening_renders_noobject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_opening_renders_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = SceneImages(ObjectsWorld(), 1, 6, 16)
     first = np.array(open_or_build(recipe, tmp_path).images)
 
@@ -166,7 +166,7 @@ def _builder(folder: Path, count: int) -> tuple[BaseProcess, Connection]:
     return process, receiver
 
 
-def test_build_that_is_killed_leaves_noobject_behind_and_parallel_ones_agree(tmp_path: Path) -> None:
+def test_build_that_is_killed_leaves_nothing_behind_and_parallel_ones_agree(tmp_path: Path) -> None:
     """One builder is killed in the middle; then two start at once. Both see one complete cache, rendered by worker
     processes exactly as it would have been here."""
     count = 600  # more than is rendered without worker processes
