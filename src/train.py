@@ -26,7 +26,7 @@ from src.callbacks.last_validation import LastValidation
 from src.callbacks.nan_guard import NonFiniteLoss
 from src.callbacks.recipe_card import RecipeCard
 from src.checkpoint_io import AtomicCheckpointIO, CheckpointError
-from src.datamodules.batch import BatchError
+from src.datamodules.batches.base import BatchError
 from src.datamodules.sources.source import BadSample
 from src.errors import SettingError, UserError
 from src.evaluation.features import BadFeatures
@@ -50,10 +50,9 @@ def main(argv: Sequence[str]) -> int:
 
 def compose(argv: Sequence[str]) -> DictConfig:
     """The configuration of a new run, with everything that depends on this machine settled."""
-    config = configuration.compose("train", argv)
-    chosen = any(argument.startswith("scale=") for argument in argv)
-    if not chosen and config.run.scale == "smoke" and configuration.default_scale() != "smoke":
-        config = configuration.compose("train", [*argv, f"scale={configuration.default_scale()}"])
+    composed = configuration.composition("train", argv)
+    config = composed.config
+    config.run.replaced = replaced_by_scale(composed)
     # of several the last counts, as it does for everything else
     config.run.experiment = [word for word in argv if word.startswith("experiment=")][-1].removeprefix("experiment=")
     if config.trainer.precision == "auto":

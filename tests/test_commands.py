@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from src import configuration, listing, runs
 from src.checkpoint_io import load_checkpoint
 from src.configuration import PROJECT
-from src.datamodules.batch import ImageBatch
+from src.datamodules.batches.image import ImageBatch
 from src.errors import UserError
 from src.models.masked.mae import MAE
 from src.train import check_batches, compose, fit, main

@@ -7,7 +7,7 @@ from typing import Any, cast, get_type_hints
 import lightning as L
 import torch
 
-from src.datamodules.batch import validate
+from src.datamodules.batches.base import validate
 
 
 class BatchCheck(L.Callback):

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from src.datamodules.batch import ImageBatch, ImageTextBatch
+from src.datamodules.batches.image import ImageBatch
+from src.datamodules.batches.image_text import ImageTextBatch
 from src.datamodules.dataset import ViewedDataset
 from src.datamodules.sources.source import BadSample, CaptionedSource, ImageSource
 from src.datamodules.sources.text_filter import TextFilter

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from src.datamodules.annotated import AnnotatedDataModule, AnnotatedDataset
-from src.datamodules.batch import RegionTextBatch
+from src.datamodules.batches.dense import RegionTextBatch
 from src.datamodules.dataset import ViewedDataset
 from src.datamodules.sources.source import BadSample, ImageSource, RegionSource
 from src.datamodules.text.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from src.collectives import gather_rows
-from src.datamodules.batch import mean_of_samples
+from src.datamodules.batches.base import mean_of_samples
 from src.datamodules.sources.source import (
     CaptionedSource,
     HardNegativeSource,

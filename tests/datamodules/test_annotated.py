@@ -15,15 +15,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from src.datamodules.annotated import AnnotatedDataModule, AnnotatedDataset
-from src.datamodules.batch import (
-    IGNORED,
-    BatchError,
-    DepthBatch,
-    DetectionBatch,
-    NormalsBatch,
-    SegmentationBatch,
-    validate,
-)
+from src.datamodules.batches.base import IGNORED, BatchError, validate
+from src.datamodules.batches.dense import DepthBatch, DetectionBatch, NormalsBatch, SegmentationBatch
 from src.datamodules.dataset import SampleKey
 from src.datamodules.image import ImageDataModule
 from src.datamodules.scenes import render

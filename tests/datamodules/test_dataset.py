@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.datamodules.batch import BatchError, ImageBatch, validate
+from src.datamodules.batches.base import BatchError, validate
+from src.datamodules.batches.image import ImageBatch
 from src.datamodules.dataset import EvalSampler, ResumableLoader, SampleKey, TrainSampler, ViewedDataset
 from src.datamodules.image import ImageDataModule
 from src.datamodules.sources.source import BadSample

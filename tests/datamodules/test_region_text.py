@@ -11,7 +11,8 @@ import torch
 from torchvision.transforms import v2
 
 from src import configuration
-from src.datamodules.batch import RegionTextBatch, validate
+from src.datamodules.batches.base import validate
+from src.datamodules.batches.dense import RegionTextBatch
 from src.datamodules.dataset import SampleKey
 from src.datamodules.region_text import RegionTextDataModule, RegionTextDataset
 from src.datamodules.scenes.captions import _SYNONYMS

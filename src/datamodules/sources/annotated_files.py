@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from src.datamodules.batch import IGNORED
+from src.datamodules.batches.base import IGNORED
 from src.datamodules.decoding import FORMATS, MAX_PIXELS, BadSample, DataError, EncodedImage
 from src.datamodules.sources.image_folder import EXTENSIONS
 from src.datamodules.sources.source import Sample, Split

@@ -16,7 +16,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import transforms_imagenet_train
 from torch import Tensor
 
-from src.datamodules.batch import ImageBatch
+from src.datamodules.batches.image import ImageBatch
 from src.datamodules.decoding import EncodedImage
 from src.datamodules.views.image import RandomResizedCrop, to_tensor
 from src.errors import SettingError

@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image, Resampling
 from torch import Tensor
 
-from src.datamodules.batch import ImageBatch
+from src.datamodules.batches.image import ImageBatch
 from src.datamodules.decoding import EncodedImage
 from src.datamodules.views.resample import resample_boxes
 

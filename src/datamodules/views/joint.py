@@ -14,14 +14,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from src.datamodules.batch import (
-    IGNORED,
-    DepthBatch,
-    DetectionBatch,
-    NormalsBatch,
-    RegionTextBatch,
-    SegmentationBatch,
-)
+from src.datamodules.batches.base import IGNORED
+from src.datamodules.batches.dense import DepthBatch, DetectionBatch, NormalsBatch, RegionTextBatch, SegmentationBatch
 from src.datamodules.decoding import BadSample, EncodedImage
 from src.datamodules.views.image import to_tensor
 from src.datamodules.views.view import stack

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from src.datamodules.batch import ImageBatch, MultiViewBatch
+from src.datamodules.batches.image import ImageBatch, MultiViewBatch
 from src.datamodules.decoding import EncodedImage
 from src.datamodules.views.color import Color
 from src.datamodules.views.image import RandomResizedCrop

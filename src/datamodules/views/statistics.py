@@ -12,7 +12,7 @@ from scipy.ndimage import convolve
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.datamodules.batch import StatisticsBatch
+from src.datamodules.batches.video import StatisticsBatch
 from src.datamodules.video_reader import FlowFilmReader
 from src.datamodules.views.resample import resample_box, whole_pixels
 from src.datamodules.views.video import Boxes, Clip

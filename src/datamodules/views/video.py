@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.datamodules.batch import VideoBatch
+from src.datamodules.batches.video import VideoBatch
 from src.datamodules.video_reader import VideoReader
 from src.datamodules.views.augment import StrongFrames
 from src.datamodules.views.color import Color

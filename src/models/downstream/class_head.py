@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from src.datamodules.batch import BatchError
+from src.datamodules.batches.base import BatchError
 from src.models.pretrain_module import PretrainModule
 from src.optim import OptimizerRecipe
 

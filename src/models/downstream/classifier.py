@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from src.datamodules.batch import ImageBatch, VideoBatch, labels_of, mean_of_samples
+from src.datamodules.batches.base import labels_of, mean_of_samples
+from src.datamodules.batches.image import ImageBatch
+from src.datamodules.batches.video import VideoBatch
 from src.models.downstream.class_head import ClassHeadModule
 from src.optim import OptimizerRecipe
 

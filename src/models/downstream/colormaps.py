@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from src.datamodules.batch import IGNORED
+from src.datamodules.batches.base import IGNORED
 
 Color = tuple[int, int, int]
 

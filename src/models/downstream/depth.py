@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from src.datamodules.batch import DepthBatch
+from src.datamodules.batches.dense import DepthBatch
 from src.errors import SettingError
 from src.models.downstream import colormaps as colors
 from src.models.downstream.dpt import DensePrediction

@@ -5,7 +5,7 @@ from __future__ import annotations
 from timm.data.mixup import Mixup
 from torch import Tensor
 
-from src.datamodules.batch import BatchError
+from src.datamodules.batches.base import BatchError
 from src.randomness import seeded
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from src.datamodules.batch import NormalsBatch
+from src.datamodules.batches.dense import NormalsBatch
 from src.models.downstream import colormaps as colors
 from src.models.downstream.dpt import DensePrediction
 from src.models.losses.normals import angles, angular_nll

@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from src.collectives import gather
-from src.datamodules.batch import ImageTextBatch
+from src.datamodules.batches.image_text import ImageTextBatch
+from src.errors import SettingError
 from src.models.backbones.image_encoder import mean_patch
 from src.models.functional import l2_normalize
-from src.models.image_text.clip import CLIP, equal_texts
-from src.models.losses.late_interaction import late_interaction, late_interaction_loss, salient
+from src.models.image_text.base import hash_texts
+from src.models.image_text.clip import CLIP
+from src.models.losses.late_interaction import late_interaction, late_interaction_loss, select_tokens
 from src.models.pretrain_module import StepOutput
 from src.models.text.text_tower import Tower
 from src.optim import OptimizerRecipe
@@ -27,9 +29,9 @@ class FILIP(CLIP):
         optimizer: LAMB in the paper.
         embed_dim: width in which patches and words are compared.
         temperature, max_scale, mask_equal_texts: see `CLIP`.
-        kept: the share of its patches and of its words that a pair shows to the others, those most like anything of the
-            other kind in the same process; a pair itself always looks with all of them. Below 1 the loss depends on how
-            many pairs a process holds.
+        token_keep_ratio: share of a pair's patches and text tokens that other pairs are compared with: those most
+            similar to any token of the other modality in the same process. A pair's own queries use all tokens; only
+            gathered keys are subsampled. Below 1 the loss depends on the number of pairs in a process.
 
     Raises:
         SettingError: in a step, of one pair.
@@ -45,7 +47,7 @@ class FILIP(CLIP):
         temperature: float = 0.07,
         max_scale: float = 100.0,
         mask_equal_texts: bool = True,
-        kept: float = 1.0,
+        token_keep_ratio: float = 1.0,
     ) -> None:
         super().__init__(
             backbone,
@@ -57,20 +59,23 @@ class FILIP(CLIP):
             mask_equal_texts=mask_equal_texts,
             pool=mean_patch,
         )
-        if not 0 < kept <= 1:
-            raise ValueError(f"FILIP: kept is a share of the tokens, above 0 and at most 1; got {kept}")
-        self.kept = kept
+        if not 0 < token_keep_ratio <= 1:
+            raise SettingError(f"model.token_keep_ratio must be above 0 and at most 1, got {token_keep_ratio}")
+        self.token_keep_ratio = token_keep_ratio
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
         features = self.image_encoder(batch["image"])
         image = l2_normalize(self.image_projection(features.patches))
         text = self.encode_text(batch["text"], batch["text_mask"])
-        images, offset = gather(salient(image, text, self.kept))
-        texts, _ = gather(salient(text, image, self.kept))
-        same = gather(equal_texts(batch["text"]))[0] if self.mask_equal_texts else None
-        scale = self.logit_scale.exp().squeeze()
-        loss = late_interaction_loss(image, text, images, texts, offset, scale=scale, same=same)
-        return {"loss": loss, "logs": {"scale": scale.detach()}, "embedding": features.embedding.detach().float()}
+
+        images, offset = gather(select_tokens(image, text, self.token_keep_ratio))
+        texts, _ = gather(select_tokens(text, image, self.token_keep_ratio))
+        text_hash = gather(hash_texts(batch["text"]))[0] if self.mask_equal_texts else None
+
+        logit_scale = self.logit_scale.exp().squeeze()
+        loss = late_interaction_loss(image, text, images, texts, offset, logit_scale=logit_scale, text_hash=text_hash)
+        logs = {"logit_scale": logit_scale.detach()}
+        return {"loss": loss, "logs": logs, "embedding": features.embedding.detach().float()}
 
     def encode_image(self, image: Tensor) -> Tensor:
         """Unit vectors [B, N, E] of the patches of images [B, 3, H, W]."""

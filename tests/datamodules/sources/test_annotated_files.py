@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from src.datamodules.annotated import AnnotatedDataModule
-from src.datamodules.batch import IGNORED, DepthBatch, SegmentationBatch, validate
+from src.datamodules.batches.base import IGNORED, validate
+from src.datamodules.batches.dense import DepthBatch, SegmentationBatch
 from src.datamodules.decoding import BadSample, DataError
 from src.datamodules.sources.annotated_files import DepthFiles, NormalFiles, SegmentationFiles
 from src.datamodules.views.joint import DepthView, FilledCrop, RandomRescale, SegmentationView

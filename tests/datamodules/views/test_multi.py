@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from src.datamodules.batch import BatchError, MultiViewBatch, validate
+from src.datamodules.batches.base import BatchError, validate
+from src.datamodules.batches.image import MultiViewBatch
 from src.datamodules.decoding import EncodedImage
 from src.datamodules.image import ImageDataModule
 from src.datamodules.views.color import Color

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from src.datamodules.batch import StatisticsBatch, validate
+from src.datamodules.batches.base import validate
+from src.datamodules.batches.video import StatisticsBatch
 from src.datamodules.scenes.films import FilmsSource
 from src.datamodules.scenes.motion import flow as exact_flow
 from src.datamodules.views import statistics

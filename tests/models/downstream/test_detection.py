@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from src.datamodules.annotated import AnnotatedDataModule, AnnotatedDataset
-from src.datamodules.batch import BatchError
+from src.datamodules.batches.base import BatchError
 from src.datamodules.dataset import SampleKey
 from src.datamodules.scenes.source import ScenesSource
 from src.datamodules.views.joint import DetectionView

@@ -6,7 +6,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from src.datamodules.batch import BatchError
+from src.datamodules.batches.base import BatchError
 from src.datamodules.image import ImageDataModule
 from src.datamodules.views.augment import RandAugmentCrop
 from src.datamodules.views.image import CenterCrop

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from src.datamodules.batch import BatchError
+from src.datamodules.batches.base import BatchError
 from src.datamodules.image import ImageDataModule
 from src.datamodules.views.image import CenterCrop, RandomResizedCrop
 from src.models.backbones.image_encoder import mean_patch

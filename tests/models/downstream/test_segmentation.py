@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from src.datamodules.batch import IGNORED, BatchError
+from src.datamodules.batches.base import IGNORED, BatchError
 from src.errors import SettingError
 from src.models.downstream import colormaps as colors
 from src.models.downstream.segmentation import (

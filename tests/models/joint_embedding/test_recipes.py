@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from src import configuration, train
-from src.datamodules.batch import ImageBatch, MultiViewBatch
+from src.datamodules.batches.image import ImageBatch, MultiViewBatch
 from src.errors import UserError
 from src.models.backbones.image_encoder import cls_token, mean_patch
 from src.models.losses.contrastive import dcl, dclw, nt_xent

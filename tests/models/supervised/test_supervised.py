@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from src.datamodules.batch import BatchError
+from src.datamodules.batches.base import BatchError
 from src.models.supervised.supervised import Supervised
 from tests.models.joint_embedding import toy
 

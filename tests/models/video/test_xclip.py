@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import XCLIPConfig, XCLIPModel
 
-from src.datamodules.batch import BatchError
+from src.datamodules.batches.base import BatchError
 from src.errors import SettingError
-from src.export.two_towers import vision_weights
+from src.export.hf_two_towers import vision_weights
 from src.models.backbones.weights import WeightsError
 from src.models.text.text_tower import TextTower
 from src.models.video.xclip import XCLIP, CrossFrameEncoder, VideoPrompts
