@@ -15,7 +15,7 @@ from benchmarks import loop, shards
 from benchmarks.bare import MemorySource
 from src.datamodules.text import tokenizer as tokenizers
 from src.measure.report import Check, Section, percent, table
-from src.measure.subprocess_runner import in_a_process, megabytes_of
+from src.measure.subprocess_runner import run_in_subprocess, peak_growth_mb
 from src.models.functional import l2_normalize
 from src.models.losses.image_text import clip_loss, sigmoid_loss
 from src.models.losses.late_interaction import late_interaction_loss
@@ -53,7 +53,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
         for title, name in _ARMS.items()
     }
     losses = {
-        title: {str(batch): in_a_process(loss_cost, title, batch) for batch in BATCHES[: 1 if quick else None]}
+        title: {str(batch): run_in_subprocess(loss_cost, title, batch) for batch in BATCHES[: 1 if quick else None]}
         for title in _LOSSES
     }
     return {
@@ -96,7 +96,7 @@ def loss_cost(title: str, batch: int) -> dict[str, float]:
         _LOSSES[title](image, text, torch.cat([image, images[own:]]), torch.cat([text, texts[own:]])).backward()
 
     begin = time.perf_counter()
-    megabytes = megabytes_of(both_passes)
+    megabytes = peak_growth_mb(both_passes)
     return {"megabytes": megabytes, "seconds": time.perf_counter() - begin}
 
 

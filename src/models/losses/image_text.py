@@ -1,19 +1,19 @@
 """Losses between the images and the texts of a batch.
 
-Vectors are of unit length. Own rows are compared with those of all processes, and each loss is the mean over the own
-rows, so that after DDP's mean the gradients are those of the whole batch.
+Vectors are of unit length. This process's pairs are compared with those of all processes, which the method gathers.
+Each loss is the mean over this process's pairs, so that DDP's mean of the gradients is the gradient of the whole batch.
+Similarity matrices are computed in chunks of rows (`in_row_chunks`).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn import functional as F
 
-from src.collectives import shift, world_size
 from src.models.functional import full_precision
-from src.models.losses.blocks import BLOCK, by_rows
-from src.models.losses.contrastive import info_nce
+from src.models.losses.contrastive import check_images, contrastive_loss
+from src.models.losses.row_chunks import MAX_ENTRIES, in_row_chunks
 
 
 @full_precision
@@ -24,74 +24,82 @@ def clip_loss(
     texts: Tensor,
     offset: int,
     *,
-    scale: Tensor,
-    same: Tensor | None = None,
+    logit_scale: Tensor,
+    text_hash: Tensor | None = None,
     label_smoothing: float = 0.0,
-    block: int = BLOCK,
+    max_entries: int = MAX_ENTRIES,
 ) -> Tensor:
-    """CLIP's loss (Radford et al., 2021): each image is to recognize its text among all texts, and the other way round.
+    """CLIP's loss (Radford et al., 2021): cross-entropy of each image's similarities with all texts and of each text's
+    similarities with all images, whose target is the own pair; the mean of the two directions.
 
     Args:
-        image, text: [B, D], own pairs.
-        images, texts: [N, D], of all processes: ``images, offset = gather(image)``.
-        scale: scalar, the inverse temperature.
-        same: int64 [N], one number for all pairs whose texts are equal, which are no negatives of each other.
-        label_smoothing: the share of the targets that is dealt out evenly to a pair and its negatives.
+        image, text: [B, D], this process's pairs.
+        images, texts: [N, D], the pairs of all processes; pair b is row ``offset + b``.
+        logit_scale: scalar, the inverse temperature.
+        text_hash: int64 [N], equal for equal texts, which are then not negatives of each other. None keeps all other
+            pairs as negatives.
+        label_smoothing: share of the target that is spread evenly over a pair and its negatives.
 
     Raises:
-        SettingError: one pair in all.
+        SettingError: one pair in all, which has no negative.
     """
-    to_text = info_nce(scale * image, texts, offset, same=same, label_smoothing=label_smoothing, block=block)
-    to_image = info_nce(scale * text, images, offset, same=same, label_smoothing=label_smoothing, block=block)
-    return (to_text + to_image) / 2
+    check_images(len(images))
+    own = torch.arange(offset, offset + len(image), device=image.device)
+    text_hash = torch.arange(len(texts), device=texts.device) if text_hash is None else text_hash
+
+    def cross_entropy(own: Tensor, query: Tensor, keys: Tensor, text_hash: Tensor, logit_scale: Tensor) -> Tensor:
+        logits = logit_scale * query @ keys.T
+        positive = own[:, None] == torch.arange(len(keys), device=keys.device)
+        negatives = text_hash[own][:, None] != text_hash
+        return contrastive_loss(logits, positive, positive | negatives, label_smoothing=label_smoothing)
+
+    def all_rows(query: Tensor, keys: Tensor) -> Tensor:
+        shared = [keys, text_hash, logit_scale]
+        return in_row_chunks(cross_entropy, [own, query], shared, columns=len(keys), max_entries=max_entries).mean()
+
+    return (all_rows(image, texts) + all_rows(text, images)) / 2
 
 
 @full_precision
 def sigmoid_loss(
-    image: Tensor, texts: Tensor, offset: int, *, scale: Tensor, bias: Tensor, block: int = BLOCK
+    image: Tensor,
+    texts: Tensor,
+    offset: int | None,
+    *,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    max_entries: int = MAX_ENTRIES,
 ) -> Tensor:
-    """SigLIP's loss (Zhai et al., 2023): each pair of an image and a text is judged alone, as one that belongs together
-    or not. The sum over pairs by the number of images, not of pairs.
+    """SigLIP's loss (Zhai et al., 2023): -log sigmoid(z * (logit_scale * similarity + logit_bias)) of every image with
+    every text, where z is 1 for a pair that belongs together and -1 otherwise; summed over texts, averaged over images.
 
     Args:
-        image: [B, D], own images.
-        texts: [N, D], of all processes; image b belongs to text ``offset + b``.
-        scale, bias: scalars; a similarity s is judged by sigmoid(scale * s + bias).
+        image: [B, D], this process's images.
+        texts: [N, D]; image b belongs to text ``offset + b``.
+        offset: None where no image belongs to any of these texts, such as those of another process.
+        logit_scale: scalar, the inverse temperature.
+        logit_bias: scalar.
     """
-    positive = torch.arange(offset, offset + len(image), device=image.device)
-    return _pairs(image, texts, positive, scale, bias, block)
+    own = torch.arange(len(image), device=image.device)
+    own = torch.full_like(own, -1) if offset is None else own + offset  # -1 belongs to no text
+
+    def loss_of_rows(image: Tensor, own: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+        logits = logit_scale * image @ texts.T + logit_bias
+        positive = own[:, None] == torch.arange(len(texts), device=texts.device)
+        return F.softplus(torch.where(positive, -logits, logits)).sum(dim=1)  # softplus(-x) = -log sigmoid(x)
+
+    shared = [texts, logit_scale, logit_bias]
+    return in_row_chunks(loss_of_rows, [image, own], shared, columns=len(texts), max_entries=max_entries).mean()
 
 
 @full_precision
-def ring_sigmoid_loss(image: Tensor, text: Tensor, *, scale: Tensor, bias: Tensor, block: int = BLOCK) -> Tensor:
-    """`sigmoid_loss` without gathering: texts go round the processes, and each holds those of one other at a time."""
-    nowhere = torch.full((len(image),), -1, device=image.device)
-    total = _pairs(image, text, torch.arange(len(image), device=image.device), scale, bias, block)
-    for _ in range(world_size() - 1):
-        text = shift(text)
-        total = total + _pairs(image, text, nowhere, scale, bias, block)
-    return total
-
-
-@full_precision
-def bag_of_words_loss(logits: Tensor, words: Tensor) -> Tensor:
-    """Multi-class logistic loss (Joulin et al., 2016): -log softmax of each word that the text has, averaged over these
-    words, then over images. A text without a word counts nothing.
+def bag_of_words_loss(logits: Tensor, bag: Tensor) -> Tensor:
+    """Multi-class logistic loss (Joulin et al., 2016): -log softmax averaged over the words of a text, then over
+    images. A text without words counts as 0.
 
     Args:
-        logits: [B, V].
-        words: [B, V], 1 for a word that is in the text, else 0.
+        logits: [B, V], one for each word of the vocabulary.
+        bag: [B, V], 1 for the words of the text, else 0.
     """
-    each = -(logits.log_softmax(dim=1) * words).sum(dim=1) / words.sum(dim=1).clamp(min=1)
-    return each.mean()
-
-
-def _pairs(image: Tensor, texts: Tensor, positive: Tensor, scale: Tensor, bias: Tensor, block: int) -> Tensor:
-    """-log sigmoid(z * logit), z being 1 at ``positive`` and -1 elsewhere: summed over texts, averaged over images."""
-
-    def rows(image: Tensor, positive: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        logits = scale * image @ texts.T + bias
-        belongs = positive[:, None] == torch.arange(len(texts), device=texts.device)
-        return softplus(torch.where(belongs, -logits, logits)).sum(dim=1)
-
-    return by_rows(rows, [image, positive], [texts, scale, bias], columns=len(texts), block=block).mean()
+    loss = -(logits.log_softmax(dim=1) * bag).sum(dim=1) / bag.sum(dim=1).clamp(min=1)
+    return loss.mean()

@@ -57,12 +57,19 @@ def distilled_by_loops(query, keys, taught, taught_keys, scale, alpha) -> float:
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_distillation_is_the_divergence_from_pairing_and_teacher(alpha):
     given = [numbers(5, 3, seed=seed) for seed in range(4)]
-    value = hybrid_distillation(*given, 0, scale=torch.tensor(1.5).double(), alpha=alpha)
+    value = hybrid_distillation(*given, 0, logit_scale=torch.tensor(1.5).double(), alpha=alpha)
     assert value.item() == pytest.approx(distilled_by_loops(*given, 1.5, alpha), rel=1e-10)
     query, keys, taught, taught_keys = given
     halves = [
         hybrid_distillation(
-            query[i:j], keys, taught[i:j], taught_keys, i, scale=torch.tensor(1.5).double(), alpha=alpha, block=5
+            query[i:j],
+            keys,
+            taught[i:j],
+            taught_keys,
+            i,
+            logit_scale=torch.tensor(1.5).double(),
+            alpha=alpha,
+            max_entries=5,
         )
         for i, j in ((0, 2), (2, 5))
     ]
@@ -71,7 +78,7 @@ def test_distillation_is_the_divergence_from_pairing_and_teacher(alpha):
     if alpha == 1:  # nothing of the teacher is left: InfoNCE
         assert value.item() == pytest.approx(own.item(), rel=1e-10)
     if alpha == 0:
-        itself = hybrid_distillation(query, keys, query, keys, 0, scale=torch.tensor(1.5).double(), alpha=0.0)
+        itself = hybrid_distillation(query, keys, query, keys, 0, logit_scale=torch.tensor(1.5).double(), alpha=0.0)
         assert itself.item() == pytest.approx(0, abs=1e-12)
 
 
@@ -80,7 +87,7 @@ def test_in_blocks_the_gradient_is_the_same_and_the_teacher_has_none():
     found = []
     for block in (10**6, 6):
         value = hybrid_distillation(
-            query, keys, taught, taught_keys, 0, scale=torch.tensor(2.0).double(), alpha=0.5, block=block
+            query, keys, taught, taught_keys, 0, logit_scale=torch.tensor(2.0).double(), alpha=0.5, max_entries=block
         )
         found.append(torch.autograd.grad(value, [query, keys, taught], allow_unused=True))
     for whole, blocks in zip(*found, strict=True):
@@ -129,10 +136,10 @@ def test_the_weights_choose_the_terms_and_raw_features_have_no_scale():
         ({"alignment": 0.0, "distillation": 0.0, "contrast": 1.0}, {"contrast"}),
     ):
         output = refine(**words).training_step(given, 0)
-        assert set(output["logs"]) == terms | {"gap"}
+        assert set(output["logs"]) == terms | {"modality_gap"}
         torch.testing.assert_close(output["loss"], output["logs"][next(iter(terms))])
     method = refine(alignment=0.0, cosine=False)
-    image, text = method.taught(given)
+    image, text = method.teacher_features(given)
     similar = image @ text.T
     expected = sum(
         nn.functional.kl_div(x.log_softmax(dim=1), 0.5 * torch.eye(4) + 0.5 * x.softmax(dim=1), reduction="batchmean")
@@ -174,7 +181,7 @@ def test_it_starts_from_a_run_and_the_teacher_stays_what_that_was(tmp_path):
     again = refine()
     again.load_state_dict(method.state_dict())
     expected = start.image_projection(start.image_encoder(batch()["image"]).embedding)
-    torch.testing.assert_close(again.taught(batch())[0], expected)
+    torch.testing.assert_close(again.teacher_features(batch())[0], expected)
 
 
 def test_a_start_of_another_architecture_and_wrong_weights_are_refused(tmp_path):

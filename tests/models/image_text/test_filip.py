@@ -68,10 +68,10 @@ def test_patches_have_their_places():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="kept is a share"):
-        filip(kept=0.0)
+    with pytest.raises(ValueError, match=r"model.token_keep_ratio must be above 0"):
+        filip(token_keep_ratio=0.0)
     with pytest.raises(ValueError, match=r"data.batch_size: a contrastive loss needs at least 2"):
-        filip(kept=0.5).training_step({name: value[:1] for name, value in batch().items()}, 0)
+        filip(token_keep_ratio=0.5).training_step({name: value[:1] for name, value in batch().items()}, 0)
 
 
 @pytest.mark.parametrize("scale", ["paper", "tiny"])
@@ -83,7 +83,11 @@ def test_the_recipe_composes(scale):
     assert view.decoded(picture, numbers)["image"].shape == (2, 3, config.image_size, config.image_size)
     if scale == "paper":
         assert config.optimizer.lr == pytest.approx(2e-3 * (40960 / 512) ** 0.5)
-        assert (config.model.embed_dim, config.model.kept, config.optimizer.weight_decay) == (256, 0.25, 3e-3)
+        assert (config.model.embed_dim, config.model.token_keep_ratio, config.optimizer.weight_decay) == (
+            256,
+            0.25,
+            3e-3,
+        )
     if scale == "tiny":
         method = configuration.instantiate(config.model)
         assert isinstance(method, FILIP)

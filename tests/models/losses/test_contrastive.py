@@ -6,14 +6,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from src.models.losses.contrastive import (
-    contrast,
     contrastive_accuracy,
+    contrastive_loss,
     coupling,
-    ctr,
     dcl,
     dclw,
     info_nce,
     mix_hard_negatives,
+    moco_v3_loss,
     nt_xent,
     queue_info_nce,
 )
@@ -82,7 +82,7 @@ def test_info_nce_and_ctr_by_loops():
         terms = [math.exp(dot(query[b], key) / T) for key in keys]
         expected -= math.log(terms[own] / sum(terms)) / 2
     assert info_nce(query, keys, 3, temperature=T).item() == pytest.approx(expected, abs=1e-12)
-    assert ctr(query, keys, 3, temperature=T).item() == pytest.approx(2 * T * expected, abs=1e-12)
+    assert moco_v3_loss(query, keys, 3, temperature=T).item() == pytest.approx(2 * T * expected, abs=1e-12)
 
 
 def test_the_gradient_of_info_nce_is_the_coupling_factor_times_that_of_dcl():
@@ -95,7 +95,7 @@ def test_the_gradient_of_info_nce_is_the_coupling_factor_times_that_of_dcl():
         gradients = []
         for denominator in (~own, ~same):
             x = everything[anchor].clone().requires_grad_(True)
-            contrast((x @ everything.T / T)[None], (same & ~own)[None], denominator[None]).sum().backward()
+            contrastive_loss((x @ everything.T / T)[None], (same & ~own)[None], denominator[None]).sum().backward()
             gradients.append(x.grad)
         positive = math.exp(dot(everything[anchor], everything[anchor ^ 1]) / T)
         rest = sum(math.exp(dot(everything[anchor], everything[j]) / T) for j in range(8) if j // 2 != anchor // 2)
@@ -119,7 +119,7 @@ def test_in_blocks_value_and_gradients_are_the_same(loss):
     for block in (2**22, 3 * 14, 1):  # all anchors, three, one at a time
         z = l2_normalize(3, 2, 4, seed=3).requires_grad_(True)
         rest = l2_normalize(4, 2, 4, seed=4).requires_grad_(True)
-        value = loss(z, torch.cat([rest[:2], z, rest[2:]]), 2, temperature=T, block=block)
+        value = loss(z, torch.cat([rest[:2], z, rest[2:]]), 2, temperature=T, max_entries=block)
         value.backward()
         results.append((value.detach(), z.grad, rest.grad))
     for other in results[1:]:
@@ -161,7 +161,7 @@ def test_queue_info_nce_by_loops_with_synthetic_and_excluded_negatives():
                 synthetic=synthetic,
                 excluded=excluded,
                 decoupled=decoupled,
-                block=block,
+                max_entries=block,
             )
             expected = queue_by_loops(query, key, all_of_it, decoupled=decoupled)
             assert value.item() == pytest.approx(expected, abs=1e-12)
@@ -215,7 +215,7 @@ def test_half_precision_and_autocast_do_not_reach_the_similarities():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(nt_xent(z, z, 0, temperature=0.05), exact)
         z.requires_grad_(True)
-        in_blocks = nt_xent(z, z, 0, temperature=0.05, block=8)
+        in_blocks = nt_xent(z, z, 0, temperature=0.05, max_entries=8)
     gradients = [torch.autograd.grad(loss, z)[0] for loss in (in_blocks, nt_xent(z, z, 0, temperature=0.05))]
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-6)
     half = z.detach().bfloat16()

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from src.models.losses.image_text import clip_loss, ring_sigmoid_loss, sigmoid_loss
+from src.models.image_text.siglip import ring_sigmoid_loss
+from src.models.losses.image_text import clip_loss, sigmoid_loss
 
 
 def l2_normalize(*shape: int, seed: int) -> Tensor:
@@ -39,7 +40,7 @@ def sigmoid_by_loops(image: Tensor, text: Tensor, scale: float, bias: float) -> 
 def test_clip_is_the_mean_of_both_directions():
     image, text = l2_normalize(5, 4, seed=1), l2_normalize(5, 4, seed=2)
     scale = torch.tensor(3.0, dtype=torch.float64)
-    value = clip_loss(image, text, image, text, 0, scale=scale)
+    value = clip_loss(image, text, image, text, 0, logit_scale=scale)
     assert value.item() == pytest.approx(clip_by_loops(image, text, 3.0, [0, 1, 2, 3, 4]), rel=1e-12)
 
 
@@ -47,7 +48,7 @@ def test_equal_texts_are_no_negatives_of_each_other():
     image, text = l2_normalize(5, 4, seed=1), l2_normalize(5, 4, seed=2)
     same = [0, 1, 0, 3, 1]
     scale = torch.tensor(3.0, dtype=torch.float64)
-    value = clip_loss(image, text, image, text, 0, scale=scale, same=torch.tensor(same))
+    value = clip_loss(image, text, image, text, 0, logit_scale=scale, text_hash=torch.tensor(same))
     assert value.item() == pytest.approx(clip_by_loops(image, text, 3.0, same), rel=1e-12)
 
 
@@ -55,9 +56,9 @@ def test_smoothed_targets_by_hand():
     """Similarities log 3 and 0: probabilities 3/4 and 1/4. With 0.2 dealt out to the two keys the targets are 0.9 and
     0.1; where the other text is equal it has none, and the own one all."""
     eye, scale = torch.eye(2, dtype=torch.float64), torch.tensor(math.log(3.0), dtype=torch.float64)
-    value = clip_loss(eye, eye, eye, eye, 0, scale=scale, label_smoothing=0.2)
+    value = clip_loss(eye, eye, eye, eye, 0, logit_scale=scale, label_smoothing=0.2)
     assert value.item() == pytest.approx(-0.9 * math.log(3 / 4) - 0.1 * math.log(1 / 4))
-    equal = clip_loss(eye, eye, eye, eye, 0, scale=scale, same=torch.tensor([5, 5]), label_smoothing=0.2)
+    equal = clip_loss(eye, eye, eye, eye, 0, logit_scale=scale, text_hash=torch.tensor([5, 5]), label_smoothing=0.2)
     assert equal.item() == pytest.approx(0)
 
 
@@ -65,9 +66,9 @@ def test_a_pair_of_orthogonal_pairs_by_hand():
     eye = torch.eye(2, dtype=torch.float64)
     scale = torch.tensor(math.log(3.0), dtype=torch.float64)
     # an own similarity of 1, another's of 0: the own one has 3 of 4 parts
-    assert clip_loss(eye, eye, eye, eye, 0, scale=scale).item() == pytest.approx(math.log(4 / 3))
+    assert clip_loss(eye, eye, eye, eye, 0, logit_scale=scale).item() == pytest.approx(math.log(4 / 3))
     # sigmoid(log 3) = 3/4 belongs, sigmoid(0) = 1/2 does not
-    value = sigmoid_loss(eye, eye, 0, scale=scale, bias=torch.zeros((), dtype=torch.float64))
+    value = sigmoid_loss(eye, eye, 0, logit_scale=scale, logit_bias=torch.zeros((), dtype=torch.float64))
     assert value.item() == pytest.approx(math.log(4 / 3) + math.log(2))
 
 
@@ -75,9 +76,11 @@ def test_sigmoid_judges_every_pair_alone_and_divides_by_images():
     image, text = l2_normalize(4, 3, seed=1), l2_normalize(4, 3, seed=2)
     scale, bias = torch.tensor(5.0, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
     expected = sigmoid_by_loops(image, text, 5.0, -2.0)
-    assert sigmoid_loss(image, text, 0, scale=scale, bias=bias).item() == pytest.approx(expected, rel=1e-12)
-    assert ring_sigmoid_loss(image, text, scale=scale, bias=bias).item() == pytest.approx(expected, rel=1e-12)
-    shares = [sigmoid_loss(image[i : i + 2], text, i, scale=scale, bias=bias).item() for i in (0, 2)]
+    assert sigmoid_loss(image, text, 0, logit_scale=scale, logit_bias=bias).item() == pytest.approx(expected, rel=1e-12)
+    assert ring_sigmoid_loss(image, text, logit_scale=scale, logit_bias=bias).item() == pytest.approx(
+        expected, rel=1e-12
+    )
+    shares = [sigmoid_loss(image[i : i + 2], text, i, logit_scale=scale, logit_bias=bias).item() for i in (0, 2)]
     assert sum(shares) / 2 == pytest.approx(expected, rel=1e-12)
 
 
@@ -93,8 +96,8 @@ def test_in_blocks_values_and_gradients_are_the_same():
     image, text, scale, bias = leaves
     same = torch.tensor([0, 1, 2, 0, 4, 5])
     losses = [
-        lambda block: clip_loss(image, text, image, text, 0, scale=scale, same=same, block=block),
-        lambda block: sigmoid_loss(image, text, 0, scale=scale, bias=bias, block=block),
+        lambda block: clip_loss(image, text, image, text, 0, logit_scale=scale, text_hash=same, max_entries=block),
+        lambda block: sigmoid_loss(image, text, 0, logit_scale=scale, logit_bias=bias, max_entries=block),
     ]
     for loss in losses:
         whole, blocks = loss(10**6), loss(6)
@@ -107,11 +110,11 @@ def test_in_blocks_values_and_gradients_are_the_same():
 def test_half_precision_and_autocast_do_not_reach_the_similarities():
     image, text = l2_normalize(4, 64, seed=1).bfloat16(), l2_normalize(4, 64, seed=2).bfloat16()
     scale, bias = torch.tensor(50.0), torch.tensor(-10.0)
-    wide = [sigmoid_loss(image.float(), text.float(), 0, scale=scale, bias=bias)]
-    wide += [clip_loss(image.float(), text.float(), image.float(), text.float(), 0, scale=scale)]
+    wide = [sigmoid_loss(image.float(), text.float(), 0, logit_scale=scale, logit_bias=bias)]
+    wide += [clip_loss(image.float(), text.float(), image.float(), text.float(), 0, logit_scale=scale)]
     with torch.autocast("cpu", torch.bfloat16):
-        narrow = [sigmoid_loss(image, text, 0, scale=scale, bias=bias)]
-        narrow += [clip_loss(image, text, image, text, 0, scale=scale)]
+        narrow = [sigmoid_loss(image, text, 0, logit_scale=scale, logit_bias=bias)]
+        narrow += [clip_loss(image, text, image, text, 0, logit_scale=scale)]
     for a, b in zip(wide, narrow, strict=True):
         assert b.dtype == torch.float32
         assert torch.equal(a, b)

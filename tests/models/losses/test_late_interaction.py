@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from src.errors import SettingError
-from src.models.losses.late_interaction import late_interaction, late_interaction_loss, salient
+from src.models.losses.late_interaction import late_interaction, late_interaction_loss, select_tokens
 
 
 def tokens(rows: int, length: int, seed: int, lengths: list[int] | None = None, dim: int = 4) -> Tensor:
@@ -51,14 +51,16 @@ def test_the_loss_is_cross_entropy_both_ways_over_two_different_matrices():
     to_text, to_image = by_loops(IMAGE, TEXT) * 6, by_loops(TEXT, IMAGE) * 6
     labels = torch.arange(4)
     expected = (cross_entropy(to_text, labels) + cross_entropy(to_image, labels)) / 2
-    torch.testing.assert_close(late_interaction_loss(IMAGE, TEXT, IMAGE, TEXT, 0, scale=SCALE), expected)
+    torch.testing.assert_close(late_interaction_loss(IMAGE, TEXT, IMAGE, TEXT, 0, logit_scale=SCALE), expected)
     for scores in (to_text, to_image):
         scores[0, 2] = scores[2, 0] = -math.inf
     expected = (cross_entropy(to_text, labels) + cross_entropy(to_image, labels)) / 2
     same = torch.tensor([7, 1, 7, 3])
-    torch.testing.assert_close(late_interaction_loss(IMAGE, TEXT, IMAGE, TEXT, 0, scale=SCALE, same=same), expected)
+    torch.testing.assert_close(
+        late_interaction_loss(IMAGE, TEXT, IMAGE, TEXT, 0, logit_scale=SCALE, text_hash=same), expected
+    )
     with pytest.raises(SettingError, match=r"data.batch_size: a contrastive loss needs at least 2"):
-        late_interaction_loss(IMAGE[:1], TEXT[:1], IMAGE[:1], TEXT[:1], 0, scale=SCALE)
+        late_interaction_loss(IMAGE[:1], TEXT[:1], IMAGE[:1], TEXT[:1], 0, logit_scale=SCALE)
 
 
 def whole(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -77,13 +79,13 @@ def test_in_blocks_the_value_and_the_gradients_are_those_of_the_whole_tensor(blo
     image, text, scale = leaves
     expected, found = (
         whole(image, text, scale),
-        late_interaction_loss(image, text, image, text, 0, scale=scale, block=block),
+        late_interaction_loss(image, text, image, text, 0, logit_scale=scale, max_entries=block),
     )
     torch.testing.assert_close(found, expected)
     for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(a, b)
         assert b.abs().max() > 1e-3
-    torch.testing.assert_close(late_interaction(IMAGE, TEXT, block=block), by_loops(IMAGE, TEXT))
+    torch.testing.assert_close(late_interaction(IMAGE, TEXT, max_entries=block), by_loops(IMAGE, TEXT))
 
 
 class Largest(TorchDispatchMode):
@@ -103,7 +105,9 @@ def test_no_tensor_of_all_similarities_is_made():
     rows, length = 16, 8
     image, text = (tokens(rows, length, seed=seed, dim=2).requires_grad_() for seed in (1, 2))
     with Largest() as measured:
-        late_interaction_loss(image, text, image, text, 0, scale=SCALE, block=2 * rows * length**2).backward()
+        late_interaction_loss(
+            image, text, image, text, 0, logit_scale=SCALE, max_entries=2 * rows * length**2
+        ).backward()
     assert measured.entries == 2 * rows * length**2  # two rows at a time, forwards and backwards
     with Largest() as measured:
         whole(image, text, SCALE).backward()
@@ -115,28 +119,30 @@ def test_what_is_shown_to_others_is_what_they_are_most_like():
     image = torch.stack([eye, eye.flip(0)])
     text = torch.tensor([[[0.0, 0.96, 0.28]] * 2, [[0.0, 0.6, 0.8], [0.0, 0.0, 0.0]]])
     # best similarities of the axes: 0, 0.96 and 0.8; of the texts turned round 0, -0.6 and -0.28
-    assert torch.equal(salient(image, text, 0.5), torch.stack([eye[[1, 2]], eye[[1, 2]]]))
-    assert torch.equal(salient(image, -text, 0.3), torch.stack([eye[[0]], eye[[0]]]))
-    assert torch.equal(salient(image, text, 1), image)
+    assert torch.equal(select_tokens(image, text, 0.5), torch.stack([eye[[1, 2]], eye[[1, 2]]]))
+    assert torch.equal(select_tokens(image, -text, 0.3), torch.stack([eye[[0]], eye[[0]]]))
+    assert torch.equal(select_tokens(image, text, 1), image)
     # padding comes last, whatever it is compared with
-    assert torch.equal(salient(text, -image, 0.5)[1, 0], text[1, 0])
+    assert torch.equal(select_tokens(text, -image, 0.5)[1, 0], text[1, 0])
     leaf = image.clone().requires_grad_()
-    salient(leaf, text, 0.5).sum().backward()
+    select_tokens(leaf, text, 0.5).sum().backward()
     assert leaf.grad[0].tolist() == [[0, 0, 0], [1, 1, 1], [1, 1, 1]]
 
 
 def test_pairs_look_with_all_tokens_at_the_others_that_are_shown():
-    keys = salient(TEXT, IMAGE, 0.4)
+    keys = select_tokens(TEXT, IMAGE, 0.4)
     assert keys.shape == (4, 2, 4)
-    value = late_interaction_loss(IMAGE, TEXT, salient(IMAGE, TEXT, 0.6), keys, 0, scale=SCALE)
+    value = late_interaction_loss(IMAGE, TEXT, select_tokens(IMAGE, TEXT, 0.6), keys, 0, logit_scale=SCALE)
     labels = torch.arange(4)
-    to_text, to_image = by_loops(IMAGE, keys) * 6, by_loops(TEXT, salient(IMAGE, TEXT, 0.6)) * 6
+    to_text, to_image = by_loops(IMAGE, keys) * 6, by_loops(TEXT, select_tokens(IMAGE, TEXT, 0.6)) * 6
     torch.testing.assert_close(value, (cross_entropy(to_text, labels) + cross_entropy(to_image, labels)) / 2)
 
 
 def test_half_precision_and_autocast_do_not_reach_the_similarities():
     image, text = IMAGE.bfloat16(), TEXT.bfloat16()
-    wide = late_interaction_loss(image.float(), text.float(), image.float(), text.float(), 0, scale=torch.tensor(50.0))
+    wide = late_interaction_loss(
+        image.float(), text.float(), image.float(), text.float(), 0, logit_scale=torch.tensor(50.0)
+    )
     with torch.autocast("cpu", torch.bfloat16):
-        narrow = late_interaction_loss(image, text, image, text, 0, scale=torch.tensor(50.0))
+        narrow = late_interaction_loss(image, text, image, text, 0, logit_scale=torch.tensor(50.0))
     assert torch.equal(wide, narrow)

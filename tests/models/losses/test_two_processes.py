@@ -7,11 +7,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from src.collectives import all_reduce, gather, reduce_sum
+from src.models.image_text.siglip import ring_sigmoid_loss
 from src.models.joint_embedding.center import Center
 from src.models.joint_embedding.queue import FeatureQueue
-from src.models.losses.contrastive import ctr, dcl, dclw, info_nce, nt_xent
+from src.models.losses.contrastive import dcl, dclw, info_nce, moco_v3_loss, nt_xent
 from src.models.losses.distillation import cross_view_cross_entropy, sharpen
-from src.models.losses.image_text import clip_loss, ring_sigmoid_loss, sigmoid_loss
+from src.models.losses.image_text import clip_loss, sigmoid_loss
 from src.models.losses.late_interaction import late_interaction_loss
 from src.models.losses.redundancy import barlow_twins, cross_correlation, vicreg
 from src.models.losses.refine import hybrid_distillation
@@ -24,7 +25,7 @@ IMAGES, MICRO_BATCHES = 8, 2
 def pair(z1: Tensor, z2: Tensor, loss: Callable[..., Tensor]) -> Tensor:
     z = normalize(torch.stack([z1, z2], dim=1), dim=-1)
     keys, offset = gather(z)
-    return loss(z, keys, offset, temperature=0.2, block=20)  # two or so anchors at a time
+    return loss(z, keys, offset, temperature=0.2, max_entries=20)  # two or so anchors at a time
 
 
 def query_and_key(z1: Tensor, z2: Tensor, loss: Callable[..., Tensor]) -> Tensor:
@@ -62,7 +63,7 @@ def dino(z1: Tensor, z2: Tensor) -> Tensor:
 def clip(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
     image, text = normalize(z1, dim=-1), normalize(z2, dim=-1)
     images, offset = gather(image)
-    return clip_loss(image, text, images, gather(text)[0], offset, scale=scale, block=20)
+    return clip_loss(image, text, images, gather(text)[0], offset, logit_scale=scale, max_entries=20)
 
 
 def align(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
@@ -70,8 +71,8 @@ def align(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
     image, text = normalize(z1, dim=-1), normalize(z2, dim=-1)
     images, offset = gather(image)
     same = torch.tensor([0, 1, 2, 3, 4, 1, 6, 7])[: len(images)]
-    smoothed = {"same": same, "label_smoothing": 0.1}
-    return 2 * clip_loss(image, text, images, gather(text)[0], offset, scale=scale, block=20, **smoothed)
+    smoothed = {"text_hash": same, "label_smoothing": 0.1}
+    return 2 * clip_loss(image, text, images, gather(text)[0], offset, logit_scale=scale, max_entries=20, **smoothed)
 
 
 def filip(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
@@ -79,16 +80,16 @@ def filip(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
     image, text = (normalize(torch.stack([z[:, i : i + 3] for i in range(3)], dim=1), dim=-1) for z in (z1, z2))
     text = text * torch.tensor([1.0, 1.0, 0.0], dtype=text.dtype)[:, None]
     images, offset = gather(image)
-    return late_interaction_loss(image, text, images, gather(text)[0], offset, scale=scale, block=150)
+    return late_interaction_loss(image, text, images, gather(text)[0], offset, logit_scale=scale, max_entries=150)
 
 
 def siglip(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
     texts, offset = gather(normalize(z2, dim=-1))
-    return sigmoid_loss(normalize(z1, dim=-1), texts, offset, scale=scale, bias=-scale, block=20)
+    return sigmoid_loss(normalize(z1, dim=-1), texts, offset, logit_scale=scale, logit_bias=-scale, max_entries=20)
 
 
 def siglip_ring(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
-    return ring_sigmoid_loss(normalize(z1, dim=-1), normalize(z2, dim=-1), scale=scale, bias=-scale)
+    return ring_sigmoid_loss(normalize(z1, dim=-1), normalize(z2, dim=-1), logit_scale=scale, logit_bias=-scale)
 
 
 def refine(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
@@ -96,9 +97,9 @@ def refine(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
     images, offset = gather(image)
     texts, _ = gather(text)
     taught = z1.detach(), gather(z2.detach().flip(1))[0]
-    return hybrid_distillation(image, texts, *taught, offset, scale=scale, alpha=0.5, block=20) + hybrid_distillation(
-        text, images, z2.detach(), gather(z1.detach())[0], offset, scale=scale, alpha=0.5
-    )
+    return hybrid_distillation(
+        image, texts, *taught, offset, logit_scale=scale, alpha=0.5, max_entries=20
+    ) + hybrid_distillation(text, images, z2.detach(), gather(z1.detach())[0], offset, logit_scale=scale, alpha=0.5)
 
 
 # with a scale that is learned
@@ -115,7 +116,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "dcl": lambda z1, z2: pair(z1, z2, dcl),
     "dclw": lambda z1, z2: pair(z1, z2, dclw),
     "info_nce": lambda z1, z2: query_and_key(z1, z2, info_nce),
-    "ctr": lambda z1, z2: query_and_key(z1, z2, ctr),
+    "moco_v3": lambda z1, z2: query_and_key(z1, z2, moco_v3_loss),
     "barlow": barlow,
     "vicreg": vic,
     "swav": swav,
