@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import configuration, evaluate, export, runs, train, trained
+from src import configuration, evaluate, runs, train, trained
 from src.datamodules.scenes.motion import ACTIONS
 from src.datamodules.video import VideoDataModule
 from src.errors import UserError
+from src.export.__main__ import main as export
 
 SMALL = [
     "scale=tiny",
@@ -103,6 +104,6 @@ def test_fine_tuning_takes_the_videos_and_leaves_the_words(run: runs.Run) -> Non
     assert (recipe.frames, recipe.checkpoint) == (3, str(run.last))
 
 
-def test_frames_that_talk_are_no_vit_of_a_library(run: runs.Run, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="frames leave each other messages, which no library here loads"):
-        export.main([f"run={run.dir}", f"to={tmp_path / 'out'}"])
+def test_cross_frame_attention_is_not_exported(run: runs.Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cross-frame attention, which neither timm nor transformers has"):
+        export([f"run={run.dir}", f"to={tmp_path / 'out'}"])

@@ -13,9 +13,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoImageProcessor, VideoMAEModel
 
-from src import evaluate, export, runs, train, trained
+from src import evaluate, runs, train, trained
 from src.errors import UserError
 from src.evaluation.pixels import PixelEncoder
+from src.export.__main__ import main as export
 
 WORDS = [
     "experiment=videomae_v2_vitb",
@@ -90,13 +91,13 @@ def test_a_runs_encoder_is_fine_tuned_on_its_own_films(run: runs.Run, monkeypatc
 
 
 def test_what_videos_have_not_yet_is_said(run: runs.Run) -> None:
-    with pytest.raises(UserError, match="reads clips, and timm has no ViT that does"):
-        export.main([f"run={run.dir}"])
+    with pytest.raises(UserError, match="has a video encoder, which timm does not have"):
+        export([f"run={run.dir}"])
 
 
 def test_an_encoder_of_clips_goes_to_transformers(run: runs.Run, tmp_path: Path) -> None:
     """Written by the command, which compares the features itself; here once more, on what the processor makes."""
-    assert export.main([f"run={run.dir}", "format=hf", f"to={tmp_path / 'hf'}"]) == 0
+    assert export([f"run={run.dir}", "format=hf", f"to={tmp_path / 'hf'}"]) == 0
     model = VideoMAEModel.from_pretrained(tmp_path / "hf").eval()
     encoder = trained.load(run.config(), run.checkpoint()).encoders()["encoder"]
     frames = list(np.random.default_rng(0).integers(0, 256, (4, 40, 60, 3), np.uint8))

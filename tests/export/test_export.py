@@ -9,9 +9,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel
 
-from src import export, runs
+from src import runs
 from src.configuration import compose
 from src.errors import UserError
+from src.export import hf_encoder
+from src.export.__main__ import main
 from src.models.downstream.finetune import FineTune
 from src.models.masked.mae import MAE
 from src.optim import OptimizerRecipe
@@ -28,7 +30,7 @@ def small(**kwargs):
 
 
 def make_run(folder: Path, module, words: list[str], backbone: dict) -> runs.Run:
-    """A run's folder as training leaves it, without the training."""
+    """Writes the folder of a trained run without training it."""
     config = compose("train", [*words, "image_size=48", "data.train_samples=64", "data.source.cache_dir=null"])
     OmegaConf.set_struct(config, False)
     config.backbone = {"_target_": "timm.create_model", "img_size": "${image_size}", **backbone}
@@ -72,10 +74,10 @@ def images(size: int = 48) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_timm_loads_it_by_checkpoint_path_and_as_a_local_folder(mae, tmp_path):
+def test_timm_loads_the_export_by_checkpoint_path_and_as_a_local_folder(mae, tmp_path):
     run, backbone = mae
     to = tmp_path / "out"
-    assert export.main([f"run={run.dir}", "format=timm", f"to={to}"]) == 0
+    assert main([f"run={run.dir}", "format=timm", f"to={to}"]) == 0
     kwargs = {key: value for key, value in BACKBONE.items() if key != "model_name"}
     plain = timm.create_model(BACKBONE["model_name"], **kwargs, img_size=48, num_classes=0)
     assert load_file(to / "model.safetensors").keys() == plain.state_dict().keys()
@@ -95,10 +97,10 @@ def test_timm_loads_it_by_checkpoint_path_and_as_a_local_folder(mae, tmp_path):
 
 
 @torch.no_grad()
-def test_transformers_loads_it_with_no_key_missing_or_left_over(mae, tmp_path):
+def test_transformers_loads_the_export_without_missing_or_unexpected_keys(mae, tmp_path):
     run, backbone = mae
     to = tmp_path / "out"
-    assert export.main([f"run={run.dir}", "format=hf", f"to={to}"]) == 0
+    assert main([f"run={run.dir}", "format=hf", f"to={to}"]) == 0
     model, loading = AutoModel.from_pretrained(to, output_loading_info=True)
     assert type(model).__name__ == "ViTModel"
     assert not loading["missing_keys"]
@@ -114,46 +116,46 @@ def test_transformers_loads_it_with_no_key_missing_or_left_over(mae, tmp_path):
 
 
 @torch.no_grad()
-def test_a_fine_tuned_classifier_goes_to_timm_with_its_head_and_class_names(finetuned):
+def test_a_fine_tuned_classifier_exports_to_timm_with_head_and_class_names(finetuned):
     run, backbone = finetuned
-    assert export.main([f"run={run.dir}"]) == 0
+    assert main([f"run={run.dir}"]) == 0
     model = timm.create_model(f"local-dir:{run.dir / 'export' / 'timm'}", pretrained=True).eval()
     torch.testing.assert_close(model(images()), backbone(images()), atol=1e-5, rtol=0)
     assert model.pretrained_cfg["label_names"] == ["cat", "dog", "owl"]
 
 
-def test_what_vitmodel_cannot_express_is_refused_with_what_can(finetuned):
+def test_encoders_that_vitmodel_cannot_express_are_refused_with_the_reason(finetuned):
     run, _ = finetuned
-    with pytest.raises(UserError, match=r"a timm VisionTransformer with class token.*norm comes after the pooling"):
-        export.main([f"run={run.dir}", "format=hf"])
+    with pytest.raises(UserError, match=r"a timm VisionTransformer with class token.*comes after the pooling"):
+        main([f"run={run.dir}", "format=hf"])
     assert not (run.dir / "export" / "hf").exists()
     with pytest.raises(UserError, match="resnet18 is a ResNet: use format=timm"):
-        export._expressible(timm.create_model("resnet18"), "resnet18")
+        hf_encoder.check_supported(timm.create_model("resnet18"), "resnet18")
     with pytest.raises(UserError, match="other prefix tokens"):
-        export._expressible(small(reg_tokens=2), "vit")
-    with pytest.raises(UserError, match=r"ViTModel has no place for 'blocks.0.ls1.gamma'"):
-        export.hf_weights(small(init_values=0.1))
+        hf_encoder.check_supported(small(reg_tokens=2), "vit")
+    with pytest.raises(UserError, match=r"ViTModel has no parameter for 'blocks.0.ls1.gamma'"):
+        hf_encoder.vit_weights(small(init_values=0.1))
 
 
-def test_features_that_differ_stop_the_export_and_leave_nothing_behind(mae, monkeypatch):
+def test_different_features_stop_the_export_and_leave_no_folder(mae, monkeypatch):
     run, _ = mae
-    right = export.hf_weights
+    correct = hf_encoder.vit_weights
 
     def swapped(vit):
-        weights = right(vit)
-        query, key = (f"encoder.layer.1.attention.attention.{part}.weight" for part in ("query", "value"))
-        weights[query], weights[key] = weights[key], weights[query]
+        weights = correct(vit)
+        query, value = (f"encoder.layer.1.attention.attention.{part}.weight" for part in ("query", "value"))
+        weights[query], weights[value] = weights[value], weights[query]
         return weights
 
-    monkeypatch.setattr(export, "hf_weights", swapped)
+    monkeypatch.setattr(hf_encoder, "vit_weights", swapped)
     with pytest.raises(UserError, match=r"not exported: features differ by .* \(last_hidden_state\), more than 1e-05"):
-        export.main([f"run={run.dir}", "format=hf"])
+        main([f"run={run.dir}", "format=hf"])
     assert not list((run.dir / "export").glob("*"))
 
 
-def test_the_card_says_recipe_metrics_and_how_to_load(mae):
+def test_the_card_holds_recipe_metrics_and_code_that_loads(mae):
     run, _ = mae
-    export.main([f"run={run.dir}", "format=timm"])
+    main([f"run={run.dir}", "format=timm"])
     card = (run.dir / "export" / "timm" / "README.md").read_text()
     assert "paper: Masked Autoencoders" in card
     assert "| train | eval/knn_top1 | 0.625 |" in card
@@ -163,21 +165,21 @@ def test_the_card_says_recipe_metrics_and_how_to_load(mae):
     code = card.split("```python\n")[1].split("```")[0].replace("PATH_OF_THIS_FOLDER", str(run.dir / "export" / "timm"))
     code = code.replace('"model.safetensors"', repr(str(run.dir / "export" / "timm" / "model.safetensors")))
     scope = {"images": images()}
-    exec(code, scope)  # what the card tells people to type works
+    exec(code, scope)  # the card's code runs
     assert scope["features"].shape == (3, 37, 32)
 
 
 def test_an_earlier_export_is_replaced_and_other_folders_are_not(mae, tmp_path):
     run, _ = mae
     to = tmp_path / "out"
-    export.main([f"run={run.dir}", f"to={to}"])
-    export.main([f"run={run.dir}", "format=hf", f"to={to}"])
+    main([f"run={run.dir}", f"to={to}"])
+    main([f"run={run.dir}", "format=hf", f"to={to}"])
     assert (to / "preprocessor_config.json").exists()
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter1.tex").write_text("…")
     with pytest.raises(UserError, match="not an earlier export"):
-        export.main([f"run={run.dir}", f"to={other}"])
+        main([f"run={run.dir}", f"to={other}"])
     assert (other / "chapter1.tex").exists()
 
 
@@ -190,15 +192,15 @@ def test_an_earlier_export_is_replaced_and_other_folders_are_not(mae, tmp_path):
         (["checkpoint=best"], "no checkpoint 'best'; there are: last"),
     ],
 )
-def test_typos_are_answered_with_the_nearest_names(mae, words, message):
+def test_errors_name_the_nearest_option(mae, words, message):
     with pytest.raises(UserError, match=message):
-        export.main([f"run={mae[0].dir}", *words])
+        main([f"run={mae[0].dir}", *words])
 
 
-def test_a_checkpoint_of_another_shape_is_named(mae):
+def test_a_checkpoint_that_does_not_fit_is_refused(mae):
     run, _ = mae
     content = torch.load(run.last, weights_only=True)
     content["state_dict"].pop("backbone.cls_token")
     torch.save(content, run.last)
     with pytest.raises(UserError, match=r"last.ckpt does not fit the run's configuration: .*backbone.cls_token"):
-        export.main([f"run={run.dir}"])
+        main([f"run={run.dir}"])

@@ -1,4 +1,4 @@
-"""What transformers loads of a run with two towers says the same as the towers."""
+"""Tests the export of two towers to transformers."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ import timm
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, SiglipModel
 
-from src import export
 from src.datamodules.text.tokenizer import kept
 from src.errors import UserError
-from src.export import two_towers as export_pairs
+from src.export import hf_two_towers
+from src.export.__main__ import main
 from src.models.image_text.clip import CLIP
 from src.models.image_text.siglip import SigLIP
-from src.models.text.text_tower import SigmoidTextTower, TextTower
+from src.models.text.text_tower import CLIPTextTower, SigLIPTextTower
 from src.optim import OptimizerRecipe
 from tests.export.test_export import images, make_run
 
@@ -23,7 +23,7 @@ LENGTH, VOCABULARY = 16, 300
 RECIPE = OptimizerRecipe(torch.optim.AdamW, lr=1.0)
 
 
-def stirred(module: torch.nn.Module) -> torch.nn.Module:
+def randomized(module: torch.nn.Module) -> torch.nn.Module:
     torch.manual_seed(0)
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1 or "bias" in name:
@@ -32,15 +32,15 @@ def stirred(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def clip(name: str = "vit_base_patch32_clip_224", activation: str = "gelu", **options) -> CLIP:
-    text = TextTower(vocabulary=VOCABULARY, length=LENGTH, width=16, depth=2, heads=2, activation=activation)
+    text = CLIPTextTower(vocabulary=VOCABULARY, length=LENGTH, width=16, depth=2, heads=2, activation=activation)
     vit = timm.create_model(name, img_size=48, **{**SIZE, **options.pop("backbone", {})})
-    return stirred(CLIP(vit, text, RECIPE, embed_dim=8, **options))
+    return randomized(CLIP(vit, text, RECIPE, embed_dim=8, **options))
 
 
 def siglip(**backbone) -> SigLIP:
-    text = SigmoidTextTower(vocabulary=VOCABULARY, length=LENGTH, width=16, depth=2, heads=2, embed_dim=16)
+    text = SigLIPTextTower(vocabulary=VOCABULARY, length=LENGTH, width=16, depth=2, heads=2, embed_dim=16)
     vit = timm.create_model("vit_base_patch16_siglip_224", img_size=48, **SIZE, **backbone)
-    return stirred(SigLIP(vit, text, RECIPE))
+    return randomized(SigLIP(vit, text, RECIPE))
 
 
 def run_of(folder: Path, module, experiment: str, backbone: dict):
@@ -57,24 +57,24 @@ def run_of(folder: Path, module, experiment: str, backbone: dict):
 @pytest.mark.parametrize(
     ("kind", "name"), [(CLIPModel, "vit_base_patch32_clip_224"), (SiglipModel, "vit_base_patch16_siglip_224")]
 )
-def test_transformers_loads_both_towers_and_scores_pairs_as_they_do(kind, name, tmp_path):
+def test_transformers_loads_both_towers_with_the_same_outputs(kind, name, tmp_path):
     is_clip = kind is CLIPModel
     module = clip() if is_clip else siglip()
     backbone = {"model_name": name, **SIZE}
     run = run_of(tmp_path / "run", module, "clip_vitb32" if is_clip else "siglip_vitb16", backbone)
-    assert export.main([f"run={run.dir}", "format=hf"]) == 0
+    assert main([f"run={run.dir}", "format=hf"]) == 0
     folder = run.dir / "export" / "hf"
     model, loading = kind.from_pretrained(folder, output_loading_info=True)
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     ids = AutoTokenizer.from_pretrained(folder)(TEXTS, padding="max_length", truncation=True, return_tensors="pt")
     assert ids["input_ids"].shape == (3, LENGTH)
-    found = model.eval()(input_ids=ids["input_ids"], pixel_values=images())
+    output = model.eval()(input_ids=ids["input_ids"], pixel_values=images())
     image, text = module.encode_image(images()), module.encode_text(ids["input_ids"], ids["attention_mask"].bool())
-    torch.testing.assert_close(found.image_embeds, image, atol=1e-5, rtol=0)
-    torch.testing.assert_close(found.text_embeds, text, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.image_embeds, image, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.text_embeds, text, atol=1e-5, rtol=0)
     logits = module.logit_scale.exp() * image @ text.T + (0 if is_clip else module.logit_bias)
-    torch.testing.assert_close(found.logits_per_image, logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(output.logits_per_image, logits, atol=1e-4, rtol=0)
     pixels = AutoImageProcessor.from_pretrained(folder)(
         torch.full((3, 90, 60), 128, dtype=torch.uint8), return_tensors="pt"
     )["pixel_values"]
@@ -83,17 +83,17 @@ def test_transformers_loads_both_towers_and_scores_pairs_as_they_do(kind, name, 
     assert "pipeline_tag: zero-shot-image-classification" in card
     code = card.split("```python\n")[1].split("```")[0].replace("PATH_OF_THIS_FOLDER", str(folder))
     scope = {"images": [torch.zeros(3, 60, 60, dtype=torch.uint8)], "texts": TEXTS}
-    exec(code, scope)  # what the card tells people to type works
+    exec(code, scope)  # the card's code runs
     assert scope["output"].logits_per_image.shape == (1, 3)
 
 
 @torch.no_grad()
-def test_the_image_tower_alone_still_goes_to_timm(tmp_path):
+def test_the_image_tower_exports_to_timm(tmp_path):
     run = run_of(tmp_path / "run", clip(), "clip_vitb32", {"model_name": "vit_base_patch32_clip_224", **SIZE})
-    assert export.main([f"run={run.dir}", "format=timm"]) == 0
+    assert main([f"run={run.dir}", "format=timm"]) == 0
     model = timm.create_model(f"local-dir:{run.dir / 'export' / 'timm'}", pretrained=True).eval()
-    theirs, own = (each.forward_features(images()) for each in (model, clip().image_encoder.backbone))
-    torch.testing.assert_close(theirs, own, atol=1e-5, rtol=0)
+    exported, own = (vit.forward_features(images()) for vit in (model, clip().image_encoder.backbone))
+    torch.testing.assert_close(exported, own, atol=1e-5, rtol=0)
 
 
 def tokenizer(tmp_path: Path):
@@ -101,48 +101,48 @@ def tokenizer(tmp_path: Path):
 
 
 @torch.no_grad()
-def test_activation_and_eps_are_those_of_the_towers(tmp_path):
+def test_activation_and_eps_equal_those_of_the_towers(tmp_path):
     quick = clip("vit_base_patch32_clip_quickgelu_224", activation="quick_gelu")
-    model = export_pairs.as_transformers(quick, tokenizer(tmp_path))
+    model = hf_two_towers.as_transformers(quick, tokenizer(tmp_path))
     assert (model.config.vision_config.hidden_act, model.config.text_config.hidden_act) == ("quick_gelu",) * 2
     assert model.config.vision_config.layer_norm_eps == 1e-5
     assert model.config.text_config.eos_token_id == 1
-    found = model.vision_model(pixel_values=images()).pooler_output
-    torch.testing.assert_close(found, quick.image_encoder(images()).embedding, atol=1e-5, rtol=0)
+    feature = model.vision_model(pixel_values=images()).pooler_output
+    torch.testing.assert_close(feature, quick.image_encoder(images()).embedding, atol=1e-5, rtol=0)
 
 
-def test_what_transformers_cannot_express_is_refused_with_what_it_needs(tmp_path):
-    words = tokenizer(tmp_path)
+def test_towers_that_transformers_cannot_express_are_refused_with_the_reason(tmp_path):
+    inner = tokenizer(tmp_path)
     plain = "vit_tiny_patch16_224"
-    for module, said in (
+    for module, message in (
         (clip(plain), "CLIPModel needs a norm before the blocks"),
         (clip(plain, backbone={"pre_norm": True, "reg_tokens": 2}), "CLIPModel needs one class token"),
-        (clip(backbone={"init_values": 0.1}), r"no place for 'blocks.0.ls1.gamma'"),
-        (clip(backbone={"qk_norm": True}), r"no place for 'blocks.0.attn.q_norm.weight'"),
+        (clip(backbone={"init_values": 0.1}), r"no parameter for 'blocks.0.ls1.gamma'"),
+        (clip(backbone={"qk_norm": True}), r"no parameter for 'blocks.0.attn.q_norm.weight'"),
         (clip(pool=lambda prefix, patches: patches.mean(dim=1)), "the class token as the image's feature"),
         (siglip(class_token=True), "SiglipModel needs no class token"),
     ):
-        with pytest.raises(UserError, match=said):
-            export_pairs.as_transformers(module, words)
+        with pytest.raises(UserError, match=message):
+            hf_two_towers.as_transformers(module, inner)
     module = clip()
     module.image_encoder.backbone = timm.create_model("resnet18")
-    with pytest.raises(UserError, match="a timm VisionTransformer, which a ResNet is not"):
-        export_pairs.as_transformers(module, words)
-    words.inner.eos_token = "<start>"
-    with pytest.raises(UserError, match="a mark for the end that is not id 2"):
-        export_pairs.as_transformers(clip(), words)
+    with pytest.raises(UserError, match="a timm VisionTransformer, not a ResNet"):
+        hf_two_towers.as_transformers(module, inner)
+    inner.inner.eos_token = "<start>"
+    with pytest.raises(UserError, match="an end token other than id 2"):
+        hf_two_towers.as_transformers(clip(), inner)
 
 
-def test_towers_that_say_something_else_stop_the_export(tmp_path, monkeypatch):
+def test_different_features_stop_the_export(tmp_path, monkeypatch):
     run = run_of(tmp_path / "run", clip(), "clip_vitb32", {"model_name": "vit_base_patch32_clip_224", **SIZE})
-    right = export_pairs.vision_weights
+    correct = hf_two_towers.vision_weights
 
     def swapped(vit):
-        weights = right(vit)
-        ours, theirs = (f"encoder.layers.1.self_attn.{part}_proj.weight" for part in "qv")
-        return weights | {ours: weights[theirs], theirs: weights[ours]}
+        weights = correct(vit)
+        query, value = (f"encoder.layers.1.self_attn.{part}_proj.weight" for part in "qv")
+        return weights | {query: weights[value], value: weights[query]}
 
-    monkeypatch.setattr(export_pairs, "vision_weights", swapped)
+    monkeypatch.setattr(hf_two_towers, "vision_weights", swapped)
     with pytest.raises(UserError, match=r"not exported: features differ by .* \(image_embeds\)"):
-        export.main([f"run={run.dir}", "format=hf"])
+        main([f"run={run.dir}", "format=hf"])
     assert not (run.dir / "export" / "hf").exists()
