@@ -22,6 +22,7 @@ from src import configuration, runs
 from src.callbacks.batch_check import batch_type_of
 from src.callbacks.checkpoints import Preempted
 from src.callbacks.data_health import TooManyBadSamples
+from src.callbacks.ema_teacher import EMATeacher
 from src.callbacks.last_validation import LastValidation
 from src.callbacks.nan_guard import NonFiniteLoss
 from src.callbacks.recipe_card import RecipeCard
@@ -31,6 +32,7 @@ from src.datamodules.sources.source import BadSample
 from src.errors import SettingError, UserError
 from src.evaluation.features import BadFeatures
 from src.listing import print_experiments
+from src.models.pretrain_module import PretrainModule
 from src.sync_batchnorm import SyncBatchNormPlugin
 from src.trained import without_source
 
@@ -90,6 +92,7 @@ def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int
         )
     except (ValueError, L.pytorch.utilities.exceptions.MisconfigurationException) as problem:
         raise UserError(f"in trainer: {problem}") from problem
+    check_teachers(module, trainer.callbacks)  # type: ignore[attr-defined]
     announce(config, run, module, resume=resume)
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
@@ -118,6 +121,19 @@ def check_batches(module: L.LightningModule, datamodule: Any) -> None:
         raise UserError(
             f"{type(module).__name__} trains on {needed.__name__}, but the data makes {made.__name__}: "
             f"data.train_view must be a view that makes {needed.__name__}"
+        )
+
+
+def check_teachers(module: L.LightningModule, callbacks: Sequence[L.Callback]) -> None:
+    """Refuses a method with a teacher that no callback moves.
+
+    Raises:
+        UserError: there is a teacher and no `EMATeacher`.
+    """
+    pairs = module.teacher_pairs() if isinstance(module, PretrainModule) else []
+    if pairs and not any(isinstance(callback, EMATeacher) for callback in callbacks):
+        raise UserError(
+            f"{type(module).__name__} has a teacher and nothing moves it: callbacks.teacher must be an EMATeacher"
         )
 
 
