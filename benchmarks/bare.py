@@ -174,7 +174,7 @@ class BareLoop:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         with torch.no_grad():
-            for student, teacher in self.module.teacher_pairs():
+            for student, teacher, _ in self.module.teacher_pairs():
                 torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 0.01)
         self._step += 1
 

@@ -1,9 +1,9 @@
-"""Optimizers as recipes: which parameters get which learning rate and weight decay, said in one place."""
+"""Optimizer recipes: the learning rate and weight decay of every parameter, in one place."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,17 +19,20 @@ Algorithm = Callable[..., torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Rule:
-    """What parameters whose name matches ``pattern`` (``re.search``) get instead of the recipe's defaults.
+    """Other settings than the recipe's for the parameters whose name matches ``pattern`` (``re.search``).
 
     Args:
-        max_axes: match only what has at most so many; 1 for biases and norms.
+        max_axes: match only parameters with at most this many axes; 1 for biases and norms.
         lr_multiplier: factor on the learning rate, at every step.
-        weight_decay: replaces the recipe's; None leaves it.
+        constant_lr: the learning rate stays the recipe's times ``lr_multiplier``, whatever its schedule (SimSiam's
+            predictor).
+        weight_decay: replaces the recipe's, and does not follow its schedule; None leaves it.
         frozen: no gradient and no update.
     """
 
     pattern: str
     lr_multiplier: float = 1.0
+    constant_lr: bool = False
     weight_decay: float | None = None
     frozen: bool = False
     max_axes: int | None = None
@@ -41,34 +44,41 @@ class Rule:
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """An algorithm, its learning rate and weight decay, and the rules for single parameters.
+    """An algorithm, its learning rate and weight decay, and rules for single parameters.
 
-    Biases, norms and everything else with one axis are not decayed. Of the ``rules`` the first that matches a
-    parameter's name counts; it may give such a parameter a weight decay after all. Groups carry ``lr_multiplier`` and
-    ``decayed``, which is how a schedule for the learning rate or the weight decay reaches each of them.
+    Biases, norms and everything else with one axis are not decayed. The first of the ``rules`` that matches a parameter
+    applies; it may give such a parameter a weight decay after all. Parameter groups hold ``lr_multiplier``,
+    ``constant_lr`` and ``decayed``, which tell the callback `Schedules` how a schedule applies to them.
 
     Args:
         algorithm: builds the optimizer from parameter groups, e.g. ``partial(adamw, betas=(0.9, 0.95))``.
         lr: peak learning rate.
         weight_decay: of everything with more than one axis.
-        rules: ordered.
+        rules: in order of precedence.
+        parameters: pattern (``re.search``) of the names of the parameters that the optimizer updates, such as
+            ``^generator\\.``, for methods with several optimizers; by default all.
     """
 
     algorithm: Algorithm
     lr: float
     weight_decay: float = 0.0
     rules: Sequence[Rule] = field(default=())
+    parameters: str = ""
 
     def build(self, module: nn.Module, extra_rules: Iterable[Rule] = ()) -> torch.optim.Optimizer:
-        """The optimizer over ``module``'s parameters that take a gradient; rules freeze in place.
+        """Builds the optimizer over ``module``'s parameters that take a gradient; rules freeze parameters in place.
 
         Raises:
-            ValueError: a rule matches no parameter (a typo would otherwise go unnoticed), or nothing is left to train.
+            SettingError: a rule or ``parameters`` matches no parameter (a typo would otherwise go unnoticed), or every
+                parameter is frozen.
         """
         rules = [*self.rules, *extra_rules]
         matched = [False] * len(rules)
-        groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
-        for name, parameter in module.named_parameters():
+        groups: dict[tuple[float, float, bool, bool], dict[str, Any]] = {}
+        named = [(name, p) for name, p in module.named_parameters() if re.search(self.parameters, name)]
+        if self.parameters and not named:
+            raise SettingError(f"optimizer: no parameter's name matches parameters='{self.parameters}'")
+        for name, parameter in named:
             rule = Rule(pattern="")
             for position, candidate in enumerate(rules):
                 if candidate.matches(name, parameter):
@@ -82,55 +92,81 @@ class OptimizerRecipe:
             decay = rule.weight_decay if rule.weight_decay is not None else self.weight_decay * decayed
             follows_schedule = decayed and rule.weight_decay is None
             group = groups.setdefault(
-                (rule.lr_multiplier, decay, follows_schedule),
+                (rule.lr_multiplier, decay, follows_schedule, rule.constant_lr),
                 {
                     "params": [],
                     "names": [],
                     "lr": self.lr * rule.lr_multiplier,
                     "weight_decay": decay,
                     "lr_multiplier": rule.lr_multiplier,
+                    "constant_lr": rule.constant_lr,
                     "decayed": follows_schedule,
                 },
             )
             group["params"].append(parameter)
             group["names"].append(name)
         for rule, hit in zip(rules, matched, strict=True):
-            if not hit and not any(rule.matches(*each) for each in module.named_parameters()):
-                raise SettingError(f"no parameter's name matches the optimizer rule '{rule.pattern}'")
+            if not hit and not any(rule.matches(name, parameter) for name, parameter in named):
+                raise SettingError(f"optimizer.rules: no parameter's name matches pattern '{rule.pattern}'")
         if not groups:
-            raise SettingError("no parameter is left to train: every one is frozen")
-        # lr and weight_decay stand in every group; the keyword only satisfies algorithms that demand one
+            raise SettingError("optimizer.rules: no parameter is left to train, every one is frozen")
+        # every group has its lr and weight_decay; the keyword is for algorithms that demand one
         return self.algorithm([{**group} for group in groups.values()], lr=self.lr)
+
+
+def build_optimizers(module: nn.Module, recipes: Mapping[str, OptimizerRecipe]) -> list[torch.optim.Optimizer]:
+    """Builds an optimizer from each recipe, in their order.
+
+    Raises:
+        SettingError: two recipes update the same parameter, or none a parameter that takes a gradient; and those of
+            `OptimizerRecipe.build`.
+    """
+    optimizers = {name: recipe.build(module) for name, recipe in recipes.items()}
+    owners: dict[str, str] = {}
+    for name, optimizer in optimizers.items():
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["names"]):
+            if parameter in owners:
+                raise SettingError(
+                    f"optimizer.{name}.parameters and optimizer.{owners[parameter]}.parameters both match '{parameter}'"
+                )
+            owners[parameter] = name
+    for parameter, value in module.named_parameters():
+        if value.requires_grad and parameter not in owners:
+            raise SettingError(
+                f"optimizer: no recipe's `parameters` matches '{parameter}', which takes a gradient; add it to one, or "
+                "freeze it with a rule"
+            )
+    return list(optimizers.values())
 
 
 def adamw(
     groups: Sequence[dict[str, Any]], *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
 ) -> torch.optim.AdamW:
-    """AdamW whose update is one kernel: it reads and writes each tensor once, which a step on a CPU notices. An
-    `OptimizerRecipe`'s algorithm: ``partial(adamw, …)``."""
+    """AdamW in one fused kernel, which reads and writes each tensor once: noticeably faster on a CPU. An algorithm for
+    `OptimizerRecipe`: ``partial(adamw, …)``."""
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
-    # under 16-mixed a fused optimizer would undo the loss scale itself, after clipping and the guards saw the gradients
+    # with precision 16-mixed a fused optimizer would unscale gradients itself, after clipping and NanGuard saw them
     optimizer._step_supports_amp_scaling = False
     return optimizer
 
 
 def sgd(groups: Sequence[dict[str, Any]], *, lr: float, momentum: float = 0.9) -> torch.optim.SGD:
-    """SGD with the momentum that ConvNets are trained with; a recipe then names an algorithm alone, which a smaller
-    scale can replace by another. An `OptimizerRecipe`'s algorithm: ``partial(sgd, …)``."""
+    """SGD with momentum 0.9, as ConvNets are trained. An algorithm for `OptimizerRecipe`: ``partial(sgd, …)``."""
     return torch.optim.SGD(groups, lr=lr, momentum=momentum)
 
 
 def lars(
     groups: Sequence[dict[str, Any]], *, lr: float, momentum: float = 0.9, trust_coefficient: float = 0.001
 ) -> Lars:
-    """LARS: SGD with momentum where the gradient of each tensor of more than one axis is scaled by trust_coefficient *
-    |weight| / |gradient|; for biases and norms it is SGD. An `OptimizerRecipe`'s algorithm: ``partial(lars, …)``."""
+    """LARS: SGD with momentum where the gradient of each tensor with more than one axis is scaled by
+    trust_coefficient * |weight| / |gradient|; biases and norms take plain SGD steps. An algorithm for
+    `OptimizerRecipe`: ``partial(lars, …)``."""
     split = []
     for group in groups:
         for adapted in (True, False):
-            chosen = [position for position, p in enumerate(group["params"]) if (p.ndim > 1) == adapted]
-            if chosen:
-                parts = {key: [group[key][position] for position in chosen] for key in ("params", "names")}
+            positions = [position for position, p in enumerate(group["params"]) if (p.ndim > 1) == adapted]
+            if positions:
+                parts = {key: [group[key][position] for position in positions] for key in ("params", "names")}
                 split.append({**group, **parts, "always_adapt": adapted})
     return Lars(split, lr=lr, momentum=momentum, trust_coeff=trust_coefficient)
 
@@ -138,7 +174,7 @@ def lars(
 def larc(
     groups: Sequence[dict[str, Any]], *, lr: float, momentum: float = 0.9, trust_coefficient: float = 0.001
 ) -> Lars:
-    """`lars` that scales the gradients of biases and norms too, as SwAV does (apex's LARC without clipping)."""
+    """`lars` that also scales the gradients of biases and norms, as in SwAV (apex's LARC without clipping)."""
     return Lars(
         [{**group} for group in groups], lr=lr, momentum=momentum, trust_coeff=trust_coefficient, always_adapt=True
     )
@@ -147,14 +183,17 @@ def larc(
 def lamb(
     groups: Sequence[dict[str, Any]], *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6
 ) -> Lamb:
-    """LAMB: Adam whose direction is brought, for each tensor that is decayed, to the tensor's own length; for what is
-    not decayed it is Adam. Gradients are clipped by the trainer alone. An `OptimizerRecipe`'s algorithm:
-    ``partial(lamb, …)``."""
+    """LAMB: Adam whose update of each decayed tensor is scaled to the tensor's own norm; the others take Adam's steps.
+    Only the trainer clips gradients. An algorithm for `OptimizerRecipe`: ``partial(lamb, …)``."""
     return Lamb(groups, lr=lr, betas=betas, eps=eps, max_grad_norm=None)
 
 
 def layer_decay_rules(layers: Sequence[str], decay: float) -> list[Rule]:
-    """Layer-wise learning-rate decay: ``layers`` are name patterns from the input to the head, the last gets factor 1
-    and each one below it ``decay`` times the one above."""
+    """Rules for layer-wise learning-rate decay.
+
+    Args:
+        layers: name patterns from the input to the head. The last has factor 1, each one before it ``decay`` times that
+            of the next.
+    """
     depth = len(layers) - 1
     return [Rule(pattern, lr_multiplier=decay ** (depth - level)) for level, pattern in enumerate(layers)]

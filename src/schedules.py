@@ -1,4 +1,4 @@
-"""Values that change over a run: frozen dataclasses, pure in the number of optimizer steps done."""
+"""Schedules: values that change over a run, as pure functions of the number of optimizer steps done."""
 
 from __future__ import annotations
 
@@ -20,28 +20,38 @@ _UNITS = {
     "samples": "samples",
     "%": "percent",
 }
+_SHARE = re.compile(r"([0-9]*\.?[0-9]+)\s*(%?)")
 _DURATION = re.compile(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kM]?)\s*(steps?|epochs?|samples?|%)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Horizon:
-    """How long a run is, which is what durations are measured against.
+    """The length of a run, which turns durations into optimizer steps.
 
     Args:
         total_steps: optimizer steps in the whole run.
         steps_per_epoch: optimizer steps in an epoch.
-        batch_size: images per optimizer step, over all processes and micro-batches.
+        batch_size: samples per optimizer step, over all processes and micro-batches.
+        max_warmup: largest share of the run that a warm-up may take, 0.2 or ``"20%"``; None for no cap. A recipe for
+            300 epochs warms up for 40, which would be all of a run of 20.
+
+    Raises:
+        SettingError: ``max_warmup`` is not a share.
     """
 
     total_steps: int
     steps_per_epoch: float
     batch_size: int
+    max_warmup: float | str | None = None
+
+    def __post_init__(self) -> None:
+        share_of(self.max_warmup)
 
     def steps(self, duration: int | float | str) -> float:
-        """A duration in optimizer steps: ``"40 epochs"``, ``"10%"`` (of the run), ``"2M samples"``, ``500``.
+        """Converts a duration to optimizer steps: ``"40 epochs"``, ``"10%"`` (of the run), ``"2M samples"``, ``500``.
 
         Raises:
-            ValueError: not a duration, or negative.
+            SettingError: not a duration, or negative.
         """
         if isinstance(duration, int | float):
             if duration < 0:
@@ -50,7 +60,7 @@ class Horizon:
         match = _DURATION.fullmatch(duration.strip())
         if match is None:
             raise SettingError(
-                f"not a duration: '{duration}' (say '40 epochs', '10%', '2M samples', '500 steps' or 500)"
+                f"not a duration: '{duration}' (write '40 epochs', '10%', '2M samples', '500 steps' or 500)"
             )
         amount = float(match[1]) * {"": 1, "k": 1_000, "m": 1_000_000}[match[2].lower()]
         match _UNITS[match[3].lower()]:
@@ -62,11 +72,36 @@ class Horizon:
                 return amount / 100 * self.total_steps
         return amount
 
+    def warmup_steps(self, duration: int | float | str) -> float:
+        """Converts the duration of a warm-up to optimizer steps, at most ``max_warmup`` of the run.
+
+        Raises:
+            SettingError: see `steps`.
+        """
+        return min(self.steps(duration), share_of(self.max_warmup) * self.total_steps)
+
+
+def share_of(max_warmup: float | str | None) -> float:
+    """Converts ``0.2`` or ``"20%"`` to 0.2, and None to 1.
+
+    Raises:
+        SettingError: neither of them, or not between 0 and 1.
+    """
+    if max_warmup is None:
+        return 1.0
+    match = _SHARE.fullmatch(str(max_warmup).strip())
+    share = float(match[1]) / (100 if match[2] else 1) if match else -1.0
+    if not 0 <= share <= 1:
+        raise SettingError(f"max_warmup={max_warmup} must be a share of the run such as 20% or 0.2, or null for no cap")
+    return share
+
 
 class Schedule(Protocol):
-    """A value at every optimizer step, ``step`` counting those already done."""
+    """A value for every optimizer step."""
 
-    def value(self, step: int, horizon: Horizon) -> float: ...
+    def value(self, step: int, horizon: Horizon) -> float:
+        """The value for the step after ``step`` optimizer steps."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -81,14 +116,20 @@ class Constant:
 
 @dataclass(frozen=True)
 class Switch:
-    """``before`` for the duration ``at``, then ``after``."""
+    """``before`` for the duration ``at``, then ``after``.
+
+    Args:
+        warmup: what comes before ``at`` is a warm-up, so it is capped as one (`Horizon.warmup_steps`).
+    """
 
     at: int | float | str
     before: float = 0.0
     after: float = 1.0
+    warmup: bool = False
 
     def value(self, step: int, horizon: Horizon) -> float:
-        return self.before if step < horizon.steps(self.at) else self.after
+        steps = horizon.warmup_steps(self.at) if self.warmup else horizon.steps(self.at)
+        return self.before if step < steps else self.after
 
 
 @dataclass(frozen=True)
@@ -101,6 +142,18 @@ class Linear:
 
     def value(self, step: int, horizon: Horizon) -> float:
         return self.start + (self.end - self.start) * _progress(step, 0.0, horizon.steps(self.duration))
+
+
+@dataclass(frozen=True)
+class LinearWarmup:
+    """From ``start`` to ``end`` in a straight line over ``warmup``, then ``end`` for the rest of the run."""
+
+    start: float
+    end: float
+    warmup: int | float | str
+
+    def value(self, step: int, horizon: Horizon) -> float:
+        return self.start + (self.end - self.start) * _progress(step, 0.0, horizon.warmup_steps(self.warmup))
 
 
 @dataclass(frozen=True)
@@ -117,9 +170,9 @@ class Cosine:
 
 @dataclass(frozen=True)
 class _Warmup(ABC):
-    """A line from ``start`` to ``peak`` over ``warmup``, then to ``end`` at the end of the run.
+    """From ``start`` to ``peak`` in a straight line over ``warmup``, then to ``end`` at the end of the run.
 
-    Step 0 has the value ``start``: with ``start=0`` the first update of a warmed-up run is a null step, as in the
+    Step 0 has the value ``start``: with ``start=0`` the first update of a run with a warm-up changes nothing, as in the
     code of MAE and its followers.
     """
 
@@ -129,25 +182,25 @@ class _Warmup(ABC):
     end: float = 0.0
 
     def value(self, step: int, horizon: Horizon) -> float:
-        warmup = min(horizon.steps(self.warmup), horizon.total_steps)
+        warmup = horizon.warmup_steps(self.warmup)
         if step < warmup:
             return self.start + (self.peak - self.start) * step / warmup
         return self.after(_progress(step, warmup, horizon.total_steps))
 
     @abstractmethod
     def after(self, progress: float) -> float:
-        """What comes behind the warmup: ``peak`` at 0, ``end`` at 1."""
+        """The value after the warm-up: ``peak`` at progress 0, ``end`` at 1."""
 
 
 class WarmupCosine(_Warmup):
-    """A line from ``start`` to ``peak`` over ``warmup``, then half a cosine to ``end`` at the end of the run."""
+    """From ``start`` to ``peak`` in a straight line over ``warmup``, then to ``end`` along half a cosine."""
 
     def after(self, progress: float) -> float:
         return _half_cosine(self.peak, self.end, progress)
 
 
 class WarmupLinear(_Warmup):
-    """A line from ``start`` to ``peak`` over ``warmup``, then another one to ``end`` at the end of the run."""
+    """From ``start`` to ``peak`` in a straight line over ``warmup``, then to ``end`` in another."""
 
     def after(self, progress: float) -> float:
         return self.peak + (self.end - self.peak) * progress
@@ -155,8 +208,8 @@ class WarmupLinear(_Warmup):
 
 @dataclass(frozen=True)
 class WarmupDrops:
-    """A line from ``start`` to ``peak`` over ``warmup``, then ``peak`` times ``factor`` for each of the ``drops`` that
-    has passed."""
+    """From ``start`` to ``peak`` in a straight line over ``warmup``, then ``peak``, multiplied by ``factor`` at each of
+    the ``drops``."""
 
     peak: float
     drops: Sequence[int | float | str]
@@ -165,7 +218,7 @@ class WarmupDrops:
     start: float = 0.0
 
     def value(self, step: int, horizon: Horizon) -> float:
-        warmup = horizon.steps(self.warmup)
+        warmup = horizon.warmup_steps(self.warmup)
         if step < warmup:
             return self.start + (self.peak - self.start) * step / warmup
         return self.peak * self.factor ** sum(step >= horizon.steps(drop) for drop in self.drops)

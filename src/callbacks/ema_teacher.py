@@ -1,4 +1,4 @@
-"""Teachers follow their students as exponential moving averages."""
+"""Moves teachers as exponential moving averages of their students (momentum encoders)."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from src.errors import SettingError
-
-Pair = tuple[nn.Module, nn.Module]
+from src.models.teacher import TeacherPair
 
 
 class EMATeacher(L.Callback):
     """Moves every teacher of ``pl_module.teacher_pairs()`` once an optimizer step, however many micro-batches it has:
-    teacher = m * teacher + (1 - m) * student, m being ``pl_module.teacher_momentum`` as it stood when the step began.
-    A schedule may write that attribute (``schedules.teacher_momentum``); this callback comes after `Schedules`.
+    teacher = m * teacher + (1 - m) * student. The momentum m is the attribute of ``pl_module`` that the pair names
+    (``teacher_momentum``), which a schedule may set for each step (``schedules.teacher_momentum``); this callback comes
+    after `Schedules`.
 
-    The teachers are part of the module and of its checkpoint; there is no state here.
+    The teachers are part of the module and of its checkpoint, so this callback has no state.
 
     Args:
         when: "before" the step's first forward pass (MoCo), or "after" its update (BYOL, DINO).
@@ -37,15 +37,15 @@ class EMATeacher(L.Callback):
             raise SettingError(f"callbacks.teacher.buffers must be 'keep' or 'copy', got '{buffers}'")
         self.when = when
         self.buffers = buffers
-        self._step: int | None = None  # optimizer steps done when the step under way began
+        self._step: int | None = None  # optimizer steps done before the current one
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pairs = _pairs(pl_module)
         if not pairs:
             raise SettingError(f"callbacks.teacher: {type(pl_module).__name__} has no teacher to move; remove it")
-        for student, teacher in pairs:
-            _check_pair(student, teacher)
-        _momentum(pl_module)
+        for pair in pairs:
+            _check_pair(pair)
+        _momenta(pl_module)
         self._step = None
 
     def on_train_batch_start(
@@ -54,57 +54,64 @@ class EMATeacher(L.Callback):
         if self._step == trainer.global_step:
             return  # a further micro-batch
         self._step = trainer.global_step
-        momentum = _momentum(pl_module)
+        momenta = _momenta(pl_module)  # checked here for "after" too: a bad value stops the run before the step
         if self.when == "before":
-            self._move(pl_module, momentum)
+            self._move(pl_module, momenta)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.when == "after" and trainer.global_step != self._step:
-            self._move(pl_module, _momentum(pl_module))
+            self._move(pl_module, _momenta(pl_module))
 
     @torch.no_grad()
-    def _move(self, pl_module: L.LightningModule, momentum: float) -> None:
-        for student, teacher in _pairs(pl_module):
-            ours: list[Tensor] = list(teacher.parameters())
-            theirs: list[Tensor] = list(student.parameters())
-            torch._foreach_mul_(ours, momentum)
-            torch._foreach_add_(ours, theirs, alpha=1 - momentum)
+    def _move(self, pl_module: L.LightningModule, momenta: list[float]) -> None:
+        for pair, momentum in zip(_pairs(pl_module), momenta, strict=True):
+            teacher: list[Tensor] = list(pair.teacher.parameters())
+            student: list[Tensor] = list(pair.student.parameters())
+            torch._foreach_mul_(teacher, momentum)
+            torch._foreach_add_(teacher, student, alpha=1 - momentum)
             if self.buffers == "copy":
-                for mine, other in zip(teacher.buffers(), student.buffers(), strict=True):
-                    mine.copy_(other)
+                for to, source in zip(pair.teacher.buffers(), pair.student.buffers(), strict=True):
+                    to.copy_(source)
 
 
-def _pairs(pl_module: L.LightningModule) -> list[Pair]:
+def _pairs(pl_module: L.LightningModule) -> list[TeacherPair]:
     return list(pl_module.teacher_pairs())  # type: ignore[operator]
 
 
-def _momentum(pl_module: L.LightningModule) -> float:
-    momentum: Any = getattr(pl_module, "teacher_momentum", None)
+def _momenta(pl_module: L.LightningModule) -> list[float]:
+    return [_momentum(pl_module, pair) for pair in _pairs(pl_module)]
+
+
+def _momentum(pl_module: L.LightningModule, pair: TeacherPair) -> float:
+    momentum: Any = getattr(pl_module, pair.momentum, None)
     if momentum is None:
-        raise SettingError(f"{type(pl_module).__name__} has a teacher but no attribute 'teacher_momentum'")
+        raise SettingError(f"{type(pl_module).__name__} has a teacher but no attribute '{pair.momentum}'")
     if not 0 <= momentum <= 1:
         raise SettingError(
-            "model.teacher_momentum, or what schedules.teacher_momentum makes of it, must lie in [0, 1]; "
+            f"model.{pair.momentum}, or the value that schedules.{pair.momentum} gives it, must lie in [0, 1]; "
             f"got {momentum}"
         )
     return float(momentum)
 
 
-def _check_pair(student: nn.Module, teacher: nn.Module) -> None:
-    ours, theirs = ({n: p.shape for n, p in each.named_parameters()} for each in (teacher, student))
-    for name in [*theirs, *ours]:
-        if ours.get(name) != theirs.get(name):
+def _check_pair(pair: TeacherPair) -> None:
+    teacher, student = (
+        {name: parameter.shape for name, parameter in module.named_parameters()}
+        for module in (pair.teacher, pair.student)
+    )
+    for name in [*student, *teacher]:
+        if teacher.get(name) != student.get(name):
             raise SettingError(
-                f"teacher and student must have the same parameters: '{name}' is {_shape(theirs.get(name))} in the "
-                f"student and {_shape(ours.get(name))} in the teacher"
+                f"teacher and student must have the same parameters: '{name}' is {_shape(student.get(name))} in the "
+                f"student and {_shape(teacher.get(name))} in the teacher"
             )
-    if list(ours) != list(theirs):
+    if list(teacher) != list(student):
         raise SettingError("teacher and student must have their parameters in the same order")
-    learning = [name for name, parameter in teacher.named_parameters() if parameter.requires_grad]
-    if learning:
-        raise SettingError(f"a teacher takes no gradient, but its parameter '{learning[0]}' does")
+    for name, parameter in pair.teacher.named_parameters():
+        if parameter.requires_grad:
+            raise SettingError(f"a teacher takes no gradient, but its parameter '{name}' does")
 
 
 def _shape(shape: torch.Size | None) -> str:

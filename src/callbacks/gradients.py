@@ -1,4 +1,4 @@
-"""What happens to gradients between the backward pass and the update."""
+"""Changes to gradients between the backward pass and the update."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from src.errors import SettingError
 
 
 class ClipEachParameter(L.Callback):
-    """Scales the gradient of every parameter on its own to the length ``max_norm``, where it is longer (DINO).
+    """Clips the gradient of every parameter on its own to the norm ``max_norm`` (DINO).
 
-    Lightning's ``trainer.gradient_clip_val`` scales all of them by one factor; there a single large tensor, such as
-    the prototypes, takes the step from everything else.
+    Lightning's ``trainer.gradient_clip_val`` scales all gradients by one factor, so that one large tensor, such as the
+    prototypes, would shrink the updates of all others.
 
     Raises:
-        SettingError: a length that is not positive.
+        SettingError: ``max_norm`` is not positive.
     """
 
     def __init__(self, max_norm: float) -> None:
@@ -30,22 +30,22 @@ class ClipEachParameter(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        for parameter in pl_module.parameters():
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             if parameter.grad is not None:
                 clip_grad_norm_(parameter, self.max_norm)
 
 
 class FreezeAtFirst(L.Callback):
-    """Leaves parameters where they are for the first part of a run: no update, no weight decay, no momentum.
+    """Freezes parameters for the first part of a run: no update, no weight decay, no momentum.
 
-    Their gradients are computed and dropped, so that nothing else changes when they begin to move.
+    Their gradients are computed and dropped, so that nothing else changes when they begin to learn.
 
     Args:
         pattern: of the parameters' names (``re.search``).
-        duration: such as "1 epoch" (see `Horizon.steps`).
+        duration: such as "1 epoch", capped as a warm-up is (`Horizon.warmup_steps`).
 
     Raises:
-        SettingError: at start, where no parameter that learns matches.
+        SettingError: at start, no parameter that learns matches.
     """
 
     def __init__(self, pattern: str, duration: int | float | str) -> None:
@@ -53,15 +53,15 @@ class FreezeAtFirst(L.Callback):
         self.duration = duration
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._chosen(pl_module):
+        if not self._matching(pl_module):
             raise SettingError(f"callbacks.freeze.pattern: no parameter that learns matches '{self.pattern}'")
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if trainer.global_step < horizon_of(trainer).steps(self.duration):
-            for parameter in self._chosen(pl_module):
+        if trainer.global_step < horizon_of(trainer).warmup_steps(self.duration):
+            for parameter in self._matching(pl_module):
                 parameter.grad = None
 
-    def _chosen(self, pl_module: L.LightningModule) -> list[torch.nn.Parameter]:
+    def _matching(self, pl_module: L.LightningModule) -> list[torch.nn.Parameter]:
         return [p for name, p in pl_module.named_parameters() if p.requires_grad and re.search(self.pattern, name)]

@@ -1,16 +1,27 @@
-"""A teacher that follows its student."""
+"""Teachers: momentum encoders, moving averages of a student's weights."""
 
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import nn
 
 M = TypeVar("M", bound=nn.Module)
 
 
+class TeacherPair(NamedTuple):
+    """A student and the teacher that follows it; their parameters have the same names."""
+
+    student: nn.Module
+    teacher: nn.Module
+    momentum: str = "teacher_momentum"  # attribute of the method that holds the moving average's momentum
+
+
 def teacher_of(student: M) -> M:
-    """A copy that takes no gradient, every parameter under the name it has in the student. `EMATeacher` moves it; the
-    method names both in ``teacher_pairs`` and calls it under ``torch.no_grad``."""
+    """Returns a copy of ``student`` that takes no gradient.
+
+    The method names both in ``teacher_pairs``, calls the teacher under ``torch.no_grad``, and the callback `EMATeacher`
+    moves it.
+    """
     return deepcopy(student).requires_grad_(False)

@@ -15,6 +15,7 @@ from src.datamodules.dataset import SampleKey, ViewedDataset
 from src.datamodules.image import IMAGENET_MEAN, IMAGENET_STD
 from src.datamodules.views.image import CenterCrop
 from src.models.masked.mae import MAE
+from src.models.teacher import TeacherPair
 from src.optim import OptimizerRecipe
 
 
@@ -90,8 +91,8 @@ def test_a_bare_step_clips_and_moves_the_teacher() -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return self.optimizer_recipe.build(self)
 
-        def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-            return [(self.follower, self.teacher)]
+        def teacher_pairs(self) -> list[TeacherPair]:
+            return [TeacherPair(self.follower, self.teacher)]
 
         def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> dict[str, torch.Tensor]:
             self.shapes.append(batch["views"].shape)

@@ -11,19 +11,21 @@ from torch import Tensor, nn
 
 from src.callbacks.ema_teacher import EMATeacher
 from src.callbacks.schedules import Schedules
+from src.errors import UserError
 from src.models.backbones.encoder import Encoder
 from src.models.pretrain_module import PretrainModule, StepOutput
-from src.models.teacher import teacher_of
+from src.models.teacher import TeacherPair, teacher_of
 from src.optim import OptimizerRecipe
 from src.schedules import Cosine, Linear
+from src.train import check_teachers
 from tests.callbacks.small_runs import SIZE, SmallData, fit
 
 
 class Follower(PretrainModule):
     """A scalar student pushed down by 0.5 a step, and its teacher."""
 
-    def __init__(self, momentum: Any = 0.9) -> None:
-        super().__init__(OptimizerRecipe(partial(torch.optim.SGD), lr=0.5))
+    def __init__(self, momentum: Any = 0.9, optimizer: OptimizerRecipe | None = None) -> None:
+        super().__init__(optimizer or OptimizerRecipe(partial(torch.optim.SGD), lr=0.5))
         self.student = nn.Linear(1, 1, bias=False)
         nn.init.ones_(self.student.weight)
         self.student.register_buffer("count", torch.zeros(()))
@@ -36,8 +38,8 @@ class Follower(PretrainModule):
         self.seen.append(self.teacher.weight.item())
         return {"loss": self.student.weight.sum()}
 
-    def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [(self.student, self.teacher)]
+    def teacher_pairs(self) -> list[TeacherPair]:
+        return [TeacherPair(self.student, self.teacher)]
 
     def encoders(self) -> dict[str, Encoder]:
         return {}
@@ -47,11 +49,10 @@ class Regressor(Follower):
     """A student and a loss on its teacher's answer, each row for itself."""
 
     def __init__(self) -> None:
-        super().__init__(0.8)
+        super().__init__(0.8, OptimizerRecipe(partial(torch.optim.SGD, momentum=0.9), lr=0.1))
         torch.manual_seed(0)
         self.student = nn.Linear(SIZE, SIZE).double()
         self.teacher = teacher_of(self.student)
-        self.optimizer_recipe = OptimizerRecipe(partial(torch.optim.SGD, momentum=0.9), lr=0.1)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> StepOutput:
         x = batch["image"].double()
@@ -150,11 +151,10 @@ def test_buffers_are_the_teacher_s_own_or_the_student_s(tmp_path, buffers, expec
     assert module.teacher.get_buffer("count").item() == expected
 
 
-def test_a_teacher_nobody_moves_is_refused_at_start(tmp_path):
-    module = Follower()
-    with pytest.raises(ValueError, match=r"Follower has a teacher and nothing moves it: callbacks\.teacher"):
-        run(tmp_path, module)
-    assert module.seen == []
+def test_a_teacher_that_no_callback_moves_is_refused_before_a_run():
+    with pytest.raises(UserError, match=r"Follower has a teacher and nothing moves it: callbacks\.teacher"):
+        check_teachers(Follower(), [Schedules({})])
+    check_teachers(Follower(), [Schedules({}), EMATeacher()])
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.5, float("nan")])

@@ -15,7 +15,8 @@ from tests.callbacks.small_runs import SmallModule, fit
 def test_each_parameter_is_clipped_on_its_own():
     module = torch.nn.Linear(2, 1)
     module.weight.grad, module.bias.grad = torch.tensor([[3.0, 4.0]]), torch.tensor([0.5])
-    ClipEachParameter(2.0).on_before_optimizer_step(None, module, None)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(module.parameters())
+    ClipEachParameter(2.0).on_before_optimizer_step(None, module, optimizer)  # type: ignore[arg-type]
     assert module.weight.grad.flatten().tolist() == pytest.approx([1.2, 1.6], rel=1e-5)  # of length 5, now 2
     assert module.bias.grad.item() == 0.5  # a common factor would have been 2 / 5.02
 

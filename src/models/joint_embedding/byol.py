@@ -12,7 +12,7 @@ from src.models.functional import l2_normalize
 from src.models.heads.mlp import MlpHead
 from src.models.joint_embedding.base import JointEmbedding, forward_views_separately, two_views
 from src.models.pretrain_module import StepOutput
-from src.models.teacher import teacher_of
+from src.models.teacher import TeacherPair, teacher_of
 from src.optim import OptimizerRecipe
 
 
@@ -63,8 +63,8 @@ class BYOL(JointEmbedding):
         loss = regression(prediction, target.flip(1))
         return {"loss": loss, "embedding": h[:, 0].detach().float()}
 
-    def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [(self.student, self.teacher)]
+    def teacher_pairs(self) -> list[TeacherPair]:
+        return [TeacherPair(self.student, self.teacher)]
 
     def encoders(self) -> dict[str, Encoder]:
         return {"student": self.student["encoder"], "teacher": self.teacher["encoder"]}  # type: ignore[dict-item]

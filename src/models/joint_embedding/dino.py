@@ -26,7 +26,7 @@ from src.models.losses.distillation import (
     sharpen,
 )
 from src.models.pretrain_module import StepOutput
-from src.models.teacher import teacher_of
+from src.models.teacher import TeacherPair, teacher_of
 from src.optim import OptimizerRecipe
 
 
@@ -121,8 +121,8 @@ class DINO(JointEmbedding):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.center.move()
 
-    def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [(self.student, self.teacher)]
+    def teacher_pairs(self) -> list[TeacherPair]:
+        return [TeacherPair(self.student, self.teacher)]
 
     def encoders(self) -> dict[str, Encoder]:
         return {"student": self.student["encoder"], "teacher": self.teacher["encoder"]}

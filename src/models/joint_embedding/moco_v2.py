@@ -16,7 +16,7 @@ from src.models.joint_embedding.base import JointEmbedding, two_views
 from src.models.joint_embedding.queue import FeatureQueue
 from src.models.losses.contrastive import contrastive_accuracy, queue_info_nce
 from src.models.pretrain_module import StepOutput
-from src.models.teacher import teacher_of
+from src.models.teacher import TeacherPair, teacher_of
 from src.optim import OptimizerRecipe
 
 
@@ -88,8 +88,8 @@ class MoCoV2(JointEmbedding):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self.queue.push()
 
-    def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [(self.student, self.teacher)]
+    def teacher_pairs(self) -> list[TeacherPair]:
+        return [TeacherPair(self.student, self.teacher)]
 
     def encoders(self) -> dict[str, Encoder]:
         return {"student": self.student["encoder"], "teacher": self.teacher["encoder"]}  # type: ignore[dict-item]

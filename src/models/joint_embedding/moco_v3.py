@@ -19,7 +19,7 @@ from src.models.heads.mlp import MlpHead
 from src.models.joint_embedding.base import JointEmbedding, forward_views_separately, two_views
 from src.models.losses.contrastive import moco_v3_loss
 from src.models.pretrain_module import StepOutput
-from src.models.teacher import teacher_of
+from src.models.teacher import TeacherPair, teacher_of
 from src.optim import OptimizerRecipe
 
 
@@ -96,8 +96,8 @@ class MoCoV3(JointEmbedding):
         positive = (query * key.flip(1)).sum(dim=-1).mean()
         return {"loss": loss, "logs": {"positive": positive.detach()}, "embedding": h[:, 0].detach().float()}
 
-    def teacher_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [(self.student, self.teacher)]
+    def teacher_pairs(self) -> list[TeacherPair]:
+        return [TeacherPair(self.student, self.teacher)]
 
     def encoders(self) -> dict[str, Encoder]:
         return {"student": self.student["encoder"], "teacher": self.teacher["encoder"]}  # type: ignore[dict-item]
