@@ -32,8 +32,8 @@ class Horizon:
         total_steps: optimizer steps in the whole run.
         steps_per_epoch: optimizer steps in an epoch.
         batch_size: samples per optimizer step, over all processes and micro-batches.
-        max_warmup: largest share of the run that a warm-up may take, 0.2 or ``"20%"``; None for no cap. A recipe for
-            300 epochs warms up for 40, which would be all of a run of 20.
+        max_warmup: largest share of the run that a warm-up in steps, epochs or samples may take, 0.2 or ``"20%"``;
+            None for no cap. A recipe for 300 epochs warms up for 40, which would be all of a run of 20.
 
     Raises:
         SettingError: ``max_warmup`` is not a share.
@@ -73,12 +73,15 @@ class Horizon:
         return amount
 
     def warmup_steps(self, duration: int | float | str) -> float:
-        """Converts the duration of a warm-up to optimizer steps, at most ``max_warmup`` of the run.
+        """Converts the duration of a warm-up to optimizer steps, at most ``max_warmup`` of the run. A duration in percent
+        scales with the run by itself and is not capped.
 
         Raises:
             SettingError: see `steps`.
         """
-        return min(self.steps(duration), share_of(self.max_warmup) * self.total_steps)
+        in_percent = isinstance(duration, str) and duration.strip().endswith("%")
+        cap = 1.0 if in_percent else share_of(self.max_warmup)
+        return min(self.steps(duration), cap * self.total_steps)
 
 
 def share_of(max_warmup: float | str | None) -> float:

@@ -24,7 +24,8 @@ class Schedules(L.Callback):
             unless its ``constant_lr``, the weight decay of decayed groups. ``optimizers.<name>.lr`` and
             ``optimizers.<name>.weight_decay`` set one of several optimizers. Any other path ("teacher_momentum",
             "head.temperature") is an existing attribute of the module.
-        max_warmup: largest share of the run that any warm-up may take, "20%" or 0.2; None for no cap. See `Horizon`.
+        max_warmup: largest share of the run that a warm-up in steps, epochs or samples may take, "20%" or 0.2; None for
+            no cap. See `Horizon`.
 
     Raises:
         SettingError: ``max_warmup`` is not a share; at start, a path leads nowhere.
