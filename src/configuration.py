@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException
@@ -19,6 +17,8 @@ from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from src import composition as layered
+from src.composition import Composition
 from src.errors import UserError, nearest
 from src.memory import keep_freed_memory
 
@@ -48,20 +48,31 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     Raises:
         UserError: an override does not parse, or names an experiment, option or key that does not exist.
     """
+    return composition(config_name, overrides).config
+
+
+def composition(config_name: str, overrides: Sequence[str], configs: Path = CONFIGS) -> Composition:
+    """As `compose`, with the file that each value comes from and what the scale replaced.
+
+    Args:
+        configs: the folder of the configuration's files.
+    """
     register_resolvers()
     parsed = _parse(overrides)
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        groups = [override for override in parsed if _is_group(override)]
-        for override in groups:
-            _check_option(override)
-        try:
-            base = hydra_compose(config_name, [override.input_line or "" for override in groups])
-            values = [override for override in parsed if override not in groups]
-            for override in values:
-                _check_value(override, base)
-            return hydra_compose(config_name, [override.input_line or "" for override in parsed]) if values else base
-        except (HydraException, OmegaConfBaseException) as problem:
-            raise UserError(_first_lines(problem)) from problem
+    groups = [override for override in parsed if _is_group(override, configs)]
+    for override in groups:
+        _check_option(override, configs)
+    values = [override for override in parsed if override not in groups and override.key_or_group != "scale"]
+    scales = [str(override.value()) for override in parsed if override.key_or_group == "scale"]
+    try:
+        composed = layered.compose(
+            configs, config_name, groups, scale=scales[-1] if scales else None, default_scale=default_scale()
+        )
+        for override in values:
+            _check_value(override, composed.config)
+        return composed.with_values(values) if values else composed
+    except (HydraException, OmegaConfBaseException) as problem:
+        raise UserError(_first_lines(problem)) from problem
 
 
 def check_complete(config: DictConfig) -> None:
@@ -107,9 +118,9 @@ def instantiate(config: Any, **kwargs: Any) -> Any:
         raise UserError(f"{f'in {key}: ' if key else ''}{complaint}") from problem
 
 
-def names(group: str) -> list[str]:
-    """The options of a configuration group, sorted; those beginning with an underscore are parts of others."""
-    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml") if not path.stem.startswith("_"))
+def names(group: str, configs: Path = CONFIGS) -> list[str]:
+    """The options of a configuration group, sorted; files whose name begins with an underscore are parts of others."""
+    return sorted(path.stem for path in (configs / group).glob("*.yaml") if not path.stem.startswith("_"))
 
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
@@ -161,14 +172,14 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def _is_group(override: Override) -> bool:
+def _is_group(override: Override, configs: Path = CONFIGS) -> bool:
     group = override.key_or_group.split("@")[0]
-    return bool(group) and (CONFIGS / group).is_dir()
+    return bool(group) and (configs / group).is_dir()
 
 
-def _check_option(override: Override) -> None:
+def _check_option(override: Override, configs: Path) -> None:
     group, option = override.key_or_group.split("@")[0], override.value()
-    options = names(group)
+    options = names(group, configs)
     for name in option if isinstance(option, list) else [option]:
         word = "null" if name is None else str(name)
         if word not in options:

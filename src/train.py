@@ -20,12 +20,12 @@ from rich.table import Table
 
 from src import configuration, runs
 from src.callbacks.batch_check import batch_type_of
-from src.callbacks.checkpoints import Preempted
 from src.callbacks.data_health import TooManyBadSamples
 from src.callbacks.ema_teacher import EMATeacher
 from src.callbacks.last_validation import LastValidation
 from src.callbacks.nan_guard import NonFiniteLoss
 from src.callbacks.recipe_card import RecipeCard
+from src.callbacks.stop_on_signal import Preempted
 from src.checkpoint_io import AtomicCheckpointIO, CheckpointError
 from src.datamodules.batches.base import BatchError
 from src.datamodules.sources.source import BadSample
@@ -111,6 +111,34 @@ def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int
     return 0
 
 
+_SHORT = {  # what the first panel calls the keys it names; all of them stand in `make config`
+    "data.batch_size": "batch",
+    "trainer.max_epochs": "epochs",
+    "image_size": "image size",
+    "backbone.model_name": "backbone",
+    "optimizer.algorithm._target_": "optimizer",
+    "optimizer.lr": "learning rate",
+    "data.train_samples": "training samples",
+}
+
+
+def replaced_by_scale(composed: configuration.Composition) -> list[str]:
+    """The values of the recipe that the scale replaced, the best known first: "batch 4096 → 8"."""
+    named = [key for key in _SHORT if key in composed.replaced]
+    lines = []
+    for key in named:
+        before, after = composed.replaced[key]
+        if key == "optimizer.lr":
+            after = f"{composed.config.optimizer.lr:.3g}"
+        lines.append(f"{_SHORT[key]} {_shown(before)} → {_shown(after)}")
+    rest = len([key for key in composed.replaced if key not in _SHORT and not key.startswith("run.")])
+    return [*lines, f"{rest} more"] if rest and lines else lines
+
+
+def _shown(value: Any) -> str:
+    return "all" if value is None else str(value).removeprefix("src.optim.")
+
+
 def check_batches(module: L.LightningModule, datamodule: Any) -> None:
     """Refuse a method and data that do not fit, before anything is launched."""
     try:
@@ -143,6 +171,7 @@ def recipe(config: DictConfig) -> dict[str, str]:
         "paper": config.about.paper,
         "deviations": config.about.deviations,
         "scale": f"{config.run.scale}  (SCALE=paper, smoke or tiny changes it)",
+        **({"replaced by it": ", ".join(config.run.replaced)} if config.run.get("replaced") else {}),
         "batch": f"{config.data.batch_size} images an optimizer step, over all processes",
         "precision": str(config.trainer.precision),
     }
