@@ -1,4 +1,4 @@
-"""The checkpoint format: written atomically, read with ``weights_only=True``."""
+"""Checkpoint files: written atomically, read without executing code."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.Size, torch.d
 
 
 class CheckpointError(ValueError):
-    """A file is not a plain checkpoint, or something would make it one that cannot be read back; the message says which
-    and why."""
+    """A file cannot be read as a checkpoint, or a state cannot be saved as one. The message names the file or entry."""
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The checkpoint at ``path``, its tensors on the CPU. Nothing in the file is executed.
+    """Reads a checkpoint onto the CPU with ``weights_only=True``, which executes no code of the file.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, holds more than tensors and plain values, or no weights.
+        CheckpointError: the file is missing or damaged, holds objects other than tensors and plain values, or no
+            ``state_dict``.
     """
     checkpoint = _read(Path(path))
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), Mapping):
@@ -44,11 +44,11 @@ def _read(path: Path) -> Any:
         raise CheckpointError(f"{path} is not a checkpoint: {'it is a folder' if path.is_dir() else 'no such file'}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # torch answers to damage with whatever its readers raise
-        raise CheckpointError(f"{path} is refused as a checkpoint: {_why(path, problem)}") from problem
+    except Exception as problem:  # torch raises many types for damaged files
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {_reason(path, problem)}") from problem
 
 
-def _why(path: Path, problem: Exception) -> str:
+def _reason(path: Path, problem: Exception) -> str:
     if isinstance(problem, PermissionError):
         return "permission denied"
     if path.stat().st_size == 0:
@@ -56,17 +56,17 @@ def _why(path: Path, problem: Exception) -> str:
     with path.open("rb") as file:
         start = file.read(2)
     if start == b"PK":
-        refused = re.search(r"GLOBAL ([\w.]+)", str(problem))
-        if refused:
-            return f"it holds objects other than tensors and plain values ({refused[1]})"
-        return "it is damaged or was cut off"
+        forbidden = re.search(r"GLOBAL ([\w.]+)", str(problem))
+        if forbidden:
+            return f"it holds objects other than tensors and plain values ({forbidden[1]})"
+        return "it is damaged or incomplete"
     if start[:1] == b"\x80":
-        return "it is a pickle of arbitrary objects, which could run any code"
+        return "it is a pickle of arbitrary objects, which can execute code"
     return "it was not written by torch.save"
 
 
-class Failure(NamedTuple):
-    """A save that did not come off."""
+class SaveFailure(NamedTuple):
+    """A checkpoint that could not be written."""
 
     path: Path
     reason: str
@@ -76,32 +76,32 @@ class Failure(NamedTuple):
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes beside the old file and swaps the two, so that there is a whole checkpoint at every moment.
+    """Writes a temporary file and renames it, so that a complete checkpoint exists at every moment.
 
-    A save that fails for want of space (or any other reason of the file system) leaves the previous file as it is, says
-    what was needed and what is free, and lets training go on; ``failed`` then holds the reason until the same file has
-    been written after all.
+    If the file system refuses a save, for example because the disk is full, the previous file stays, the log names the
+    needed and the free space, and training continues. ``failed`` holds the reason until a save to the same path
+    succeeds.
     """
 
     def __init__(self) -> None:
         self._failures: dict[Path, str] = {}
 
     @property
-    def failed(self) -> Failure | None:
-        """A file whose last save failed, None where all is well."""
-        return next((Failure(path, reason) for path, reason in self._failures.items()), None)
+    def failed(self) -> SaveFailure | None:
+        """A file whose last save failed; None if all succeeded."""
+        return next((SaveFailure(path, reason) for path, reason in self._failures.items()), None)
 
     def has_failed(self, path: Path) -> bool:
-        """Whether the last save of ``path`` failed."""
+        """True if the last save to ``path`` failed."""
         return path in self._failures
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """
         Raises:
-            CheckpointError: the state holds something that could not be loaded again; the message names the entry.
+            CheckpointError: the state holds a value that `load_checkpoint` refuses; the message names the entry.
         """
         path = Path(path)
-        _require_plain(checkpoint)
+        _check_plain(checkpoint)
         partial = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,12 +117,12 @@ class AtomicCheckpointIO(CheckpointIO):
                 raise
             partial.unlink(missing_ok=True)
             self._failures[path] = f"{cause.strerror or cause}{_space(checkpoint, path.parent)}"
-            log.error("could not save %s: %s. Training goes on.", path, self._failures[path])
+            log.error("could not save %s: %s. Training continues.", path, self._failures[path])
         else:
             self._failures.pop(path, None)
 
     def link(self, source: Path, target: Path) -> bool:
-        """Let ``target`` be the same file as ``source``, as safely as a save; False where there are no links."""
+        """Makes ``target`` a hard link to ``source``, atomically. Returns False where hard links do not exist."""
         partial = target.with_name(f".{target.name}.partial")
         try:
             partial.unlink(missing_ok=True)
@@ -135,14 +135,14 @@ class AtomicCheckpointIO(CheckpointIO):
         return True
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return _read(Path(path))  # Lightning hands weights alone from process to process by this, too
+        return _read(Path(path))  # Lightning also reads files without a state_dict, to pass weights between processes
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
 
 
 def _os_error(problem: BaseException | None) -> OSError | None:
-    """The file system's own error: torch's writer covers it with a RuntimeError about positions."""
+    """The OSError behind ``problem``: torch's writer hides it behind a RuntimeError."""
     while problem is not None and not isinstance(problem, OSError):
         problem = problem.__cause__ or problem.__context__
     return problem
@@ -169,11 +169,11 @@ def _leaves(value: Any, path: str = "checkpoint") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _require_plain(checkpoint: Any) -> None:
+def _check_plain(checkpoint: Any) -> None:
     for path, value in _leaves(checkpoint):
-        # exact types: a numpy.float64 is a float too, and would be refused when read
+        # the exact type: a numpy.float64 is an instance of float, but weights_only=True refuses it
         if not isinstance(value, Tensor) and type(value) not in _PLAIN:
             raise CheckpointError(
                 f"{path} is a {type(value).__module__}.{type(value).__qualname__}, which a checkpoint cannot hold: "
-                "only tensors and plain Python values can be read back"
+                "use tensors and plain Python values"
             )

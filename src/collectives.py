@@ -70,6 +70,16 @@ def reduce_sum(value: Tensor) -> Tensor:
     return total
 
 
+def any_process(flag: bool, device: torch.device) -> bool:
+    """True in all processes where ``flag`` is True in any of them. Every process must call this.
+
+    Args:
+        flag: this process's value.
+        device: the process's own, for the collective.
+    """
+    return flag if not is_distributed() else bool(reduce_sum(torch.tensor(float(flag), device=device)) > 0)
+
+
 class _Gather(torch.autograd.Function):
     """All processes differentiate through all rows, so a row's gradient is the sum of what each process found."""
 

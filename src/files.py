@@ -1,4 +1,4 @@
-"""Files written so that a reader, or a kill, never finds half of one."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``: a reader, or a kill, finds the old or the new, never half of one."""
+    """Replaces the content of ``path``. A reader finds the old or the new content, never a part, also after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
@@ -15,7 +15,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` outlast a power failure, where the system can."""
+    """Flushes a rename in ``folder`` to the disk, so that it survives a power failure. Does nothing on Windows."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

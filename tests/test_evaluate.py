@@ -193,7 +193,7 @@ def test_floors_alone_are_judged_by_all_evaluators():
 
 def test_a_file_that_is_no_checkpoint_is_refused_by_name(run, tmp_path):
     (tmp_path / "odd.ckpt").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=r"odd.ckpt is refused as a checkpoint"):
+    with pytest.raises(UserError, match=r"odd.ckpt cannot be read as a checkpoint"):
         evaluate.main([f"run={run.dir}", f"checkpoint={tmp_path / 'odd.ckpt'}"])
 
 

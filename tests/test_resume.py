@@ -133,7 +133,7 @@ def test_what_cannot_be_resumed_is_answered_in_a_line(tmp_path):
         resume.main([f"run={directory}"])
     (directory / "checkpoints").mkdir()
     (directory / "checkpoints/last.ckpt").write_bytes(b"PK\x03\x04 cut")
-    with pytest.raises(UserError, match=r"last.ckpt is refused as a checkpoint: it is damaged"):
+    with pytest.raises(UserError, match=r"last.ckpt cannot be read as a checkpoint: it is damaged"):
         resume.main([f"run={directory}"])
     with pytest.raises(UserError, match=r"there is no key 'trainer.max_epoch'; did you mean trainer.max_epochs"):
         resume.main([f"run={directory}", "trainer.max_epoch=3"])

@@ -1,4 +1,4 @@
-"""Stops a run whose loss is no longer a number, before that reaches the weights."""
+"""Stops a run whose loss is NaN or infinite before the weights are updated with it."""
 
 from __future__ import annotations
 
@@ -8,34 +8,36 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from src.callbacks.checkpoints import Checkpoints, any_process
+from src.callbacks.checkpoints import Checkpoints
+from src.collectives import any_process
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss, or its gradient, is NaN or infinite; the message says where, and from where to go on."""
+    """The loss or its gradient is NaN or infinite. The message names the step and the last good checkpoint."""
 
 
 class NanGuard(L.Callback):
-    """Looks at every loss before it is differentiated.
+    """Raises `NonFiniteLoss` if a loss is NaN or infinite, before its backward pass.
 
-    The weights are then still those of the last good step, and no checkpoint is written after. On a GPU the look waits
-    for the forward pass; backward and update are queued behind it as ever.
+    The weights are still those of the last good step, and no later checkpoint is written. On a GPU this waits for the
+    forward pass of every step, not for the backward pass.
 
-    With a gradient scaler (precision 16) infinite gradients are how it finds its scale, so that there only the loss
-    counts.
+    Gradients are not checked with a gradient scaler (precision 16), because the scaler finds its scale by producing
+    infinite gradients.
 
     Args:
-        gradient_steps: look at the norm of the gradients every so many optimizer steps too; None for never.
+        gradient_steps: optimizer steps between two checks of the gradient norm; None for no check, which saves reading
+            all gradients.
     """
 
     def __init__(self, gradient_steps: int | None = None) -> None:
         self.gradient_steps = gradient_steps
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        # the scaler has multiplied by a finite power of two in float32: the loss is finite if the product is
-        if any_process(not bool(torch.isfinite(loss.detach()).all()), trainer):
-            what = "not finite in another process" if loss.isfinite().all() else f"{loss.item():g}"
-            raise NonFiniteLoss(self._message(trainer, f"the loss is {what}"))
+        # a gradient scaler has multiplied the loss by a finite power of two: both are finite or neither is
+        if any_process(not bool(torch.isfinite(loss.detach()).all()), trainer.strategy.root_device):
+            value = "not finite in another process" if loss.isfinite().all() else f"{loss.item():g}"
+            raise NonFiniteLoss(self._message(trainer, f"the loss is {value}"))
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -46,17 +48,17 @@ class NanGuard(L.Callback):
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if any_process(not bool(torch.isfinite(norm)), trainer):
-            worst = [name for name, p in pl_module.named_parameters() if p.grad is not None and _is_bad(p.grad)]
-            where = f" (first in {worst[0]})" if worst else ""
-            raise NonFiniteLoss(self._message(trainer, f"the norm of the gradients is {norm.item():g}{where}"))
+        if any_process(not bool(torch.isfinite(norm)), trainer.strategy.root_device):
+            bad = [name for name, p in pl_module.named_parameters() if p.grad is not None and _is_bad(p.grad)]
+            where = f" (first in {bad[0]})" if bad else ""
+            raise NonFiniteLoss(self._message(trainer, f"the gradient norm is {norm.item():g}{where}"))
 
-    def _message(self, trainer: L.Trainer, what: str) -> str:
+    def _message(self, trainer: L.Trainer, problem: str) -> str:
         rates = sorted({float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups})
         rate = f"{rates[-1]:.3g}" if rates else "none"
         return (
-            f"{what} at step {trainer.global_step + 1}, learning rate {rate}"
-            f"{' (the largest of its groups)' if len(rates) > 1 else ''}. {_last_good(trainer)}"
+            f"{problem} at step {trainer.global_step + 1}, learning rate {rate}"
+            f"{' (the largest of all parameter groups)' if len(rates) > 1 else ''}. {_last_good(trainer)}"
         )
 
 

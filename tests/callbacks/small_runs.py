@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,34 @@ def fit(
     )
     trainer.fit(module or SmallModule(), datamodule=data or SmallData(), ckpt_path=resume, weights_only=True)
     return trainer
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Starts ``work`` in a fork, which needs no imports, and returns its process id."""
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            work()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            os._exit(code)
+    return child
+
+
+def end_of(child: int) -> int:
+    """The exit code of a process, or minus the number of the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def fails_with(number: int, after: int = 0) -> Any:
+    """A replacement for a system call that succeeds ``after`` times and then fails with ``number``."""
+    calls = iter(range(1_000_000))
+
+    def call(*args: Any) -> None:
+        if next(calls) >= after:
+            raise OSError(number, os.strerror(number))
+
+    return call

@@ -14,7 +14,7 @@ from tests.callbacks.small_runs import SmallModule, fit
 
 
 class BreaksAt(SmallModule):
-    """Its loss is ``value`` at one micro-batch."""
+    """Multiplies the loss by ``value`` at one micro-batch."""
 
     def __init__(self, batch: int, value: float) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class BreaksAt(SmallModule):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_bad_loss_stops_the_run_before_it_reaches_the_weights(tmp_path: Path, value: float, accumulate: int) -> None:
+def test_a_nan_or_infinite_loss_stops_the_run_before_the_update(tmp_path: Path, value: float, accumulate: int) -> None:
     good, broken = SmallModule(), BreaksAt(7 * accumulate - 1, value)  # the last micro-batch of step 7
     fit(tmp_path / "good", module=good, max_epochs=-1, max_steps=6, accumulate_grad_batches=accumulate)
     checkpoints = Checkpoints(tmp_path, every_steps=1, every_minutes=None)
@@ -48,7 +48,7 @@ def test_without_a_checkpoint_the_message_says_so(tmp_path: Path) -> None:
 
 
 class SteepAt(SmallModule):
-    """A finite loss whose gradient is infinite: the root at zero."""
+    """Has a finite loss with an infinite gradient, the square root at zero."""
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         output = super().training_step(batch, batch_idx)
@@ -57,14 +57,14 @@ class SteepAt(SmallModule):
         return output
 
 
-def test_the_norm_of_the_gradients_is_looked_at_where_asked(tmp_path: Path) -> None:
+def test_gradient_steps_checks_the_gradient_norm(tmp_path: Path) -> None:
     module = SteepAt()
-    with pytest.raises(NonFiniteLoss, match=r"norm of the gradients is nan \(first in layer.bias\) at step 3"):
+    with pytest.raises(NonFiniteLoss, match=r"gradient norm is nan \(first in layer.bias\) at step 3"):
         fit(tmp_path, NanGuard(gradient_steps=2), module=module)  # steps 1, 3, 5 ...
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
 
 
-def test_the_infinite_gradients_of_a_gradient_scaler_are_its_own_business(tmp_path: Path) -> None:
+def test_infinite_gradients_of_a_gradient_scaler_are_ignored(tmp_path: Path) -> None:
     class Large(SmallModule):
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
             return super().training_step({**batch, "image": batch["image"] * 1e3}, batch_idx)
