@@ -39,16 +39,16 @@ def main(argv: Sequence[str]) -> int:
         print(f"bench: {name} …", flush=True)
         about = machine.about()
 
-        def keep(result: dict[str, Any], name: str = name, about: dict[str, Any] = about) -> None:
+        def save(result: dict[str, Any], name: str = name, about: dict[str, Any] = about) -> None:
             results[name] = {"about": about, "quick": quick, "result": result}
             _write(folder, results)
 
         if name in LONG:
             # hours of it: what is finished is kept, and not done again
-            known = {} if again else results.get(name, {}).get("result", {})
-            keep(LONG[name].measure(quick, known=known, keep=keep, data=data))
+            stored = {} if again else results.get(name, {}).get("result", {})
+            save(LONG[name].measure(quick, stored=stored, save=save, data=data))
         else:
-            keep(PARTS[name].measure(quick))
+            save(PARTS[name].measure(quick))
     print(f"bench: wrote {folder / 'benchmarks.md'}")
     return 0
 

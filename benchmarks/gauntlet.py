@@ -19,8 +19,7 @@ from src.gauntlet.measuring import measure as put_through
 from src.gauntlet.ranking import Ranking
 from src.gauntlet.report import ranking
 from src.gauntlet.tasks import FineTuned, GauntletEntry, Task
-from src.measure import machine
-from src.measure import result_cache as once
+from src.measure import machine, result_cache
 from src.measure.report import Check, Section, table
 
 DATA = "scenes"
@@ -79,8 +78,8 @@ ENCODERS: dict[str, Encoder] = {
 def measure(
     quick: bool = False,
     *,
-    known: Mapping[str, Any] | None = None,
-    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+    stored: Mapping[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
     overrides: Sequence[str] = (),
     finetuned: Sequence[str] = (),
     encoders: Sequence[str] = tuple(ENCODERS),
@@ -101,12 +100,12 @@ def measure(
         ``steps`` and ``minutes`` of the training, and where it was measured.
     """
     if DATA not in data:
-        return dict(known or {"runs": {}})
+        return dict(stored or {"runs": {}})
     small = ["data.source.count={train: 512, val: 64, test: 64}", "trainer.max_epochs=1"] if quick else []
     fine = [*(["data.source.count=64", "trainer.max_epochs=1"] if quick else []), *finetuned]
     names = _tasks(tasks)
     jobs = {
-        f"{name}/{seed}/{task}": once.Job(
+        f"{name}/{seed}/{task}": result_cache.TrainingJob(
             [
                 f"experiment={ENCODERS[name].experiment}",
                 *COMMON,
@@ -115,7 +114,7 @@ def measure(
                 *small,
                 *overrides,
             ],
-            also={
+            extra={
                 "trained": ENCODERS[name].epochs is not None,
                 "task": repr(each),
                 "judged": fine if isinstance(each, FineTuned) else list(JUDGED),
@@ -127,11 +126,11 @@ def measure(
     }
     task_of = {repr(each): {task: each} for task, each in names.items()}
     with _Entries(fine, frozen_of(names)) as contenders:
-        found = once.measure_missing(
+        found = result_cache.measure_missing(
             jobs,
-            lambda job, config: judged(*contenders.of(job, config), task_of[job.also["task"]]),
-            known=(known or {}).get("runs", {}),
-            keep=lambda each: keep({"runs": each}),
+            lambda job, config: judged(*contenders.of(job, config), task_of[job.extra["task"]]),
+            stored=(stored or {}).get("runs", {}),
+            save=lambda each: save({"runs": each}),
         )
     return {"runs": found}
 
@@ -157,21 +156,21 @@ class _Entries(ExitStack):
         self.finetuned, self.frozen = finetuned, frozen
         self._words: Sequence[str] = ()
 
-    def of(self, job: once.Job, config: DictConfig) -> tuple[GauntletEntry, dict[str, Any]]:
+    def of(self, job: result_cache.TrainingJob, config: DictConfig) -> tuple[GauntletEntry, dict[str, Any]]:
         """It, and how it was trained."""
-        if job.words != self._words:
+        if job.overrides != self._words:
             self.close()
             self._words = ()  # for the case that it cannot be trained
             run, checkpoint, self._training = self._begin(job, config)
             settled = evaluate.settle(run, None, JUDGED)
             folder = run.dir / "finetuned"
             self._contender = GauntletEntry(run, settled, DATA, checkpoint, self.frozen, folder, self.finetuned)
-            self._words = job.words
+            self._words = job.overrides
         return self._contender, self._training
 
-    def _begin(self, job: once.Job, config: DictConfig) -> tuple[runs.Run, Path | None, dict[str, Any]]:
-        if job.also["trained"]:
-            finished = self.enter_context(once.trained(job.words, config))
+    def _begin(self, job: result_cache.TrainingJob, config: DictConfig) -> tuple[runs.Run, Path | None, dict[str, Any]]:
+        if job.extra["trained"]:
+            finished = self.enter_context(result_cache.train_once(job.overrides, config))
             run = finished.run
             return run, run.last, {"steps": finished.steps, "minutes": finished.seconds / 60}
         run = runs.Run(Path(self.enter_context(tempfile.TemporaryDirectory())))

@@ -15,7 +15,7 @@ from benchmarks import loop, shards
 from benchmarks.bare import MemorySource
 from src.datamodules.text import tokenizer as tokenizers
 from src.measure.report import Check, Section, percent, table
-from src.measure.subprocess_runner import run_in_subprocess, peak_growth_mb
+from src.measure.subprocess_runner import peak_growth_mb, run_in_subprocess
 from src.models.functional import l2_normalize
 from src.models.losses.image_text import clip_loss, sigmoid_loss
 from src.models.losses.late_interaction import late_interaction_loss

@@ -13,9 +13,9 @@ from benchmarks import loop
 from benchmarks.bare import BareLoop, Copies, MemorySource
 from src import configuration, runs
 from src.callbacks.throughput import peak_memory_gb
-from src.measure import command
+from src.measure import train_command
 from src.measure.report import Check, Section, table
-from src.measure.subprocess_runner import in_a_process, megabytes_of
+from src.measure.subprocess_runner import peak_growth_mb, run_in_subprocess
 from src.memory import keep_freed_memory
 from src.models.losses.contrastive import nt_xent
 from src.train import compose
@@ -64,14 +64,14 @@ def measure(quick: bool = False) -> dict[str, Any]:
         found = loop.interleaved(words, arm.view, size=SIDE, steps=steps, rounds=rounds, more=more)
         found["memory"], found["bare_memory"] = (
             _memory(words, arm, steps),
-            in_a_process(bare_peak, title, words, steps),
+            run_in_subprocess(bare_peak, title, words, steps),
         )
         loops[title] = found
     batches = BATCHES[:1] if quick else BATCHES
     contrastive = {
         str(batch): {
-            "one": in_a_process(loss_megabytes, batch, 1),
-            "of_eight": in_a_process(loss_megabytes, batch, 8),
+            "one": run_in_subprocess(loss_megabytes, batch, 1),
+            "of_eight": run_in_subprocess(loss_megabytes, batch, 8),
             "matrix": (2 * batch) ** 2 * 4 / 1e6,
         }
         for batch in batches
@@ -89,7 +89,7 @@ def _memory(words: list[str], arm: Arm, steps: int) -> float:
             "run.name=memory",
         ]
         whole = [*words, *loop.in_memory(arm.view, SIDE), *quiet, f"trainer.max_steps={max(10, steps)}"]
-        command.train(whole, runs=Path(folder))
+        train_command.run_training(whole, runs=Path(folder))
         return float(runs.Run(Path(folder, arm.experiment, "memory")).metrics()["train"]["speed/peak_memory_gb"])
 
 
@@ -115,7 +115,7 @@ def loss_megabytes(batch: int, processes: int) -> float:
     keys = torch.nn.functional.normalize(torch.randn(batch, 2, DIM), dim=-1)
     z = keys[:own].clone().requires_grad_()
     keys[:own] = z.detach()
-    return megabytes_of(lambda: nt_xent(z, torch.cat([z, keys[own:]]), 0, temperature=0.1).backward())
+    return peak_growth_mb(lambda: nt_xent(z, torch.cat([z, keys[own:]]), 0, temperature=0.1).backward())
 
 
 def report(result: dict[str, Any]) -> Section:

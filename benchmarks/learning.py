@@ -11,8 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from src import evaluate
-from src.measure import machine
-from src.measure import result_cache as once
+from src.measure import machine, result_cache
 from src.measure.report import Check, Section, table
 
 DATA = ("scenes", "emoji")
@@ -32,8 +31,8 @@ _QUICK = {
 def measure(
     quick: bool = False,
     *,
-    known: Mapping[str, Any] | None = None,
-    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+    stored: Mapping[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
     overrides: Sequence[str] = (),
     data: Sequence[str] = DATA,
     seeds: Sequence[int] = SEEDS,
@@ -42,8 +41,8 @@ def measure(
     raw pixels by kNN and a linear probe: the whole training split against the whole validation split.
 
     Args:
-        known: an earlier result; what it holds of the same recipe is not measured again.
-        keep: is given the result after each run, so that nothing finished is lost.
+        stored: an earlier result; what it holds of the same recipe is not measured again.
+        save: is given the result after each run, so that nothing finished is lost.
         overrides: of the configuration.
 
     Returns:
@@ -51,22 +50,22 @@ def measure(
         the ``epochs`` and optimizer ``steps``, and where it was measured.
     """
     jobs = {
-        f"{name}/{seed}": once.Job(
+        f"{name}/{seed}": result_cache.TrainingJob(
             ["experiment=mae_tiny", f"data={name}", f"seed={seed}", *overrides, *(_QUICK[name] if quick else ())]
         )
         for name in data
         for seed in ((0,) if quick else seeds)
     }
-    earlier = (known or {}).get("runs", {})
-    found = once.measure_missing(
-        jobs, lambda job, config: learn(job.words, config), known=earlier, keep=lambda each: keep({"runs": each})
+    earlier = (stored or {}).get("runs", {})
+    found = result_cache.measure_missing(
+        jobs, lambda job, config: learn(job.overrides, config), stored=earlier, save=lambda each: save({"runs": each})
     )
     return {"runs": found}
 
 
 def learn(words: Sequence[str], config: DictConfig) -> dict[str, Any]:
     """One run, trained and judged."""
-    with once.trained(words, config) as finished:
+    with result_cache.train_once(words, config) as finished:
         run, steps = finished.run, finished.steps
         everything = ["evaluate.bank_samples=null", "evaluate.query_samples=null"]
         settled = evaluate.settle(run, None, everything)

@@ -17,7 +17,7 @@ from benchmarks.bare import BareLoop, Copies, wait_for
 from benchmarks.precision import SMALL
 from src.datamodules.image_text import ImageTextDataModule
 from src.files import write_atomically
-from src.measure import command
+from src.measure import train_command
 from src.measure.paired_ratio import paired_ratio
 from src.measure.report import Check, Section, percent, table
 from src.models.pretrain_module import PretrainModule
@@ -76,7 +76,7 @@ def interleaved(words: list[str], view: str, *, size: int, steps: int, rounds: i
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "loop.json")
         callback = f"_target_: benchmarks.loop.Interleaved, bare: '${{model}}', steps: {steps}, rounds: {rounds}{more}"
-        command.train(
+        train_command.run_training(
             [
                 *words,
                 *in_memory(view, size),

@@ -11,8 +11,7 @@ from omegaconf import DictConfig
 
 from benchmarks.learning import DATA
 from src import evaluate
-from src.measure import machine
-from src.measure import result_cache as once
+from src.measure import machine, result_cache
 from src.measure.report import Check, Section, table
 
 SEEDS = (0, 1, 2)
@@ -95,8 +94,8 @@ METHODS: dict[str, Method] = {
 def measure(
     quick: bool = False,
     *,
-    known: Mapping[str, Any] | None = None,
-    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+    stored: Mapping[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
     overrides: Sequence[str] = (),
     methods: Sequence[str] = tuple(METHODS),
     data: Sequence[str] = DATA,
@@ -122,22 +121,22 @@ def measure(
 
     steps = 12 if quick else TRIAL_STEPS
     trials = {
-        f"{name}/{source}": once.Job(words(name, source, f"trainer.max_steps={steps}", *_timed(steps)))
+        f"{name}/{source}": result_cache.TrainingJob(words(name, source, f"trainer.max_steps={steps}", *_timed(steps)))
         for source in data
         for name in methods
     }
-    known = known or {}
-    runs_before = dict(known.get("runs", {}))
-    rates = once.measure_missing(
+    stored = stored or {}
+    runs_before = dict(stored.get("runs", {}))
+    rates = result_cache.measure_missing(
         trials,
-        lambda job, config: tried(job.words, config),
-        known=known.get("rates", {}),
-        keep=lambda each: keep({"rates": each, "runs": runs_before}),
+        lambda job, config: tried(job.overrides, config),
+        stored=stored.get("rates", {}),
+        save=lambda each: save({"rates": each, "runs": runs_before}),
     )
     jobs = {
-        f"{name}/{source}/{seed}": once.Job(
+        f"{name}/{source}/{seed}": result_cache.TrainingJob(
             words(name, source, f"seed={seed}"),
-            also={
+            extra={
                 "seconds": seconds or (2.0 if quick else SECONDS[source]),
                 "rate": rates[f"{name}/{source}"]["rate"],
                 # what no method has touched is the same for all of them
@@ -148,11 +147,11 @@ def measure(
         for source in data
         for name in methods
     }
-    found = once.measure_missing(
+    found = result_cache.measure_missing(
         jobs,
-        lambda job, config: judged(job.words, config, **job.also),
-        known=runs_before,
-        keep=lambda each: keep({"rates": rates, "runs": each}),
+        lambda job, config: judged(job.overrides, config, **job.extra),
+        stored=runs_before,
+        save=lambda each: save({"rates": rates, "runs": each}),
     )
     return {"rates": rates, "runs": found}
 
@@ -169,7 +168,7 @@ def _timed(steps: int) -> list[str]:
 
 def tried(words: Sequence[str], config: DictConfig) -> dict[str, float]:
     """How fast a short run is by a core's time, and what it takes."""
-    with once.trained(words, config) as finished:
+    with result_cache.train_once(words, config) as finished:
         logged = finished.run.metrics()["train"]
     return {"rate": float(logged["speed/images_per_second"]), "memory": float(logged["speed/peak_memory_gb"])}
 
@@ -180,7 +179,7 @@ def judged(
     """One run, as long as ``seconds`` allow at ``rate``, trained and judged."""
     batch = int(config.data.batch_size)
     steps = steps_within(seconds, rate, batch)
-    with once.trained([*words, f"trainer.max_steps={steps}"], config) as finished:
+    with result_cache.train_once([*words, f"trainer.max_steps={steps}"], config) as finished:
         run = finished.run
         settings = ["evaluate.bank_samples=null", "evaluate.query_samples=null", "evaluate.split=test"]
         scores = evaluate.evaluate(evaluate.settle(run, None, settings), run.last, judged)

@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning as L
 
-from src.measure import command
+from src.measure import train_command
 from src.measure.report import Section, table
 
 _IMPORT = re.compile(r"^import time:\s+(\d+) \|\s+\d+ \|\s+([\w.]+)")
@@ -52,7 +52,9 @@ def first_step(words: list[str], python: tuple[str, ...] | list[str] = ()) -> tu
         out = Path(folder, "done")
         stop = f"+callbacks.stop={{_target_: benchmarks.startup.StopAfterFirstStep, out: '{out}'}}"
         begin = time.monotonic()
-        done = command.train([*words, "run.name=startup", stop], runs=Path(folder, "runs"), python=python)
+        done = train_command.run_training(
+            [*words, "run.name=startup", stop], runs=Path(folder, "runs"), python_options=python
+        )
         return float(out.read_text()) - begin, done.stderr
 
 

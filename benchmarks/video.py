@@ -27,7 +27,7 @@ from src.datamodules.video import VideoDataModule
 from src.datamodules.views.video import CenterVideoCrop, DenseClip, MultiScaleCrop, RandomVideoCrop
 from src.measure.paired_ratio import paired_ratio
 from src.measure.report import Check, Section, table
-from src.measure.subprocess_runner import in_a_process
+from src.measure.subprocess_runner import run_in_subprocess
 
 WANTED = 1.0
 GROWTH = 32.0  # MB that say nothing: an allocator's arenas
@@ -63,7 +63,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
                     begin = time.perf_counter()
                     run(number)
                     seconds[name].append((time.perf_counter() - begin) / count)
-            growth = in_a_process(growth_over, folder, clips)
+            growth = run_in_subprocess(growth_over, folder, clips)
     finally:
         torch.set_num_threads(threads)
     return {

@@ -64,14 +64,14 @@ def main(argv: Sequence[str]) -> int:
 def measure(claim: Claim, folder: Path, again: str | None = None, data: str | None = None) -> None:
     """One claim, its entry written after every run."""
     results = _read(folder)
-    known = results.get(claim.name, {})
+    stored = results.get(claim.name, {})
     forgotten = FORGET[again] if again else ()
     kept = {
-        kind: {key: run for key, run in known.get(kind, {}).items() if not any(word in run for word in forgotten)}
+        kind: {key: run for key, run in stored.get(kind, {}).items() if not any(word in run for word in forgotten)}
         for kind in ("runs", "floors")
     }
 
-    def keep(entry: dict[str, Any]) -> None:
+    def save(entry: dict[str, Any]) -> None:
         # read anew: another claim may be under way beside this one
         _write(folder, _read(folder) | {claim.name: entry})
 
@@ -79,7 +79,7 @@ def measure(claim: Claim, folder: Path, again: str | None = None, data: str | No
         for key, (ours, theirs) in claim.difference(each).items():
             print(f"  {each}: {key}: {ours} in '{claim.arms[0].name}', {theirs} in '{claim.arms[1].name}'", flush=True)
     kept_in = None if again == "all" else KEPT  # of a training that failed nothing is kept
-    entry = ledger.measure(claim, known=known | kept, keep=keep, data=data, kept_in=kept_in)
+    entry = ledger.measure(claim, stored=stored | kept, save=save, data=data, kept_in=kept_in)
     for each in claim.data:
         known_now = ledger.outcome(claim, entry, each)
         print(f"  {each}: {known_now.verdict}{f' ({known_now.note})' if known_now.note else ''}", flush=True)

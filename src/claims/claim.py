@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from src import configuration, train
 from src.configuration import CONFIGS
 from src.errors import UserError, nearest
-from src.measure.result_cache import IDENTITY
+from src.measure.result_cache import IDENTITY_KEYS
 
 SPENT = ("steps", "images", "seconds", "flops")  # what a budget can be equal in
 SPLITS = ("test", "val", "train")
@@ -238,7 +238,7 @@ def difference(first: DictConfig, second: DictConfig) -> Difference:
     """Keys whose values differ, worked out; what another key says (``${…}``) only counts there. A key that one side
     does not have is None there."""
     ours, theirs = _leaves(first), _leaves(second)
-    keys = sorted(key for key in ours.keys() | theirs.keys() if key.split(".")[0] not in IDENTITY)
+    keys = sorted(key for key in ours.keys() | theirs.keys() if key.split(".")[0] not in IDENTITY_KEYS)
     absent = object()
     return {key: (ours.get(key), theirs.get(key)) for key in keys if ours.get(key, absent) != theirs.get(key, absent)}
 

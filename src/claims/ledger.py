@@ -17,10 +17,9 @@ from src.claims.metrics import Metric, Subject
 from src.claims.run_cache import RunCache
 from src.claims.verdict import Paired, paired, verdict
 from src.errors import UserError
-from src.measure import machine
-from src.measure import result_cache as once
-from src.measure.command import TrainingFailed
+from src.measure import machine, result_cache
 from src.measure.report import table
+from src.measure.train_command import TrainingFailed
 
 # exit codes of a training that somebody stopped: it did not fail
 STOPPED = (143, -15, 130, -2)
@@ -33,8 +32,8 @@ NOT_MEASURED, UNFINISHED, FAILED, UNEVEN = "not measured yet", "unfinished", "fa
 def measure(
     claim: Claim,
     *,
-    known: Mapping[str, Any] | None = None,
-    keep: Callable[[dict[str, Any]], None] = lambda entry: None,
+    stored: Mapping[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda entry: None,
     data: str | None = None,
     kept_in: Path | None = None,
 ) -> dict[str, Any]:
@@ -43,8 +42,8 @@ def measure(
 
     Args:
         data: the data set to measure on now, the others another time; None for all.
-        known: the claim's earlier entry; a run of the same recipe, judged alike, is not done again.
-        keep: is given the entry after each run.
+        stored: the claim's earlier entry; a run of the same recipe, judged alike, is not done again.
+        save: is given the entry after each run.
         kept_in: where trained runs stay for other claims, and other questions; see `RunCache`. None for
             nowhere.
 
@@ -71,13 +70,13 @@ def measure(
         for seed in claim.seeds:
             start = claim.start_words(each, seed)
             start = [*start, COUNT] if start else []
-            begun = {"start": once.fingerprint(train.compose(start))} if start else {}
+            begun = {"start": result_cache.fingerprint(train.compose(start))} if start else {}
             for arm in claim.arms:
                 judged = {"metric": dict(claim.metric_of(arm)), "split": claim.split}
-                job = once.Job([*claim.words(arm, each, seed), COUNT], judged | begun)
-                jobs[key_of(each, seed, arm.name)], starts[tuple(job.words)] = job, start
+                job = result_cache.TrainingJob([*claim.words(arm, each, seed), COUNT], judged | begun)
+                jobs[key_of(each, seed, arm.name)], starts[tuple(job.overrides)] = job, start
             if floored:
-                floors[f"{each}/{seed}"] = once.Job(claim.words(claim.arms[1], each, seed), judged)
+                floors[f"{each}/{seed}"] = result_cache.TrainingJob(claim.words(claim.arms[1], each, seed), judged)
 
     def entry(runs: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -87,29 +86,29 @@ def measure(
             **({"floors": {key: before[key] for key in floors if key in before}} if floors else {}),
         }
 
-    known_floors = (known or {}).get("floors", {})
+    known_floors = (stored or {}).get("floors", {})
 
     with tempfile.TemporaryDirectory() as gone_afterwards:
         kept = RunCache(kept_in or Path(gone_afterwards))
 
-        def trained(words: Sequence[str], config: DictConfig) -> once.Finished:
+        def trained(words: Sequence[str], config: DictConfig) -> result_cache.TrainedRun:
             start = starts[tuple(words)]
             begun_from = kept.run(start, train.compose(start)).run if start else None
             return kept.run(words, config, start=begun_from)
 
-        found = once.measure_missing(
+        found = result_cache.measure_missing(
             {key: job for key, job in jobs.items() if data in (None, key.split("/")[0])},
             lambda job, config: _one_run(job, config, claim.split, trained),
-            known=(known or {}).get("runs", {}),
-            keep=lambda runs: keep(entry(runs, known_floors)),
+            stored=(stored or {}).get("runs", {}),
+            save=lambda runs: save(entry(runs, known_floors)),
         )
-    found_floors = once.measure_missing(
+    found_floors = result_cache.measure_missing(
         {key: job for key, job in floors.items() if data in (None, key.split("/")[0])},
         lambda job, config: _one_floor(job, config, claim.split),
-        known=known_floors,
-        keep=lambda each: keep(entry(found, each)),
+        stored=known_floors,
+        save=lambda each: save(entry(found, each)),
     )
-    keep(entry(found, found_floors))
+    save(entry(found, found_floors))
     return entry(found, found_floors)
 
 
@@ -122,11 +121,14 @@ def _metric(said: Mapping[str, Any]) -> Metric:
 
 
 def _one_run(
-    job: once.Job, config: DictConfig, split: str, trained: Callable[[Sequence[str], DictConfig], once.Finished]
+    job: result_cache.TrainingJob,
+    config: DictConfig,
+    split: str,
+    trained: Callable[[Sequence[str], DictConfig], result_cache.TrainedRun],
 ) -> dict[str, Any]:
     try:
-        finished = trained(job.words, config)
-        value = _metric(job.also["metric"])(Subject.of(finished.run, split))  # type: ignore[arg-type]
+        finished = trained(job.overrides, config)
+        value = _metric(job.extra["metric"])(Subject.of(finished.run, split))  # type: ignore[arg-type]
         metrics = finished.run.metrics()["train"]
         spent: dict[str, Any] = {
             "steps": finished.steps,
@@ -146,13 +148,13 @@ def _one_run(
     return {"failed": _short(reason)}
 
 
-def _one_floor(job: once.Job, config: DictConfig, split: str) -> dict[str, Any]:
-    print(f"  {' '.join(job.words)}, before its first step …", flush=True)
+def _one_floor(job: result_cache.TrainingJob, config: DictConfig, split: str) -> dict[str, Any]:
+    print(f"  {' '.join(job.overrides)}, before its first step …", flush=True)
     try:
         with tempfile.TemporaryDirectory() as folder:
             config = config.copy()
             config.run.dir = folder  # for a tokenizer that is learned here
-            return {"value": _metric(job.also["metric"])(Subject(config, split))}  # type: ignore[arg-type]
+            return {"value": _metric(job.extra["metric"])(Subject(config, split))}  # type: ignore[arg-type]
     except Exception as problem:
         return {"failed": _short(_reason(problem))}
 
@@ -282,21 +284,21 @@ def render(results: Mapping[str, Any], claims: Sequence[Claim]) -> str:
 
 
 def _row(claim: Claim, entry: Mapping[str, Any], data: str) -> list[str]:
-    known = outcome(claim, entry, data)
+    stored = outcome(claim, entry, data)
     return [
         f"[{claim.title}](#{claim.name})",
         data,
         claim.measured,
         f"{claim.direction} by {claim.least:g}",
-        _interval(known.found),
-        f"{len(known.pairs)} of {len(claim.seeds)}",
-        _said(known),
+        _interval(stored.found),
+        f"{len(stored.pairs)} of {len(claim.seeds)}",
+        _said(stored),
     ]
 
 
-def _said(known: Outcome) -> str:
-    bold = f"**{known.verdict}**" if known.verdict in ("reproduced", "not reproduced", FAILED) else known.verdict
-    return f"{bold} ({known.note})" if known.note else bold
+def _said(stored: Outcome) -> str:
+    bold = f"**{stored.verdict}**" if stored.verdict in ("reproduced", "not reproduced", FAILED) else stored.verdict
+    return f"{bold} ({stored.note})" if stored.note else bold
 
 
 def _interval(found: Paired | None) -> str:
@@ -332,8 +334,8 @@ def _section(claim: Claim, entry: Mapping[str, Any]) -> list[str]:
 
 def _part(claim: Claim, entry: Mapping[str, Any], data: str) -> list[str]:
     runs = {key: each for key, each in entry["runs"].items() if key.startswith(f"{data}/")}
-    known = outcome(claim, entry, data)
-    lines = [f"### {claim.name} on {data}: {_said(known)}"]
+    stored = outcome(claim, entry, data)
+    lines = [f"### {claim.name} on {data}: {_said(stored)}"]
     if not runs:
         return lines
     changed = [[f"`{key}`", *(f"`{value}`" for value in pair)] for key, pair in entry["difference"][data].items()]
@@ -342,17 +344,17 @@ def _part(claim: Claim, entry: Mapping[str, Any], data: str) -> list[str]:
     for arm in claim.arms:
         each = [runs.get(key_of(data, seed, arm.name)) for seed in claim.seeds]
         rows.append(_scored(arm.name, each))
-    if known.pairs:
+    if stored.pairs:
         differences = [
-            f"{known.pairs[seed][1] - known.pairs[seed][0]:+.4g}" if seed in known.pairs else "–"
+            f"{stored.pairs[seed][1] - stored.pairs[seed][0]:+.4g}" if seed in stored.pairs else "–"
             for seed in claim.seeds
         ]
-        rows.append(["difference", *differences, _interval(known.found)])
+        rows.append(["difference", *differences, _interval(stored.found)])
     floors = _floors(claim, entry, data)
     if any(floors):
         rows.append(_scored("random start", floors))
     lines.append(table(["", *(f"seed {seed}" for seed in claim.seeds), "mean ± deviation"], rows))
-    lines += [f"- Failed, seed {key.replace('/', ', ', 1)}: {reason}" for key, reason in known.failed.items()]
+    lines += [f"- Failed, seed {key.replace('/', ', ', 1)}: {reason}" for key, reason in stored.failed.items()]
     spent = [
         _spent(arm.name, [runs.get(key_of(data, seed, arm.name), {}) for seed in claim.seeds]) for arm in claim.arms
     ]

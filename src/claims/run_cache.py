@@ -13,8 +13,7 @@ from typing import Any
 from filelock import FileLock
 from omegaconf import DictConfig
 
-from src.measure import machine
-from src.measure import result_cache as once
+from src.measure import machine, result_cache
 from src.runs import Run
 
 TRAINED = "trained.json"
@@ -31,7 +30,7 @@ class RunCache:
 
     folder: Path
 
-    def run(self, words: Sequence[str], config: DictConfig, *, start: Run | None = None) -> once.Finished:
+    def run(self, words: Sequence[str], config: DictConfig, *, start: Run | None = None) -> result_cache.TrainedRun:
         """The run of ``config``, which is what ``words`` compose. Of several callers one trains and the others wait.
 
         Args:
@@ -40,7 +39,7 @@ class RunCache:
         Raises:
             TrainingFailed: the command did not end well; nothing is kept of it.
         """
-        folder = self.folder / once.fingerprint(config, start and start.dir.name)
+        folder = self.folder / result_cache.fingerprint(config, start and start.dir.name)
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not (folder / TRAINED).is_file():
@@ -48,13 +47,13 @@ class RunCache:
                 print(f"  {' '.join(words)} …", flush=True)
                 begin = [f"checkpoint='{start.last}'"] if start else []
                 about = machine.about()
-                with once.trained([*words, *begin], config) as finished:
+                with result_cache.train_once([*words, *begin], config) as finished:
                     _keep(finished, about, folder)
         trained = json.loads((folder / TRAINED).read_text())
-        return once.Finished(Run(folder), trained["seconds"], trained["about"])
+        return result_cache.TrainedRun(Run(folder), trained["seconds"], trained["about"])
 
 
-def _keep(finished: once.Finished, about: dict[str, Any], folder: Path) -> None:
+def _keep(finished: result_cache.TrainedRun, about: dict[str, Any], folder: Path) -> None:
     """The folder takes its name only when it is complete."""
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

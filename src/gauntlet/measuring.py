@@ -15,8 +15,7 @@ from src import configuration
 from src.configuration import CONFIGS
 from src.errors import UserError, nearest
 from src.gauntlet.tasks import Frozen, GauntletEntry, Task, TaskRun
-from src.measure import machine
-from src.measure import result_cache as once
+from src.measure import machine, result_cache
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +106,7 @@ def measure(
     def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [{"key": key, **row} for key, row in found.items() if row["value"] is not None]
 
-    found = once.measure_missing(
-        cells, one, known=earlier, keep=lambda found: keep(rows(found)), about=cache(machine.about)
+    found = result_cache.measure_missing(
+        cells, one, stored=earlier, save=lambda found: keep(rows(found)), about=cache(machine.about)
     )
     return rows(found)

@@ -223,7 +223,7 @@ class FrozenHeadTask(FineTuned):
 
 @dataclass(frozen=True)
 class TaskRun:
-    """A task of a contender; see `once.Measurable`. The configuration is composed once.
+    """A task of a contender; see `result_cache.Measurable`. The configuration is composed once.
 
     Raises:
         UserError: the task does not apply.
@@ -245,7 +245,7 @@ class TaskRun:
         return self.task.judged_on(self.contender)
 
     @property
-    def also(self) -> Any:
+    def extra(self) -> Any:
         return self._recipe[1]
 
     def config(self) -> DictConfig:

@@ -1,4 +1,4 @@
-"""Hours of measuring: each result is kept as soon as it is there, and not measured again while its recipe stays."""
+"""Results of long measurements: stored as soon as they are there, measured again only if their recipe changes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from typing import Any, Protocol, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from src import configuration, runs, train
-from src.measure import command, machine
+from src.measure import machine, train_command
 
-IDENTITY = ("run", "paths", "about", "logger")  # of the configuration: what names a run and changes no result
+IDENTITY_KEYS = ("run", "paths", "about", "logger")  # of a configuration: they name a run and change no result
 
 
 class Measurable(Protocol):
-    """What a result depends on: a configuration, and what else there is."""
+    """Anything whose result depends on a configuration and on ``extra``, both of which enter its fingerprint."""
 
     @property
-    def also(self) -> Any: ...
+    def extra(self) -> Any: ...
 
     def config(self) -> DictConfig: ...
 
@@ -33,29 +33,30 @@ J = TypeVar("J", bound=Measurable)
 
 
 @dataclass(frozen=True)
-class Job:
-    """One run to be measured, trained as `make train` does.
+class TrainingJob:
+    """A run that is trained as `make train` does, then measured.
 
     Args:
-        words: what `make train` is given.
-        also: what else the result depends on, besides the configuration of the training.
+        overrides: the arguments of `make train`.
+        extra: plain values besides the training's configuration that the result depends on, such as the evaluation's
+            settings.
     """
 
-    words: Sequence[str]
-    also: Any = None
+    overrides: Sequence[str]
+    extra: Any = None
 
     def config(self) -> DictConfig:
-        return train.compose(self.words)
+        return train.compose(self.overrides)
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A trained run.
+class TrainedRun:
+    """A run whose training ended well.
 
     Args:
-        run: its folder, which need not outlast its judging.
-        seconds: of the training command.
-        about: where it was trained, if not just now and here.
+        run: its folder, which may be deleted after it was measured.
+        seconds: duration of the training command.
+        about: machine and date of the training, see `machine.about`; None for here and now.
     """
 
     run: runs.Run
@@ -71,51 +72,56 @@ def measure_missing(
     jobs: Mapping[str, J],
     measure: Callable[[J, DictConfig], dict[str, Any]],
     *,
-    known: Mapping[str, Any],
-    keep: Callable[[dict[str, Any]], None],
+    stored: Mapping[str, Any],
+    save: Callable[[dict[str, Any]], None],
     about: Callable[[], dict[str, Any]] = machine.about,
 ) -> dict[str, Any]:
-    """What is known of ``jobs`` and what had to be measured now, by key.
+    """Returns the results of all ``jobs`` by key, and measures those that are not among the ``stored`` ones.
 
     Args:
-        measure: one job.
-        known: an earlier result. What it holds of another recipe is dropped before anything is measured, so that runs
-            of two recipes never stand side by side; keys without a job stay.
-        keep: is given the whole result after each job, so that nothing finished is lost.
-        about: says where a job is measured.
+        measure: measures one job.
+        stored: earlier results by key. Those of another recipe are dropped before anything is measured, so that runs
+            of two recipes are never compared; keys without a job stay.
+        save: receives all results after each job, so that an interrupted measurement loses one job at most.
+        about: describes the machine on which a job is measured.
     """
     configs = {key: job.config() for key, job in jobs.items()}
-    recipes = {key: fingerprint(config, jobs[key].also) for key, config in configs.items()}
-    result = {key: each for key, each in known.items() if recipes.get(key, each["recipe"]) == each["recipe"]}
+    recipes = {key: fingerprint(config, jobs[key].extra) for key, config in configs.items()}
+    results = {key: result for key, result in stored.items() if recipes.get(key, result["recipe"]) == result["recipe"]}
     for key, job in jobs.items():
-        if key not in result:
-            result[key] = {"about": about(), "recipe": recipes[key], **measure(job, configs[key])}
-            keep(dict(result))
-    return result
+        if key not in results:
+            results[key] = {"about": about(), "recipe": recipes[key], **measure(job, configs[key])}
+            save(dict(results))
+    return results
 
 
 @contextmanager
-def trained(words: Sequence[str], config: DictConfig) -> Iterator[Finished]:
-    """One run of ``config``, which is what ``words`` compose.
+def train_once(overrides: Sequence[str], config: DictConfig) -> Iterator[TrainedRun]:
+    """Trains a run in a temporary folder that is deleted at the end of the ``with`` block.
+
+    Args:
+        overrides: the arguments of `make train`.
+        config: the configuration that they compose.
 
     Raises:
-        TrainingFailed: the command did not end well.
+        TrainingFailed: the command ended with another exit code than 0.
     """
     with tempfile.TemporaryDirectory() as folder:
-        ready = config.copy()
-        ready.run.dir = folder  # a tokenizer that is learned here is not the run's own
-        configuration.instantiate(ready.data).prepare_data()  # rendering happens once, and is no part of a run's time
+        prepared = config.copy()
+        prepared.run.dir = folder  # a tokenizer learned here must not be taken for the run's own
+        # rendering and downloading happen once and are not part of a run's time
+        configuration.instantiate(prepared.data).prepare_data()
         begin = time.perf_counter()
-        command.train([*words, "run.name=measured"], runs=Path(folder))
+        train_command.run_training([*overrides, "run.name=measured"], runs=Path(folder))
         seconds = time.perf_counter() - begin
-        yield Finished(runs.Run(Path(folder, config.run.experiment, "measured")), seconds)
+        yield TrainedRun(runs.Run(Path(folder, config.run.experiment, "measured")), seconds)
 
 
-def fingerprint(config: DictConfig, also: Any = None) -> str:
-    """Of everything in the configuration, and in ``also``, that could change a result."""
+def fingerprint(config: DictConfig, extra: Any = None) -> str:
+    """Returns a hash of everything in the configuration, and of ``extra``, that can change a result."""
     content = OmegaConf.to_container(config, resolve=False)
     assert isinstance(content, dict)
-    kept: Any = {key: value for key, value in content.items() if key not in IDENTITY}
-    if also is not None:
-        kept = [kept, also]
-    return hashlib.blake2b(json.dumps(kept, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+    hashed: Any = {key: value for key, value in content.items() if key not in IDENTITY_KEYS}
+    if extra is not None:
+        hashed = [hashed, extra]
+    return hashlib.blake2b(json.dumps(hashed, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""A measurement in a process of its own: a peak of memory never falls again."""
+"""Runs a function in a new process, so that its peak memory is not hidden by an earlier peak of this process."""
 
 from __future__ import annotations
 
@@ -21,18 +21,25 @@ print(json.dumps(getattr(importlib.import_module(module), name)(*arguments)))
 """
 
 
-def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function of a module returns in a new process; arguments and result go as JSON."""
-    asked = json.dumps([function.__module__, function.__qualname__, arguments])
-    done = subprocess.run([sys.executable, "-c", _CODE, asked], cwd=PROJECT, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def run_in_subprocess(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns the result of a module's function, called in a new process.
+
+    Args:
+        function: found there by its module's name, so it must be importable from the project's folder.
+        arguments: sent as JSON, and so is the result.
+    """
+    call = json.dumps([function.__module__, function.__qualname__, arguments])
+    completed = subprocess.run(
+        [sys.executable, "-c", _CODE, call], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    return json.loads(completed.stdout.splitlines()[-1])
 
 
-def megabytes_of(work: Callable[[], object]) -> float:
-    """By how many MB this process grows at its peak while ``work`` is done."""
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")  # the peak of what came before, such as the imports, would hide a part of the growth
+def peak_growth_mb(work: Callable[[], object]) -> float:
+    """Returns by how many MB the peak memory of this process grows during ``work``."""
+    clear_refs = Path("/proc/self/clear_refs")
+    if clear_refs.exists():
+        clear_refs.write_text("5")  # resets the peak: that of the imports would hide a part of the growth
     before = peak_memory_gb(torch.device("cpu"))
     work()
     return 1e3 * (peak_memory_gb(torch.device("cpu")) - before)

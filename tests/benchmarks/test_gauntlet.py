@@ -107,7 +107,7 @@ def test_a_small_encoder_from_the_command_to_its_scores(tmp_path: Path) -> None:
         "seeds": [3],
         "tasks": "knn,finetune",
     }
-    result = gauntlet.measure(**settings, keep=kept.append)
+    result = gauntlet.measure(**settings, save=kept.append)
     assert [*result["runs"]] == ["mae/3/knn", "mae/3/finetune"]
     assert [[*each["runs"]] for each in kept] == [["mae/3/knn"], ["mae/3/knn", "mae/3/finetune"]]
     for key, found in result["runs"].items():
@@ -122,8 +122,8 @@ def test_a_small_encoder_from_the_command_to_its_scores(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gauntlet, "judged", no_run)
-        patch.setattr(gauntlet.once, "trained", no_run)
-        assert gauntlet.measure(**settings, known=result) == result
-        assert gauntlet.measure(**settings, known=result, data=["emoji"]) == result
+        patch.setattr(gauntlet.result_cache, "train_once", no_run)
+        assert gauntlet.measure(**settings, stored=result) == result
+        assert gauntlet.measure(**settings, stored=result, data=["emoji"]) == result
         with pytest.raises(AssertionError, match="it is known already"):
-            gauntlet.measure(**settings | {"tasks": "knn,finetune,instances"}, known=result)
+            gauntlet.measure(**settings | {"tasks": "knn,finetune,instances"}, stored=result)

@@ -11,7 +11,7 @@ import torch
 from benchmarks import image_text, shards
 from benchmarks.bare import BareLoop, MemorySource
 from src.datamodules.image import IMAGENET_MEAN, IMAGENET_STD
-from src.measure import subprocess_runner as apart
+from src.measure import subprocess_runner
 
 
 def test_a_bare_loop_gives_each_picture_its_own_text() -> None:
@@ -52,7 +52,7 @@ def test_pictures_of_noise_have_distinct_texts() -> None:
 
 @pytest.mark.parametrize(("title", "batch", "each"), [("CLIP", 16384, 1), ("SigLIP", 16384, 1), ("FILIP", 2048, 64)])
 def test_a_loss_of_many_pairs_needs_less_than_its_rows_of_similarities(title: str, batch: int, each: int) -> None:
-    cost = apart.in_a_process(image_text.loss_cost, title, batch)
+    cost = subprocess_runner.run_in_subprocess(image_text.loss_cost, title, batch)
     held = 2 * 4 * (batch * image_text.DIM) * 4 / 1e6  # both sides: given, joined, two gradients
     assert 0 < cost["megabytes"] < held + batch**2 * each / image_text.PROCESSES * 4 / 1e6 / 2
     assert cost["seconds"] > 0

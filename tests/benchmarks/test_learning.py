@@ -96,7 +96,7 @@ def test_a_small_run_from_the_command_to_its_scores(tmp_path: Path) -> None:
     """Trained by the command, judged against its beginning and pixels, kept at once, and not done again."""
     words = [*SECONDS[1:], "callbacks.visualizations=null"]
     kept: list[dict[str, Any]] = []
-    result = learning.measure(overrides=words, data=["scenes"], seeds=[3], keep=lambda each: kept.append(each))
+    result = learning.measure(overrides=words, data=["scenes"], seeds=[3], save=lambda each: kept.append(each))
     found = result["runs"]["scenes/3"]
     assert kept == [result]
     assert (found["epochs"], found["steps"]) == (2, 16)
@@ -112,7 +112,7 @@ def test_a_small_run_from_the_command_to_its_scores(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learning, "learn", no_run)
-        again = learning.measure(overrides=words, data=["scenes"], seeds=[3], known=result)
+        again = learning.measure(overrides=words, data=["scenes"], seeds=[3], stored=result)
         assert again["runs"] == result["runs"]
         with pytest.raises(AssertionError, match="known already"):  # another recipe is another run
-            learning.measure(overrides=[*words, "optimizer.lr=0.1"], data=["scenes"], seeds=[3], known=result)
+            learning.measure(overrides=[*words, "optimizer.lr=0.1"], data=["scenes"], seeds=[3], stored=result)

@@ -78,7 +78,7 @@ def test_a_small_run_from_the_command_to_its_scores(tmp_path: Path) -> None:
         data=["scenes"],
         seeds=[3],
         seconds=0.001,
-        keep=lambda each: kept.append(each),
+        save=lambda each: kept.append(each),
     )
     found = result["runs"]["byol/scenes/3"]
     assert [each["runs"] for each in kept] == [{}, result["runs"]]
@@ -98,6 +98,6 @@ def test_a_small_run_from_the_command_to_its_scores(tmp_path: Path) -> None:
             data=["scenes"],
             seeds=[3],
             seconds=0.001,
-            known=result,
+            stored=result,
         )
     assert again == result

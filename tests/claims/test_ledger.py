@@ -18,9 +18,8 @@ from src.claims import ledger
 from src.claims.claim import Claim, load, plain
 from src.configuration import PROJECT
 from src.errors import UserError
-from src.measure import machine
-from src.measure import result_cache as once
-from src.measure.command import TrainingFailed
+from src.measure import machine, result_cache
+from src.measure.train_command import TrainingFailed
 from src.runs import Run
 from tests.claims.test_claim import arms, claim
 from tests.commands import SECONDS
@@ -112,8 +111,8 @@ class TestOutcome:
         of, found = claim(), runs([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])
 
         def note(*floors: float) -> str:
-            known = {f"scenes/{seed}": {"value": value} for seed, value in enumerate(floors)}
-            return ledger.outcome(of, {"runs": found, "floors": known}, "scenes").note
+            stored = {f"scenes/{seed}": {"value": value} for seed, value in enumerate(floors)}
+            return ledger.outcome(of, {"runs": found, "floors": stored}, "scenes").note
 
         assert note(2.9, 2.8, 3.0) == ""
         assert note(3.0, 2.8, 3.2) == "neither arm ends above its random start"
@@ -149,12 +148,12 @@ class TestPage:
 
     def test_the_floor_is_a_row_and_what_was_tried_is_a_line(self) -> None:
         of = claim(tried="Half of the\n rate.")
-        known = entry(of, runs([1.0, 2.0, 3.0], [2.0, 3.0, 4.0]))
-        known["floors"] = {"scenes/0": run(3.0), "scenes/1": run(4.0), "scenes/2": broken("no data")}
-        page = ledger.render({"more": known}, [of])
+        stored = entry(of, runs([1.0, 2.0, 3.0], [2.0, 3.0, 4.0]))
+        stored["floors"] = {"scenes/0": run(3.0), "scenes/1": run(4.0), "scenes/2": broken("no data")}
+        page = ledger.render({"more": stored}, [of])
         assert "| random start | 3 | 4 | failed | 3.5 ± 0.71 |" in page
         assert "\n\nTried: Half of the rate.\n\n" in page
-        assert "tried" not in known["claim"]  # it may be written after measuring
+        assert "tried" not in stored["claim"]  # it may be written after measuring
 
     def test_failures_stay_with_their_reasons(self) -> None:
         of = claim(data={"scenes": [], "emoji": []})
@@ -185,10 +184,10 @@ class TestMeasure:
         self.done: list[str] = []
         self.stop_after = 99
 
-        def one_run(job: once.Job, *_: Any) -> dict[str, Any]:
+        def one_run(job: result_cache.TrainingJob, *_: Any) -> dict[str, Any]:
             if len(self.done) == self.stop_after:
                 raise KeyboardInterrupt
-            self.done.append(f"{job.words[2]} {job.words[-2]}")
+            self.done.append(f"{job.overrides[2]} {job.overrides[-2]}")
             return {"value": float(len(self.done)), "spent": {"steps": 1}}
 
         monkeypatch.setattr(ledger, "_one_run", one_run)
@@ -200,7 +199,7 @@ class TestMeasure:
         both = self.of(data={"scenes": [], "emoji": []})
         first = ledger.measure(both, data="emoji")
         assert list(first["runs"]) == [f"emoji/{seed}/{arm.name}" for seed in (0, 3) for arm in both.arms]
-        second = ledger.measure(both, known=first, data="scenes")
+        second = ledger.measure(both, stored=first, data="scenes")
         assert len(self.done) == len(second["runs"]) == 8
         assert second["runs"].items() >= first["runs"].items()
         with pytest.raises(UserError, match="is about scenes, emoji, not about stl10"):
@@ -210,10 +209,10 @@ class TestMeasure:
         kept: list[dict[str, Any]] = []
         self.stop_after = 3
         with pytest.raises(KeyboardInterrupt):
-            ledger.measure(self.of(), keep=kept.append)
+            ledger.measure(self.of(), save=kept.append)
         assert self.done == ["seed=0 model.mask_ratio=0.5", "seed=0 scale=tiny", "seed=3 model.mask_ratio=0.5"]
         self.stop_after = 99
-        found = ledger.measure(self.of(), known=json.loads(json.dumps(kept[-1])))
+        found = ledger.measure(self.of(), stored=json.loads(json.dumps(kept[-1])))
         assert self.done[3:] == ["seed=3 scale=tiny"]
         assert [each["value"] for each in found["runs"].values()] == [1.0, 2.0, 3.0, 4.0]
         assert found["difference"] == {"scenes": {"model.mask_ratio": [0.5, 0.75]}}
@@ -222,8 +221,8 @@ class TestMeasure:
         """Not where the metric is of training alone, where less is better, nor where the arms go on from a run."""
         asked: list[list[str]] = []
 
-        def one_floor(job: once.Job, *_: Any) -> dict[str, Any]:
-            asked.append(list(job.words))
+        def one_floor(job: result_cache.TrainingJob, *_: Any) -> dict[str, Any]:
+            asked.append(list(job.overrides))
             return {"value": 0.5}
 
         monkeypatch.setattr(ledger, "_one_floor", one_floor)
@@ -233,7 +232,7 @@ class TestMeasure:
         assert asked == [of.words(of.arms[1], "scenes", seed) for seed in (0, 3)]
         assert {key: each["value"] for key, each in found["floors"].items()} == {"scenes/0": 0.5, "scenes/3": 0.5}
         assert len(found["runs"]) == 4
-        ledger.measure(of, known=found)
+        ledger.measure(of, stored=found)
         assert (len(asked), len(self.done)) == (2, 4)
         less = self.of(**patches, direction="lower")
         begun = self.of(**patches, start={"name": "before", "experiment": "mae_tiny"})
@@ -241,24 +240,26 @@ class TestMeasure:
         assert len(asked) == 2
 
     def test_another_recipe_metric_or_split_is_measured_again_and_nothing_else(self) -> None:
-        known = ledger.measure(self.of())
+        stored = ledger.measure(self.of())
         self.done.clear()
-        ledger.measure(self.of(title="Another title", least=0.1), known=known)
+        ledger.measure(self.of(title="Another title", least=0.1), stored=stored)
         assert self.done == []
-        ledger.measure(self.of(arms=[*arms(["model.mask_ratio=0.4"], [])[:1], known["claim"]["arms"][1]]), known=known)
+        ledger.measure(
+            self.of(arms=[*arms(["model.mask_ratio=0.4"], [])[:1], stored["claim"]["arms"][1]]), stored=stored
+        )
         assert len(self.done) == 2
         self.done.clear()
-        ledger.measure(self.of(metric={**known["claim"]["metric"], "name": "health/feature_std"}), known=known)
+        ledger.measure(self.of(metric={**stored["claim"]["metric"], "name": "health/feature_std"}), stored=stored)
         assert len(self.done) == 4
 
     def test_runs_of_two_recipes_never_stand_side_by_side(self) -> None:
-        known = ledger.measure(self.of())
+        stored = ledger.measure(self.of())
         kept: list[dict[str, Any]] = []
         changed = self.of(common=["scale=tiny", "data.batch_size=32"])
         self.done.clear()
         self.stop_after = 1
         with pytest.raises(KeyboardInterrupt):
-            ledger.measure(changed, known=known, keep=kept.append)
+            ledger.measure(changed, stored=stored, save=kept.append)
         assert list(kept[-1]["runs"]) == ["scenes/0/less"]
 
     def test_nothing_is_trained_for_arms_that_differ_in_more_or_a_metric_that_cannot_judge_there(self) -> None:
@@ -270,7 +271,7 @@ class TestMeasure:
 
 
 @contextmanager
-def finished(folder: Path, logged: dict[str, float]) -> Iterator[once.Finished]:
+def finished(folder: Path, logged: dict[str, float]) -> Iterator[result_cache.TrainedRun]:
     """A run that is gone when it was looked at."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         run = Run(Path(name))
@@ -279,7 +280,7 @@ def finished(folder: Path, logged: dict[str, float]) -> Iterator[once.Finished]:
         run.last.parent.mkdir()
         for checkpoint in (run.last, run.best):
             checkpoint.write_text(str(logged))
-        yield once.Finished(run, 1.5)
+        yield result_cache.TrainedRun(run, 1.5)
 
 
 def test_both_arms_of_a_pair_go_on_from_one_run(monkeypatch: pytest.MonkeyPatch, quick: None, tmp_path: Path) -> None:
@@ -288,7 +289,7 @@ def test_both_arms_of_a_pair_go_on_from_one_run(monkeypatch: pytest.MonkeyPatch,
     there: list[Path] = []
 
     @contextmanager
-    def fake(words: Sequence[str], config: Any) -> Iterator[once.Finished]:
+    def fake(words: Sequence[str], config: Any) -> Iterator[result_cache.TrainedRun]:
         trained.append(list(words))
         for word in words:
             if word.startswith("checkpoint="):
@@ -298,7 +299,7 @@ def test_both_arms_of_a_pair_go_on_from_one_run(monkeypatch: pytest.MonkeyPatch,
         with finished(tmp_path, {"step": 3, "health/effective_rank": 2.0}) as done:
             yield done
 
-    monkeypatch.setattr(once, "trained", fake)
+    monkeypatch.setattr(result_cache, "train_once", fake)
     start = {"name": "before", "experiment": "mae_tiny", "overrides": ["trainer.max_epochs=5"]}
     of = claim(seeds=[0, 3], start=start)
     found = ledger.measure(of)
@@ -312,9 +313,9 @@ def test_both_arms_of_a_pair_go_on_from_one_run(monkeypatch: pytest.MonkeyPatch,
         {"more": found}, [of]
     )
     trained.clear()
-    ledger.measure(claim(seeds=[0], start=start), known=found)
+    ledger.measure(claim(seeds=[0], start=start), stored=found)
     assert trained == []
-    ledger.measure(claim(seeds=[0], start=start | {"overrides": ["trainer.max_epochs=6"]}), known=found)
+    ledger.measure(claim(seeds=[0], start=start | {"overrides": ["trainer.max_epochs=6"]}), stored=found)
     assert len(trained) == 3
 
 
@@ -323,12 +324,12 @@ def test_arms_that_differ_in_what_they_are_judged_by_are_one_run(
 ) -> None:
     trained: list[str] = []
 
-    def fake(words: Sequence[str], config: Any) -> AbstractContextManager[once.Finished]:
+    def fake(words: Sequence[str], config: Any) -> AbstractContextManager[result_cache.TrainedRun]:
         trained.append(words[2])
         logged = {"step": 3, "health/effective_rank": 2.0, "health/feature_std": float(len(trained))}
         return finished(tmp_path, logged)
 
-    monkeypatch.setattr(once, "trained", fake)
+    monkeypatch.setattr(result_cache, "train_once", fake)
     other = {"_target_": "src.claims.metrics.Logged", "name": "health/feature_std"}
     both = [{"name": "less", "experiment": "mae_tiny", "metric": other}, {"name": "more", "experiment": "mae_tiny"}]
     of = claim(seeds=[0, 3], arms=both, differs=["metric.name"])
@@ -345,13 +346,13 @@ def test_what_two_claims_want_is_trained_once(monkeypatch: pytest.MonkeyPatch, q
     """Judged by another number the run is there; one that failed is trained again. What began elsewhere is another."""
     trained: list[str] = []
 
-    def fake(words: Sequence[str], config: Any) -> AbstractContextManager[once.Finished]:
+    def fake(words: Sequence[str], config: Any) -> AbstractContextManager[result_cache.TrainedRun]:
         trained.append(" ".join(words))
         if "model.mask_ratio=0.5" in words and len(trained) < 3:
             raise TrainingFailed(words, 1, "no space left")
         return finished(tmp_path, {"step": 3, "health/effective_rank": 2.0, "health/feature_std": 0.5})
 
-    monkeypatch.setattr(once, "trained", fake)
+    monkeypatch.setattr(result_cache, "train_once", fake)
     kept_in = tmp_path / "kept"
     with monkeypatch.context() as before:
         before.setattr(machine, "about", lambda: ABOUT | {"commit": "trained"})
@@ -382,7 +383,7 @@ def test_a_training_that_somebody_stops_did_not_fail(code: int) -> None:
         raise TrainingFailed(["x"], code, "terminated")
 
     with pytest.raises(UserError, match="goes on with what is missing"):
-        ledger._one_run(once.Job([]), None, "test", stopped)  # type: ignore[arg-type]
+        ledger._one_run(result_cache.TrainingJob([]), None, "test", stopped)  # type: ignore[arg-type]
 
 
 def test_from_the_command_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
@@ -444,10 +445,10 @@ def test_forgetting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[str]] = []
     elsewhere: list[bool] = []
 
-    def measure(of: Claim, *, known: dict[str, Any], keep: Any, data: None, kept_in: Path | None) -> dict[str, Any]:
-        seen.append(set(known["runs"]))
+    def measure(of: Claim, *, stored: dict[str, Any], save: Any, data: None, kept_in: Path | None) -> dict[str, Any]:
+        seen.append(set(stored["runs"]))
         elsewhere.append(kept_in is None)
-        return entry(of, known["runs"])
+        return entry(of, stored["runs"])
 
     monkeypatch.setattr(ledger, "measure", measure)
     found = runs([1.0, 2.0, 3.0], [2.0, broken("nan"), 4.0])
