@@ -15,7 +15,7 @@ from src.models.backbones.weights import WeightsError, read, some
 from src.models.functional import l2_normalize
 from src.models.image_text.micro_batches import check_micro_batch, in_micro_batches
 from src.models.pretrain_module import PretrainModule
-from src.models.text.text_tower import Tower
+from src.models.text.text_tower import TextTower
 from src.optim import OptimizerRecipe
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class ImageTextModule(PretrainModule):
         self,
         backbone: nn.Module,
         pool: Pool,
-        text: Tower,
+        text: TextTower,
         optimizer: OptimizerRecipe,
         *,
         embed_dim: int | None,

@@ -15,7 +15,7 @@ from src.models.functional import l2_normalize
 from src.models.image_text.base import ImageTextModule, hash_texts, modality_gap
 from src.models.losses.image_text import clip_loss
 from src.models.pretrain_module import StepOutput
-from src.models.text.text_tower import Tower
+from src.models.text.text_tower import TextTower
 from src.optim import OptimizerRecipe
 
 
@@ -42,7 +42,7 @@ class CLIP(ImageTextModule):
     def __init__(
         self,
         backbone: nn.Module,
-        text: Tower,
+        text: TextTower,
         optimizer: OptimizerRecipe,
         *,
         embed_dim: int | None = 512,

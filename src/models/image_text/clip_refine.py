@@ -21,7 +21,7 @@ from src.models.losses.image_text import clip_loss
 from src.models.losses.refine import hybrid_distillation, random_feature_alignment
 from src.models.pretrain_module import StepOutput
 from src.models.teacher import teacher_of
-from src.models.text.text_tower import Tower
+from src.models.text.text_tower import TextTower
 from src.optim import OptimizerRecipe
 
 
@@ -54,7 +54,7 @@ class CLIPRefine(ImageTextModule):
     def __init__(
         self,
         backbone: nn.Module,
-        text: Tower,
+        text: TextTower,
         optimizer: OptimizerRecipe,
         *,
         start: str | Path | None = None,

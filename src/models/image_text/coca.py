@@ -19,7 +19,7 @@ from src.models.losses.captioning import captioning_loss
 from src.models.losses.image_text import clip_loss
 from src.models.pretrain_module import StepOutput
 from src.models.text.generation import beam_search, greedy
-from src.models.text.text_decoder import CaptioningMethod, MultimodalDecoder, UnimodalDecoder
+from src.models.text.text_decoder import CachedCaptionDecoder, MultimodalDecoder, UnimodalDecoder
 from src.optim import OptimizerRecipe
 
 
@@ -138,6 +138,8 @@ class CoCa(CLIP):
         looked = self.captioning_pooler(self.image_encoder(image).patches)
         begin = torch.full((len(image),), start, device=image.device)
         if beams == 1:
-            return greedy(CaptioningMethod(self.text_encoder, self.text_decoder, looked), begin, end=end, length=length)
-        speaker = CaptioningMethod(self.text_encoder, self.text_decoder, looked.repeat_interleave(beams, dim=0))
+            return greedy(
+                CachedCaptionDecoder(self.text_encoder, self.text_decoder, looked), begin, end=end, length=length
+            )
+        speaker = CachedCaptionDecoder(self.text_encoder, self.text_decoder, looked.repeat_interleave(beams, dim=0))
         return beam_search(speaker, begin, beams=beams, end=end, length=length)

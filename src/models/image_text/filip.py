@@ -13,7 +13,7 @@ from src.models.image_text.base import hash_texts
 from src.models.image_text.clip import CLIP
 from src.models.losses.late_interaction import late_interaction, late_interaction_loss, select_tokens
 from src.models.pretrain_module import StepOutput
-from src.models.text.text_tower import Tower
+from src.models.text.text_tower import TextTower
 from src.optim import OptimizerRecipe
 
 
@@ -40,7 +40,7 @@ class FILIP(CLIP):
     def __init__(
         self,
         backbone: nn.Module,
-        text: Tower,
+        text: TextTower,
         optimizer: OptimizerRecipe,
         *,
         embed_dim: int = 256,

@@ -14,7 +14,7 @@ from src.models.functional import l2_normalize
 from src.models.image_text.base import ImageTextModule, modality_gap
 from src.models.losses.image_text import sigmoid_loss
 from src.models.pretrain_module import StepOutput
-from src.models.text.text_tower import Tower
+from src.models.text.text_tower import TextTower
 from src.optim import OptimizerRecipe
 
 
@@ -36,7 +36,7 @@ class SigLIP(ImageTextModule):
     def __init__(
         self,
         backbone: nn.Module,
-        text: Tower,
+        text: TextTower,
         optimizer: OptimizerRecipe,
         *,
         temperature: float = 0.1,

@@ -1,4 +1,4 @@
-"""Attention whose keys and values can be kept."""
+"""Attention whose keys and values can be cached."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from src.errors import SettingError
 
 
 class Attention(nn.Module):
-    """Multi-head attention to keys and values that are made apart, so that they can be kept.
+    """Multi-head attention whose keys and values are computed by a call of their own, so that they can be cached.
 
     Args:
-        dim: of what asks, and of the answers.
-        heads: divide ``dim``.
-        context_dim: of what is asked; as ``dim`` if None.
-        bias: whether queries, keys and values have one.
+        dim: width of queries and outputs.
+        heads: number of heads; divides ``dim``.
+        context_dim: width of the tokens attended to; None for ``dim``.
+        bias: adds a bias to queries, keys and values.
 
     Raises:
-        SettingError: the width does not divide among the heads.
+        SettingError: ``heads`` does not divide ``dim``.
     """
 
     def __init__(self, dim: int, heads: int, *, context_dim: int | None = None, bias: bool = True) -> None:
@@ -31,13 +31,21 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def keys_values(self, context: Tensor) -> Tensor:
-        """[B, M, D] -> [2, B, heads, M, dim / heads]."""
+        """Computes keys and values: [B, M, context_dim] -> [2, B, heads, M, dim / heads]."""
         return self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(self, x: Tensor, keys_values: Tensor, *, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """[B, N, dim], what `keys_values` gave, and which of it may be seen (bool, broadcastable to [B, heads, N, M])
-        -> [B, N, dim]."""
+        """
+        Args:
+            x: [B, N, dim], the queries' tokens.
+            keys_values: output of `keys_values`.
+            mask: bool, broadcastable to [B, heads, N, M], True where a query attends to a key.
+            causal: each token attends to itself and those before it.
+
+        Returns:
+            [B, N, dim].
+        """
         query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         keys, values = keys_values
-        found = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal)
-        return self.out(found.transpose(1, 2).flatten(2))
+        output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal)
+        return self.out(output.transpose(1, 2).flatten(2))

@@ -1,4 +1,4 @@
-"""CoCa's attentional pooler: learned queries that ask an image's tokens."""
+"""CoCa's attentional pooler."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from src.models.layers.attention import Attention
 
 
 class AttentionalPooler(nn.Module):
-    """One attention layer between norms; how much it keeps of an image is the number of its queries.
+    """Learned queries that attend to an image's tokens in one attention layer between layer norms.
 
     Args:
-        dim: width of the tokens and of what is made of them.
-        queries: how many there are.
+        dim: width of the tokens and of the output.
+        queries: number of queries, and of output tokens.
         heads: of the attention.
     """
 
@@ -27,6 +27,6 @@ class AttentionalPooler(nn.Module):
         nn.init.normal_(self.queries)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> [B, queries, D]."""
+        """[B, N, dim] -> [B, queries, dim]."""
         queries = self.norm_query(self.queries).expand(len(tokens), -1, -1)
         return self.norm(self.attention(queries, self.attention.keys_values(self.norm_tokens(tokens))))

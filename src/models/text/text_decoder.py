@@ -1,4 +1,4 @@
-"""CoCa's text decoder: a lower half that reads texts alone, and an upper half that also looks at the image."""
+"""CoCa's text decoder: a unimodal half that reads the text, and a multimodal half that also attends to the image."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from src.models.layers.attention import Attention
-from src.models.text.text_tower import TextFeatures, Tower
+from src.models.text.text_tower import TextFeatures, TextTower
 
 
 @dataclass
-class Memory:
-    """What a block has seen, so that the next token alone has to be worked out."""
+class KeyValueCache:
+    """Keys and values of one block, so that generation computes the newest token alone."""
 
-    text: Tensor | None = None  # [2, B, heads, t, D / heads], keys and values of the tokens so far
-    image: Tensor | None = None  # [2, B, heads, N, D / heads], of the image, which stay the same
+    text: Tensor | None = None  # [2, B, heads, t, D / heads], of the tokens so far
+    image: Tensor | None = None  # [2, B, heads, N, D / heads], of the image tokens, which do not change
 
 
-class Block(nn.Module):
-    """Self-attention, attention to the image where there is one, and an MLP, each behind a norm and beside a residual.
+class DecoderBlock(nn.Module):
+    """Self-attention, cross-attention to the image if ``image_dim`` is given, and an MLP, each pre-norm and residual.
 
     Args:
         dim, heads: of the transformer.
-        image_dim: width of the image's tokens; None for a block that reads text alone.
+        image_dim: width of the image tokens; None for a block without cross-attention.
     """
 
     def __init__(self, dim: int, heads: int, *, image_dim: int | None = None) -> None:
@@ -36,40 +36,40 @@ class Block(nn.Module):
         if image_dim is not None:
             self.norm_cross = nn.LayerNorm(dim)
             self.cross_attention = Attention(dim, heads, context_dim=image_dim)
-        self.looks = image_dim is not None
+        self.has_cross_attention = image_dim is not None
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, 4 * dim)
 
     def forward(
-        self, x: Tensor, image: Tensor | None = None, *, mask: Tensor | None = None, memory: Memory | None = None
+        self, x: Tensor, image: Tensor | None = None, *, mask: Tensor | None = None, cache: KeyValueCache | None = None
     ) -> Tensor:
         """
         Args:
-            x: [B, L, D], tokens. Each sees those before it, unless ``mask`` says what it sees.
-            image: [B, N, D'], tokens of the image.
-            mask: bool [B, 1, L, L].
-            memory: of the tokens before ``x``, of which there is then one a text; ``x`` is added to it.
+            x: [B, L, D], text tokens; attention is causal unless there is a ``mask``.
+            image: [B, N, D'], image tokens.
+            mask: bool [B, 1, L, L], True where a token attends to another.
+            cache: keys and values of the earlier tokens; those of ``x``, then one token a text, are appended.
         """
-        memory = memory or Memory()
+        cache = cache or KeyValueCache()
         y = self.norm1(x)
-        own = self.self_attention.keys_values(y)
-        first = memory.text is None
-        memory.text = own if memory.text is None else torch.cat([memory.text, own], dim=3)
-        x = x + self.self_attention(y, memory.text, mask=mask, causal=first and mask is None)
-        if self.looks:
-            if memory.image is None:
+        keys_values = self.self_attention.keys_values(y)
+        first = cache.text is None
+        cache.text = keys_values if cache.text is None else torch.cat([cache.text, keys_values], dim=3)
+        x = x + self.self_attention(y, cache.text, mask=mask, causal=first and mask is None)
+        if self.has_cross_attention:
+            if cache.image is None:
                 assert image is not None
-                memory.image = self.cross_attention.keys_values(image)
-            x = x + self.cross_attention(self.norm_cross(x), memory.image)
+                cache.image = self.cross_attention.keys_values(image)
+            x = x + self.cross_attention(self.norm_cross(x), cache.image)
         return x + self.mlp(self.norm2(x))
 
 
-class UnimodalDecoder(Tower):
-    """The lower half. A learned token stands behind the text; it sees all of the text, padding excepted, and no token
-    sees it: its output is the text's feature, those of the others are what the upper half goes on with.
+class UnimodalDecoder(TextTower):
+    """The unimodal half. A learned class token is appended to the text; it attends to the whole text except padding,
+    and no text token attends to it. Its output is the text's feature; the multimodal half reads the other outputs.
 
     Args:
-        vocabulary, length: see `Tower`; the learned token is not counted.
+        vocabulary, length: see `TextTower`; the class token is not counted.
         width, depth, heads: of the transformer.
     """
 
@@ -78,33 +78,34 @@ class UnimodalDecoder(Tower):
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.position_embedding = nn.Parameter(torch.empty(length, width))
         self.cls_token = nn.Parameter(torch.empty(width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(DecoderBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.position_embedding, std=0.01)
         nn.init.normal_(self.cls_token, std=0.01)
-        begin_as_clip(self.blocks, width)
+        initialize_as_clip(self.blocks, width)
 
-    def read(self, text: Tensor, mask: Tensor) -> TextFeatures:
+    def encode(self, text: Tensor, mask: Tensor) -> TextFeatures:
         cls_token = self.cls_token.expand(len(text), 1, -1)
         x = torch.cat([self._embed(text), cls_token], dim=1)
-        sees = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril().repeat(len(text), 1, 1, 1)
-        sees[:, 0, -1, :-1] = mask
+        length = x.shape[1]
+        attends = torch.ones(length, length, dtype=torch.bool, device=x.device).tril().repeat(len(text), 1, 1, 1)
+        attends[:, 0, -1, :-1] = mask
         for block in self.blocks:
-            x = block(x, mask=sees)
+            x = block(x, mask=attends)
         return TextFeatures(self.norm(x[:, -1]), x[:, :-1])
 
-    def extend(self, token: Tensor, position: int, memory: list[Memory]) -> Tensor:
-        """The output of one more token of each text, [B, 1, D].
+    def encode_next(self, token: Tensor, position: int, caches: list[KeyValueCache]) -> Tensor:
+        """Encodes one more token of each text: [B, 1, D].
 
         Args:
             token: ids int64 [B, 1].
-            position: how many tokens came before.
-            memory: of each block, which is added to.
+            position: number of tokens before it.
+            caches: one a block; the token's keys and values are appended.
         """
         x = self._embed(token, position)
-        for block, own in zip(self.blocks, memory, strict=True):
-            x = block(x, memory=own)
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block(x, cache=cache)
         return x
 
     def _embed(self, text: Tensor, position: int = 0) -> Tensor:
@@ -112,73 +113,73 @@ class UnimodalDecoder(Tower):
 
 
 class MultimodalDecoder(nn.Module):
-    """The upper half, which says what comes after each token.
+    """The multimodal half, which predicts the next token at each position.
 
     Args:
-        vocabulary: token ids there may be.
-        width: of what the lower half gives.
+        vocabulary: number of token ids.
+        width: of the unimodal half's outputs.
         depth, heads: of the transformer.
-        image_dim: width of the image's tokens.
+        image_dim: width of the image tokens.
     """
 
     def __init__(self, *, vocabulary: int, width: int, depth: int, heads: int, image_dim: int) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, image_dim=image_dim) for _ in range(depth))
+        self.blocks = nn.ModuleList(DecoderBlock(width, heads, image_dim=image_dim) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
-        begin_as_clip(self.blocks, width)
+        initialize_as_clip(self.blocks, width)
         nn.init.normal_(self.head.weight, std=width**-0.5)
 
-    def forward(self, tokens: Tensor, image: Tensor, memory: list[Memory] | None = None) -> Tensor:
-        """Logits [B, L, V] of the token after each.
+    def forward(self, tokens: Tensor, image: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
+        """Computes the logits of the next token at each position: [B, L, V].
 
         Args:
-            tokens: [B, L, D], of the lower half; with a memory one a text.
-            image: [B, N, D'].
-            memory: of each block, which is added to.
+            tokens: [B, L, D], outputs of the unimodal half; with caches one token a text.
+            image: [B, N, D'], image tokens.
+            caches: one a block; the tokens' keys and values are appended.
         """
         x = tokens
-        memory = memory or [Memory() for _ in self.blocks]
-        for block, own in zip(self.blocks, memory, strict=True):
-            x = block(x, image, memory=own)
+        caches = caches or [KeyValueCache() for _ in self.blocks]
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block(x, image, cache=cache)
         return self.head(self.norm(x))
 
 
-class CaptioningMethod:
-    """Both halves at work on captions that grow by a token at a time; see `src.models.text.generation`.
+class CachedCaptionDecoder:
+    """Predicts captions token by token with both halves; the `NextTokenModel` of `src.models.text.generation`.
 
     Args:
-        image: [R, N, D'], the image's tokens for each caption.
+        image: [R, N, D'], the image tokens of each caption.
     """
 
     def __init__(self, unimodal: UnimodalDecoder, multimodal: MultimodalDecoder, image: Tensor) -> None:
         self.unimodal, self.multimodal, self.image = unimodal, multimodal, image
-        self.below = [Memory() for _ in unimodal.blocks]
-        self.above = [Memory() for _ in multimodal.blocks]
+        self.unimodal_caches = [KeyValueCache() for _ in unimodal.blocks]
+        self.multimodal_caches = [KeyValueCache() for _ in multimodal.blocks]
         self.position = 0
 
     def __call__(self, last: Tensor) -> Tensor:
-        tokens = self.unimodal.extend(last[:, None], self.position, self.below)
+        tokens = self.unimodal.encode_next(last[:, None], self.position, self.unimodal_caches)
         self.position += 1
-        return self.multimodal(tokens, self.image, self.above)[:, -1]
+        return self.multimodal(tokens, self.image, self.multimodal_caches)[:, -1]
 
     def reorder(self, rows: Tensor) -> None:
-        for memory in (*self.below, *self.above):
-            assert memory.text is not None
-            memory.text = memory.text[:, rows]  # a row takes the place of another of its own image: that stays
+        for cache in (*self.unimodal_caches, *self.multimodal_caches):
+            assert cache.text is not None
+            cache.text = cache.text[:, rows]  # rows are exchanged within an image: the image tokens stay
 
 
 @torch.no_grad()
-def begin_as_clip(blocks: nn.ModuleList, width: int) -> None:
-    """CLIP's first values, which the paper does not give: layers that end in a residual are smaller, the more of them
-    there are."""
-    within, out = width**-0.5, width**-0.5 * (2 * len(blocks)) ** -0.5
-    for block in cast("list[Block]", list(blocks)):
-        attentions = [block.self_attention] + ([block.cross_attention] if block.looks else [])
-        scales = [(block.mlp.fc1, (2 * width) ** -0.5), (block.mlp.fc2, out)]
+def initialize_as_clip(blocks: nn.ModuleList, width: int) -> None:
+    """Initializes as CLIP does, since CoCa's paper does not say: the standard deviation of layers that end in a
+    residual falls with the number of blocks."""
+    std, residual_std = width**-0.5, width**-0.5 * (2 * len(blocks)) ** -0.5
+    for block in cast("list[DecoderBlock]", list(blocks)):
+        attentions = [block.self_attention] + ([block.cross_attention] if block.has_cross_attention else [])
+        layers = [(block.mlp.fc1, (2 * width) ** -0.5), (block.mlp.fc2, residual_std)]
         for attention in attentions:
-            scales += [(attention.query, within), (attention.key_value, within), (attention.out, out)]
-        for layer, scale in scales:
+            layers += [(attention.query, std), (attention.key_value, std), (attention.out, residual_std)]
+        for layer, layer_std in layers:
             assert layer.bias is not None
-            nn.init.normal_(layer.weight, std=scale)
+            nn.init.normal_(layer.weight, std=layer_std)
             nn.init.zeros_(layer.bias)

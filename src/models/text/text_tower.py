@@ -1,4 +1,4 @@
-"""The text transformers of CLIP and SigLIP, and any other that transformers knows."""
+"""Text towers: the text transformers of CLIP and SigLIP, and any text encoder of the transformers library."""
 
 from __future__ import annotations
 
@@ -10,53 +10,44 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-    CLIPTextConfig,
-    CLIPTextModel,
-    SiglipTextConfig,
-    SiglipTextModel,
-)
 
 from src.errors import SettingError, nearest
 
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """What a text tower says of a batch of texts."""
+    """The output of a text tower."""
 
     embedding: Tensor  # [B, D], one vector a text
     tokens: Tensor  # [B, L, D], one vector a token, padding included
 
 
 TextPool = Callable[[Tensor, Tensor], Tensor]
+"""(tokens [B, L, D], padding mask [B, L], False for padding) -> [B, D]."""
 
 
 def first_token(tokens: Tensor, mask: Tensor) -> Tensor:
-    """BERT's: [B, L, D], [B, L] -> [B, D]."""
+    """Returns the first token, BERT's class token: [B, L, D], [B, L] -> [B, D]."""
     return tokens[:, 0]
 
 
 def last_token(tokens: Tensor, mask: Tensor) -> Tensor:
-    """The last one that is no padding, CLIP's: [B, L, D], [B, L] -> [B, D]."""
+    """Returns the last token before the padding, as CLIP does: [B, L, D], [B, L] -> [B, D]."""
     return tokens[torch.arange(len(tokens), device=tokens.device), mask.sum(dim=1) - 1]
 
 
 def mean_token(tokens: Tensor, mask: Tensor) -> Tensor:
-    """The mean of all that are no padding, as T5 and sentence encoders are read: [B, L, D], [B, L] -> [B, D]."""
+    """Returns the mean of the tokens without padding, as for T5 and sentence encoders: [B, L, D], [B, L] -> [B, D]."""
     weight = mask.to(tokens.dtype)
     return torch.einsum("bld,bl->bd", tokens, weight) / weight.sum(dim=1, keepdim=True)
 
 
-class Tower(nn.Module, ABC):
-    """Texts to features.
+class TextTower(nn.Module, ABC):
+    """Base class of networks that turn token ids into features.
 
     Args:
-        vocabulary: token ids there may be.
-        length: tokens of a text at most.
+        vocabulary: number of token ids.
+        length: greatest number of tokens in a text.
         dim: D, width of the features.
     """
 
@@ -67,28 +58,32 @@ class Tower(nn.Module, ABC):
         self.dim = dim
 
     def forward(self, text: Tensor, mask: Tensor) -> TextFeatures:
-        """Token ids [B, L] and which are no padding, bool [B, L]; padding stands at the end.
+        """
+        Args:
+            text: token ids int64 [B, L], padded at the end.
+            mask: bool [B, L], False for padding.
 
         Raises:
-            SettingError: a text is longer than ``length``.
+            SettingError: the texts have more than ``length`` tokens.
         """
         if text.shape[1] > self.length:
             raise SettingError(
                 f"data.text_length, model.text: texts of {text.shape[1]} tokens do not fit a tower of {self.length}"
             )
-        return self.read(text, mask)
+        return self.encode(text, mask)
 
     @abstractmethod
-    def read(self, text: Tensor, mask: Tensor) -> TextFeatures: ...
+    def encode(self, text: Tensor, mask: Tensor) -> TextFeatures: ...
 
 
-class TextTower(Tower):
-    """CLIP's (Radford et al., 2021): causal, the feature of a text stands at its last token; begun as the authors do.
+class CLIPTextTower(TextTower):
+    """CLIP's text transformer (Radford et al., 2021): causal attention, the feature is the last token, weights
+    initialized as in the authors' code.
 
     Args:
-        vocabulary, length: see `Tower`.
+        vocabulary, length: see `TextTower`.
         width, depth, heads: of the transformer.
-        activation: as transformers names it; OpenAI's weights were trained with "quick_gelu".
+        activation: name of the activation in transformers; OpenAI's weights need "quick_gelu".
     """
 
     def __init__(
@@ -101,56 +96,43 @@ class TextTower(Tower):
         heads: int = 8,
         activation: str = "gelu",
     ) -> None:
+        from transformers import CLIPTextConfig, CLIPTextModel
+
         super().__init__(vocabulary=vocabulary, length=length, dim=width)
         sizes = _sizes(vocabulary, length, width, depth, heads)
         self.transformer = CLIPTextModel(CLIPTextConfig(hidden_act=activation, **sizes))
         self._initialize(width, depth)
 
-    def read(self, text: Tensor, mask: Tensor) -> TextFeatures:
+    def encode(self, text: Tensor, mask: Tensor) -> TextFeatures:
         tokens = self.transformer(input_ids=text).last_hidden_state
         return TextFeatures(last_token(tokens, mask), tokens)
 
     @torch.no_grad()
     def _initialize(self, width: int, depth: int) -> None:
-        """The released code's: transformers has the two attention scales the other way round."""
-        within, out = width**-0.5, width**-0.5 * (2 * depth) ** -0.5
-        scales = {
+        """Initializes as the released code does; transformers swaps the two standard deviations of attention."""
+        std, residual_std = width**-0.5, width**-0.5 * (2 * depth) ** -0.5
+        std_by_suffix = {
             "token_embedding.weight": 0.02,
             "position_embedding.weight": 0.01,
-            "q_proj.weight": within,
-            "k_proj.weight": within,
-            "v_proj.weight": within,
-            "out_proj.weight": out,
+            "q_proj.weight": std,
+            "k_proj.weight": std,
+            "v_proj.weight": std,
+            "out_proj.weight": residual_std,
             "fc1.weight": (2 * width) ** -0.5,
-            "fc2.weight": out,
+            "fc2.weight": residual_std,
         }
         for name, parameter in self.transformer.named_parameters():
-            scale = next((scale for end, scale in scales.items() if name.endswith(end)), None)
-            if scale is not None:
-                nn.init.normal_(parameter, std=scale)
+            for suffix, value in std_by_suffix.items():
+                if name.endswith(suffix):
+                    nn.init.normal_(parameter, std=value)
 
 
-def _sizes(vocabulary: int, length: int, width: int, depth: int, heads: int) -> dict[str, Any]:
-    """As transformers calls them."""
-    return {
-        "vocab_size": vocabulary,
-        "max_position_embeddings": length,
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": depth,
-        "num_attention_heads": heads,
-        # read by transformers alone, where it looks for a text's end; here the mask says where that is
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-
-
-class SigmoidTextTower(Tower):
-    """SigLIP's (Zhai et al., 2023): every token sees every other, padding included, and a linear layer on the last
-    place, which is mostly padding, makes the feature.
+class SigLIPTextTower(TextTower):
+    """SigLIP's text transformer (Zhai et al., 2023): attention in both directions, padding included; the feature is a
+    linear layer on the token at the last position, which is usually padding.
 
     Args:
-        vocabulary, length: see `Tower`; texts are filled up to ``length``.
+        vocabulary, length: see `TextTower`; texts are padded to ``length``.
         width, depth, heads: of the transformer.
         embed_dim: width of the feature.
     """
@@ -158,55 +140,75 @@ class SigmoidTextTower(Tower):
     def __init__(
         self, *, vocabulary: int, length: int, width: int = 768, depth: int = 12, heads: int = 12, embed_dim: int = 768
     ) -> None:
+        from transformers import SiglipTextConfig, SiglipTextModel
+
         super().__init__(vocabulary=vocabulary, length=length, dim=embed_dim)
         sizes = _sizes(vocabulary, length, width, depth, heads)
         self.transformer = SiglipTextModel(SiglipTextConfig(projection_size=embed_dim, **sizes))
 
-    def read(self, text: Tensor, mask: Tensor) -> TextFeatures:
-        found = self.transformer(input_ids=text)
-        return TextFeatures(found.pooler_output, found.last_hidden_state)
+    def encode(self, text: Tensor, mask: Tensor) -> TextFeatures:
+        output = self.transformer(input_ids=text)
+        return TextFeatures(output.pooler_output, output.last_hidden_state)
 
 
-class TransformersTower(Tower):
-    """Any text encoder of transformers, such as BERT (Devlin et al., 2019), with weights as created.
+class TransformersTextTower(TextTower):
+    """Any text encoder of the transformers library, such as BERT (Devlin et al., 2019), with random weights.
 
-    Its architecture is said in full, so that a run can be evaluated where what it started from is no longer there;
-    `text_weights.pretrained` fills it from a model of the same architecture.
+    The architecture is given in full, so that a run can be evaluated where its initial weights are no longer available.
+    `load_text_weights` loads the weights of a pretrained model with the same architecture.
 
     Args:
-        architecture: ``model_type`` and what differs from that type's defaults, as a ``config.json`` has them.
-        vocabulary, length: see `Tower`.
-        pool: what of the tokens is the text's feature.
+        architecture: ``model_type`` and the values that differ from that type's defaults, named as in a
+            ``config.json``.
+        vocabulary, length: see `TextTower`.
+        pool: turns the tokens into the text's feature.
 
     Raises:
-        SettingError: transformers knows no such architecture, or it has no place for ``length`` tokens.
+        SettingError: transformers has no such architecture, or it has fewer than ``length`` positions.
     """
 
     def __init__(
         self, architecture: Mapping[str, Any], *, vocabulary: int, length: int, pool: TextPool = first_token
     ) -> None:
+        from transformers import CONFIG_MAPPING, MODEL_FOR_TEXT_ENCODING_MAPPING, MODEL_MAPPING, AutoConfig
+
         options = {**architecture, "vocab_size": vocabulary}
-        kind = str(options.pop("model_type", ""))
-        if kind not in CONFIG_MAPPING:
-            near = nearest(kind, list(CONFIG_MAPPING))
-            raise SettingError(f"model.text.architecture: transformers knows no model_type '{kind}'{near}")
-        config = AutoConfig.for_model(kind, **options)
-        # of what reads and writes (T5) the half that reads
-        reads = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
-        model_class: Any = (MODEL_FOR_TEXT_ENCODING_MAPPING if reads else MODEL_MAPPING)[type(config)]
-        # an unused layer would have no gradient, which DDP takes for a mistake
+        model_type = str(options.pop("model_type", ""))
+        if model_type not in CONFIG_MAPPING:
+            suggestion = nearest(model_type, list(CONFIG_MAPPING))
+            raise SettingError(f"model.text.architecture: transformers has no model_type '{model_type}'{suggestion}")
+        config = AutoConfig.for_model(model_type, **options)
+        # encoder-decoder models such as T5 have an encoder class of their own
+        has_encoder_class = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+        model_class: Any = (MODEL_FOR_TEXT_ENCODING_MAPPING if has_encoder_class else MODEL_MAPPING)[type(config)]
+        # DDP reports parameters without a gradient as an error, such as those of an unused pooling layer
         unpooled = {"add_pooling_layer": False} if "add_pooling_layer" in signature(model_class).parameters else {}
         try:
             transformer = model_class(config, **unpooled)
         except (ValueError, KeyError, TypeError) as problem:
             raise SettingError(f"model.text.architecture: {problem}") from problem
-        places = getattr(config, "max_position_embeddings", None)
-        if places is not None and places < length:
-            raise SettingError(f"data.text_length={length}: this text tower has places for {places} tokens")
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and positions < length:
+            raise SettingError(f"data.text_length={length}: this text tower has {positions} positions for tokens")
         super().__init__(vocabulary=vocabulary, length=length, dim=int(config.hidden_size))
         self.transformer = transformer
         self.pool = pool
 
-    def read(self, text: Tensor, mask: Tensor) -> TextFeatures:
+    def encode(self, text: Tensor, mask: Tensor) -> TextFeatures:
         tokens = self.transformer(input_ids=text, attention_mask=mask.long()).last_hidden_state
         return TextFeatures(self.pool(tokens, mask), tokens)
+
+
+def _sizes(vocabulary: int, length: int, width: int, depth: int, heads: int) -> dict[str, Any]:
+    """Returns the sizes of a text transformer under their names in transformers."""
+    return {
+        "vocab_size": vocabulary,
+        "max_position_embeddings": length,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        # transformers alone uses these to find the end of a text; the towers here use the padding mask
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }

@@ -1,4 +1,4 @@
-"""Pretrained weights for a text tower, from the Hugging Face hub or a folder; nothing is loaded by halves."""
+"""Loads pretrained weights into a text tower, from the Hugging Face hub or a folder, completely or not at all."""
 
 from __future__ import annotations
 
@@ -7,81 +7,81 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedConfig
-from transformers.utils import logging as transformers_logging
+from typing import TYPE_CHECKING, Any
 
 from src.errors import SettingError
 from src.models.backbones.weights import some
-from src.models.text.text_tower import Tower
+from src.models.text.text_tower import TextTower
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 log = logging.getLogger(__name__)
 
-# of a configuration: what changes no feature, or only while training
-_HARMLESS = re.compile(
+# settings of a model that change no feature at inference, and sizes, which the shapes of the weights show
+_IGNORED_SETTINGS = re.compile(
     r"^_|drop|token_id|initializer|dtype|version|architectures|use_cache|^projection|^output_|return_dict|id2label"
     r"|label2id|problem_type|chunk_size|gradient_checkpointing|is_decoder|is_encoder_decoder|tie_|add_cross_attention"
-    r"|^model_type$|^vocab_size$|^max_position_embeddings$"  # sizes are seen by the weights
+    r"|^model_type$|^vocab_size$|^max_position_embeddings$"
 )
 
 
-def pretrained(tower: Tower, checkpoint: str | Path | None) -> Tower:
-    """``tower`` with the weights of ``checkpoint``, in place. What else that holds (poolers, other towers) is left out.
+def load_text_weights(tower: TextTower, checkpoint: str | Path | None) -> TextTower:
+    """Loads the weights of ``checkpoint`` into ``tower``, in place, and returns it. Tensors that the tower does not
+    have, such as those of poolers and image towers, are ignored.
 
     Args:
-        tower: `TransformersTower`, or one of those of CLIP and SigLIP.
-        checkpoint: a name of the hub or a folder that transformers wrote, with safetensors; None leaves the tower
-            alone.
+        tower: a `TransformersTextTower`, `CLIPTextTower` or `SigLIPTextTower`.
+        checkpoint: a model name on the hub, or a folder written by transformers, with safetensors; None changes
+            nothing.
 
     Raises:
-        SettingError: nothing can be read there, it has no safetensors, or it is of another architecture.
+        SettingError: no model can be read there, it has no safetensors, or it has another architecture.
     """
     if checkpoint is None:
-        log.info("text tower: weights as created (text_checkpoint=null)")
+        log.info("text tower: random weights (text_checkpoint=null)")
         return tower
     transformer: Any = tower.transformer
-    what = f"text_checkpoint={checkpoint}"
+    setting = f"text_checkpoint={checkpoint}"
     try:
-        given = type(transformer.config).from_pretrained(checkpoint)
+        config = type(transformer.config).from_pretrained(checkpoint)
     except (OSError, ValueError) as problem:
-        raise SettingError(f"{what} is no model of transformers: {_first_line(problem)}") from problem
-    unlike = _differences(transformer.config, given)
-    if unlike:
-        raise SettingError(f"{what} is of another architecture than model.text: {some(unlike)}")
-    with _quietly():
+        raise SettingError(f"{setting} is no model of transformers: {_first_line(problem)}") from problem
+    differences = _differences(transformer.config, config)
+    if differences:
+        raise SettingError(f"{setting} has another architecture than model.text: {some(differences)}")
+    with _without_loading_report():
         try:
-            loaded, report = type(transformer).from_pretrained(
-                # only safetensors: the other format is a pickle
+            pretrained, report = type(transformer).from_pretrained(
                 checkpoint,
                 config=transformer.config,
-                use_safetensors=True,
+                use_safetensors=True,  # the other format is a pickle, which can run code
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError) as problem:
             raise SettingError(
-                f"{what} cannot be read as safetensors of this tower: {_first_line(problem)}"
+                f"{setting} cannot be read as safetensors of this tower: {_first_line(problem)}"
             ) from problem
-    own = transformer.state_dict()
-    missing = sorted(name for name in report["missing_keys"] if name in own)
+    names = list(transformer.state_dict())
+    missing = sorted(name for name in report["missing_keys"] if name in names)
     if missing:
-        raise SettingError(f"{what} lacks {len(missing)} of the text tower's {len(own)} tensors: {some(missing)}")
-    found = loaded.state_dict()
-    transformer.load_state_dict({name: found[name] for name in own})
-    log.info("text tower: %d tensors from %s", len(own), checkpoint)
+        raise SettingError(f"{setting} lacks {len(missing)} of the text tower's {len(names)} tensors: {some(missing)}")
+    weights = pretrained.state_dict()
+    transformer.load_state_dict({name: weights[name] for name in names})
+    log.info("text tower: %d tensors from %s", len(names), checkpoint)
     return tower
 
 
-def _differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[str]:
-    """Settings that weights alone do not show, such as the number of heads."""
-    mine, others = ours.to_dict(), theirs.to_dict()
+def _differences(config: PreTrainedConfig, checkpoint_config: PreTrainedConfig) -> list[str]:
+    """Lists settings that differ and that the shapes of the weights do not show, such as the number of heads."""
+    values, checkpoint_values = config.to_dict(), checkpoint_config.to_dict()
     return [
-        f"{name}={others[name]} instead of {value}"
-        for name, value in sorted(mine.items())
-        if name in others
+        f"{name}={checkpoint_values[name]} instead of {value}"
+        for name, value in sorted(values.items())
+        if name in checkpoint_values
         and isinstance(value, int | float | str | bool)
-        and not _HARMLESS.search(name)
-        and others[name] != value
+        and not _IGNORED_SETTINGS.search(name)
+        and checkpoint_values[name] != value
     ]
 
 
@@ -90,8 +90,10 @@ def _first_line(problem: Exception) -> str:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' report of what it loaded, which is an error here or in order."""
+def _without_loading_report() -> Iterator[None]:
+    """Silences transformers' report of missing and unexpected weights, which `load_text_weights` checks itself."""
+    from transformers.utils import logging as transformers_logging
+
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -26,7 +26,7 @@ from src.models.functional import at_least_float32, full_precision, l2_normalize
 from src.models.image_text.base import ImageTextModule, load_towers
 from src.models.layers.attention import Attention
 from src.models.pretrain_module import StepOutput
-from src.models.text.text_tower import Tower
+from src.models.text.text_tower import TextTower
 from src.optim import OptimizerRecipe, Rule
 
 _AT_A_TIME = 2**13  # videos times classes whose prompts are made at once
@@ -74,7 +74,7 @@ class XCLIP(ImageTextModule):
     def __init__(
         self,
         backbone: VisionTransformer,
-        text: Tower,
+        text: TextTower,
         optimizer: OptimizerRecipe,
         *,
         frames: int = 8,

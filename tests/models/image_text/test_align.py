@@ -13,17 +13,17 @@ from src.errors import SettingError
 from src.models.backbones.efficientnet import headless_efficientnet
 from src.models.backbones.image_encoder import ImageEncoder
 from src.models.image_text.align import ALIGN
-from src.models.text.text_tower import TransformersTower
+from src.models.text.text_tower import TransformersTextTower
 from src.optim import OptimizerRecipe, lamb
 from src.train import compose
 from tests.models.image_text.test_clip import MASK, TEXT, batch
 
 
-def bert() -> TransformersTower:
+def bert() -> TransformersTextTower:
     torch.manual_seed(0)
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return TransformersTower({"model_type": "bert", **small, **no_dropout}, vocabulary=20, length=6)
+    return TransformersTextTower({"model_type": "bert", **small, **no_dropout}, vocabulary=20, length=6)
 
 
 def align(**options) -> ALIGN:

@@ -123,7 +123,7 @@ def test_the_arms_of_siglip_s_claim_begin_with_the_same_towers():
     claim = load("siglip_small_batch")
     (data,) = claim.data
     softmax, sigmoid = (
-        configuration.instantiate(compose([*claim.words(arm, data, 0), "run.dir=/tmp/run"]).model)
+        configuration.instantiate(compose([*claim.run_overrides(arm, data, 0), "run.dir=/tmp/run"]).model)
         for arm in claim.arms
         if torch.manual_seed(0)
     )

@@ -12,14 +12,14 @@ from torch import nn
 from src import configuration
 from src.models.image_text.base import hash_texts
 from src.models.image_text.clip import CLIP
-from src.models.text.text_tower import TextTower
+from src.models.text.text_tower import CLIPTextTower
 from src.optim import OptimizerRecipe, adamw
 from src.train import compose
 
 
-def tower(**options) -> TextTower:
+def tower(**options) -> CLIPTextTower:
     torch.manual_seed(0)
-    return TextTower(**{"vocabulary": 20, "length": 6, "width": 16, "depth": 2, "heads": 2, **options})
+    return CLIPTextTower(**{"vocabulary": 20, "length": 6, "width": 16, "depth": 2, "heads": 2, **options})
 
 
 def clip(**options) -> CLIP:

@@ -14,7 +14,7 @@ from src.models.image_text.coca import CoCa
 from src.models.layers.attention import Attention
 from src.models.layers.attentional_pooler import AttentionalPooler
 from src.models.losses.captioning import captioning_loss
-from src.models.text.text_decoder import Block, CaptioningMethod, UnimodalDecoder
+from src.models.text.text_decoder import CachedCaptionDecoder, DecoderBlock, UnimodalDecoder
 from src.optim import OptimizerRecipe, adamw
 from src.train import compose
 from tests.distributed import in_two_processes
@@ -167,11 +167,11 @@ def test_two_processes_are_one_though_their_texts_are_not_equally_long():
 def test_what_is_remembered_changes_nothing():
     method, image = coca().eval(), torch.randn(4, 3, 16)
     whole = method.text_decoder(method.text_encoder(TEXT, MASK).tokens, image)
-    speaker = CaptioningMethod(method.text_encoder, method.text_decoder, image)
+    speaker = CachedCaptionDecoder(method.text_encoder, method.text_decoder, image)
     torch.testing.assert_close(torch.stack([speaker(token) for token in TEXT.unbind(1)], dim=1), whole)
     # rows that change places within an image
     speaker, rows = (
-        CaptioningMethod(method.text_encoder, method.text_decoder, image[:1].expand(4, -1, -1)),
+        CachedCaptionDecoder(method.text_encoder, method.text_decoder, image[:1].expand(4, -1, -1)),
         [2, 2, 0, 1],
     )
     speaker(TEXT[:, 0])
@@ -204,7 +204,7 @@ def test_captions_are_learned_by_heart():
 def test_the_decoder_begins_as_clip_does_and_the_temperature_is_not_decayed():
     text = UnimodalDecoder(vocabulary=2000, length=32, width=256, depth=3, heads=4)
     block = text.blocks[1]
-    assert isinstance(block, Block)
+    assert isinstance(block, DecoderBlock)
     residual = 256**-0.5 * 6**-0.5
     expected = {block.self_attention.query: 256**-0.5, block.self_attention.key_value: 256**-0.5}
     expected |= {block.self_attention.out: residual, block.mlp.fc1: 512**-0.5, block.mlp.fc2: residual}

@@ -10,7 +10,7 @@ from torch import nn
 from src.models.image_text import micro_batches
 from src.models.image_text.clip import CLIP
 from src.models.image_text.siglip import SigLIP
-from src.models.text.text_tower import SigmoidTextTower, TextTower, TransformersTower
+from src.models.text.text_tower import CLIPTextTower, SigLIPTextTower, TransformersTextTower
 from src.optim import OptimizerRecipe, adamw
 from tests.distributed import in_two_processes
 
@@ -24,10 +24,10 @@ def method(kind: str, **options) -> nn.Module:
     recipe = OptimizerRecipe(partial(adamw), lr=0.1)
     if kind == "clip":
         vit = timm.create_model("vit_tiny_patch16_224", **small)
-        text = TextTower(vocabulary=20, length=6, width=16, depth=1, heads=2)
+        text = CLIPTextTower(vocabulary=20, length=6, width=16, depth=1, heads=2)
         return CLIP(vit, text, recipe, embed_dim=8, **options).double()
     vit = timm.create_model("vit_tiny_patch16_224", **small, global_pool="map", class_token=False)
-    sigmoid = SigmoidTextTower(vocabulary=20, length=6, width=8, depth=1, heads=2, embed_dim=16)
+    sigmoid = SigLIPTextTower(vocabulary=20, length=6, width=8, depth=1, heads=2, embed_dim=16)
     return SigLIP(vit, sigmoid, recipe, ring=kind == "siglip", **options).double()
 
 
@@ -73,7 +73,7 @@ def test_dropout_is_the_same_when_a_part_is_gone_through_again(monkeypatch):
         module = method("clip", micro_batch=2)
         bert = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
         torch.manual_seed(2)
-        module.text_encoder = TransformersTower({"model_type": "bert", **bert}, vocabulary=20, length=6).double()
+        module.text_encoder = TransformersTextTower({"model_type": "bert", **bert}, vocabulary=20, length=6).double()
         torch.manual_seed(3)
         return module
 
@@ -101,7 +101,7 @@ def test_of_a_part_nothing_is_kept_but_what_went_in():
 
 def test_a_tower_that_looks_at_the_whole_batch_is_refused():
     resnet = timm.create_model("resnet18", num_classes=0)
-    text = TextTower(vocabulary=20, length=6, width=16, depth=1, heads=2)
+    text = CLIPTextTower(vocabulary=20, length=6, width=16, depth=1, heads=2)
     recipe = OptimizerRecipe(partial(adamw), lr=0.1)
     with pytest.raises(ValueError, match=r"model.micro_batch=2: image_encoder.backbone.bn1 is a batch norm"):
         CLIP(resnet, text, recipe, micro_batch=2)

@@ -10,7 +10,7 @@ from torch import nn
 
 from src import configuration
 from src.models.image_text.siglip import SigLIP
-from src.models.text.text_tower import SigmoidTextTower
+from src.models.text.text_tower import SigLIPTextTower
 from src.optim import OptimizerRecipe, adamw
 from src.train import compose
 from tests.models.image_text.test_clip import MASK, TEXT, batch
@@ -20,7 +20,7 @@ def siglip(**options) -> SigLIP:
     torch.manual_seed(0)
     small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
     vit = timm.create_model("vit_tiny_patch16_224", **small, global_pool="map", class_token=False)
-    text = SigmoidTextTower(vocabulary=20, length=6, width=8, depth=2, heads=2, embed_dim=16)
+    text = SigLIPTextTower(vocabulary=20, length=6, width=8, depth=2, heads=2, embed_dim=16)
     return SigLIP(vit, text, OptimizerRecipe(partial(adamw), lr=0.1, weight_decay=0.2), **options)
 
 
@@ -61,9 +61,9 @@ def test_every_token_is_seen_by_every_other():
 
 def test_what_does_not_fit_is_refused():
     vit = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2)
-    text = SigmoidTextTower(vocabulary=20, length=6, width=8, depth=1, heads=2, embed_dim=16)
+    text = SigLIPTextTower(vocabulary=20, length=6, width=8, depth=1, heads=2, embed_dim=16)
     recipe = OptimizerRecipe(partial(adamw), lr=0.1)
-    with pytest.raises(ValueError, match=r"backbone.global_pool=map makes one"):
+    with pytest.raises(ValueError, match=r"set backbone.global_pool=map"):
         SigLIP(vit, text, recipe)
     pooled = timm.create_model(
         "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2, global_pool="map"

@@ -13,8 +13,8 @@ from src.errors import UserError
 from src.models.backbones.image_encoder import cls_token_or_mean, mean_patch
 from src.models.backbones.weights import pretrained as pretrained_backbone
 from src.models.image_text.clip import CLIP
-from src.models.text.text_tower import TextTower, TransformersTower, last_token, mean_token
-from src.models.text.text_weights import pretrained
+from src.models.text.text_tower import CLIPTextTower, TransformersTextTower, last_token, mean_token
+from src.models.text.text_weights import load_text_weights
 from src.optim import OptimizerRecipe, adamw
 from src.train import compose
 from src.trained import without_source
@@ -23,9 +23,9 @@ from tests.models.image_text.test_clip import MASK, TEXT, batch, clip, tower
 BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 
-def bert(length: int = 6, **options) -> TransformersTower:
+def bert(length: int = 6, **options) -> TransformersTextTower:
     torch.manual_seed(0)
-    return TransformersTower({"model_type": "bert", **BERT, **options}, vocabulary=20, length=length)
+    return TransformersTextTower({"model_type": "bert", **BERT, **options}, vocabulary=20, length=length)
 
 
 def folder_of(model, path):
@@ -41,7 +41,7 @@ def folder_of(model, path):
 def test_a_folder_of_transformers_fills_the_text_tower(kind, tmp_path):
     """Whatever stands before the names, and without what the tower has no use for."""
     saved = folder_of(kind(BertConfig(vocab_size=20, max_position_embeddings=512, **BERT)), tmp_path)
-    loaded = pretrained(bert(), tmp_path).eval()
+    loaded = load_text_weights(bert(), tmp_path).eval()
     theirs = getattr(saved, "bert", saved)(input_ids=TEXT, attention_mask=MASK.long()).last_hidden_state
     found = loaded(TEXT, MASK)
     torch.testing.assert_close(found.tokens, theirs)
@@ -53,8 +53,8 @@ def test_a_folder_of_transformers_fills_the_text_tower(kind, tmp_path):
 def test_the_half_of_t5_that_reads_and_clip_s_text_tower_are_filled_too(tmp_path):
     t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     saved = folder_of(T5EncoderModel(T5Config(vocab_size=20, **t5)), tmp_path / "t5")
-    text = TransformersTower({"model_type": "t5", **t5}, vocabulary=20, length=6, pool=mean_token)
-    found = pretrained(text, tmp_path / "t5").eval()(TEXT, MASK)
+    text = TransformersTextTower({"model_type": "t5", **t5}, vocabulary=20, length=6, pool=mean_token)
+    found = load_text_weights(text, tmp_path / "t5").eval()(TEXT, MASK)
     theirs = saved(input_ids=TEXT, attention_mask=MASK.long()).last_hidden_state
     by_hand = torch.stack([row[mask].mean(dim=0) for row, mask in zip(theirs, MASK, strict=True)])
     torch.testing.assert_close(found.embedding, by_hand)
@@ -63,10 +63,10 @@ def test_the_half_of_t5_that_reads_and_clip_s_text_tower_are_filled_too(tmp_path
     small = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = CLIPTextConfig(vocab_size=20, max_position_embeddings=6, hidden_act="quick_gelu", **small)
     saved = folder_of(CLIPTextModel(config), tmp_path / "clip")
-    found = pretrained(tower(activation="quick_gelu"), tmp_path / "clip").eval()(TEXT, MASK)
+    found = load_text_weights(tower(activation="quick_gelu"), tmp_path / "clip").eval()(TEXT, MASK)
     torch.testing.assert_close(found.tokens, saved(input_ids=TEXT).last_hidden_state)
     with pytest.raises(ValueError, match=r"hidden_act=quick_gelu instead of gelu"):
-        pretrained(tower(), tmp_path / "clip")
+        load_text_weights(tower(), tmp_path / "clip")
 
 
 def test_what_cannot_fill_the_tower_is_refused_with_the_reason(tmp_path):
@@ -77,27 +77,27 @@ def test_what_cannot_fill_the_tower_is_refused_with_the_reason(tmp_path):
         ({"num_hidden_layers": 3}, "num_hidden_layers=2 instead of 3"),
     ):
         with pytest.raises(ValueError, match=said):
-            pretrained(bert(**options), tmp_path / "bert")
+            load_text_weights(bert(**options), tmp_path / "bert")
     with pytest.raises(ValueError, match=r"cannot be read as safetensors of this tower"):
-        pretrained(bert(max_position_embeddings=40), tmp_path / "bert")
+        load_text_weights(bert(max_position_embeddings=40), tmp_path / "bert")
     with pytest.raises(ValueError, match=r"text_checkpoint=.*nowhere is no model of transformers"):
-        pretrained(bert(), tmp_path / "nowhere")
+        load_text_weights(bert(), tmp_path / "nowhere")
 
     pickled = tmp_path / "pickled"
     saved.config.save_pretrained(pickled)
     torch.save(saved.state_dict(), pickled / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"cannot be read as safetensors .*: .*no file named model.safetensors"):
-        pretrained(bert(), pickled)
+        load_text_weights(bert(), pickled)
 
     # a file that says three layers and has two
     torn = json.loads((tmp_path / "bert" / "config.json").read_text()) | {"num_hidden_layers": 3}
     (tmp_path / "bert" / "config.json").write_text(json.dumps(torn))
     with pytest.raises(ValueError, match=r"lacks 16 of the text tower's \d+ tensors: encoder.layer.2"):
-        pretrained(bert(num_hidden_layers=3), tmp_path / "bert")
+        load_text_weights(bert(num_hidden_layers=3), tmp_path / "bert")
 
     with pytest.raises(ValueError, match=r"no model_type 'bret'; did you mean bert"):
-        TransformersTower({"model_type": "bret"}, vocabulary=20, length=6)
-    with pytest.raises(ValueError, match=r"data.text_length=9: this text tower has places for 8 tokens"):
+        TransformersTextTower({"model_type": "bret"}, vocabulary=20, length=6)
+    with pytest.raises(ValueError, match=r"data.text_length=9: this text tower has 8 positions for tokens"):
         bert(length=9, max_position_embeddings=8)
 
 
@@ -185,7 +185,7 @@ def test_lit_composes(scale, tmp_path):
     assert (config.model.freeze_image, config.model.project_image, config.model.temperature) == (True, False, 0.1)
     if scale == "tiny":
         method = configuration.instantiate(config.model)
-        assert isinstance(method.text_encoder, TransformersTower)
+        assert isinstance(method.text_encoder, TransformersTextTower)
         assert method.text_projection.weight.shape == (128, 128)
         assert method.image_encoder.pool is cls_token_or_mean is not mean_patch
         # a run is evaluated where what it started from is gone
@@ -193,4 +193,4 @@ def test_lit_composes(scale, tmp_path):
         configuration.instantiate(without_source(gone).model)
         with pytest.raises(UserError, match="no weights at /gone"):
             configuration.instantiate(gone.model)
-    assert isinstance(tower(), TextTower)
+    assert isinstance(tower(), CLIPTextTower)

@@ -17,7 +17,7 @@ from src.datamodules.batches.base import BatchError
 from src.errors import SettingError
 from src.export.hf_two_towers import vision_weights
 from src.models.backbones.weights import WeightsError
-from src.models.text.text_tower import TextTower
+from src.models.text.text_tower import CLIPTextTower
 from src.models.video.xclip import XCLIP, CrossFrameEncoder, VideoPrompts
 from src.optim import OptimizerRecipe, adamw
 
@@ -39,8 +39,8 @@ def vit() -> timm.models.VisionTransformer:
     )
 
 
-def tower() -> TextTower:
-    return TextTower(vocabulary=20, length=5, width=16, depth=2, heads=2, activation="quick_gelu")
+def tower() -> CLIPTextTower:
+    return CLIPTextTower(vocabulary=20, length=5, width=16, depth=2, heads=2, activation="quick_gelu")
 
 
 class Ids:
@@ -294,7 +294,7 @@ def test_towers_come_from_a_run_and_the_rest_is_new(tmp_path: Path) -> None:
     vit = timm.create_model(
         "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=0
     )
-    text = TextTower(vocabulary=20, length=6, width=16, depth=2, heads=2)
+    text = CLIPTextTower(vocabulary=20, length=6, width=16, depth=2, heads=2)
     recipe = OptimizerRecipe(partial(adamw), lr=1e-3)
     begun = XCLIP(vit, text, recipe, frames=FRAMES, embed_dim=8, heads=1, start=file, temperature=0.5)
     own = begun.state_dict()
