@@ -187,7 +187,7 @@ def test_the_dashboard_groups_scalars_in_the_order_a_newcomer_looks(finished: tu
     losses = events.Scalars("1_loss/total")
     assert [each.step for each in losses] == list(range(16))
     assert losses[-1].value == pytest.approx(run.metrics()["train"]["loss/total"], rel=1e-6)
-    assert tags["images"] == ["pictures/reconstruction"]
+    assert tags["images"] == ["images/reconstruction"]
     assert "recipe/text_summary" in tags["tensors"]
 
 

@@ -116,7 +116,7 @@ def test_the_method_is_seen_at_work_in_motion(run: runs.Run) -> None:
     assert film.n_frames == 4
     assert film.info["duration"] == 170  # every second frame of 12 a second, in hundredths
     assert film.size == (3 * 34 + 2, 8 * 34 + 2)
-    assert "pictures/reconstruction" in events.Tags()["images"]
+    assert "images/reconstruction" in events.Tags()["images"]
 
 
 def test_pixels_of_a_video_are_those_of_its_frames() -> None:

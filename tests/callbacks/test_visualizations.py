@@ -52,13 +52,13 @@ class Colors:
 
 
 class Method(PretrainModule):
-    """Shows the image and one with random pixels."""
+    """Visualizes the image beside the mean color."""
 
     def __init__(self) -> None:
         super().__init__(OptimizerRecipe(partial(torch.optim.SGD), lr=0.1))
         self.layer = nn.Linear(3, 1)
         self.dropout = nn.Dropout(0.5)
-        self.dropout.eval()  # a mode of its own
+        self.dropout.eval()  # unlike the other modules
         self.batches: list[dict[str, Tensor]] = []
         self.noise: list[Tensor] = []
 
@@ -94,25 +94,25 @@ def train(folder: Path, module: L.LightningModule, *extra: L.Callback, **options
     return events
 
 
-def test_the_grid_shows_the_first_validation_pictures_in_their_own_colors(tmp_path: Path) -> None:
+def test_the_grid_shows_the_first_validation_images_denormalized(tmp_path: Path) -> None:
     events = train(tmp_path, Method(), Visualizations(count=3))
-    assert events.Tags()["images"] == ["pictures/pair"]
-    shown = events.Images("pictures/pair")
+    assert events.Tags()["images"] == ["images/pair"]
+    shown = events.Images("images/pair")
     pixels = np.asarray(Image.open(io.BytesIO(shown[0].encoded_image_string)))
     padding = 2
     assert pixels.shape == (3 * (SIDE + padding) + padding, 2 * (SIDE + padding) + padding, 3)
     for row in range(3):
         top = padding + row * (SIDE + padding)
-        picture = pixels[top : top + SIDE, padding : padding + SIDE]
-        assert np.abs(picture.astype(int) - (255, 10 * row, 10 * row)).max() <= 1
-        # zero is the mean color once the normalization is undone
+        image = pixels[top : top + SIDE, padding : padding + SIDE]
+        assert np.abs(image.astype(int) - (255, 10 * row, 10 * row)).max() <= 1
+        # zero is the mean color before normalization
         second = pixels[top : top + SIDE, SIDE + 2 * padding : 2 * (SIDE + padding)]
         assert np.abs(second.astype(int) - np.array([0.485, 0.456, 0.406]) * 255).max() <= 1
     assert pixels[:padding].max() == 0
 
 
 class Moving(Method):
-    """Shows the image, brighter from frame to frame, and beside it the mean color standing still."""
+    """Visualizes clips of an image that becomes brighter, beside a constant mean color."""
 
     visualize = PretrainModule.visualize
 
@@ -123,13 +123,13 @@ class Moving(Method):
 
 
 class Timed(ImageDataModule):
-    """A frame of the first video shown every 0.12 s, of others every second."""
+    """The first video has a frame every 0.12 s, the others one every second."""
 
     def seconds_a_frame(self, index: int) -> float:
         return 0.12 if index == 0 else 1.0
 
 
-def test_clips_play_beside_each_other_in_their_own_colors_and_time(tmp_path: Path) -> None:
+def test_clips_play_side_by_side_denormalized_at_the_frame_rate(tmp_path: Path) -> None:
     view = CenterCrop(SIDE, share=1)
     module, timed = Moving(), Timed(source=Colors, train_view=view, eval_view=view, batch_size=4, num_workers=0)
     loggers = [OrderedTensorBoardLogger(tmp_path)]
@@ -156,7 +156,7 @@ def test_clips_play_beside_each_other_in_their_own_colors_and_time(tmp_path: Pat
         assert pixels[:padding].max() == 0
 
 
-def test_frames_that_are_equal_stay_longer_and_none_is_shorter_than_players_show() -> None:
+def test_equal_frames_are_merged_and_none_is_shorter_than_20_milliseconds() -> None:
     red, blue = (Image.new("RGB", (4, 4), color) for color in ((255, 0, 0), (0, 0, 255)))
     film = Image.open(io.BytesIO(animation([red, red, blue], seconds=0.001)))
     durations = []
@@ -166,22 +166,22 @@ def test_frames_that_are_equal_stay_longer_and_none_is_shorter_than_players_show
     assert durations == [40, 20]
 
 
-def test_pictures_come_at_the_start_at_epochs_and_at_the_end_and_once_each(tmp_path: Path) -> None:
+def test_images_are_logged_at_the_start_at_epochs_and_at_the_end_once_a_step(tmp_path: Path) -> None:
     module = Method()
     events = train(tmp_path, module, Visualizations(every_n_epochs=2), max_epochs=5)
-    assert [event.step for event in events.Images("pictures/pair")] == [0, 8, 16, 20]
+    assert [event.step for event in events.Images("images/pair")] == [0, 8, 16, 20]
     assert len(module.batches) == 4
     assert all(torch.equal(batch["image"], module.batches[0]["image"]) for batch in module.batches)
-    assert all(torch.equal(noise, module.noise[0]) for noise in module.noise)  # the same masks every time
+    assert all(torch.equal(noise, module.noise[0]) for noise in module.noise)  # the seed is the same every time
 
 
-def test_a_resumed_run_does_not_show_its_start_again(tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_log_its_start_again(tmp_path: Path) -> None:
     train(tmp_path, Method(), Visualizations(), Checkpoints(tmp_path, every_minutes=None, monitor=None), max_epochs=1)
     events = train(tmp_path, Method(), Visualizations(), max_epochs=2, resume=tmp_path / "last.ckpt")
-    assert [event.step for event in events.Images("pictures/pair")] == [0, 4, 8]
+    assert [event.step for event in events.Images("images/pair")] == [0, 4, 8]
 
 
-def test_generators_and_modes_are_left_as_they_were(tmp_path: Path) -> None:
+def test_generators_and_modes_are_restored(tmp_path: Path) -> None:
     class Around(L.Callback):
         states: list[Any] = []
 
@@ -199,7 +199,7 @@ def test_generators_and_modes_are_left_as_they_were(tmp_path: Path) -> None:
     assert first[3] == [True, True, False]
 
 
-def test_a_method_without_pictures_is_not_asked_for_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_without_visualizations_needs_no_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Plain(Method):
         visualize = PretrainModule.visualize
 
@@ -208,7 +208,7 @@ def test_a_method_without_pictures_is_not_asked_for_a_batch(tmp_path: Path, monk
 
 
 class Comparison(JointEmbedding):
-    """Takes two views and shows them."""
+    """Takes two views and visualizes them."""
 
     def __init__(self) -> None:
         super().__init__(OptimizerRecipe(partial(torch.optim.SGD), lr=0.1))
@@ -226,7 +226,7 @@ class Comparison(JointEmbedding):
         return super().visualize(batch)
 
 
-def test_a_method_on_views_is_shown_with_the_training_views_of_validation_images(tmp_path: Path) -> None:
+def test_a_multi_view_method_gets_training_views_of_validation_images(tmp_path: Path) -> None:
     """The training split has no red, the validation split is all red."""
     view = MultiView({"both": Augmented(RandomResizedCrop(SIDE), Color(brightness=0.5, jitter=1.0), count=2)})
     views = ImageDataModule(
@@ -241,8 +241,8 @@ def test_a_method_on_views_is_shown_with_the_training_views_of_validation_images
     assert shown.shape == (3, 2, 3, SIDE, SIDE)
     red, green = shown[:, :, 0, 0, 0], shown[:, :, 1, 0, 0]
     assert (red >= 0.5 - 1e-6).all()
-    assert red.unique().numel() > 2  # each view has a brightness of its own
-    # green is 10 * i of 255 before both are made brighter or darker alike; white is cut
+    assert red.unique().numel() > 2  # the views differ in brightness
+    # before the brightness changes, green is 10 * i of 255; white is clipped
     dark = red < 1 - 1e-6
     expected = torch.tensor([0.0, 10.0, 20.0])[:, None].expand(3, 2) / 255 * red
     assert torch.allclose(green[dark], expected[dark], atol=0.003)
