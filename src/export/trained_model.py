@@ -15,10 +15,10 @@ from src import configuration, runs, trained
 from src.datamodules.image_text import ImageTextDataModule
 from src.datamodules.text.tokenizer import Tokenizer
 from src.errors import UserError, nearest
+from src.models.backbones.cross_frame_encoder import CrossFrameEncoder
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.video_vit import TubeletEmbed
 from src.models.image_text.base import ImageTextModule
-from src.models.video.xclip import CrossFrameEncoder
 
 BACKBONES = ("timm.create_model", "src.models.backbones.video_vit.video_vit")
 

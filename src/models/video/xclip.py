@@ -1,4 +1,4 @@
-"""X-CLIP: CLIP for videos, whose frames leave each other messages and whose class names look at the video."""
+"""X-CLIP: CLIP for videos, with cross-frame attention and class names adapted to the video."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import Mlp
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,57 +18,56 @@ from src.datamodules.batches.video import VideoBatch
 from src.datamodules.named_video import NamedVideoDataModule
 from src.datamodules.text.tokenizer import Tokenizer
 from src.errors import SettingError
-from src.models.backbones.encoder import Encoder, Features
-from src.models.backbones.image_encoder import ImageEncoder, cls_token
+from src.models.backbones.cross_frame_encoder import CrossFrameEncoder
+from src.models.backbones.encoder import Encoder
+from src.models.backbones.image_encoder import cls_token
 from src.models.downstream.mixing import mix
 from src.models.functional import at_least_float32, full_precision, l2_normalize
 from src.models.image_text.base import ImageTextModule, load_towers
-from src.models.layers.attention import Attention
+from src.models.layers.multiframe_integration import MultiframeIntegration
+from src.models.layers.video_prompts import VideoPrompts
 from src.models.pretrain_module import StepOutput
 from src.models.text.text_tower import TextTower
 from src.optim import OptimizerRecipe, Rule
 
-_AT_A_TIME = 2**13  # videos times classes whose prompts are made at once
+_PROMPTS_AT_ONCE = 2**13  # pairs of a video and a class whose prompts are in memory at a time
 
 
 class XCLIP(ImageTextModule):
     """Expanding Language-Image Pretrained Models for General Video Recognition (Ni et al., 2022): a video is classified
-    by the names of the classes. Deviations: the clips of a batch are mixed with its reverse, and the colors of a clip
-    change alike in all frames, where the authors draw both anew.
-
-    What is compared has a row for each video, its feature and then what its places look like, and a row for each name,
-    its feature before it has seen a video; `similarity` lets the one look at the other.
+    by its similarity with the names of the classes. Deviations: the clips of a batch are mixed with the reversed batch,
+    and the colors of a clip change alike in all frames, where the authors draw both at random.
 
     Args:
         backbone: a timm ViT with a class token and no head.
         text: the text tower.
         optimizer: AdamW with betas (0.9, 0.98) in the paper.
-        frames: of a clip.
-        start: a run of this template with two towers, its folder or a checkpoint; None for weights as created.
-        embed_dim: width of what is compared, as in the start.
-        temperature: of the scale where there is no start.
-        template: how a class is put in words, with one ``{}``; the authors have its name alone. None for the data's
+        frames: number of frames in a clip.
+        start: a run of this project with two towers to start from, its folder or a checkpoint; None for random weights.
+        embed_dim: width of the compared features, as in ``start``.
+        temperature: initial temperature, where there is no ``start``.
+        template: prompt of a class, with one ``{}`` for its name; the authors use the name alone. None for the data's
             own.
-        freeze_text: the text tower, its projection and the scale stay as they are, and each name is read once.
-        messages: frames talk to each other in every block; otherwise each is seen alone.
-        integration_depth: blocks that bring the frames' features together; 0 for their mean.
-        prompt_depth: layers by which names look at the video; 0 for names as they are.
-        alpha: what share of that is added to a name at the start, in each dimension.
-        heads: of these blocks and layers; None for one in 64 dimensions, as in CLIP.
-        fresh_lr: the learning rate of what CLIP does not have is so many times the others'.
+        freeze_text: keeps the text tower, its projection and the logit scale as they are; each name is encoded once.
+        cross_frame_attention: frames exchange information in every block; False encodes each frame on its own.
+        integration_depth: number of blocks that integrate the frames' features; 0 for their mean.
+        prompt_depth: number of layers that adapt the names to the video; 0 for names as they are.
+        alpha: initial weight of the adaptation, for each dimension.
+        heads: of these blocks and layers; None for embed_dim / 64, as in CLIP.
+        new_lr_multiplier: factor on the learning rate of all parameters that CLIP does not have.
         mixup, cutmix, smoothing: see `mix`; 0 for none.
         seed: of the mixing.
 
     Raises:
-        WeightsError: the start is of another architecture.
+        WeightsError: ``start`` has another architecture.
         SettingError: the backbone has no class token, or a number is out of range; when training starts, the data does
-            not name its classes; in a step, clips of another number of frames.
+            not name its classes; in a step, clips have another number of frames.
     """
 
     image_encoder: CrossFrameEncoder
-    class_text: Tensor  # int64 [K, L]: the names of the classes that are trained on
-    class_mask: Tensor  # bool [K, L]
-    row_of: Tensor  # int64: which of them a label stands for
+    class_text: Tensor  # int64 [K, L], token ids of the names of the training classes
+    class_mask: Tensor  # bool [K, L], False for padding
+    label_to_class: Tensor  # int64, row in class_text of each label; -1 for classes held out of training
 
     def __init__(
         self,
@@ -83,12 +81,12 @@ class XCLIP(ImageTextModule):
         temperature: float = 0.07,
         template: str | None = "{}",
         freeze_text: bool = True,
-        messages: bool = True,
+        cross_frame_attention: bool = True,
         integration_depth: int = 1,
         prompt_depth: int = 2,
         alpha: float = 0.1,
         heads: int | None = None,
-        fresh_lr: float = 10.0,
+        new_lr_multiplier: float = 10.0,
         mixup: float = 0.8,
         cutmix: float = 1.0,
         smoothing: float = 0.1,
@@ -101,112 +99,96 @@ class XCLIP(ImageTextModule):
                 f"mixup={mixup}, cutmix={cutmix} >= 0 and temperature={temperature} > 0 are needed"
             )
         if not 0 <= smoothing < 1:
-            raise SettingError(f"model.smoothing is a share below 1, got {smoothing}")
+            raise SettingError(f"model.smoothing must be at least 0 and below 1, got {smoothing}")
         if template is not None and template.count("{}") != 1:
-            raise SettingError(f"model.template has one {{}} for the name of the class; got '{template}'")
+            raise SettingError(f"model.template must have one {{}} for the name of the class, got '{template}'")
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
         load_towers(self, start)
-        # only now what the start does not have
+        # everything below is new: `start` does not have it
         heads = heads or max(1, embed_dim // 64)
-        self.image_encoder = CrossFrameEncoder(backbone, messages=messages)
+        self.image_encoder = CrossFrameEncoder(backbone, cross_frame_attention=cross_frame_attention)
         block: Any = backbone.blocks[0]
-        activation = type(block.mlp.act)
+        options = {"heads": heads, "activation": type(block.mlp.act)}
         self.integration = (
-            MultiframeIntegration(frames, embed_dim, depth=integration_depth, heads=heads, activation=activation)
-            if integration_depth
-            else None
+            MultiframeIntegration(frames, embed_dim, depth=integration_depth, **options) if integration_depth else None
         )
         self.prompts = (
-            VideoPrompts(
-                backbone.embed_dim, embed_dim, depth=prompt_depth, heads=heads, alpha=alpha, activation=activation
-            )
+            VideoPrompts(backbone.embed_dim, embed_dim, depth=prompt_depth, alpha=alpha, **options)
             if prompt_depth
             else None
         )
         if freeze_text:
             self.text_projection.requires_grad_(False)
             self.logit_scale.requires_grad_(False)
-        self.frame_count = frames
+        self.frames = frames
         self.template = template
-        self.fresh_lr = fresh_lr
+        self.new_lr_multiplier = new_lr_multiplier
         self.mixup, self.cutmix, self.smoothing, self.seed = mixup, cutmix, smoothing, seed
-        for name in ("class_text", "class_mask", "row_of"):
+        for name in ("class_text", "class_mask", "label_to_class"):
             self.register_buffer(name, None, persistent=False)
         self._class_features: Tensor | None = None
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> StepOutput:
-        video, label = batch["video"], self.row_of[labels_of(batch, "X-CLIP")]
+        video, target = batch["video"], self.label_to_class[labels_of(batch, "X-CLIP")]
         smoothing = self.smoothing
         if self.mixup or self.cutmix:
-            video, label = mix(
+            video, target = mix(
                 video,
-                label,
+                target,
                 classes=len(self.class_text),
                 mixup=self.mixup,
                 cutmix=self.cutmix,
                 smoothing=smoothing,
                 place=(self.seed, self.global_step, batch_idx, rank()),
             )
-            smoothing = 0.0  # the mixed labels are smooth already
+            smoothing = 0.0  # the mixed targets are smoothed already
+
         tokens = self.image_encoder.tokens(video)
-        logits = self.logit_scale.exp() * self.similarity(self.seen(tokens), self.class_features())
-        loss = F.cross_entropy(logits, label, label_smoothing=smoothing)
+        similarity = self.similarity(self.video_and_context(tokens), self.class_features())
+        loss = F.cross_entropy(self.logit_scale.exp() * similarity, target, label_smoothing=smoothing)
         logs = {} if self.prompts is None else {"alpha": self.prompts.alpha.detach().mean()}
-        return {"loss": loss, "logs": logs, "embedding": self.image_encoder.embed(tokens).detach().float()}
+        return {"loss": loss, "logs": logs, "embedding": self.image_encoder.embedding(tokens).detach().float()}
 
-    def encode_image(self, image: Tensor) -> Tensor:
-        """What is compared of clips: [B, T, 3, H, W] -> [B, 1 + N, E]."""
-        return self.seen(self.image_encoder.tokens(image))
-
-    def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
-        """What is compared of token ids [B, L]: [B, E], as long as the projection makes it."""
-        return self.text_projection(self.text_features(text, mask))
-
-    def seen(self, tokens: Tensor) -> Tensor:
-        """The video's feature, and the N places of its frames as the names will see them, none where they look at
-        nothing: [B, T, P + N, D] -> [B, 1 + N, E].
+    def video_and_context(self, tokens: Tensor) -> Tensor:
+        """Computes each video's feature and, if names are adapted, the N context tokens they attend to:
+        [B, T, P + N, D] -> [B, 1 + N, E], or [B, 1, E] without prompts.
 
         Raises:
             SettingError: clips of another number of frames.
         """
-        if self.integration is not None and tokens.shape[1] != self.frame_count:
+        if self.integration is not None and tokens.shape[1] != self.frames:
             raise SettingError(
-                f"data.train_view.clip.frames: clips of {tokens.shape[1]} frames, where model.frames={self.frame_count}"
+                f"data.train_view.clip.frames={tokens.shape[1]} and model.frames={self.frames} must be equal"
             )
-        frames = self.image_projection(self.image_encoder.frames(tokens))
+        frames = self.image_projection(self.image_encoder.frame_features(tokens))
         video = frames.mean(dim=1) if self.integration is None else self.integration(frames)
         if self.prompts is None:
             return video[:, None]
-        return torch.cat([video[:, None], self.prompts.context(self.image_encoder.patches(tokens))], dim=1)
+        context = self.prompts.context(self.image_encoder.patch_tokens(tokens))
+        return torch.cat([video[:, None], context], dim=1)
 
     def similarity(self, query: Tensor, keys: Tensor) -> Tensor:
-        """The cosine of each video with each name that has seen it; videos [Q, 1 + N, E] and names [K, E], or the other
-        way round, to [Q, K]."""
+        """Computes the cosine similarity of each video with each name adapted to it: videos with context
+        [Q, 1 + N, E] and text features [K, E], or the other way round, to [Q, K]."""
         if query.ndim == 2:
             return self.similarity(keys, query).T
         if self.prompts is None:
-            return cosines(l2_normalize(query[:, 0]), l2_normalize(keys).expand(len(query), -1, -1))
-        parts = query.split(max(1, _AT_A_TIME // len(keys)))
+            return _cosine(l2_normalize(query[:, 0]), l2_normalize(keys).expand(len(query), -1, -1))
+        parts = query.split(max(1, _PROMPTS_AT_ONCE // len(keys)))
         return torch.cat(
-            [cosines(l2_normalize(part[:, 0]), l2_normalize(self.prompts(keys, part[:, 1:]))) for part in parts]
+            [_cosine(l2_normalize(part[:, 0]), l2_normalize(self.prompts(keys, part[:, 1:]))) for part in parts]
         )
 
-    def name_classes(self, tokenizer: Tokenizer, texts: Sequence[str], held_out: Sequence[int] = ()) -> None:
-        """Takes the classes to train on.
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Encodes clips for `similarity`: [B, T, 3, H, W] -> [B, 1 + N, E]."""
+        return self.video_and_context(self.image_encoder.tokens(image))
 
-        Args:
-            texts: what each class is called, by label.
-            held_out: labels of classes that training does not know of.
-        """
-        kept = [label for label in range(len(texts)) if label not in held_out]
-        ids, mask = tokenizer([texts[label] for label in kept])
-        self.class_text, self.class_mask = ids.to(self.device), mask.to(self.device)
-        self.row_of = torch.full((len(texts),), -1, device=self.device)
-        self.row_of[kept] = torch.arange(len(kept), device=self.device)
-        self._class_features = None
+    def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
+        """Encodes token ids [B, L] for `similarity`: [B, E], not normalized."""
+        return self.text_projection(self.text_features(text, mask))
 
     def class_features(self) -> Tensor:
-        """Those of the names: [K, E]."""
+        """Returns the text features of the class names: [K, E]. A frozen text tower encodes them once."""
         if not self.frozen["text_encoder"]:
             return self.encode_text(self.class_text, self.class_mask)
         if self._class_features is None:
@@ -214,192 +196,42 @@ class XCLIP(ImageTextModule):
                 self._class_features = at_least_float32(self.encode_text(self.class_text, self.class_mask))
         return self._class_features
 
+    def set_classes(self, tokenizer: Tokenizer, texts: Sequence[str], held_out: Sequence[int] = ()) -> None:
+        """Sets the classes to train on.
+
+        Args:
+            texts: prompt of each class, by label.
+            held_out: labels of classes that are left out of training.
+        """
+        labels = [label for label in range(len(texts)) if label not in held_out]
+        ids, mask = tokenizer([texts[label] for label in labels])
+        self.class_text, self.class_mask = ids.to(self.device), mask.to(self.device)
+        self.label_to_class = torch.full((len(texts),), -1, device=self.device)
+        self.label_to_class[labels] = torch.arange(len(labels), device=self.device)
+        self._class_features = None
+
     def encoders(self) -> dict[str, Encoder]:
         return {"encoder": self.image_encoder}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        fresh = "^(?:image_encoder.messages|integration|prompts)[.]"
+        new = "^(?:image_encoder.cross_frame_attention|integration|prompts)[.]"
         rules = [
-            Rule(f"{fresh}positions$", lr_multiplier=self.fresh_lr, weight_decay=0.0),
-            Rule(fresh, lr_multiplier=self.fresh_lr),
+            Rule(f"{new}positions$", lr_multiplier=self.new_lr_multiplier, weight_decay=0.0),
+            Rule(new, lr_multiplier=self.new_lr_multiplier),
         ]
-        names = list(self.named_parameters())
-        return self.optimizer_recipe.build(self, [rule for rule in rules if any(rule.matches(*each) for each in names)])
+        parameters = list(self.named_parameters())
+        used = [rule for rule in rules if any(rule.matches(name, parameter) for name, parameter in parameters)]
+        return self.optimizer_recipe.build(self, used)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(datamodule, NamedVideoDataModule):
-            raise SettingError("data._target_: X-CLIP learns the names of classes, for which a NamedVideoDataModule is")
-        self.name_classes(datamodule.tokenizer, datamodule.class_texts(self.template), datamodule.held_out)
-
-
-class CrossFrameEncoder(ImageEncoder):
-    """A ViT that reads the frames of a clip, each on its own but for the messages between them. Its embedding is the
-    mean of the frames' class tokens.
-
-    Args:
-        backbone: a timm ViT with a class token.
-        messages: whether there are any.
-
-    Raises:
-        SettingError: another backbone.
-    """
-
-    def __init__(self, backbone: VisionTransformer, *, messages: bool = True) -> None:
-        super().__init__(backbone, cls_token)
-        if not isinstance(backbone, VisionTransformer) or backbone.cls_token is None:
-            raise SettingError("backbone: X-CLIP's frames talk by the class token of a ViT, which this one has not")
-        blocks: Any = backbone.blocks
-        made = [Message(backbone.embed_dim, each.attn.num_heads) for each in blocks]
-        self.messages = nn.ModuleList(made) if messages else None
-
-    def tokens(self, video: Tensor) -> Tensor:
-        """What the last block makes of the frames, before the norm: [B, T, 3, H, W] -> [B, T, P + N, D]."""
-        vit: Any = self.backbone
-        apart = video.shape[:2]
-        x = vit.patch_embed(video.flatten(0, 1))
-        x = vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))
-        for number, block in enumerate(vit.blocks):
-            if self.messages is None:
-                x = block(x)
-                continue
-            message = self.messages[number](x[:, 0].unflatten(0, apart)).flatten(0, 1)
-            # attention reads the message; the MLP looks at each token alone, so that it can be dropped after it as well
-            x = block(torch.cat([x, message[:, None]], dim=1))[:, :-1]
-        return x.unflatten(0, apart)
-
-    def frames(self, tokens: Tensor) -> Tensor:
-        """One feature a frame: [B, T, P + N, D] -> [B, T, D]."""
-        return self.backbone.norm(tokens[:, :, 0])  # type: ignore[operator]
-
-    def patches(self, tokens: Tensor) -> Tensor:
-        """[B, T, P + N, D] -> [B, T, N, D]."""
-        return tokens[:, :, self.backbone.num_prefix_tokens :]
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """[B, T, P + N, D] -> [B, D]."""
-        return self.frames(tokens).mean(dim=1)
-
-    def forward(self, image: Tensor) -> Features:
-        """image: clips [B, T, 3, H, W], normalized."""
-        tokens = self.tokens(image)
-        patches = self.backbone.norm(self.patches(tokens)).flatten(1, 2)  # type: ignore[operator]
-        rows, columns = self.backbone.patch_embed.grid_size  # type: ignore[union-attr,misc]
-        return Features(embedding=self.embed(tokens), patches=patches, grid=(image.shape[1], rows, columns))
-
-
-class Message(nn.Module):
-    """What each frame tells the others, made of its class token, once it has heard them. Frames have no order here.
-
-    Args:
-        dim, heads: of the ViT.
-    """
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.project = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim)
-        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        message = self.project(frames)
-        asked = self.norm(message)
-        return message + self.attention(asked, asked, asked, need_weights=False)[0]
-
-
-class MultiframeIntegration(nn.Module):
-    """The features of a clip's frames, which know their place in time here, to one.
-
-    Args:
-        frames: T.
-        dim, depth, heads: of the transformer.
-        activation: of its MLPs.
-    """
-
-    def __init__(self, frames: int, dim: int, *, depth: int, heads: int, activation: type[nn.Module]) -> None:
-        super().__init__()
-        self.positions = nn.Parameter(torch.empty(1, frames, dim))
-        self.blocks = nn.Sequential(
-            *[Block(dim, heads, qkv_bias=True, act_layer=activation, norm_layer=nn.LayerNorm) for _ in range(depth)]
-        )
-        nn.init.trunc_normal_(self.positions, std=0.02)
-        small_linear_layers(self)
-        for block in self.blocks:
-            nn.init.xavier_uniform_(block.get_parameter("attn.qkv.weight"))
-
-    def forward(self, frames: Tensor) -> Tensor:
-        """[B, T, E] -> [B, E]."""
-        return (frames + self.blocks(frames + self.positions)).mean(dim=1)
-
-
-class VideoPrompts(nn.Module):
-    """Names that have looked at a video.
-
-    Args:
-        width: of the ViT's tokens.
-        dim, depth, heads: of the layers in which they look.
-        alpha: how much of what they have found is added at the start.
-        activation: of the layers' MLPs.
-    """
-
-    def __init__(
-        self, width: int, dim: int, *, depth: int, heads: int, alpha: float, activation: type[nn.Module]
-    ) -> None:
-        super().__init__()
-        self.norm_patches = nn.LayerNorm(width)
-        self.project = nn.Linear(width, dim, bias=False)
-        self.norm = nn.LayerNorm(dim)
-        self.layers = nn.ModuleList([PromptLayer(dim, heads, activation) for _ in range(depth)])
-        self.alpha = nn.Parameter(torch.full((dim,), alpha))
-        small_linear_layers(self)
-        nn.init.normal_(self.project.weight)  # a norm follows: how large it is decides how slowly it turns
-
-    def context(self, patches: Tensor) -> Tensor:
-        """What there is to be looked at, the mean over frames: [B, T, N, D] -> [B, N, E]."""
-        return self.norm(self.project(self.norm_patches(patches)).mean(dim=1))
-
-    def forward(self, names: Tensor, context: Tensor) -> Tensor:
-        """[K, E] and [B, N, E] -> [B, K, E]."""
-        x = names.expand(len(context), -1, -1)
-        for layer in self.layers:
-            x = layer(x, context)
-        return names + self.alpha * x
-
-
-class PromptLayer(nn.Module):
-    """Attention from names to a video and an MLP, each behind a norm and beside a residual.
-
-    Args:
-        dim, heads: of the layer.
-        activation: of the MLP.
-    """
-
-    def __init__(self, dim: int, heads: int, activation: type[nn.Module]) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attention = Attention(dim, heads, bias=False)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, 4 * dim, act_layer=activation)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """[B, K, E] and [B, N, E] -> [B, K, E]."""
-        x = x + self.attention(self.norm1(x), self.attention.keys_values(context))
-        return x + self.mlp(self.norm2(x))
+            raise SettingError("data._target_: X-CLIP needs the names of the classes: use a NamedVideoDataModule")
+        self.set_classes(datamodule.tokenizer, datamodule.class_texts(self.template), datamodule.held_out)
 
 
 @full_precision
-def cosines(video: Tensor, names: Tensor) -> Tensor:
-    """Of unit vectors, one a video and K names for each: [B, E] and [B, K, E] -> [B, K]."""
-    return torch.einsum("be,bke->bk", video, names)
-
-
-@torch.no_grad()
-def small_linear_layers(module: nn.Module) -> None:
-    """The linear layers within begin at a standard deviation of 0.02, without bias."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+def _cosine(video: Tensor, text: Tensor) -> Tensor:
+    """Multiplies unit vectors, one a video and K texts for each video: [B, E] and [B, K, E] -> [B, K]."""
+    return torch.einsum("be,bke->bk", video, text)

@@ -16,9 +16,11 @@ from transformers import XCLIPConfig, XCLIPModel
 from src.datamodules.batches.base import BatchError
 from src.errors import SettingError
 from src.export.hf_two_towers import vision_weights
+from src.models.backbones.cross_frame_encoder import CrossFrameEncoder
 from src.models.backbones.weights import WeightsError
+from src.models.layers.video_prompts import VideoPrompts
 from src.models.text.text_tower import CLIPTextTower
-from src.models.video.xclip import XCLIP, CrossFrameEncoder, VideoPrompts
+from src.models.video.xclip import XCLIP
 from src.optim import OptimizerRecipe, adamw
 
 FRAMES, CLASSES = 3, 4
@@ -43,8 +45,8 @@ def tower() -> CLIPTextTower:
     return CLIPTextTower(vocabulary=20, length=5, width=16, depth=2, heads=2, activation="quick_gelu")
 
 
-class Ids:
-    """A tokenizer of what is already ids."""
+class IdTokenizer:
+    """Maps the row number of a text in TEXT to its token ids."""
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         rows = torch.stack([TEXT[int(text)] for text in texts])
@@ -56,7 +58,7 @@ def method(held_out: tuple[int, ...] = (), **options: Any) -> XCLIP:
     recipe = OptimizerRecipe(partial(adamw, betas=(0.9, 0.98)), lr=1e-3, weight_decay=1e-3)
     plain = {"mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0}
     made = XCLIP(vit(), tower(), recipe, **{"frames": FRAMES, "embed_dim": 12, "heads": 2, **plain, **options})
-    made.name_classes(Ids(), [str(row) for row in range(CLASSES)], held_out)  # type: ignore[arg-type]
+    made.set_classes(IdTokenizer(), [str(row) for row in range(CLASSES)], held_out)  # type: ignore[arg-type]
     return made
 
 
@@ -110,27 +112,25 @@ def theirs(ours: XCLIP) -> XCLIPModel:
     def copy(to: str, source: nn.Module) -> None:
         weights.update({f"{to}.{name}": value for name, value in source.state_dict().items()})
 
-    def forward_views_separately(
-        to: str, weight: Tensor, bias: Tensor, parts: tuple[str, ...] = ("q", "k", "v")
-    ) -> None:
+    def copy_in_parts(to: str, weight: Tensor, bias: Tensor, parts: tuple[str, ...] = ("q", "k", "v")) -> None:
         for part, w, b in zip(parts, weight.chunk(3), bias.chunk(3), strict=True):
             weights[f"{to}.{part}_proj.weight"], weights[f"{to}.{part}_proj.bias"] = w, b
 
     copy("text_model", ours.text_encoder.transformer)
     named = vision_weights(ours.image_encoder.backbone)
     weights.update({f"vision_model.{name.replace('pre_layrnorm', 'pre_layernorm')}": w for name, w in named.items()})
-    for number, message in enumerate(ours.image_encoder.messages):
+    for number, cross_frame in enumerate(ours.image_encoder.cross_frame_attention):
         to = f"vision_model.encoder.layers.{number}"
-        copy(f"{to}.message_fc", message.project)
-        copy(f"{to}.message_ln", message.norm)
-        forward_views_separately(f"{to}.message_attn", message.attention.in_proj_weight, message.attention.in_proj_bias)
-        copy(f"{to}.message_attn.out_proj", message.attention.out_proj)
+        copy(f"{to}.message_fc", cross_frame.project)
+        copy(f"{to}.message_ln", cross_frame.norm)
+        copy_in_parts(f"{to}.message_attn", cross_frame.attention.in_proj_weight, cross_frame.attention.in_proj_bias)
+        copy(f"{to}.message_attn.out_proj", cross_frame.attention.out_proj)
     copy("visual_projection", ours.image_projection)
     copy("text_projection", ours.text_projection)
     weights["mit.position_embedding"] = ours.integration.positions
     for number, block in enumerate(ours.integration.blocks):
         to = f"mit.encoder.layers.{number}"
-        forward_views_separately(f"{to}.self_attn", block.attn.qkv.weight, block.attn.qkv.bias)
+        copy_in_parts(f"{to}.self_attn", block.attn.qkv.weight, block.attn.qkv.bias)
         copy(f"{to}.self_attn.out_proj", block.attn.proj)
         copy(f"{to}.layer_norm1", block.norm1)
         copy(f"{to}.layer_norm2", block.norm2)
@@ -165,7 +165,7 @@ def test_every_part_is_that_of_transformers_own() -> None:
     tokens = ours.image_encoder.tokens(video)
     same = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
     same(tokens.flatten(0, 1), found.vision_model_output.last_hidden_state)  # the messages
-    same(ours.image_encoder.frames(tokens).flatten(0, 1), found.vision_model_output.pooler_output)
+    same(ours.image_encoder.frame_features(tokens).flatten(0, 1), found.vision_model_output.pooler_output)
     names, seen = ours.encode_text(TEXT, MASK), ours.encode_image(video)
     same(names, model.get_text_features(input_ids=TEXT).pooler_output)
     same(seen[:, 0], found.mit_output.pooler_output)
@@ -187,7 +187,7 @@ def test_a_step_is_the_cross_entropy_over_the_names() -> None:
     torch.testing.assert_close(output["loss"], by_hand)
     embedding = ours.encoders()["encoder"](given["video"]).embedding  # what probes learn from, and are judged on
     torch.testing.assert_close(output["embedding"], embedding)
-    with pytest.raises(BatchError, match="X-CLIP learns from labels; 1 of a batch have none"):
+    with pytest.raises(BatchError, match="X-CLIP learns from labels; 1 of 4 samples of a batch have none"):
         ours.training_step({**given, "label": torch.tensor([0, 1, -1, 2])}, 0)
 
 
@@ -200,17 +200,17 @@ def test_mixed_clips_have_mixed_labels() -> None:
     assert not torch.allclose(first, ours.training_step(given, 1)["loss"])
 
 
-@pytest.mark.parametrize("messages", [True, False])
-def test_frames_see_each_other_by_messages_alone(messages: bool) -> None:
+@pytest.mark.parametrize("cross_frame_attention", [True, False])
+def test_frames_exchange_information_only_by_cross_frame_attention(cross_frame_attention: bool) -> None:
     torch.manual_seed(0)
-    encoder = CrossFrameEncoder(vit(), messages=messages)
+    encoder = CrossFrameEncoder(vit(), cross_frame_attention=cross_frame_attention)
     video = clips().requires_grad_()
     tokens = encoder.tokens(video)
     tokens[0, 0].square().sum().backward()
     assert video.grad[0, 0].abs().sum() > 0
-    assert (video.grad[0, 1:].abs().sum() > 0) == messages
+    assert (video.grad[0, 1:].abs().sum() > 0) == cross_frame_attention
     assert video.grad[1].abs().sum() == 0  # never those of another clip
-    if not messages:
+    if not cross_frame_attention:
         frame = encoder.backbone.forward_features(video[:, 0])
         torch.testing.assert_close(encoder.backbone.norm(tokens[:, 0]), frame)
 
@@ -244,7 +244,7 @@ def test_prompts_made_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     ours = method().eval()
     names, seen = ours.encode_text(TEXT, MASK), ours.encode_image(clips(5))
     whole = ours.similarity(seen, names)
-    monkeypatch.setattr("src.models.video.xclip._AT_A_TIME", 2 * CLASSES)
+    monkeypatch.setattr("src.models.video.xclip._PROMPTS_AT_ONCE", 2 * CLASSES)
     torch.testing.assert_close(ours.similarity(seen, names), whole)
 
 
@@ -268,19 +268,23 @@ def test_what_clip_has_not_learns_faster_and_places_are_not_decayed() -> None:
     rate = {name: group["lr"] for group in groups for name in group["names"]}
     decay = {name: group["weight_decay"] for group in groups for name in group["names"]}
     assert rate["image_encoder.backbone.blocks.0.attn.qkv.weight"] == 1e-3
-    for name in ("image_encoder.messages.1.project.weight", "integration.positions", "prompts.alpha"):
+    for name in ("image_encoder.cross_frame_attention.1.project.weight", "integration.positions", "prompts.alpha"):
         assert rate[name] == pytest.approx(1e-2)
     assert decay["integration.positions"] == decay["prompts.alpha"] == 0
-    assert decay["image_encoder.messages.1.attention.in_proj_weight"] == decay["prompts.project.weight"] == 1e-3
+    assert (
+        decay["image_encoder.cross_frame_attention.1.attention.in_proj_weight"]
+        == decay["prompts.project.weight"]
+        == 1e-3
+    )
     assert not any(name.startswith("text") for name in rate)
-    bare = method(messages=False, integration_depth=0, prompt_depth=0).configure_optimizers().param_groups
+    bare = method(cross_frame_attention=False, integration_depth=0, prompt_depth=0).configure_optimizers().param_groups
     assert {group["lr"] for group in bare} == {1e-3}  # mean of CLIP's frames: nothing is new
 
 
 def test_classes_that_are_held_out_are_no_answers() -> None:
     ours = method(held_out=(1,))
     assert torch.equal(ours.class_text, TEXT[[0, 2, 3]])
-    assert ours.row_of.tolist() == [0, -1, 1, 2]
+    assert ours.label_to_class.tolist() == [0, -1, 1, 2]
     loss = ours.training_step({"video": clips(2), "label": torch.tensor([2, 3])}, 0)["loss"]
     logits = ours.logit_scale.exp() * ours.similarity(ours.encode_image(clips(2)), ours.class_features())
     torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, torch.tensor([1, 2])))
@@ -305,14 +309,14 @@ def test_towers_come_from_a_run_and_the_rest_is_new(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(SettingError, match="clips of 2 frames, where model"):
+    with pytest.raises(SettingError, match=r"clip.frames=2 and model.frames=3 must be equal"):
         method().encode_image(clips(frames=2))
-    with pytest.raises(SettingError, match="template has one"):
+    with pytest.raises(SettingError, match="template must have one"):
         method(template="an action")
-    with pytest.raises(SettingError, match="smoothing is a share below 1"):
+    with pytest.raises(SettingError, match="smoothing must be at least 0 and below 1"):
         method(smoothing=1.0)
     recipe = OptimizerRecipe(partial(adamw), lr=1e-3)
-    with pytest.raises(SettingError, match="the class token of a ViT, which this one has not"):
+    with pytest.raises(SettingError, match="X-CLIP needs a ViT with a class token"):
         XCLIP(timm.create_model("resnet10t", num_classes=0), tower(), recipe, embed_dim=12)
 
 
@@ -333,7 +337,7 @@ def test_it_learns_a_handful_of_clips() -> None:
 def test_videos_whose_classes_nobody_names_are_refused() -> None:
     ours = method()
     ours._trainer = SimpleNamespace(datamodule=object(), callbacks=[])  # type: ignore[assignment]
-    with pytest.raises(SettingError, match="_target_: X-CLIP learns the names of classes"):
+    with pytest.raises(SettingError, match="_target_: X-CLIP needs the names of the classes"):
         ours.on_fit_start()
 
 
@@ -344,6 +348,6 @@ def test_halves_of_a_batch_have_the_mean_of_the_whole() -> None:
         ours = method().double()
         loss = ours.training_step({"video": given["video"][part].double(), "label": given["label"][part]}, 0)["loss"]
         loss.backward()
-        found.append((loss.detach(), ours.image_encoder.messages[0].project.weight.grad))
+        found.append((loss.detach(), ours.image_encoder.cross_frame_attention[0].project.weight.grad))
     for first, second, whole in zip(*found, strict=True):
         torch.testing.assert_close((first + second) / 2, whole)
