@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
@@ -11,8 +12,9 @@ from typing import Any, NoReturn
 
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, InstantiationException
+from hydra.utils import get_object
 from hydra.utils import instantiate as hydra_instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -190,15 +192,35 @@ def _check_value(override: Override, config: DictConfig) -> None:
     if override.is_add() or override.is_delete():
         return
     key = override.key_or_group
-    keys = list(_keys(config))
-    if key not in keys:
-        raise UserError(f"there is no key '{key}'{nearest(key, keys) or '; see config.yaml of any run'}")
-    old, new = OmegaConf.to_container(config, resolve=False), override.value()
-    for part in key.split("."):
-        old = old[int(part)] if isinstance(old, list) else old[part]  # type: ignore[index]
+    keys, new = list(_keys(config)), override.value()
+    if key in keys:
+        old = OmegaConf.to_container(config, resolve=False)
+        for part in key.split("."):
+            old = old[int(part)] if isinstance(old, list) else old[part]  # type: ignore[index]
+    else:
+        arguments = _arguments(config, key.rpartition(".")[0])
+        if key not in arguments:
+            raise UserError(
+                f"there is no key '{key}'{nearest(key, [*keys, *arguments]) or '; see config.yaml of any run'}"
+            )
+        old, override.type = arguments[key], OverrideType.ADD
     is_number = isinstance(old, int | float) and not isinstance(old, bool)
     if is_number and (isinstance(new, bool) or (isinstance(new, str) and "${" not in new)):
         raise UserError(f"{key} is a number ({old}); '{str(new).lower() if isinstance(new, bool) else new}' is not")
+
+
+def _arguments(config: DictConfig, key: str) -> dict[str, Any]:
+    """The arguments that the ``_target_`` at ``key`` takes, by dotted key, with their defaults: files leave out those
+    whose default they keep."""
+    node = OmegaConf.select(config, key, throw_on_resolution_failure=False) if key else None
+    if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
+        return {}
+    try:
+        parameters = inspect.signature(get_object(node._target_)).parameters.values()
+    except (ImportError, ValueError, TypeError):
+        return {}
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {f"{key}.{parameter.name}": parameter.default for parameter in parameters if parameter.kind in named}
 
 
 def _keys(config: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
