@@ -90,7 +90,7 @@ def as_videomae(vit: nn.Module, name: str) -> VideoMAEModel:
             image_size=embed.img_size[0],
             patch_size=embed.patch_size[0],
             num_frames=embed.frames,
-            tubelet_size=embed.cube_frames,
+            tubelet_size=embed.tubelet_frames,
             hidden_size=width,
             num_hidden_layers=len(vit.blocks),
             num_attention_heads=block.attn.num_heads,

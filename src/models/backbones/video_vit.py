@@ -13,12 +13,12 @@ from src.errors import SettingError
 
 
 class TubeletEmbed(nn.Module):
-    """Cubes to tokens, in the place of timm's ``PatchEmbed``:
+    """Embeds tubelets as tokens, in the place of timm's ``PatchEmbed``:
     ``timm.create_model(…, embed_layer=partial(TubeletEmbed, frames=16), class_token=False)``.
 
     Args:
-        frames: of a clip.
-        cube_frames: of a tubelet.
+        frames: number of frames in a clip.
+        tubelet_frames: number of frames in a tubelet.
         img_size, patch_size, in_chans, embed_dim, bias: as timm gives them.
 
     Raises:
@@ -29,7 +29,7 @@ class TubeletEmbed(nn.Module):
         self,
         *,
         frames: int,
-        cube_frames: int = 2,
+        tubelet_frames: int = 2,
         img_size: int | tuple[int, int] = 224,
         patch_size: int | tuple[int, int] = 16,
         in_chans: int = 3,
@@ -38,20 +38,20 @@ class TubeletEmbed(nn.Module):
         **_: Any,
     ) -> None:
         super().__init__()
-        self.frames, self.cube_frames = frames, cube_frames
+        self.frames, self.tubelet_frames = frames, tubelet_frames
         self.img_size = _pair(img_size)
         self.patch_size = _pair(patch_size)
         rows, columns = (side // patch for side, patch in zip(self.img_size, self.patch_size, strict=True))
-        whole = (frames, *self.img_size) == (frames // cube_frames * cube_frames, *self._covered(rows, columns))
-        if not whole or 0 in (frames // cube_frames, rows, columns):
+        whole = (frames, *self.img_size) == (frames // tubelet_frames * tubelet_frames, *self._covered(rows, columns))
+        if not whole or 0 in (frames // tubelet_frames, rows, columns):
             raise SettingError(
                 f"backbone: a clip of {frames} frames of {self.img_size[0]}x{self.img_size[1]} pixels is no whole "
-                f"number of cubes of {cube_frames} frames of {self.patch_size[0]}x{self.patch_size[1]}"
+                f"number of tubelets of {tubelet_frames} frames of {self.patch_size[0]}x{self.patch_size[1]}"
             )
-        self.grid = (frames // cube_frames, rows, columns)
+        self.grid = (frames // tubelet_frames, rows, columns)
         self.grid_size = (rows, columns)
         self.num_patches = self.grid[0] * rows * columns
-        size = (cube_frames, *self.patch_size)
+        size = (tubelet_frames, *self.patch_size)
         self.projection = nn.Conv3d(in_chans, embed_dim, kernel_size=size, stride=size, bias=bias)
 
     def _covered(self, rows: int, columns: int) -> tuple[int, int]:

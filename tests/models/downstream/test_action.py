@@ -24,7 +24,7 @@ RECIPE = OptimizerRecipe(adamw, lr=1.0, weight_decay=0.05)
 
 
 def clips_vit(size: int = 16, frames: int = 4) -> timm.models.VisionTransformer:
-    embed = partial(TubeletEmbed, frames=frames, cube_frames=2)
+    embed = partial(TubeletEmbed, frames=frames, tubelet_frames=2)
     options = {**SMALL, "img_size": size, "class_token": False, "global_pool": "avg", "fc_norm": True}
     return video_vit("vit_tiny_patch16_224", embed_layer=embed, **options)
 

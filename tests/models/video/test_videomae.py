@@ -1,4 +1,4 @@
-"""VideoMAE against transformers' own, and its parts by hand."""
+"""VideoMAE against transformers' implementation, and its parts by hand."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from src.export.hf_videos import videomae_weights
 from src.models.backbones.video_encoder import VideoEncoder
 from src.models.backbones.video_vit import TubeletEmbed, sinusoids
 from src.models.losses.reconstruction import masked_mse
-from src.models.video.masking import running_cell_masking, tubes
-from src.models.video.videomae import VideoMAE, cubify, normalize_cubes, uncubify
+from src.models.video.masking import running_cell_masking, tube_masking
+from src.models.video.videomae import VideoMAE, from_tubelets, normalize_tubelets, to_tubelets
 from src.optim import OptimizerRecipe
 
 RECIPE = OptimizerRecipe(torch.optim.AdamW, lr=1e-3)
@@ -33,7 +33,7 @@ def vit(frames: int = 4) -> timm.models.VisionTransformer:
         class_token=False,
         global_pool="avg",
         fc_norm=False,
-        embed_layer=partial(TubeletEmbed, frames=frames, cube_frames=2),
+        embed_layer=partial(TubeletEmbed, frames=frames, tubelet_frames=2),
     )
 
 
@@ -43,7 +43,7 @@ def method(**options: object) -> VideoMAE:
 
 
 def theirs(ours: VideoMAE) -> VideoMAEForPreTraining:
-    """transformers' model with our weights."""
+    """Returns transformers' model with our weights."""
     config = VideoMAEConfig(
         image_size=32,
         patch_size=8,
@@ -76,52 +76,52 @@ def theirs(ours: VideoMAE) -> VideoMAEForPreTraining:
     return model
 
 
-def test_loss_is_that_of_transformers_own() -> None:
-    """An independent implementation, ported from the authors' code: the same weights, clips and masks."""
+def test_the_loss_equals_that_of_transformers() -> None:
+    """transformers ported the authors' code independently; same weights, clips and masks here."""
     ours = method()
-    with torch.no_grad():  # biases begin at zero, where a wrong one would not show
+    with torch.no_grad():  # biases are initialized to zero, where a wrong one would not show
         for parameter in ours.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model = theirs(ours)
     torch.manual_seed(3)
-    # theirs takes the mean and deviation of ImageNet off again, ours normalizes what it is given
+    # transformers undoes ImageNet's normalization before it normalizes targets; ours normalizes the input as it is
     unit = torch.rand(3, 4, 3, 32, 32)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     video = (unit - mean) / std
     torch.manual_seed(5)
-    masking = tubes(3, ours.grid, ours.mask_ratio, video.device)
+    masking = tube_masking(3, ours.grid, ours.mask_ratio, video.device)
     torch.manual_seed(5)
     loss = ours.training_step({"video": video}, 0)["loss"]
     expected = model(pixel_values=video, bool_masked_pos=masking.mask.bool()).loss
     assert loss.item() == pytest.approx(expected.item(), rel=2e-5)
 
 
-def test_cubes_and_back() -> None:
+def test_tubelets_and_back() -> None:
     video = torch.arange(2 * 4 * 3 * 4 * 8, dtype=torch.float32).view(2, 4, 3, 4, 8)
-    cubes = cubify(video, (2, 2, 4))
-    assert cubes.shape == (2, 2 * 2 * 2, 16, 3)
-    assert torch.equal(uncubify(cubes, (2, 2, 4), (2, 2, 2)), video)
+    tubelets = to_tubelets(video, (2, 2, 4))
+    assert tubelets.shape == (2, 2 * 2 * 2, 16, 3)
+    assert torch.equal(from_tubelets(tubelets, (2, 2, 4), (2, 2, 2)), video)
     # the second tubelet: the first two frames, upper rows, right half; pixels laid out by frame, row and column
     expected = video[0, :2, :, :2, 4:].permute(0, 2, 3, 1).reshape(16, 3)
-    assert torch.equal(cubes[0, 1], expected)
+    assert torch.equal(tubelets[0, 1], expected)
 
 
-def test_each_channel_of_a_cube_is_normalized_alone() -> None:
-    cubes = torch.tensor([[[[0.0, 10.0], [2.0, 30.0]]]])
-    target, mean, std = normalize_cubes(cubes)
+def test_each_channel_of_a_tubelet_is_normalized_alone() -> None:
+    tubelets = torch.tensor([[[[0.0, 10.0], [2.0, 30.0]]]])
+    target, mean, std = normalize_tubelets(tubelets)
     assert mean.flatten().tolist() == [1.0, 20.0]
     torch.testing.assert_close(std.flatten(), torch.tensor([2**0.5, 200**0.5]))
     torch.testing.assert_close(target.flatten(), torch.tensor([-1.0, -1.0, 1.0, 1.0]) / 2**0.5, rtol=1e-5, atol=0)
 
 
-def test_dual_masking_counts_what_is_hidden_and_decoded() -> None:
-    ours, video = method(decoded=running_cell_masking, mask_ratio=0.5), torch.randn(2, 4, 3, 32, 32)
+def test_with_dual_masking_the_loss_is_of_tubelets_both_masked_and_decoded() -> None:
+    ours, video = method(decoder_masking=running_cell_masking, mask_ratio=0.5), torch.randn(2, 4, 3, 32, 32)
     torch.manual_seed(2)
-    masking = tubes(2, ours.grid, 0.5, video.device)
+    masking = tube_masking(2, ours.grid, 0.5, video.device)
     decoded = running_cell_masking(masking, ours.grid)
     prediction = ours.decoder(ours.encode(video, masking), masking.keep, decoded)
-    target = normalize_cubes(cubify(video, ours.cube))[0].flatten(2)
+    target = normalize_tubelets(to_tubelets(video, ours.tubelet))[0].flatten(2)
     errors = []
     for clip in range(2):
         for row, place in enumerate(decoded[clip].tolist()):
@@ -133,12 +133,12 @@ def test_dual_masking_counts_what_is_hidden_and_decoded() -> None:
     torch.testing.assert_close(loss, torch.stack(errors).mean())
 
 
-def test_nothing_hidden_reaches_the_encoder() -> None:
+def test_masked_tubelets_do_not_reach_the_encoder() -> None:
     ours, video = method(), torch.randn(1, 4, 3, 32, 32)
-    masking = tubes(1, ours.grid, ours.mask_ratio, video.device)
-    changed = cubify(video, ours.cube)
+    masking = tube_masking(1, ours.grid, ours.mask_ratio, video.device)
+    changed = to_tubelets(video, ours.tubelet)
     changed = torch.where(masking.mask[..., None, None] > 0, torch.randn_like(changed), changed)
-    changed = uncubify(changed, ours.cube, ours.grid)
+    changed = from_tubelets(changed, ours.tubelet, ours.grid)
     assert torch.equal(ours.encode(video, masking), ours.encode(changed, masking))
 
 
@@ -147,16 +147,18 @@ def test_pictures_show_the_clip_and_leave_visible_cubes_alone() -> None:
     torch.manual_seed(7)
     shown = ours.visualize({"video": video})["reconstruction"]
     torch.manual_seed(7)
-    masking = tubes(2, ours.grid, ours.mask_ratio, video.device)
+    masking = tube_masking(2, ours.grid, ours.mask_ratio, video.device)
     assert shown.shape == (2 * 3, 2, 3, 32, 32)
     assert torch.equal(shown[0::3], video[:, ::2])
-    visible = uncubify(1 - masking.mask[..., None, None].expand(-1, -1, 128, 3), ours.cube, ours.grid)[:, ::2] > 0
+    visible = (
+        from_tubelets(1 - masking.mask[..., None, None].expand(-1, -1, 128, 3), ours.tubelet, ours.grid)[:, ::2] > 0
+    )
     torch.testing.assert_close(shown[2::3][visible], video[:, ::2][visible])
     assert torch.equal(shown[1::3][~visible], torch.zeros_like(shown[1::3][~visible]))
     assert not torch.equal(shown[2::3][~visible], shown[1::3][~visible])
 
 
-def test_clips_are_the_same_side_by_side() -> None:
+def test_video_visualizations_show_the_same_as_the_images() -> None:
     ours, video = method(), torch.randn(2, 4, 3, 32, 32)
     torch.manual_seed(7)
     stills = ours.visualize({"video": video})["reconstruction"]
@@ -167,7 +169,7 @@ def test_clips_are_the_same_side_by_side() -> None:
     assert torch.equal(clips[1, :, ::2], stills[3:])
 
 
-def test_the_table_is_sines_and_cosines_in_turn() -> None:
+def test_the_positional_embedding_alternates_sines_and_cosines() -> None:
     table = sinusoids(4, 3)[0]
     angles = torch.tensor([0.0, 1.0, 2.0])
     expected = torch.stack([angles.sin(), angles.cos(), (angles / 100).sin(), (angles / 100).cos()], dim=1)
@@ -175,7 +177,7 @@ def test_the_table_is_sines_and_cosines_in_turn() -> None:
     assert not table.requires_grad
 
 
-def test_an_encoder_sees_the_whole_clip() -> None:
+def test_the_encoder_reads_all_tubelets() -> None:
     encoder = VideoEncoder(method().backbone.eval())
     features = encoder(torch.randn(2, 4, 3, 32, 32))
     assert features.grid == (2, 4, 4)
@@ -183,13 +185,13 @@ def test_an_encoder_sees_the_whole_clip() -> None:
     torch.testing.assert_close(features.embedding, features.patches.mean(dim=1))
 
 
-def test_clips_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(SettingError, match="a clip of 5 frames of 32x32 pixels is no whole number of cubes"):
+def test_clips_of_another_size_raise() -> None:
+    with pytest.raises(SettingError, match="a clip of 5 frames of 32x32 pixels is no whole number of tubelets"):
         vit(frames=5)
     with pytest.raises(SettingError, match="clips of 8 frames of 32x32 pixels, where the backbone reads 4"):
         VideoEncoder(vit())(torch.randn(1, 8, 3, 32, 32))
 
 
-def test_masked_error_is_of_the_hidden() -> None:
+def test_masked_mse_is_the_error_of_masked_patches() -> None:
     prediction, target = torch.zeros(1, 2, 3), torch.tensor([[[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]])
     assert masked_mse(prediction, target, torch.tensor([[0.0, 1.0]])) == 4.0
