@@ -1,8 +1,11 @@
-"""`make claim` and `make claims`: measure what papers claim, keep it, write the page.
+"""`make claim` and `make claims`: measure papers' claims, store the results and write docs/claims.md.
 
-``claim=<name>`` measures one (without it, and without ``all=true``, they are listed), ``again=failed`` or
-``again=all`` forgets runs of it first, the latter those on disk too, ``data=<data set>`` leaves its other data sets for
-another time, ``out=<folder>`` is where page and numbers go, ``--write`` only writes the page anew.
+- ``claim=<name>``: the claim to measure; without it, and without ``all=true``, all claims are listed
+- ``all=true``: measure every claim
+- ``again=failed``, ``again=all``: measure failed runs, or all runs, again; the latter are also trained again
+- ``data=<data set>``: measure on this data set only
+- ``out=<folder>``: where claims.json and claims.md are written (default docs)
+- ``--write``: write claims.md from claims.json, and measure nothing
 """
 
 from __future__ import annotations
@@ -16,89 +19,96 @@ from rich.console import Console
 from rich.table import Table
 
 from src import configuration
-from src.claims import ledger
+from src.claims import ledger, page
 from src.claims.claim import Claim, load
 from src.configuration import PROJECT, run_main
 from src.errors import UserError, nearest
 from src.files import write_atomically
 from src.trained import words_of
 
-KEPT = PROJECT / "cache" / "claims"
-WORDS = ("claim", "all", "again", "out", "data")
-FORGET: dict[str, tuple[str, ...]] = {"failed": ("failed",), "all": ("failed", "value")}  # runs that have one of these
+RUN_FOLDER = PROJECT / "cache" / "claims"
+OPTIONS = ("claim", "all", "again", "out", "data")
+# ``again=`` -> runs with one of these keys are measured again
+REPEATED: dict[str, tuple[str, ...]] = {"failed": ("failed",), "all": ("failed", "value")}
 
 
 def main(argv: Sequence[str]) -> int:
-    words, rest = words_of([word for word in argv if word != "--write"], WORDS)
+    options, rest = words_of([word for word in argv if word != "--write"], OPTIONS)
     if rest:
-        raise UserError(f"make claim knows no '{rest[0]}'{nearest(rest[0].partition('=')[0], WORDS)}")
-    folder = Path(words.get("out") or PROJECT / "docs")
+        raise UserError(f"make claim has no option '{rest[0]}'{nearest(rest[0].partition('=')[0], OPTIONS)}")
+    folder = Path(options.get("out") or PROJECT / "docs")
     if "--write" in argv:
         _write(folder, _read(folder))
         return 0
-    everything = words.get("all", "false") == "true"
-    if not words.get("claim") and not everything:
+    measure_all = options.get("all", "false") == "true"
+    if not options.get("claim") and not measure_all:
         show()
         return 0
-    again = words.get("again")
-    if again is not None and again not in FORGET:
-        raise UserError(f"again is {' or '.join(FORGET)}, not '{again}'{nearest(again, list(FORGET))}")
-    data = words.get("data")
-    chosen = [load(name) for name in (configuration.names("claim") if everything else [words["claim"]])]
-    if everything and data is not None:
-        chosen = [claim for claim in chosen if data in claim.data]
-    refused = []
-    for claim in chosen:
+    again = options.get("again")
+    if again is not None and again not in REPEATED:
+        raise UserError(f"again must be {' or '.join(REPEATED)}, not '{again}'{nearest(again, list(REPEATED))}")
+    data = options.get("data")
+    claims = [load(name) for name in (configuration.names("claim") if measure_all else [options["claim"]])]
+    if measure_all and data is not None:
+        claims = [claim for claim in claims if data in claim.data]
+    problems = []
+    for claim in claims:
         print(f"claim: {claim.name}: {claim.title}", flush=True)
         try:
             measure(claim, folder, again, data)
         except UserError as problem:
-            if len(chosen) == 1:
+            if len(claims) == 1:
                 raise
-            refused.append(str(problem))
-    if refused:
-        raise UserError("\n".join(refused))
+            problems.append(str(problem))
+    if problems:
+        raise UserError("\n".join(problems))
     return 0
 
 
 def measure(claim: Claim, folder: Path, again: str | None = None, data: str | None = None) -> None:
-    """One claim, its entry written after every run."""
-    results = _read(folder)
-    stored = results.get(claim.name, {})
-    forgotten = FORGET[again] if again else ()
-    kept = {
-        kind: {key: run for key, run in stored.get(kind, {}).items() if not any(word in run for word in forgotten)}
+    """Measures one claim, and writes its entry after every run.
+
+    Args:
+        folder: of claims.json and claims.md.
+        again: a key of ``REPEATED``; None measures only what is missing.
+        data: the only data set to measure on now; None for all of the claim's.
+    """
+    stored = _read(folder).get(claim.name, {})
+    repeated = REPEATED[again] if again else ()
+    remaining = {
+        kind: {key: run for key, run in stored.get(kind, {}).items() if not any(word in run for word in repeated)}
         for kind in ("runs", "floors")
     }
 
     def save(entry: dict[str, Any]) -> None:
-        # read anew: another claim may be under way beside this one
+        # read again: another claim may be measured at the same time
         _write(folder, _read(folder) | {claim.name: entry})
 
-    for each in claim.data:
-        for key, (ours, theirs) in claim.difference(each).items():
-            print(f"  {each}: {key}: {ours} in '{claim.arms[0].name}', {theirs} in '{claim.arms[1].name}'", flush=True)
-    kept_in = None if again == "all" else KEPT  # of a training that failed nothing is kept
-    entry = ledger.measure(claim, stored=stored | kept, save=save, data=data, kept_in=kept_in)
-    for each in claim.data:
-        known_now = ledger.outcome(claim, entry, each)
-        print(f"  {each}: {known_now.verdict}{f' ({known_now.note})' if known_now.note else ''}", flush=True)
+    for source in claim.data:
+        for key, (baseline, claimed) in claim.difference(source).items():
+            values = f"{baseline} in '{claim.arms[0].name}', {claimed} in '{claim.arms[1].name}'"
+            print(f"  {source}: {key}: {values}", flush=True)
+    run_folder = None if again == "all" else RUN_FOLDER  # failed trainings are never kept there
+    entry = ledger.measure(claim, stored=stored | remaining, save=save, data=data, run_folder=run_folder)
+    for source in claim.data:
+        result = ledger.outcome(claim, entry, source)
+        print(f"  {source}: {result.verdict}{f' ({result.note})' if result.note else ''}", flush=True)
     print(f"claim: wrote {folder / 'claims.md'}")
 
 
 def show() -> None:
-    """Names, titles and verdicts."""
-    table = Table(box=None, header_style="bold")
-    for column in ("claim", "what", "verdicts"):
-        table.add_column(column, no_wrap=column == "claim")
+    """Prints the names, titles and verdicts of all claims."""
     results = _read(PROJECT / "docs")
+    rows = Table(box=None, header_style="bold")
+    for column in ("claim", "title", "verdicts"):
+        rows.add_column(column, no_wrap=column == "claim")
     for name in configuration.names("claim"):
         claim = load(name)
         verdicts = [f"{data}: {ledger.outcome(claim, results.get(name, {}), data).verdict}" for data in claim.data]
-        table.add_row(name, claim.title, ", ".join(verdicts))
+        rows.add_row(name, claim.title, ", ".join(verdicts))
     console = Console()
-    console.print(table)
-    console.print("\nmeasure one with: make claim CLAIM=<claim>, all that are not yet: make claims")
+    console.print(rows)
+    console.print("\nmeasure one with: make claim CLAIM=<claim>, all missing ones with: make claims")
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -109,7 +119,7 @@ def _read(folder: Path) -> dict[str, Any]:
 def _write(folder: Path, results: dict[str, Any]) -> None:
     claims = [load(name) for name in configuration.names("claim")]
     write_atomically(folder / "claims.json", json.dumps(results, indent=2, sort_keys=True) + "\n")
-    write_atomically(folder / "claims.md", ledger.render(results, claims))
+    write_atomically(folder / "claims.md", page.render(results, claims))
 
 
 if __name__ == "__main__":

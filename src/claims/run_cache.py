@@ -1,5 +1,4 @@
-"""Runs that claims are judged by, kept on disk: what several claims want is trained once, and another question to a run
-costs the judging alone."""
+"""Trained runs of claims, kept on disk: a run that several claims or metrics need is trained once."""
 
 from __future__ import annotations
 
@@ -14,50 +13,53 @@ from filelock import FileLock
 from omegaconf import DictConfig
 
 from src.measure import machine, result_cache
+from src.measure.result_cache import TrainedRun
 from src.runs import Run
 
 TRAINED = "trained.json"
-NOT_JUDGED = ("best.ckpt", "events.out.*", "images")  # of a run's files, those that nothing asks for afterwards
+NOT_COPIED = ("best.ckpt", "events.out.*", "images")  # no metric reads these files of a run
 
 
 @dataclass(frozen=True)
 class RunCache:
-    """A run a recipe, trained when it is asked for first.
+    """A folder with one trained run for each recipe.
 
     Args:
-        folder: where they stay, for other processes too.
+        folder: shared by all processes.
     """
 
     folder: Path
 
-    def run(self, words: Sequence[str], config: DictConfig, *, start: Run | None = None) -> result_cache.TrainedRun:
-        """The run of ``config``, which is what ``words`` compose. Of several callers one trains and the others wait.
+    def get_or_train(self, overrides: Sequence[str], config: DictConfig, *, start: Run | None = None) -> TrainedRun:
+        """Returns the run of a recipe, and trains it if it is not there. Of several callers one trains, others wait.
 
         Args:
-            start: a kept run, whose last weights it goes on from.
+            overrides: the arguments of `make train`.
+            config: the configuration that they compose.
+            start: a kept run, whose last checkpoint the training starts from.
 
         Raises:
-            TrainingFailed: the command did not end well; nothing is kept of it.
+            TrainingFailed: the training ended badly; nothing of it is kept.
         """
         folder = self.folder / result_cache.fingerprint(config, start and start.dir.name)
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not (folder / TRAINED).is_file():
                 shutil.rmtree(folder, ignore_errors=True)
-                print(f"  {' '.join(words)} …", flush=True)
-                begin = [f"checkpoint='{start.last}'"] if start else []
+                print(f"  {' '.join(overrides)} …", flush=True)
+                checkpoint = [f"checkpoint='{start.last}'"] if start else []
                 about = machine.about()
-                with result_cache.train_once([*words, *begin], config) as finished:
-                    _keep(finished, about, folder)
-        trained = json.loads((folder / TRAINED).read_text())
-        return result_cache.TrainedRun(Run(folder), trained["seconds"], trained["about"])
+                with result_cache.train_once([*overrides, *checkpoint], config) as trained:
+                    _copy(trained, about, folder)
+        facts = json.loads((folder / TRAINED).read_text())
+        return TrainedRun(Run(folder), facts["seconds"], facts["about"])
 
 
-def _keep(finished: result_cache.TrainedRun, about: dict[str, Any], folder: Path) -> None:
-    """The folder takes its name only when it is complete."""
+def _copy(trained: TrainedRun, about: dict[str, Any], folder: Path) -> None:
+    """Copies a run to ``folder``, which gets its name only when it is complete."""
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(finished.run.dir, unfinished, ignore=shutil.ignore_patterns(*NOT_JUDGED))
-    # a run may be judged long after, and is still one of this commit and machine
-    (unfinished / TRAINED).write_text(json.dumps({"seconds": finished.seconds, "about": about}))
+    shutil.copytree(trained.run.dir, unfinished, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    # the run may be evaluated much later, and must then show the commit and machine of its training
+    (unfinished / TRAINED).write_text(json.dumps({"seconds": trained.seconds, "about": about}))
     unfinished.rename(folder)

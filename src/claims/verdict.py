@@ -1,55 +1,56 @@
-"""From numbers in pairs to a verdict."""
+"""The verdict on a claim: a paired t-test of two arms."""
 
 from __future__ import annotations
 
-import math
 import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from scipy import stats
 
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Paired:
-    """What pairs of numbers say of the difference between two arms.
+class PairedDifference:
+    """The difference between the second and the first arm over pairs of runs.
 
     Args:
-        difference: mean of the second arm's minus the first arm's.
-        low, high: Student's t confidence interval of it; None for fewer than two pairs.
+        mean: mean of the second arm's value minus the first arm's.
+        low, high: its confidence interval by Student's t; None for fewer than two pairs.
     """
 
-    difference: float
+    mean: float
     low: float | None
     high: float | None
 
 
-def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
-    """The mean difference of at least one pair, and its 95 % confidence interval.
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> PairedDifference:
+    """Returns the mean difference of at least one pair and its 95 % confidence interval.
 
-    With n pairs whose differences deviate by s it is the mean ± t(n - 1) s / sqrt(n).
+    Args:
+        first, second: the arms' values; the values at one position share a seed.
     """
-    differences = [theirs - ours for ours, theirs in zip(first, second, strict=True)]
-    mean = statistics.fmean(differences)
-    if len(differences) < 2:
-        return Paired(mean, None, None)
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1))
-    half = quantile * statistics.stdev(differences) / math.sqrt(len(differences))
-    return Paired(mean, mean - half, mean + half)
+    from scipy import stats
+
+    mean = statistics.fmean(b - a for a, b in zip(first, second, strict=True))
+    if len(first) < 2:
+        return PairedDifference(mean, None, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # equal differences: no variance, and the interval is a point
+        interval = stats.ttest_rel(second, first).confidence_interval(CONFIDENCE)
+    return PairedDifference(mean, float(interval.low), float(interval.high))
 
 
-def verdict(found: Paired, *, direction: str, least: float) -> str:
-    """Whether the second arm is ``direction`` ("higher" or "lower") than the first one, by ``least`` or more.
+def verdict(difference: PairedDifference, *, direction: str, least: float) -> str:
+    """Returns the verdict on "the second arm is ``direction`` ("higher" or "lower") by at least ``least``".
 
     - "reproduced": the interval lies on the claimed side of 0, and the mean reaches the least difference;
-    - "not reproduced": the interval excludes the least difference, so also where it lies on the wrong side;
+    - "not reproduced": the interval excludes the least difference, for example because it lies on the wrong side;
     - "inconclusive": neither, and always for a single pair.
     """
-    if found.low is None or found.high is None:
+    if difference.low is None or difference.high is None:
         return "inconclusive"
-    gain, low, high = found.difference, found.low, found.high
+    gain, low, high = difference.mean, difference.low, difference.high
     if direction == "lower":
         gain, low, high = -gain, -high, -low
     if low > 0 and gain >= least:

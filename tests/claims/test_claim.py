@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from src import configuration
-from src.claims.claim import Claim, difference, load, parse, plain
+from src.claims.claim import Claim, as_dict, difference, load, parse
 from src.errors import UserError
 
 CONTENT: dict[str, Any] = {
@@ -50,33 +50,33 @@ def test_every_claim_of_the_project_can_be_measured(name: str) -> None:
     assert found.split in metric.splits
     for data in found.data:
         assert found.difference(data)
-    assert plain(parse(name, plain(found))) == plain(found)
+    assert as_dict(parse(name, as_dict(found))) == as_dict(found)
     assert len(found.seeds) > 1
 
 
 def test_what_is_not_said() -> None:
     found = claim()
-    assert (found.seeds, found.common, dict(found.data)) == ((0, 1, 2), ("scale=tiny",), {"scenes": []})
-    assert (found.budget.within, found.arms[1].overrides) == (0.0, ())
+    assert (found.seeds, found.common, found.data) == ([0, 1, 2], ["scale=tiny"], {"scenes": []})
+    assert (found.budget.within, found.arms[1].overrides) == (0.0, [])
     assert claim(data={"emoji": None}).data == {"emoji": []}
 
 
 def test_what_both_arms_go_on_from() -> None:
     start = {"name": "CLIP", "experiment": "clip_vitb32", "overrides": ["scale=tiny"]}
     found = claim(start=start)
-    assert found.start_words("scenes", 2) == ["experiment=clip_vitb32", "data=scenes", "seed=2", "scale=tiny"]
-    assert plain(found)["start"] == start
-    assert "start" not in plain(claim())
-    assert claim().start_words("scenes", 2) == []
-    with pytest.raises(UserError, match=r"claim 'more', start knows no key 'experimnet'; did you mean experiment"):
+    assert found.start_overrides("scenes", 2) == ["experiment=clip_vitb32", "data=scenes", "seed=2", "scale=tiny"]
+    assert as_dict(found)["start"] == start
+    assert "start" not in as_dict(claim())
+    assert claim().start_overrides("scenes", 2) == []
+    with pytest.raises(UserError, match=r"claim 'more': unknown key 'start.experimnet'; did you mean experiment"):
         claim(start=start | {"experimnet": "x"})
-    with pytest.raises(UserError, match=r"the overrides of 'CLIP' must be a list of words"):
+    with pytest.raises(UserError, match=r"claim 'more': start.overrides: .* is not a ListConfig, list or tuple"):
         claim(start=start | {"overrides": "scale=tiny"})
 
 
 def test_an_arm_has_the_last_word() -> None:
     found = claim(common=["scale=smoke", "data.batch_size=4"], data={"emoji": ["data.batch_size=8"]})
-    assert found.words(found.arms[0], "emoji", 7) == [
+    assert found.run_overrides(found.arms[0], "emoji", 7) == [
         "experiment=mae_tiny",
         "data=emoji",
         "seed=7",
@@ -136,27 +136,27 @@ def test_differences_of_lists_absent_keys_and_references() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"direction": "up"}, "direction is higher or lower, not 'up'"),
-        ({"least": -1}, "least is a number from 0, not -1"),
-        ({"least": True}, "least is a number"),
-        ({"seeds": [0, 0]}, "seeds are different whole numbers"),
-        ({"seeds": []}, "seeds are different whole numbers"),
-        ({"seeds": [0.5]}, "seeds are different whole numbers"),
-        ({"split": "tset"}, "split is test or val or train, not 'tset'; did you mean test"),
-        ({"data": {"scene": []}}, "not 'scene'; did you mean scenes?"),
-        ({"budget": {"equal": "step", "how": "x"}}, "budget.equal is .* did you mean steps?"),
-        ({"budget": {"equal": "steps"}}, "budget has to say: how"),
-        ({"budget": {"equal": "steps", "how": "x", "within": "much"}}, "budget.within is a number"),
-        ({"title": None}, "claim 'more' has to say: title"),
-        ({"differ": ["model"]}, "knows no key 'differ'; did you mean differs"),
-        ({"name": "x"}, "knows no key 'name'"),
-        ({"differs": "model"}, "differs must be a list of words, not 'model'"),
-        ({"common": "scale=tiny"}, "common must be a list of words"),
-        ({"data": {"scenes": "data.batch_size=8"}}, "data.scenes must be a list of words"),
+        ({"direction": "up"}, "direction: 'up' is not one of higher, lower"),
+        ({"least": -1}, "least must be at least 0, not -1"),
+        ({"least": True}, "least: Value 'True' of type 'bool'"),
+        ({"seeds": [0, 0]}, "seeds must be different whole numbers"),
+        ({"seeds": []}, "seeds must be different whole numbers"),
+        ({"seeds": [0.5]}, r"seeds\[0\]: Value '0.5' of type 'float' could not be converted to Integer"),
+        ({"split": "tset"}, "split: 'tset' is not one of test, val, train; did you mean test"),
+        ({"data": {"scene": []}}, "data.scene: 'scene' is not one of .*; did you mean scenes?"),
+        ({"budget": {"equal": "step", "how": "x"}}, "budget.equal: .* did you mean steps?"),
+        ({"budget": {"equal": "steps"}}, "missing keys: budget.how"),
+        ({"budget": {"equal": "steps", "how": "x", "within": "much"}}, "budget.within: Value 'much'"),
+        ({"title": None}, "claim 'more': missing keys: title"),
+        ({"differ": ["model"]}, "unknown key 'differ'; did you mean differs"),
+        ({"name": "x"}, "unknown key 'name'"),
+        ({"differs": "model"}, "differs: .* is not a ListConfig, list or tuple"),
+        ({"common": "scale=tiny"}, "common: .* is not a ListConfig, list or tuple"),
+        ({"data": {"scenes": "data.batch_size=8"}}, r"data.scenes: Value 'data.batch_size=8' \(str\) is incompatible"),
         ({"metric": {"name": "x"}}, "metric needs a _target_"),
-        ({"arms": [{"name": "a", "experiment": "mae_tiny"}]}, "arms are two"),
-        ({"arms": [{"name": "a", "experiment": "mae_tiny"}] * 2}, "names of their own"),
-        ({"arms": [{"name": "a"}, {"name": "b", "experiment": "mae_tiny"}]}, "arms has to say: experiment"),
+        ({"arms": [{"name": "a", "experiment": "mae_tiny"}]}, "arms must be two"),
+        ({"arms": [{"name": "a", "experiment": "mae_tiny"}] * 2}, "different names"),
+        ({"arms": [{"name": "a"}, {"name": "b", "experiment": "mae_tiny"}]}, r"missing keys: arms\[0\].experiment"),
         ({"arms": [*arms(["x=1"], [])[:1], {"name": "b", "experimnet": "x"}]}, "did you mean experiment"),
     ],
 )

@@ -14,8 +14,8 @@ import pytest
 
 from src import configuration
 from src.claims import __main__ as command
-from src.claims import ledger
-from src.claims.claim import Claim, load, plain
+from src.claims import ledger, page
+from src.claims.claim import Claim, as_dict, load
 from src.configuration import PROJECT
 from src.errors import UserError
 from src.measure import machine, result_cache
@@ -56,7 +56,7 @@ def runs(less: list[Any], more: list[Any], data: str = "scenes") -> dict[str, An
 
 def entry(of: Claim, found: dict[str, Any]) -> dict[str, Any]:
     difference = {data: {"model.mask_ratio": [0.5, 0.75]} for data in of.data}
-    return {"claim": plain(of), "difference": difference, "runs": found}
+    return {"claim": as_dict(of), "difference": difference, "runs": found}
 
 
 class TestOutcome:
@@ -82,7 +82,7 @@ class TestOutcome:
 
     def test_without_any_pair_it_has_failed(self) -> None:
         found = ledger.outcome(claim(), {"runs": runs([1.0, 2.0, 3.0], [broken("nan")] * 3)}, "scenes")
-        assert (found.verdict, found.note, found.found) == ("failed", "3 of 6 runs failed", None)
+        assert (found.verdict, found.note, found.difference) == ("failed", "3 of 6 runs failed", None)
 
     def test_one_seed_is_no_verdict(self) -> None:
         found = ledger.outcome(claim(seeds=[0]), {"runs": runs([1.0], [9.0])}, "scenes")
@@ -123,52 +123,52 @@ class TestPage:
     def test_the_projects_page_is_what_its_numbers_render_to(self) -> None:
         results = json.loads((PROJECT / "docs/claims.json").read_text())
         claims = [load(name) for name in configuration.names("claim")]
-        assert (PROJECT / "docs/claims.md").read_text() == ledger.render(results, claims)
+        assert (PROJECT / "docs/claims.md").read_text() == page.render(results, claims)
 
     def test_nothing_measured(self) -> None:
-        page = ledger.render({}, [claim()])
+        text = page.render({}, [claim()])
         assert (
             "| [More is more](#more) | scenes | effective rank | higher by 0.5 | – | 0 of 3 | not measured yet |"
-            in page
+            in text
         )
-        assert "Not measured yet: `make claim CLAIM=more`." in page
-        assert "There are no claims yet." in ledger.render({}, [])
+        assert "Not measured yet: `make claim CLAIM=more`." in text
+        assert "There are no claims yet." in page.render({}, [])
 
     def test_numbers_spread_interval_budget_and_place(self) -> None:
         """Differences 0.9, 1.0, 1.1: deviation 0.1, half the interval 4.303 * 0.1 / sqrt(3) = 0.2484."""
         of = claim()
-        page = ledger.render({"more": entry(of, runs([1.0, 2.0, 3.0], [1.9, 3.0, 4.1]))}, [of])
-        assert "| +1 [+0.7516, +1.248] | 3 of 3 | **reproduced** |" in page
-        assert "| less | 1 | 2 | 3 | 2 ± 1 |" in page
-        assert "| more | 1.9 | 3 | 4.1 | 3 ± 1.1 |" in page
-        assert "| difference | +0.9 | +1 | +1.1 | +1 [+0.7516, +1.248] |" in page
-        assert "| `model.mask_ratio` | `0.5` | `0.75` |" in page
-        assert "- Spent by a run of *more*: 100 steps, 6,400 images, 60 seconds, 1e+12 flops" in page
-        assert page.count("commit abc") == 1
+        text = page.render({"more": entry(of, runs([1.0, 2.0, 3.0], [1.9, 3.0, 4.1]))}, [of])
+        assert "| +1 [+0.7516, +1.248] | 3 of 3 | **reproduced** |" in text
+        assert "| less | 1 | 2 | 3 | 2 ± 1 |" in text
+        assert "| more | 1.9 | 3 | 4.1 | 3 ± 1.1 |" in text
+        assert "| difference | +0.9 | +1 | +1.1 | +1 [+0.7516, +1.248] |" in text
+        assert "| `model.mask_ratio` | `0.5` | `0.75` |" in text
+        assert "- A run of *more* took on average 100 steps, 6,400 images, 60 seconds, 1e+12 flops" in text
+        assert text.count("commit abc") == 1
 
     def test_the_floor_is_a_row_and_what_was_tried_is_a_line(self) -> None:
         of = claim(tried="Half of the\n rate.")
         stored = entry(of, runs([1.0, 2.0, 3.0], [2.0, 3.0, 4.0]))
         stored["floors"] = {"scenes/0": run(3.0), "scenes/1": run(4.0), "scenes/2": broken("no data")}
-        page = ledger.render({"more": stored}, [of])
-        assert "| random start | 3 | 4 | failed | 3.5 ± 0.71 |" in page
-        assert "\n\nTried: Half of the rate.\n\n" in page
+        text = page.render({"more": stored}, [of])
+        assert "| random start | 3 | 4 | failed | 3.5 ± 0.71 |" in text
+        assert "\n\nTried: Half of the rate.\n\n" in text
         assert "tried" not in stored["claim"]  # it may be written after measuring
 
     def test_failures_stay_with_their_reasons(self) -> None:
         of = claim(data={"scenes": [], "emoji": []})
         found = runs([1.0, 2.0, 3.0], [broken("the loss is nan at step 7")] * 3)
-        page = ledger.render({"more": entry(of, found)}, [])  # its file may be gone
-        assert "| scenes | effective rank | higher by 0.5 | – | 0 of 3 | **failed** (3 of 6 runs failed) |" in page
-        assert "| more | failed | failed | failed | – |" in page
-        assert "- Failed, seed 1, more: the loss is nan at step 7" in page
-        assert "### more on emoji: not measured yet" in page
+        text = page.render({"more": entry(of, found)}, [])  # its file may be gone
+        assert "| scenes | effective rank | higher by 0.5 | – | 0 of 3 | **failed** (3 of 6 runs failed) |" in text
+        assert "| more | failed | failed | failed | – |" in text
+        assert "- Failed, seed 1, more: the loss is nan at step 7" in text
+        assert "### more on emoji: not measured yet" in text
 
     def test_several_days_and_a_busy_hour_are_said_once(self) -> None:
         later = run(1.0) | {"about": ABOUT | {"date": "2030-01-03 09:00", "others": 1.5}}
-        page = ledger.render({"more": entry(claim(), runs([1.0, 1.0, later], [1.0] * 3))}, [])
-        assert "- 2030-01-01 10:00 to 2030-01-03 09:00, commit abc" in page
-        assert "Others kept 1.5 cores busy" in page
+        text = page.render({"more": entry(claim(), runs([1.0, 1.0, later], [1.0] * 3))}, [])
+        assert "- 2030-01-01 10:00 to 2030-01-03 09:00, commit abc" in text
+        assert "Others kept 1.5 cores busy" in text
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ class TestMeasure:
             self.done.append(f"{job.overrides[2]} {job.overrides[-2]}")
             return {"value": float(len(self.done)), "spent": {"steps": 1}}
 
-        monkeypatch.setattr(ledger, "_one_run", one_run)
+        monkeypatch.setattr(ledger, "_measure_run", one_run)
 
     def of(self, **changes: Any) -> Claim:
         return claim(seeds=[0, 3], **changes)
@@ -202,7 +202,7 @@ class TestMeasure:
         second = ledger.measure(both, stored=first, data="scenes")
         assert len(self.done) == len(second["runs"]) == 8
         assert second["runs"].items() >= first["runs"].items()
-        with pytest.raises(UserError, match="is about scenes, emoji, not about stl10"):
+        with pytest.raises(UserError, match="data=stl10: claim .more. is measured on scenes, emoji"):
             ledger.measure(both, data="stl10")
 
     def test_pair_by_pair_and_on_where_it_was_killed(self) -> None:
@@ -225,11 +225,11 @@ class TestMeasure:
             asked.append(list(job.overrides))
             return {"value": 0.5}
 
-        monkeypatch.setattr(ledger, "_one_floor", one_floor)
+        monkeypatch.setattr(ledger, "_measure_floor", one_floor)
         patches = {"metric": {"_target_": "src.claims.metrics.OnPatches"}, "split": "val"}
         of = self.of(**patches, arms=arms([], ["model.mask_ratio=0.5"]))
         found = ledger.measure(of)
-        assert asked == [of.words(of.arms[1], "scenes", seed) for seed in (0, 3)]
+        assert asked == [of.run_overrides(of.arms[1], "scenes", seed) for seed in (0, 3)]
         assert {key: each["value"] for key, each in found["floors"].items()} == {"scenes/0": 0.5, "scenes/3": 0.5}
         assert len(found["runs"]) == 4
         ledger.measure(of, stored=found)
@@ -263,9 +263,9 @@ class TestMeasure:
         assert list(kept[-1]["runs"]) == ["scenes/0/less"]
 
     def test_nothing_is_trained_for_arms_that_differ_in_more_or_a_metric_that_cannot_judge_there(self) -> None:
-        with pytest.raises(UserError, match=r"differ in what `differs` does not list: model\.mask_ratio"):
+        with pytest.raises(UserError, match=r"differ in keys that `differs` does not list: model\.mask_ratio"):
             ledger.measure(self.of(differs=["optimizer"]))
-        with pytest.raises(UserError, match="effective rank judges on train, but split is test"):
+        with pytest.raises(UserError, match="split=test, but effective rank is measured on train"):
             ledger.measure(self.of(split="test"))
         assert self.done == []
 
@@ -309,7 +309,7 @@ def test_both_arms_of_a_pair_go_on_from_one_run(monkeypatch: pytest.MonkeyPatch,
     assert there[0] == there[1] != there[2] == there[3]
     assert not any(folder.exists() for folder in there)
     assert all("value" in run for run in found["runs"].values())
-    assert "both go on from one run of *before*: `experiment=mae_tiny trainer.max_epochs=5`" in ledger.render(
+    assert "both arms start from one run of *before*: `experiment=mae_tiny trainer.max_epochs=5`" in page.render(
         {"more": found}, [of]
     )
     trained.clear()
@@ -337,7 +337,7 @@ def test_arms_that_differ_in_what_they_are_judged_by_are_one_run(
     assert trained == ["seed=0", "seed=3"]
     assert [run["value"] for run in found["runs"].values()] == [1.0, 2.0, 2.0, 2.0]
     assert found["difference"]["scenes"] == {"metric.name": ["health/feature_std", "health/effective_rank"]}
-    assert "`metric.name`" in ledger.render({"more": found}, [of])
+    assert "`metric.name`" in page.render({"more": found}, [of])
     with pytest.raises(UserError, match="do not differ"):
         claim(arms=[each | {"metric": other} for each in both], differs=["metric.name"]).difference("scenes")
 
@@ -353,37 +353,37 @@ def test_what_two_claims_want_is_trained_once(monkeypatch: pytest.MonkeyPatch, q
         return finished(tmp_path, {"step": 3, "health/effective_rank": 2.0, "health/feature_std": 0.5})
 
     monkeypatch.setattr(result_cache, "train_once", fake)
-    kept_in = tmp_path / "kept"
+    run_folder = tmp_path / "kept"
     with monkeypatch.context() as before:
         before.setattr(machine, "about", lambda: ABOUT | {"commit": "trained"})
-        found = ledger.measure(claim(seeds=[0]), kept_in=kept_in)
+        found = ledger.measure(claim(seeds=[0]), run_folder=run_folder)
     assert [run.get("value") for run in found["runs"].values()] == [None, 2.0]
     other = {"_target_": "src.claims.metrics.Logged", "name": "health/feature_std"}
-    again = ledger.measure(claim(seeds=[0], metric=other), kept_in=kept_in)
+    again = ledger.measure(claim(seeds=[0], metric=other), run_folder=run_folder)
     assert [run["value"] for run in again["runs"].values()] == [0.5, 0.5]
     assert [run["spent"]["seconds"] for run in again["runs"].values()] == [1.5, 1.5]
     first, second = (measured["runs"]["scenes/0/more"]["about"] for measured in (found, again))
     assert (first["commit"], second) == ("trained", first)  # judged later, and trained when it was
     assert len(trained) == 3
     assert trained[2] == trained[0]
-    assert len(list(kept_in.glob("*/checkpoints/last.ckpt"))) == 2
-    assert not list(kept_in.glob("*/checkpoints/best.ckpt"))
-    for kept in kept_in.glob("*/trained.json"):
+    assert len(list(run_folder.glob("*/checkpoints/last.ckpt"))) == 2
+    assert not list(run_folder.glob("*/checkpoints/best.ckpt"))
+    for kept in run_folder.glob("*/trained.json"):
         kept.unlink()  # as somebody left it who was in a hurry
-    ledger.measure(claim(seeds=[0]), kept_in=kept_in)
+    ledger.measure(claim(seeds=[0]), run_folder=run_folder)
     assert len(trained) == 5
     begun = claim(seeds=[0], start={"name": "before", "experiment": "mae_tiny", "overrides": ["scale=smoke"]})
-    ledger.measure(begun, kept_in=kept_in)
+    ledger.measure(begun, run_folder=run_folder)
     assert len(trained) == 8
 
 
-@pytest.mark.parametrize("code", ledger.STOPPED)
+@pytest.mark.parametrize("code", ledger.STOPPED_CODES)
 def test_a_training_that_somebody_stops_did_not_fail(code: int) -> None:
     def stopped(*_: Any) -> Any:
         raise TrainingFailed(["x"], code, "terminated")
 
-    with pytest.raises(UserError, match="goes on with what is missing"):
-        ledger._one_run(result_cache.TrainingJob([]), None, "test", stopped)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="continues with the missing runs"):
+        ledger._measure_run(result_cache.TrainingJob([]), None, "test", stopped)  # type: ignore[arg-type]
 
 
 def test_from_the_command_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
@@ -401,7 +401,7 @@ def test_from_the_command_to_the_page(tmp_path: Path, monkeypatch: pytest.Monkey
             "name": "patch_accuracy",
         },
     )
-    monkeypatch.setattr(command, "KEPT", tmp_path / "kept")  # not the project's, where it may be from another time
+    monkeypatch.setattr(command, "RUN_FOLDER", tmp_path / "kept")  # not the project's, which may hold it already
     command.measure(of, tmp_path)
     stored = json.loads((tmp_path / "claims.json").read_text())["more"]
     good, bad = stored["runs"]["scenes/0/a"], stored["runs"]["scenes/0/b"]
@@ -412,17 +412,17 @@ def test_from_the_command_to_the_page(tmp_path: Path, monkeypatch: pytest.Monkey
     assert stored["floors"]["scenes/0"]["value"] == good["value"]
     assert "the loss is" in bad["failed"]
     assert str(Path(tmp_path).parent) not in bad["failed"]
-    page = (tmp_path / "claims.md").read_text()
-    assert "**failed** (1 of 2 runs failed)" in page
-    assert f"- Failed, seed 0, b: {bad['failed']}" in page
+    text = (tmp_path / "claims.md").read_text()
+    assert "**failed** (1 of 2 runs failed)" in text
+    assert f"- Failed, seed 0, b: {bad['failed']}" in text
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["claim=mae_mask"], "there is no claim 'mae_mask'; did you mean mae_mask_ratio"),
-        (["clami=x"], "knows no 'clami=x'; did you mean claim?"),
-        (["claim=mae_mask_ratio", "again=fail"], "again is failed or all, not 'fail'; did you mean failed"),
+        (["clami=x"], "no option 'clami=x'; did you mean claim?"),
+        (["claim=mae_mask_ratio", "again=fail"], "again must be failed or all, not 'fail'; did you mean failed"),
     ],
 )
 def test_typos_end_with_exit_code_2(
@@ -445,9 +445,9 @@ def test_forgetting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[str]] = []
     elsewhere: list[bool] = []
 
-    def measure(of: Claim, *, stored: dict[str, Any], save: Any, data: None, kept_in: Path | None) -> dict[str, Any]:
+    def measure(of: Claim, *, stored: dict[str, Any], save: Any, data: None, run_folder: Path | None) -> dict[str, Any]:
         seen.append(set(stored["runs"]))
-        elsewhere.append(kept_in is None)
+        elsewhere.append(run_folder is None)
         return entry(of, stored["runs"])
 
     monkeypatch.setattr(ledger, "measure", measure)
