@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from src.errors import SettingError
-from src.models.backbones.positions import any_size
+from src.models.backbones.positions import accept_any_image_size
 
 _FINEST = 4  # stride: what is finer than this no head reads
 
@@ -58,7 +58,7 @@ class FeatureMaps(nn.Module):
         self.strides = tuple(strides[index] for index in self.indices)
         self.norm = norm
         self.frozen = frozen
-        self.backbone = any_size(backbone)
+        self.backbone = accept_any_image_size(backbone)
         reached = _reached(backbone, self.indices, norm)
         for name, parameter in backbone.named_parameters():
             if frozen or name not in reached:

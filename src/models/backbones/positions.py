@@ -13,7 +13,7 @@ from src.errors import SettingError
 M = TypeVar("M", bound=nn.Module)
 
 
-def any_size(backbone: M) -> M:
+def accept_any_image_size(backbone: M) -> M:
     """``backbone`` itself, made to take images of other sizes than its own, of whole patches: a ViT of timm
     interpolates its positions, as it does where it is built with ``dynamic_img_size``. A ConvNet does so anyway.
 

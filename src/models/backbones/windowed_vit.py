@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from src.errors import SettingError
-from src.models.backbones.positions import any_size
+from src.models.backbones.positions import accept_any_image_size
 
 
 class WindowedViT(nn.Module):
@@ -45,7 +45,7 @@ class WindowedViT(nn.Module):
                 f"model.pyramid: window={window} must be at least 1 and global_blocks={global_blocks} at most the "
                 f"{depth} blocks there are"
             )
-        self.backbone = any_size(backbone)
+        self.backbone = accept_any_image_size(backbone)
         self.window = window
         self.global_blocks = frozenset((part + 1) * depth // global_blocks - 1 for part in range(global_blocks))
         used = ("patch_embed.", "pos_embed", "norm_pre.", "blocks.")

@@ -1,4 +1,4 @@
-"""Barlow Twins: two views of an image agree in every dimension, and no two dimensions say the same."""
+"""Barlow Twins: the cross-correlation of two views' embeddings is brought close to the identity."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch import nn
 
 from src.collectives import all_reduce, world_size
 from src.datamodules.batches.image import MultiViewBatch
+from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.functional import feature_std, full_precision
@@ -23,19 +24,19 @@ class BarlowTwins(JointEmbedding):
     accumulated).
 
     Deviations: gradients are those of one process on the whole batch. The authors' code does not differentiate through
-    its sum over W processes, so that its gradients are 1 / W of these. Of matrices LARS takes such a factor out; biases
-    and norms take steps W times as long at an equal learning rate, which is `optimizer.rules` to change.
+    its sum over W processes, so that its gradients are 1 / W of these. LARS cancels such a factor for matrices; biases
+    and norms take steps W times as long at an equal learning rate (`optimizer.rules` can change it).
 
     Args:
         backbone: any timm model without a head.
-        optimizer: LARS in the paper, with a learning rate of its own for everything with one axis.
-        off_diagonal_weight: the paper's lambda.
-        hidden_dim: of the projector's two hidden layers.
-        projection_dim: D, the side of the matrix.
-        pool: what of the backbone's tokens is projected and evaluated.
+        optimizer: LARS in the paper, with another learning rate for biases and norms.
+        off_diagonal_weight: weight of the redundancy reduction term, the paper's lambda.
+        hidden_dim: width of the projector's two hidden layers.
+        projection_dim: D, width of the projections.
+        pool: makes the embedding, which is projected and evaluated, of the backbone's tokens.
 
     Raises:
-        SettingError: in a step, where the batch does not have two views of at least two images.
+        SettingError: a bad value; in a step, a batch without two views of at least two images.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class BarlowTwins(JointEmbedding):
     ) -> None:
         super().__init__(optimizer)
         if off_diagonal_weight < 0:
-            raise ValueError(f"BarlowTwins: off_diagonal_weight must not be negative, got {off_diagonal_weight}")
+            raise SettingError(f"model.off_diagonal_weight={off_diagonal_weight} must not be negative")
         self.off_diagonal_weight = off_diagonal_weight
         self.encoder = ImageEncoder(backbone, pool)
         self.projector = MlpHead((self.encoder.dim, hidden_dim, hidden_dim, projection_dim), last_bias=False)

@@ -1,4 +1,4 @@
-"""What methods that compare views of an image share."""
+"""The base of methods that compare views of an image, and forward passes of views."""
 
 from __future__ import annotations
 
@@ -13,21 +13,17 @@ from src.models.pretrain_module import PretrainModule
 
 
 class JointEmbedding(PretrainModule):
-    """A method on several views of each image, which are its images."""
+    """A method that compares several views of each image. Visualizations show the views side by side."""
 
     def visualize(self, batch: MultiViewBatch) -> Mapping[str, Tensor]:
-        """What the method is given: the views of each image side by side, those of one size together."""
-        pictures = {"views": batch["views"]}
-        if "local_views" in batch:
-            pictures["local_views"] = batch["local_views"]
-        return pictures
+        return {name: batch[name] for name in ("views", "local_views") if name in batch}  # type: ignore[literal-required]
 
 
 def two_views(batch: MultiViewBatch) -> Tensor:
-    """The views of a method that compares two: [B, 2, 3, H, W].
+    """Returns the views for a method that compares two: [B, 2, 3, H, W].
 
     Raises:
-        SettingError: there are more or fewer, small ones besides, or a single image.
+        SettingError: not two views, local views, or a single image.
     """
     views = batch["views"]
     local = batch["local_views"].shape[1] if "local_views" in batch else 0
@@ -42,10 +38,11 @@ def two_views(batch: MultiViewBatch) -> Tensor:
 
 
 def forward_views_jointly(network: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
-    """One forward pass of all views: [B, V, ...] -> [B, V, ...]. Batch norms see them as one batch."""
+    """One forward pass of all views: [B, V, ...] -> [B, V, ...]. Batch norm takes its statistics over all views."""
     return network(views.flatten(0, 1)).unflatten(0, views.shape[:2])
 
 
 def forward_views_separately(network: Callable[[Tensor], Tensor], views: Tensor) -> Tensor:
-    """A forward pass for each view: [B, V, ...] -> [B, V, ...]. Batch norms see one kind of view at a time."""
+    """A forward pass for each view: [B, V, ...] -> [B, V, ...]. Batch norm takes its statistics over one view at a
+    time."""
     return torch.stack([network(view) for view in views.unbind(dim=1)], dim=1)

@@ -1,4 +1,4 @@
-"""BYOL: predict what a slow copy of oneself says of the other view, without negatives."""
+"""BYOL: predict the momentum encoder's projection of the other view, without negatives."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from src.optim import OptimizerRecipe
 class BYOL(JointEmbedding):
     """Bootstrap Your Own Latent (Grill et al., 2020). Deviations: none.
 
-    Student and teacher (the paper's online and target network) see both views, each view as a batch of its own. The
-    teacher follows encoder and projector after every update; its batch norms keep their own statistics.
+    Student and teacher (the paper's online and target network) encode both views, each in a forward pass of its own.
+    The teacher is the momentum encoder with its projector; it moves after every update, and its batch norms keep their
+    own statistics.
 
     Args:
         backbone: any timm model without a head.
         optimizer: LARS in the paper.
-        hidden_dim: of projector and predictor.
-        projection_dim: width of what is predicted.
-        teacher_momentum: of the moving average; the paper raises it to 1 along a cosine.
-        pool: what of the backbone's tokens is projected and evaluated.
+        hidden_dim: width of the hidden layers of projector and predictor.
+        projection_dim: width of projections and predictions.
+        teacher_momentum: momentum of the moving average; the paper raises it to 1 along a cosine.
+        pool: makes the embedding, which is projected and evaluated, of the backbone's tokens.
 
     Raises:
-        SettingError: in a step, where the batch does not have two views of at least two images.
+        SettingError: a bad value; in a step, a batch without two views of at least two images.
     """
 
     def __init__(
@@ -71,5 +72,6 @@ class BYOL(JointEmbedding):
 
 
 def regression(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared distance of unit vectors, 2 - 2 cos, summed over views, its mean over images: [B, V, D], [B, V, D]."""
+    """Squared distance of normalized vectors, 2 - 2 cos, summed over views, mean over images: [B, V, D], [B, V, D] ->
+    scalar."""
     return (2 - 2 * (l2_normalize(prediction) * l2_normalize(target)).sum(dim=-1)).sum(dim=1).mean()

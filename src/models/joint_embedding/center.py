@@ -1,4 +1,4 @@
-"""The running mean that keeps a teacher from choosing one prototype for everything."""
+"""Centering: the running mean that keeps a teacher from assigning everything to one prototype."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from src.errors import SettingError
 
 
 class Center(nn.Module):
-    """c <- momentum * c + (1 - momentum) * mean, the mean being over all processes and micro-batches of a step.
+    """The center of DINO: c <- momentum * c + (1 - momentum) * mean of the teacher's scores, over all processes and
+    micro-batches of a step.
 
-    A step calls ``observe`` for each micro-batch, after the center was used, and ``move`` once the optimizer has moved;
-    so micro-batches share the center that the whole batch would have had. What was observed is not saved: a run that
-    stops between two micro-batches loses their gradients too.
+    A training step calls `observe` for each micro-batch after it has used the center, and `update` once per optimizer
+    step: all micro-batches use the center that the whole batch would have used. Observed sums are not in checkpoints: a
+    run that stops between two micro-batches loses their gradients too.
 
     Args:
-        dim: K.
-        momentum: share of the old center that stays, in [0, 1].
+        dim: K, number of prototypes.
+        momentum: share of the old center, in [0, 1].
 
     Attributes:
         value: [dim], zeros at first.
@@ -32,7 +33,7 @@ class Center(nn.Module):
     def __init__(self, dim: int, momentum: float = 0.9) -> None:
         super().__init__()
         if not 0 <= momentum <= 1:
-            raise SettingError(f"center momentum={momentum} must lie in [0, 1]")
+            raise SettingError(f"model.center_momentum={momentum} must lie in [0, 1]")
         self.momentum = momentum
         self.register_buffer("value", torch.zeros(dim))
         self._sum: Tensor | None = None
@@ -43,14 +44,15 @@ class Center(nn.Module):
 
     @torch.no_grad()
     def observe(self, logits: Tensor) -> None:
-        """[..., dim]: everything in the leading axes counts alike."""
+        """Adds scores [..., dim] to the next mean; all leading axes count as samples."""
         rows = logits.detach().to(self.value.dtype).flatten(0, -2)
         self._sum = rows.sum(dim=0) if self._sum is None else self._sum + rows.sum(dim=0)
         self._count += len(rows)
 
     @torch.no_grad()
-    def move(self) -> None:
-        """Every process must call it, once per optimizer step; nothing observed leaves the center where it is."""
+    def update(self) -> None:
+        """Moves the center to the observed mean. Every process calls this once per optimizer step; without observations
+        the center stays."""
         if self._sum is None:
             return
         mean = reduce_sum(self._sum) / reduce_sum(self._sum.new_full((), self._count))

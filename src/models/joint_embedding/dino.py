@@ -1,9 +1,9 @@
-"""DINO: say of every crop what a slow copy of oneself says of the whole image."""
+"""DINO: self-distillation, a student matches the momentum encoder's distribution over prototypes on other crops."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import DropPath
@@ -14,7 +14,7 @@ from src.datamodules.batches.image import MultiViewBatch
 from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, cls_token_or_mean
-from src.models.backbones.positions import any_size
+from src.models.backbones.positions import accept_any_image_size
 from src.models.heads.dino import DINOHead
 from src.models.joint_embedding.base import JointEmbedding, forward_views_jointly
 from src.models.joint_embedding.center import Center
@@ -29,29 +29,31 @@ from src.models.pretrain_module import StepOutput
 from src.models.teacher import TeacherPair, teacher_of
 from src.optim import OptimizerRecipe
 
+M = TypeVar("M", bound=nn.Module)
+
 
 class DINO(JointEmbedding):
     """Emerging Properties in Self-Supervised Vision Transformers (Caron et al., 2021).
 
-    Deviations: the teacher's temperature rises by steps rather than by epochs.
+    Deviations: the teacher's temperature rises with every step, not with every epoch.
 
-    The teacher sees the global views alone, and neither drop-path nor gradient. Its scores are centered by their running
-    mean, against one prototype taking all, and sharpened by a low temperature, against all being alike. The recipe's
-    callbacks clip each parameter's gradient on its own and keep the prototypes still for the first epoch.
+    The teacher (momentum encoder) receives only global crops, without drop-path or gradient. Centering keeps its scores
+    from collapsing to one prototype, sharpening by a low temperature from collapsing to a uniform distribution. The
+    recipe's callbacks clip the gradient of each parameter on its own and freeze the prototypes for the first epoch.
 
     Args:
-        backbone: any timm model without a head; a ViT interpolates its positions for local views.
-        optimizer: AdamW in the paper, its weight decay raised along a cosine.
-        prototypes: K, the width of what is predicted.
-        hidden_dim, bottleneck_dim: of the head.
-        train_gain: let the prototypes' lengths be learned, as the authors do for ViT-S.
-        student_temperature, teacher_temperature: scores are divided by them; the paper warms the second one up.
-        teacher_momentum: of the moving average; the paper raises it to 1 along a cosine.
-        center_momentum: of the center; with 1 it stays at zero, which is no centering.
-        pool: what of the backbone's tokens is compared and evaluated.
+        backbone: any timm model without a head; a ViT interpolates its positional embeddings for local crops.
+        optimizer: AdamW in the paper, with a weight decay that rises along a cosine.
+        prototypes: K, number of prototypes.
+        hidden_dim, bottleneck_dim: widths of the projection head.
+        train_gain: learn the prototypes' norms, as the authors do for ViT-S.
+        student_temperature, teacher_temperature: scores are divided by them; the paper warms the teacher's up.
+        teacher_momentum: momentum of the moving average; the paper raises it to 1 along a cosine.
+        center_momentum: momentum of the center; with 1 it stays zero, which is no centering.
+        pool: makes the embedding, which is projected and evaluated, of the backbone's tokens.
 
     Raises:
-        SettingError: a temperature that is not positive; in a step, fewer than two global views.
+        SettingError: a temperature that is not positive; in a step, fewer than two global crops.
     """
 
     def __init__(
@@ -75,12 +77,12 @@ class DINO(JointEmbedding):
                 f"model.student_temperature={student_temperature} and model.teacher_temperature={teacher_temperature} "
                 "must be above 0"
             )
-        encoder = ImageEncoder(any_size(backbone), pool)
+        encoder = ImageEncoder(accept_any_image_size(backbone), pool)
         head = DINOHead(
             encoder.dim, prototypes, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim, train_gain=train_gain
         )
         self.student = nn.ModuleDict({"encoder": encoder, "head": head})
-        self.teacher = without_drop_path(teacher_of(self.student))
+        self.teacher = disable_drop_path(teacher_of(self.student))
         self.center = Center(prototypes, center_momentum)
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
@@ -91,27 +93,29 @@ class DINO(JointEmbedding):
         h = forward_views_jointly(lambda x: self.student["encoder"](x).embedding, views)
         scores = torch.cat([self.student["head"](h), self.local_scores(batch)], dim=1)
         with torch.no_grad():
-            slow = self.teacher["head"](forward_views_jointly(lambda x: self.teacher["encoder"](x).embedding, views))
-        targets = sharpen(slow, self.center(), self.teacher_temperature)
-        self.center.observe(slow)
-        loss = cross_view_cross_entropy(targets.transpose(0, 1), scores.transpose(0, 1), self.student_temperature)
+            teacher_h = forward_views_jointly(lambda x: self.teacher["encoder"](x).embedding, views)
+            teacher_scores = self.teacher["head"](teacher_h)
+        targets = sharpen(teacher_scores, self.center(), self.teacher_temperature)
+        self.center.observe(teacher_scores)
+        loss = cross_view_cross_entropy(targets, scores, self.student_temperature)
         return {
             "loss": loss,
-            "logs": self.spread(targets, scores[:, : views.shape[1]].detach()),
+            "logs": self.collapse_metrics(targets, scores[:, : views.shape[1]].detach()),
             "embedding": h[:, 0].detach().float(),
             "targets": targets,
         }
 
     def local_scores(self, batch: MultiViewBatch) -> Tensor:
-        """The student's, of the small views if there are any: [B, L, K], L possibly 0."""
+        """The student's scores of the L local crops, L possibly 0: [B, L, K]."""
         if "local_views" not in batch:
             return self.center().new_zeros(len(batch["views"]), 0, len(self.center()))
-        return self.student["head"](
-            forward_views_jointly(lambda x: self.student["encoder"](x).embedding, batch["local_views"])
-        )
+        h = forward_views_jointly(lambda x: self.student["encoder"](x).embedding, batch["local_views"])
+        return self.student["head"](h)
 
-    def spread(self, targets: Tensor, scores: Tensor) -> dict[str, Tensor | float]:
-        """The paper's two signs of collapse, entropy and divergence, and the prototypes in use: [B, V, K] twice."""
+    def collapse_metrics(self, targets: Tensor, scores: Tensor) -> dict[str, Tensor | float]:
+        """The paper's two signs of collapse, the entropy of the targets and their divergence from the scores of the
+        view
+        in reverse order, and the number of prototypes in use: [B, V, K], [B, V, K]."""
         return {
             "teacher_entropy": entropy(targets),
             "divergence": divergence(targets.flip(1), scores, self.student_temperature),
@@ -119,28 +123,28 @@ class DINO(JointEmbedding):
         }
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.center.move()
+        self.center.update()
 
     def teacher_pairs(self) -> list[TeacherPair]:
         return [TeacherPair(self.student, self.teacher)]
 
     def encoders(self) -> dict[str, Encoder]:
-        return {"student": self.student["encoder"], "teacher": self.teacher["encoder"]}
+        return {"student": self.student["encoder"], "teacher": self.teacher["encoder"]}  # type: ignore[dict-item]
 
     def visualize(self, batch: MultiViewBatch) -> Mapping[str, Tensor]:
-        """The views and, of a ViT, what the teacher's class token attends to in the first of them, head by head."""
-        pictures = dict(super().visualize(batch))
+        """The views and, for a ViT, the attention of the teacher's class token in the first of them, head by head."""
+        visualizations = dict(super().visualize(batch))
         first = batch["views"][:, 0]
         attention = class_attention(self.teacher["encoder"].backbone, first)
         if attention is not None:
-            seen = F.interpolate(attention, size=first.shape[-2:], mode="nearest").unsqueeze(2)
-            brightest = seen.amax(dim=(-2, -1), keepdim=True)
-            pictures["attention"] = torch.cat([first[:, None], first[:, None] * (seen / brightest)], dim=1)
-        return pictures
+            maps = F.interpolate(attention, size=first.shape[-2:], mode="nearest").unsqueeze(2)
+            maps = maps / maps.amax(dim=(-2, -1), keepdim=True)
+            visualizations["attention"] = torch.cat([first[:, None], first[:, None] * maps], dim=1)
+        return visualizations
 
 
 def global_views(batch: MultiViewBatch) -> Tensor:
-    """The views that a teacher sees and a student has to agree with: [B, V, 3, H, W].
+    """Returns the global crops, which the teacher encodes: [B, V, 3, H, W].
 
     Raises:
         SettingError: there are fewer than two.
@@ -153,8 +157,8 @@ def global_views(batch: MultiViewBatch) -> Tensor:
     return batch["views"]
 
 
-def without_drop_path(module: nn.Module) -> Any:
-    """``module`` itself, whose paths are all taken, in training too."""
+def disable_drop_path(module: M) -> M:
+    """Turns off stochastic depth in ``module``, also in training mode, and returns it."""
     for child in module.modules():
         if isinstance(child, DropPath):
             child.drop_prob = 0.0
@@ -162,21 +166,19 @@ def without_drop_path(module: nn.Module) -> Any:
 
 
 def class_attention(backbone: nn.Module, image: Tensor) -> Tensor | None:
-    """How the class token weighs the patches in the last block, by head: [B, 3, H, W] -> [B, heads, rows, columns].
-
-    None for a backbone that is not a plain ViT with a class token.
-    """
+    """Returns the attention of the class token to the patches in the last block, head by head: [B, 3, H, W] ->
+    [B, heads, rows, columns]. None for a backbone that is not a plain ViT with a class token."""
     blocks: Any = getattr(backbone, "blocks", None)
     if getattr(backbone, "cls_token", None) is None or not hasattr(getattr(blocks[-1], "attn", None), "qkv"):
         return None
     attn = blocks[-1].attn
-    kept: list[Tensor] = []
-    handle = attn.qkv.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    outputs: list[Tensor] = []
+    handle = attn.qkv.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
         backbone.forward_features(image)  # type: ignore[operator]
     finally:
         handle.remove()
-    q, k, _ = kept[0].unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, _ = outputs[0].unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q, k = attn.q_norm(q), attn.k_norm(k)
     weights = (q[:, :, :1] @ k.transpose(-2, -1) * attn.scale).softmax(dim=-1)[:, :, 0]
     grid = backbone.patch_embed.dynamic_feat_size(image.shape[-2:])  # type: ignore[union-attr,operator]

@@ -1,4 +1,4 @@
-"""MoCHi: MoCo v2 with harder negatives, mixed from the hardest ones of the queue."""
+"""MoCHi: MoCo v2 with synthetic hard negatives, mixed from the hardest negatives of the queue."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from src.datamodules.batches.image import MultiViewBatch
 from src.errors import SettingError
 from src.models.backbones.image_encoder import Pool, mean_patch
-from src.models.joint_embedding.moco_v2 import MoCoV2
+from src.models.joint_embedding.moco_v2 import MoCoV2, labels_or_none
 from src.models.losses.contrastive import contrastive_accuracy, mix_hard_negatives, queue_info_nce
 from src.optim import OptimizerRecipe
 
@@ -18,16 +18,16 @@ from src.optim import OptimizerRecipe
 class MoCHi(MoCoV2):
     """Hard Negative Mixing for Contrastive Learning (Kalantidis et al., 2020). Deviations: those of `MoCoV2`.
 
-    Of the ``hardest`` keys of the queue each query mixes its own synthetic negatives, pairs of them and some with
-    itself; they take no gradient and never enter the queue. Mixing begins when a schedule sets ``mixing`` to 1
-    (``schedules.mixing``, after a warm-up of plain MoCo) and the queue is full.
+    Each query gets synthetic negatives, mixed from pairs of its hardest negatives in the queue and from a hard negative
+    and the query itself; they take no gradient and are not enqueued. Mixing begins when the queue is full and a
+    schedule has set ``mixing`` to 1 (``schedules.mixing``, after a warm-up of plain MoCo).
 
     Args:
-        hardest: N, the queue's keys most like a query, from which is drawn.
-        pairs: s, negatives mixed of two of them.
-        with_query: s', negatives mixed of one of them and the query.
-        mixing: whether negatives are mixed, 0 or 1.
-        exclude_own: leave a query's own keys of earlier epochs out of its negatives and of what is mixed, for data so
+        hardest: N, number of the queue's keys most similar to a query, from which negatives are mixed.
+        pairs: s, number of negatives mixed from two of them.
+        with_query: s', number of negatives mixed from one of them and the query.
+        mixing: 1 to mix negatives, 0 for plain MoCo v2.
+        exclude_own: exclude the keys of the query's own image in earlier epochs from the negatives; for datasets so
             small that the queue still holds them.
         queue_size, temperature, hidden_dim, projection_dim, teacher_momentum, pool: as in `MoCoV2`.
 
@@ -79,11 +79,11 @@ class MoCHi(MoCoV2):
         super().on_train_start()
         batch = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
         images = int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches * batch
-        own = -(-self.queue.size // images) + 1  # copies of an image in the queue at most, epochs being shuffled
+        own = -(-self.queue.size // images) + 1  # an image is at most so often in the queue, as epochs are shuffled
         if self.exclude_own and self.hardest + own > self.queue.size:
             raise SettingError(
-                f"model.hardest={self.hardest} must leave room in model.queue_size={self.queue.size} for up to {own} "
-                "own keys of a query, which model.exclude_own leaves out"
+                f"model.hardest={self.hardest} must be at most model.queue_size={self.queue.size} minus the up to "
+                f"{own} keys of a query's own image, which model.exclude_own excludes"
             )
 
     def compare(self, query: Tensor, key: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
@@ -91,18 +91,19 @@ class MoCHi(MoCoV2):
         own = batch["index"][:, None] == self.queue.column("index") if self.exclude_own else None
         synthetic = self.mix(query, own) if self.mixing and self.queue.full else None
         loss = queue_info_nce(query, key, queue, temperature=self.temperature, synthetic=synthetic, excluded=own)
-        first = partial(contrastive_accuracy, query, key, queue, excluded=own)
+        accuracy = partial(contrastive_accuracy, query, key, queue, excluded=own)
         logs: dict[str, Tensor | float] = {
-            "proxy_accuracy": first(),
-            "proxy_accuracy_mixed": first(synthetic=synthetic),
+            "proxy_accuracy": accuracy(),
+            "proxy_accuracy_mixed": accuracy(synthetic=synthetic),
         }
-        if self.queue.full and (batch["label"] >= 0).all():
-            logs["false_negatives"] = self.false_negatives(query, own, batch["label"])
+        label = labels_or_none(batch)
+        if self.queue.full and (label >= 0).all():
+            logs["false_negatives"] = self.false_negatives(query, own, label)
         return loss, logs
 
     @torch.no_grad()
     def mix(self, query: Tensor, own: Tensor | None) -> Tensor:
-        """Each query's synthetic negatives, of unit length: [B, s + s', D]."""
+        """Mixes the synthetic negatives of each query, of unit length: [B, s + s', D]."""
         uniform = torch.rand(len(query), 3 * self.pairs + 2 * self.with_query, device=query.device)
         return mix_hard_negatives(
             query,
@@ -116,7 +117,7 @@ class MoCHi(MoCoV2):
 
     @torch.no_grad()
     def false_negatives(self, query: Tensor, own: Tensor | None, label: Tensor) -> Tensor:
-        """The share of a query's hardest negatives that are of its class, for the log alone: no loss reads it."""
+        """Returns the share of the hardest negatives that have the query's class, for the log."""
         similarity = query.detach() @ self.queue.features.to(query.dtype).T
         nearest = (similarity if own is None else similarity.masked_fill(own, -torch.inf)).topk(self.hardest).indices
         return (self.queue.column("label")[nearest] == label[:, None]).float().mean()

@@ -1,4 +1,4 @@
-"""MoCo v2: recognize an image's other view, encoded by a slow copy of oneself, among those of many earlier images."""
+"""MoCo v2: a contrastive loss with keys from a momentum encoder, and a queue of earlier keys as negatives."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from src.datamodules.batches.image import MultiViewBatch
+from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.functional import l2_normalize
@@ -22,25 +23,25 @@ from src.optim import OptimizerRecipe
 
 class MoCoV2(JointEmbedding):
     """Improved Baselines with Momentum Contrastive Learning (Chen et al., 2020). Deviations: batch norm is synchronized
-    over processes where the paper shuffles the keys' images between them; both keep a query from recognizing its key by
-    the statistics they share.
+    over processes, where the paper shuffles the keys' images between them; both keep a query from recognizing its key
+    by shared batch statistics.
 
-    The student encodes the first view, the query. The teacher has moved before the step and encodes the second, the
-    key, which joins the queue when the step is over.
+    The student encodes the first view, the query. The teacher (momentum encoder) has moved before the step and encodes
+    the second view, the key, which is enqueued at the end of the step.
 
     Args:
         backbone: any timm model without a head.
         optimizer: SGD in the paper.
-        queue_size: keys of earlier steps that serve as negatives; a multiple of the batch.
+        queue_size: number of keys of earlier steps, the negatives; a multiple of the batch size.
         temperature: similarities are divided by it.
-        hidden_dim: of the projector; None for as wide as the backbone's features.
-        projection_dim: width of what is compared.
-        teacher_momentum: of the moving average.
-        pool: what of the backbone's tokens is projected and evaluated.
+        hidden_dim: width of the projector's hidden layer; None for that of the backbone's features.
+        projection_dim: width of the projections.
+        teacher_momentum: momentum of the moving average.
+        pool: makes the embedding, which is projected and evaluated, of the backbone's tokens.
 
     Raises:
-        SettingError: at start, where the queue is no multiple of the batch; in a step, where the batch does not have
-            two views of at least two images.
+        SettingError: a bad value; at start, a queue size that is not a multiple of the batch size; in a step, a batch
+            without two views of at least two images.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class MoCoV2(JointEmbedding):
     ) -> None:
         super().__init__(optimizer)
         if temperature <= 0:
-            raise ValueError(f"{type(self).__name__}: temperature must be above 0, got {temperature}")
+            raise SettingError(f"model.temperature={temperature} must be above 0")
         encoder = ImageEncoder(backbone, pool)
         width = encoder.dim
         projector = MlpHead((width, hidden_dim or width, projection_dim), hidden_norm=None)
@@ -74,22 +75,27 @@ class MoCoV2(JointEmbedding):
         with torch.no_grad():
             key = l2_normalize(self.teacher["projector"](self.teacher["encoder"](second).embedding))
         loss, logs = self.compare(query, key, batch)
-        self.queue.hold(key, index=batch["index"], label=batch["label"])
+        self.queue.stage(key, index=batch["index"], label=labels_or_none(batch))
         return {"loss": loss, "logs": logs, "embedding": h.detach().float()}
 
     def compare(self, query: Tensor, key: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The loss of unit vectors [B, D] against the queue, and what else to log."""
+        """Returns the loss of normalized queries and keys [B, D] against the queue, and further scalars for the log."""
         loss = queue_info_nce(query, key, self.queue.features, temperature=self.temperature)
         return loss, {"proxy_accuracy": contrastive_accuracy(query, key, self.queue.features)}
 
     def on_train_start(self) -> None:
-        self.queue.refuse(self.trainer.datamodule.batch_size)  # type: ignore[attr-defined]
+        self.queue.check_batch_size(self.trainer.datamodule.batch_size)  # type: ignore[attr-defined]
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.queue.push()
+        self.queue.enqueue()
 
     def teacher_pairs(self) -> list[TeacherPair]:
         return [TeacherPair(self.student, self.teacher)]
 
     def encoders(self) -> dict[str, Encoder]:
         return {"student": self.student["encoder"], "teacher": self.teacher["encoder"]}  # type: ignore[dict-item]
+
+
+def labels_or_none(batch: MultiViewBatch) -> Tensor:
+    """Returns the batch's labels, int64 [B], -1 for all images if it has none. Only logs read them, no loss."""
+    return batch["label"] if "label" in batch else torch.full_like(batch["index"], -1)

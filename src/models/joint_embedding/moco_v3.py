@@ -1,4 +1,4 @@
-"""MoCo v3: recognize an image's other view, as a slow copy of oneself encodes it, among those of a large batch."""
+"""MoCo v3: a contrastive loss with keys from a momentum encoder, and the other images of a large batch as negatives."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from src.collectives import gather
 from src.datamodules.batches.image import MultiViewBatch
+from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.backbones.positions import fixed_positions
@@ -26,25 +27,26 @@ from src.optim import OptimizerRecipe
 class MoCoV3(JointEmbedding):
     """An Empirical Study of Training Self-Supervised Vision Transformers (Chen et al., 2021). Deviations: none.
 
-    Student and predictor make the queries, the teacher, which has moved before the step, the keys, of both views each.
-    A query is to recognize the key of its image's other view among those of all images. A ViT is initialized anew with
-    fixed sine-cosine positions, and its patch projection stays the random one it begins with, which the paper found to
-    keep training stable.
+    Student and predictor make a query of each view; the teacher (momentum encoder), which has moved before the step,
+    makes a key of each view. The positive of a query is the key of its image's other view. A ViT is initialized anew
+    with fixed sine-cosine positional embeddings and a random patch embedding that is not trained, which the paper found
+    to keep training stable.
 
     Args:
         backbone: any timm model without a head; a ViT has a class token.
         optimizer: AdamW for ViTs, LARS for ResNets in the paper.
         temperature: similarities are divided by it.
-        hidden_dim: of projector and predictor.
-        projection_dim: width of what is compared.
-        projector_layers: 3 for ViTs, 2 for ResNets in the paper.
-        predictor_norm: a batch norm on what is predicted, for ViTs in the paper.
-        frozen_patches: leave a ViT's patch projection untrained.
-        teacher_momentum: of the moving average; the paper raises it to 1 along a cosine.
-        pool: what of the backbone's tokens is projected and evaluated; the class token in the paper.
+        hidden_dim: width of the hidden layers of projector and predictor.
+        projection_dim: width of the projections.
+        projector_layers: number of linear layers of the projector: 3 for ViTs, 2 for ResNets in the paper.
+        predictor_norm: a batch norm on the predictor's output, for ViTs in the paper.
+        frozen_patches: do not train a ViT's patch embedding.
+        teacher_momentum: momentum of the moving average; the paper raises it to 1 along a cosine.
+        pool: makes the embedding, which is projected and evaluated, of the backbone's tokens; the class token in the
+            paper.
 
     Raises:
-        SettingError: in a step, where the batch does not have two views of at least two images.
+        SettingError: a bad value; in a step, a batch without two views of at least two images.
     """
 
     def __init__(
@@ -63,19 +65,21 @@ class MoCoV3(JointEmbedding):
     ) -> None:
         super().__init__(optimizer)
         if temperature <= 0:
-            raise ValueError(f"MoCoV3: temperature must be above 0, got {temperature}")
+            raise SettingError(f"model.temperature={temperature} must be above 0")
         if projector_layers < 1:
-            raise ValueError(f"MoCoV3: projector_layers must be at least 1, got {projector_layers}")
+            raise SettingError(f"model.projector_layers={projector_layers} must be at least 1")
         if isinstance(backbone, VisionTransformer):
-            prepare(backbone, frozen_patches=frozen_patches)
+            initialize_vit(backbone, frozen_patches=frozen_patches)
         encoder = ImageEncoder(backbone, pool)
-        plain = partial(nn.BatchNorm1d, affine=False)
+        norm_without_affine = partial(nn.BatchNorm1d, affine=False)
         dims = (encoder.dim, *[hidden_dim] * (projector_layers - 1), projection_dim)
-        projector = MlpHead(dims, last_bias=False, last_norm=plain)
+        projector = MlpHead(dims, last_bias=False, last_norm=norm_without_affine)
         self.student = nn.ModuleDict({"encoder": encoder, "projector": projector})
         self.teacher = teacher_of(self.student)
         self.predictor = MlpHead(
-            (projection_dim, hidden_dim, projection_dim), last_bias=False, last_norm=plain if predictor_norm else None
+            (projection_dim, hidden_dim, projection_dim),
+            last_bias=False,
+            last_norm=norm_without_affine if predictor_norm else None,
         )
         self.temperature = temperature
         self.teacher_momentum = teacher_momentum
@@ -103,13 +107,13 @@ class MoCoV3(JointEmbedding):
         return {"student": self.student["encoder"], "teacher": self.teacher["encoder"]}  # type: ignore[dict-item]
 
 
-def prepare(vit: VisionTransformer, *, frozen_patches: bool) -> None:
-    """The paper's ViT: Xavier-uniform layers (query, key and value each for itself) and patch projection, a class token
-    close to zero, fixed positions."""
+def initialize_vit(vit: VisionTransformer, *, frozen_patches: bool) -> None:
+    """Initializes a ViT as the paper does: Xavier-uniform linear layers (query, key and value separately) and patch
+    embedding, a class token close to zero, fixed sine-cosine positional embeddings."""
     named_apply(init_weights_vit_moco, vit)
-    projection = vit.patch_embed.proj
-    nn.init.xavier_uniform_(projection.weight.view(len(projection.weight), -1))
-    nn.init.zeros_(projection.bias)
-    projection.requires_grad_(not frozen_patches)
+    patch_embed = vit.patch_embed.proj
+    nn.init.xavier_uniform_(patch_embed.weight.view(len(patch_embed.weight), -1))
+    nn.init.zeros_(patch_embed.bias)
+    patch_embed.requires_grad_(not frozen_patches)
     nn.init.normal_(vit.get_parameter("cls_token"), std=1e-6)
     vit.pos_embed = fixed_positions(vit.embed_dim, vit.patch_embed.grid_size)

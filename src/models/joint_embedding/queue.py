@@ -1,4 +1,4 @@
-"""Keys of earlier steps."""
+"""The memory queue of MoCo and SwAV."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from src.errors import SettingError
 
 
 class FeatureQueue(nn.Module):
-    """The last ``size`` features of all processes, first in, first out; equal in all processes and in the checkpoint.
+    """A first-in-first-out queue of the last ``size`` features of all processes; the same in each of them and in the
+    checkpoint.
 
-    A step ``hold``s the keys of each micro-batch and ``push``es them together once the optimizer has moved: four
-    micro-batches see the queue that one whole batch would see, and leave the same one behind. What is held is not
-    saved: a run that stops between two micro-batches loses their gradients too.
+    A training step stages the features of each micro-batch (`stage`), and enqueues them together after the optimizer's
+    step (`enqueue`): four micro-batches see the queue that one whole batch would see, and leave the same one behind.
+    Staged features are not in checkpoints: a run that stops between two micro-batches loses their gradients too.
 
     Args:
         dim: width of a feature.
-        size: rows; a multiple of the images of an optimizer step, so that whole steps replace whole steps.
-        columns: names of whole numbers kept beside each feature (sample index, label), -1 where nothing came yet.
-        key: what ``size`` is called where a user sets it, for messages.
+        size: number of features; a multiple of the images of an optimizer step, so that whole steps replace whole
+            steps.
+        columns: names of integers to store with each feature (index of its sample, label).
+        key: configuration key of ``size``, for messages.
 
     Attributes:
-        features: [size, dim]. Random unit vectors at first.
-        filled: int64 [], rows that hold features rather than their random beginnings.
+        features: [size, dim], random unit vectors at first.
+        filled: int64 [], number of features that have been enqueued, at most ``size``.
     """
 
     features: Tensor
@@ -46,25 +48,26 @@ class FeatureQueue(nn.Module):
         self.columns = tuple(columns)
         for name in self.columns:
             self.register_buffer(f"column_{name}", torch.full((size,), -1, dtype=torch.int64))
-        self._held: list[dict[str, Tensor]] = []
+        self._staged: list[dict[str, Tensor]] = []
 
     @property
     def full(self) -> bool:
         return int(self.filled) == self.size
 
     def column(self, name: str) -> Tensor:
-        """int64 [size]."""
+        """The integers stored under ``name``, int64 [size]; -1 where nothing was enqueued yet."""
         return self.get_buffer(f"column_{name}")
 
-    def share(self) -> Tensor:
-        """This process's part of the features, [size / processes, dim], for sums that count each feature once."""
+    def local_part(self) -> Tensor:
+        """This process's part of the features, [size / processes, dim], for sums over processes that count each feature
+        once."""
         rows = self.size // world_size()
         return self.features[rank() * rows : (rank() + 1) * rows]
 
-    def refuse(self, batch: int) -> None:
+    def check_batch_size(self, batch: int) -> None:
         """
         Raises:
-            SettingError: the queue is not a multiple of ``batch``, the images of an optimizer step over all processes.
+            SettingError: the size is not a multiple of ``batch``, the images of an optimizer step over all processes.
         """
         if batch < 1 or self.size % batch:
             raise SettingError(
@@ -73,31 +76,36 @@ class FeatureQueue(nn.Module):
             )
 
     @torch.no_grad()
-    def hold(self, features: Tensor, **columns: Tensor) -> None:
-        """Keep the process's own rows of a micro-batch for the next `push`: [B, dim], and [B] for each column."""
-        if set(columns) != set(self.columns):
-            raise ValueError(f"the queue keeps the columns {list(self.columns)}, got {sorted(columns)}")
-        rows = {"features": features.detach().to(self.features.dtype, copy=True)}
-        self._held.append(rows | {f"column_{name}": value.detach().clone() for name, value in columns.items()})
-
-    @torch.no_grad()
-    def push(self) -> None:
-        """Put what is held in the place of the oldest rows: micro-batch by micro-batch, in each by process, which is
-        the order in which the sampler deals a batch. Every process must call it, once per optimizer step.
+    def stage(self, features: Tensor, **columns: Tensor) -> None:
+        """Keeps this process's features of a micro-batch for the next `enqueue`: [B, dim], and [B] for each column.
 
         Raises:
-            SettingError: as `refuse`.
+            ValueError: other columns than the queue's.
         """
-        if not self._held:
+        if set(columns) != set(self.columns):
+            raise ValueError(f"the queue has the columns {list(self.columns)}, got {sorted(columns)}")
+        rows = {"features": features.detach().to(self.features.dtype, copy=True)}
+        self._staged.append(rows | {f"column_{name}": value.detach().clone() for name, value in columns.items()})
+
+    @torch.no_grad()
+    def enqueue(self) -> None:
+        """Replaces the oldest features by the staged ones of all processes. Their order is that in which the sampler
+        deals a batch: micro-batch by micro-batch, and process by process in each. Every process calls this once per
+        optimizer step.
+
+        Raises:
+            SettingError: see `check_batch_size`.
+        """
+        if not self._staged:
             return
-        held, self._held = self._held, []
-        arrived = {name: torch.cat([gather_rows(each[name]) for each in held]) for name in held[0]}
-        count = len(arrived["features"])
-        self.refuse(count)
+        staged, self._staged = self._staged, []
+        gathered = {name: torch.cat([gather_rows(rows[name]) for rows in staged]) for name in staged[0]}
+        count = len(gathered["features"])
+        self.check_batch_size(count)
         start = int(self.pointer)
-        # wraps around only if a continued run changed its batch
-        places = (torch.arange(count, device=self.features.device) + start) % self.size
-        for name, rows in arrived.items():
-            self.get_buffer(name)[places] = rows
+        # wraps around only if a resumed run has another batch size
+        positions = (torch.arange(count, device=self.features.device) + start) % self.size
+        for name, rows in gathered.items():
+            self.get_buffer(name)[positions] = rows
         self.pointer.fill_((start + count) % self.size)
         self.filled.fill_(min(int(self.filled) + count, self.size))

@@ -1,4 +1,4 @@
-"""SimCLR: recognize an image's other view among the views of all other images."""
+"""SimCLR: a contrastive loss between two views of an image, with all other images of the batch as negatives."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from src.collectives import gather
 from src.datamodules.batches.image import MultiViewBatch
+from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.functional import l2_normalize
@@ -19,7 +20,8 @@ from src.optim import OptimizerRecipe
 
 
 class ContrastiveLoss(Protocol):
-    """A loss of unit vectors: own ones [B, V, D], those of all processes [N, V, D], and where the own ones begin."""
+    """A loss of the unit vectors of this process [B, V, D] and of all processes [N, V, D]; ``offset`` is the first row
+    of this process in ``keys``."""
 
     def __call__(self, z: Tensor, keys: Tensor, offset: int, *, temperature: float) -> Tensor: ...
 
@@ -27,20 +29,20 @@ class ContrastiveLoss(Protocol):
 class SimCLR(JointEmbedding):
     """A Simple Framework for Contrastive Learning of Visual Representations (Chen et al., 2020). Deviations: none.
 
-    The projector is the paper's, of two layers, with a batch norm on its output as in the released code. With another
-    loss it is another method: Decoupled Contrastive Learning (Yeh et al., 2021) by `dcl`, its weighted form by `dclw`.
+    The projector is the paper's, of two layers, with a batch norm on its output as in the released code. The loss `dcl`
+    makes it Decoupled Contrastive Learning (Yeh et al., 2021), `dclw` its weighted form.
 
     Args:
         backbone: any timm model without a head.
         optimizer: LARS in the paper.
-        loss: of the projections.
+        loss: loss of the normalized projections.
         temperature: similarities are divided by it.
-        hidden_dim: of the projector; None for as wide as the backbone's features.
-        projection_dim: width of what is compared.
-        pool: what of the backbone's tokens is projected and evaluated.
+        hidden_dim: width of the projector's hidden layer; None for that of the backbone's features.
+        projection_dim: width of the projections.
+        pool: makes the embedding, which is projected and evaluated, of the backbone's tokens.
 
     Raises:
-        SettingError: in a step, where the batch does not have two views of at least two images.
+        SettingError: a bad value; in a step, a batch without two views of at least two images.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class SimCLR(JointEmbedding):
     ) -> None:
         super().__init__(optimizer)
         if temperature <= 0:
-            raise ValueError(f"SimCLR: temperature must be above 0, got {temperature}")
+            raise SettingError(f"model.temperature={temperature} must be above 0")
         self.loss = loss
         self.temperature = temperature
         self.encoder = ImageEncoder(backbone, pool)

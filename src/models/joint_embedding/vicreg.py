@@ -1,4 +1,4 @@
-"""VICReg: views agree, every dimension varies over the batch, and no two dimensions vary together."""
+"""VICReg: invariance between views, variance of every dimension, and no covariance between dimensions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch import nn
 
 from src.collectives import gather
 from src.datamodules.batches.image import MultiViewBatch
+from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.functional import feature_std
@@ -19,20 +20,20 @@ from src.optim import OptimizerRecipe
 class VICReg(JointEmbedding):
     """Variance-Invariance-Covariance Regularization (Bardes et al., 2021). Deviations: none.
 
-    Where paper and code differ it is the code's: the squared distance is a mean over dimensions too, which is what the
-    weights 25, 25 and 1 belong to. Variances and covariances are those of the whole batch over all processes (of a
+    Where paper and code differ this follows the code: the squared distance is a mean over dimensions too, to which the
+    weights 25, 25 and 1 belong. Variances and covariances are those of the whole batch over all processes (of a
     micro-batch where gradients are accumulated).
 
     Args:
         backbone: any timm model without a head.
         optimizer: LARS in the paper.
-        invariance_weight, variance_weight, covariance_weight: of the three terms.
-        hidden_dim: of the two hidden layers of the projector, which the paper calls expander.
-        projection_dim: width of what is compared.
-        pool: what of the backbone's tokens is projected and evaluated.
+        invariance_weight, variance_weight, covariance_weight: weights of the three terms.
+        hidden_dim: width of the two hidden layers of the projector, which the paper calls expander.
+        projection_dim: width of the projections.
+        pool: makes the embedding, which is projected and evaluated, of the backbone's tokens.
 
     Raises:
-        SettingError: in a step, where the batch does not have two views of at least two images.
+        SettingError: a bad value; in a step, a batch without two views of at least two images.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class VICReg(JointEmbedding):
         }
         for name, weight in self.weights.items():
             if weight < 0:
-                raise ValueError(f"VICReg: {name} must not be negative, got {weight}")
+                raise SettingError(f"model.{name}={weight} must not be negative")
         self.encoder = ImageEncoder(backbone, pool)
         self.projector = MlpHead(
             (self.encoder.dim, hidden_dim, hidden_dim, projection_dim), hidden_bias=True, last_bias=False
@@ -65,9 +66,9 @@ class VICReg(JointEmbedding):
         views = two_views(batch)
         h = forward_views_separately(lambda x: self.encoder(x).embedding, views)
         z = forward_views_separately(self.projector, h)
-        everyone, _ = gather(z)
-        loss, terms = vicreg(z[:, 0], z[:, 1], everyone[:, 0], everyone[:, 1], **self.weights)
-        logs = {**terms, "std": feature_std(everyone)}
+        all_z, _ = gather(z)
+        loss, terms = vicreg(z[:, 0], z[:, 1], all_z[:, 0], all_z[:, 1], **self.weights)
+        logs = {**terms, "std": feature_std(all_z)}
         return {"loss": loss, "logs": logs, "embedding": h[:, 0].detach().float()}
 
     def encoders(self) -> dict[str, Encoder]:

@@ -1,4 +1,4 @@
-"""Pixels as targets."""
+"""The loss on reconstructed pixels, and the patches it compares."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from src.errors import SettingError
 
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:
-    """[B, C, H, W] -> [B, N, P * P * C], patches in raster order, each laid out (row, column, channel).
+    """Cuts images into patches: [B, C, H, W] -> [B, N, P * P * C], in raster order, each laid out (row, column,
+    channel).
 
     Raises:
         SettingError: H or W is not a multiple of the patch size.
     """
     if image.shape[-2] % patch_size or image.shape[-1] % patch_size:
-        raise SettingError(f"an image of {tuple(image.shape[-2:])} cannot be cut into patches of {patch_size}")
+        raise SettingError(
+            f"image_size: an image of {image.shape[-2]}x{image.shape[-1]} pixels is not a whole number of patches of "
+            f"{patch_size}x{patch_size} (backbone.patch_size)"
+        )
     return rearrange(image, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
 
 
@@ -25,10 +29,8 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 
 
 def normalize_patches(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
-    """Each patch to zero mean and unit variance over all its values, in float32: (normalized, mean, std).
-
-    The variance is the unbiased one, as in MAE's code.
-    """
+    """Normalizes each patch to zero mean and unit variance over its values, in float32: (normalized, mean, std). The
+    variance is unbiased, as in MAE's code."""
     patches = patches.float()
     mean = patches.mean(dim=-1, keepdim=True)
     std = (patches.var(dim=-1, keepdim=True) + eps).sqrt()
@@ -36,11 +38,11 @@ def normalize_patches(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tenso
 
 
 def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error over the hidden patches of the whole batch.
+    """Mean squared error over the masked patches of the whole batch.
 
     Args:
         prediction, target: [B, N, D].
-        mask: [B, N], 1 where hidden.
+        mask: [B, N], 1 where masked.
     """
     error = (prediction.float() - target.float()).pow(2).mean(dim=-1)
     return (error * mask).sum() / mask.sum()

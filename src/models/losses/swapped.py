@@ -1,4 +1,4 @@
-"""SwAV: balanced codes by optimal transport, predicted from the other views."""
+"""SwAV's loss: codes balanced by optimal transport, predicted from the other views."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from src.models.losses.distillation import cross_view_cross_entropy
 def sinkhorn(
     scores: Tensor, *, eps: float = 0.05, iterations: int = 3, reduce: Callable[[Tensor], Tensor] = torch.clone
 ) -> Tensor:
-    """Codes that use all prototypes about equally: exp(scores / eps) with rows and columns scaled in turn, [B, K].
-
-    Each sample's code sums to 1; the codes stay soft. No iterations: the softmax, which balances nothing.
+    """Sinkhorn-Knopp: soft codes that use all prototypes about equally, [B, K]. exp(scores / eps) is normalized over
+    samples and over prototypes in turn; each sample's code sums to 1.
 
     Args:
-        scores: [B, K], cosines of the process's samples with the prototypes. Their bound 1 is what is subtracted
-            before the exponential: the largest score would be another number in each process.
-        eps: smoothness; smaller is harder and balances more slowly.
-        iterations: how often prototypes and samples are scaled.
-        reduce: sums a tensor over processes (``reduce_sum``); what is exchanged are the prototypes' totals.
+        scores: [B, K], cosines of this process's samples with the prototypes. Their bound 1 is subtracted before the
+            exponential, because the largest score differs between processes.
+        eps: smoothness; smaller makes codes harder and balances more slowly.
+        iterations: number of normalizations; 0 for a softmax, which balances nothing.
+        reduce: sums a tensor over processes (``reduce_sum``). Only the prototypes' totals are exchanged.
     """
     samples = reduce(scores.new_full((), len(scores)))
     codes = ((scores - 1) / eps).exp()
@@ -38,22 +37,22 @@ def sinkhorn(
 
 
 def swapped_prediction(codes: Tensor, scores: Tensor, temperature: float = 0.1) -> Tensor:
-    """Caron et al., 2020: every other crop predicts the code of each code crop.
+    """SwAV's swapped prediction (Caron et al., 2020): every other crop predicts the code of each of the first Q crops.
 
     Args:
-        codes: [Q, B, K], of the first Q crops (`sinkhorn`), without gradient.
-        scores: [V, B, K], of all crops.
+        codes: [B, Q, K], of the first Q crops (`sinkhorn`), without gradient.
+        scores: [B, V, K], cosines of all crops with the prototypes.
     """
     return cross_view_cross_entropy(codes, scores, temperature)
 
 
-def check_too_few_samples(prototypes: int, samples: int) -> None:
+def check_sample_count(prototypes: int, samples: int) -> None:
     """
     Args:
-        samples: what takes part in one assignment: the images of a step and, if there is one, of the queue.
+        samples: number of samples in one assignment: the images of a step and, if there is one, of the queue.
 
     Raises:
-        SettingError: more prototypes than samples, which no assignment can use equally.
+        SettingError: more prototypes than samples, which no assignment can balance.
     """
     if prototypes > samples:
         raise SettingError(

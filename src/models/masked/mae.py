@@ -1,4 +1,4 @@
-"""Masked autoencoder: hide most of an image, encode the rest, regress the hidden pixels."""
+"""Masked autoencoder: mask most patches of an image, encode the others, regress the pixels of the masked ones."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from src.datamodules.batches.image import ImageBatch
+from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, mean_patch
 from src.models.backbones.positions import fixed_positions
@@ -23,15 +24,15 @@ class MAE(PretrainModule):
     """Masked Autoencoders Are Scalable Vision Learners (He et al., 2021). Deviations: none.
 
     Args:
-        backbone: a timm ViT with a class token and without a head. Its position table is replaced by the fixed
+        backbone: a timm ViT with a class token and without a head. Its positional embedding is replaced by the fixed
             sine-cosine one and its weights are initialized anew.
         optimizer: AdamW with betas (0.9, 0.95) in the paper.
-        mask_ratio: share of the patches that is hidden.
-        decoder_dim, decoder_depth, decoder_heads: of the light decoder.
-        norm_pix: regress each patch after bringing it to zero mean and unit variance.
+        mask_ratio: share of the patches that is masked.
+        decoder_dim, decoder_depth, decoder_heads: width, number of blocks and of attention heads of the decoder.
+        norm_pix: normalize the pixels of each target patch to zero mean and unit variance.
 
     Raises:
-        ValueError: a mask ratio outside of (0, 1), or an image that does not divide into patches.
+        SettingError: a mask ratio outside of (0, 1), or an image that is not a whole number of patches.
     """
 
     def __init__(
@@ -47,10 +48,13 @@ class MAE(PretrainModule):
     ) -> None:
         super().__init__(optimizer)
         if not 0 < mask_ratio < 1:
-            raise ValueError(f"mask_ratio must lie between 0 and 1, got {mask_ratio}")
+            raise SettingError(f"model.mask_ratio={mask_ratio} must lie between 0 and 1")
         image, patch = backbone.patch_embed.img_size, backbone.patch_embed.patch_size
         if image[0] < patch[0] or image[0] % patch[0] or image[1] % patch[1]:
-            raise ValueError(f"the image's size {image} must be a multiple of the patches' size {patch}")
+            raise SettingError(
+                f"image_size: an image of {image[0]}x{image[1]} pixels is not a whole number of patches of "
+                f"{patch[0]}x{patch[1]} (backbone.patch_size)"
+            )
         self.mask_ratio = mask_ratio
         self.norm_pix = norm_pix
         self.backbone = backbone
@@ -73,7 +77,7 @@ class MAE(PretrainModule):
         visible = self.encode(image, masking)
         prediction = self.decoder(visible, masking.restore)
         loss = masked_mse(prediction, self.target(image), masking.mask)
-        # the visible patches' mean is what kNN and probes will read of the whole image later
+        # evaluation reads the mean patch of the whole image; of the visible patches here
         return {"loss": loss, "embedding": visible[:, 1:].detach().float().mean(dim=1)}
 
     def encode(self, image: Tensor, masking: Masking) -> Tensor:
@@ -86,7 +90,7 @@ class MAE(PretrainModule):
         return vit.norm(vit.blocks(torch.cat([cls, x], dim=1)))
 
     def target(self, image: Tensor) -> Tensor:
-        """What the decoder regresses: [B, N, P * P * 3]."""
+        """The target of the decoder: [B, N, P * P * 3]."""
         patches = patchify(image, self.patch_size)
         return normalize_patches(patches)[0] if self.norm_pix else patches
 
@@ -94,7 +98,7 @@ class MAE(PretrainModule):
         return {"encoder": ImageEncoder(self.backbone, pool=mean_patch)}
 
     def visualize(self, batch: ImageBatch) -> Mapping[str, Tensor]:
-        """The original, what the encoder saw, and the reconstruction: predicted patches among the visible ones."""
+        """The image, its visible patches, and the reconstruction: visible and predicted patches."""
         image = batch["image"]
         masking = random_masking(len(image), self.grid[0] * self.grid[1], self.mask_ratio, image.device)
         prediction = self.decoder(self.encode(image, masking), masking.restore).float()
@@ -102,20 +106,20 @@ class MAE(PretrainModule):
         if self.norm_pix:
             _, mean, std = normalize_patches(patches)
             prediction = prediction * std + mean
-        hidden = masking.mask.unsqueeze(-1)
-        masked = unpatchify(patches * (1 - hidden), self.patch_size, self.grid)
-        filled = unpatchify(patches * (1 - hidden) + prediction * hidden, self.patch_size, self.grid)
-        return {"reconstruction": torch.stack([image, masked, filled], dim=1)}
+        mask = masking.mask.unsqueeze(-1)
+        visible = unpatchify(patches * (1 - mask), self.patch_size, self.grid)
+        reconstruction = unpatchify(patches * (1 - mask) + prediction * mask, self.patch_size, self.grid)
+        return {"reconstruction": torch.stack([image, visible, reconstruction], dim=1)}
 
 
 class MAEDecoder(nn.Module):
-    """Places the visible tokens among mask tokens and predicts every patch.
+    """Puts mask tokens in the place of masked patches, and predicts every patch.
 
     Args:
-        encoder_dim: width of the visible tokens.
-        dim, depth, heads: of the decoder's transformer.
+        encoder_dim: width of the encoder's tokens.
+        dim, depth, heads: width, number of blocks and of attention heads of the transformer.
         grid: rows and columns of patches.
-        out_dim: values of a patch.
+        out_dim: number of values in a patch.
     """
 
     def __init__(
@@ -132,14 +136,14 @@ class MAEDecoder(nn.Module):
     def forward(self, visible: Tensor, restore: Tensor) -> Tensor:
         """visible: [B, 1 + V, encoder_dim], restore: int64 [B, N] -> [B, N, out_dim], raster order."""
         x = self.embed(visible)
-        hidden = self.mask_token.expand(len(x), restore.shape[1] + 1 - x.shape[1], -1)
-        patches = gather_tokens(torch.cat([x[:, 1:], hidden.to(x.dtype)], dim=1), restore)
+        mask_tokens = self.mask_token.expand(len(x), restore.shape[1] + 1 - x.shape[1], -1)
+        patches = gather_tokens(torch.cat([x[:, 1:], mask_tokens.to(x.dtype)], dim=1), restore)
         x = torch.cat([x[:, :1], patches], dim=1) + self.pos_embed
         return self.pred(self.norm(self.blocks(x)))[:, 1:]
 
 
 def initialize(model: nn.Module) -> None:
-    """Xavier-uniform for linear layers and for the patch projection seen as one, zero biases, N(0, 0.02) for tokens."""
+    """Initializes linear layers and the patch embedding Xavier-uniformly, biases with zeros, tokens with N(0, 0.02)."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

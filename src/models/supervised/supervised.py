@@ -1,4 +1,4 @@
-"""Supervised pretraining: what labels would have taught, as the reference the others are compared with."""
+"""Supervised pretraining: the reference for methods without labels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.datamodules.batches.image import ImageBatch
+from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.downstream.classifier import Classifier, truncated_normal
@@ -15,15 +16,18 @@ from src.optim import OptimizerRecipe
 
 class Supervised(Classifier):
     """Classification from scratch, as in Deep Residual Learning (He et al., 2015) or DeiT (Touvron et al., 2020) by
-    recipe. The only pretraining here whose loss reads labels. Deviations: none.
+    recipe. The only pretraining method here whose loss reads labels. Deviations: none.
 
     Args:
         backbone: any timm model without a head.
         optimizer: SGD for ResNets, AdamW for ViTs in the papers.
-        smoothing: share of a label that goes to all classes alike.
-        head_std: of the truncated normal distribution the classifier starts from.
-        pool: what of the backbone's tokens is classified and evaluated.
-        num_classes: None for as many as the data has.
+        smoothing: label smoothing, the share of a target that is spread evenly over all classes.
+        head_std: standard deviation of the classifier's initial weights, drawn from a truncated normal distribution.
+        pool: makes the embedding, which is classified and evaluated, of the backbone's tokens.
+        num_classes: number of classes; None for that of the data.
+
+    Raises:
+        SettingError: smoothing outside of [0, 1).
     """
 
     def __init__(
@@ -38,7 +42,7 @@ class Supervised(Classifier):
     ) -> None:
         super().__init__(optimizer, num_classes)
         if not 0 <= smoothing < 1:
-            raise ValueError(f"Supervised: smoothing must lie in [0, 1), got {smoothing}")
+            raise SettingError(f"model.smoothing={smoothing} must lie in [0, 1)")
         self.encoder = ImageEncoder(backbone, pool)
         self.smoothing = smoothing
         self.head_std = head_std

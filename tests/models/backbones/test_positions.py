@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from src.models.backbones.positions import any_size, sincos_2d
+from src.models.backbones.positions import accept_any_image_size, sincos_2d
 
 
 def test_the_table_channel_by_channel():
@@ -28,7 +28,7 @@ def test_a_width_that_is_not_a_multiple_of_four_is_refused():
 
 def test_a_view_of_parts_of_patches_is_refused_by_its_keys():
     small = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 1}
-    vit = any_size(timm.create_model("vit_tiny_patch16_224", **small))
+    vit = accept_any_image_size(timm.create_model("vit_tiny_patch16_224", **small))
     assert vit.forward_features(torch.zeros(1, 3, 16, 24)).shape == (1, 1 + 2 * 3, 16)
     with pytest.raises(
         ValueError, match=r"local_image_size: a view of 16x20 pixels is no whole number of patches of 8x8"

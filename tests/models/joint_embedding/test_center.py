@@ -10,12 +10,12 @@ def test_it_moves_towards_the_mean_of_everything_observed():
         torch.tensor([[[4.0, 0.0], [8.0, 0.0]], [[0.0, 4.0], [0.0, 4.0]]], requires_grad=True)
     )  # mean (3, 2)
     assert center().tolist() == [0.0, 0.0]  # used before it moves
-    center.move()
+    center.update()
     assert center().tolist() == [0.75, 0.5]
-    center.move()  # nothing new
+    center.update()  # nothing new
     assert center().tolist() == [0.75, 0.5]
     center.observe(torch.tensor([[0.75, 4.5]]))
-    center.move()
+    center.update()
     assert center().tolist() == [0.75, 1.5]
     assert not center().requires_grad
 
@@ -27,8 +27,8 @@ def test_micro_batches_move_it_once_and_as_far_as_one_batch():
     for part in logits.split([3, 7, 2]):  # unequal ones too: each row counts alike
         parts.observe(part)
         assert parts().abs().max() == 0
-    whole.move()
-    parts.move()
+    whole.update()
+    parts.update()
     assert torch.allclose(whole(), parts(), rtol=0, atol=1e-7)
     assert torch.allclose(whole(), 0.1 * logits.mean(dim=0), atol=1e-6)
 
@@ -36,7 +36,7 @@ def test_micro_batches_move_it_once_and_as_far_as_one_batch():
 def test_it_is_part_of_the_state_and_half_precision_is_averaged_in_float32():
     center, restored = Center(1, momentum=0.0), Center(1, momentum=0.0)
     center.observe(torch.tensor([[1.0], [1.0078125], [1.0], [1.0]], dtype=torch.bfloat16))
-    center.move()
+    center.update()
     assert center().item() == 1.0 + 0.0078125 / 4  # in bfloat16 this would be 1
     restored.load_state_dict(center.state_dict())
     assert restored().item() == center().item()

@@ -19,7 +19,7 @@ from src.callbacks.gradients import ClipEachParameter, FreezeAtFirst
 from src.callbacks.step_seed import StepSeed
 from src.checkpoint_io import AtomicCheckpointIO
 from src.errors import SettingError
-from src.models.backbones.positions import any_size
+from src.models.backbones.positions import accept_any_image_size
 from src.models.joint_embedding.dino import DINO, class_attention
 from src.models.joint_embedding.ibot import iBOT
 from tests.distributed import in_two_processes
@@ -105,7 +105,7 @@ def test_the_student_alone_drops_paths():
 
 
 def test_a_local_view_gets_the_positions_in_between():
-    vit = any_size(toy.vit(img_size=32)).double()
+    vit = accept_any_image_size(toy.vit(img_size=32)).double()
     x = torch.randn(1, 3, 16, 16, dtype=torch.float64)
     same = timm.create_model(
         "vit_tiny_patch16_224",
@@ -120,7 +120,7 @@ def test_a_local_view_gets_the_positions_in_between():
     same.load_state_dict(vit.state_dict())
     assert torch.equal(vit.forward_features(x), same.forward_features(x))
     resnet = toy.resnet()
-    assert any_size(resnet) is resnet
+    assert accept_any_image_size(resnet) is resnet
 
 
 def test_attention_is_what_the_last_block_computes():
@@ -140,7 +140,7 @@ def test_attention_is_what_the_last_block_computes():
     ("options", "message"),
     [
         ({"teacher_temperature": 0.0}, r"model\.teacher_temperature=0.0 must be above 0"),
-        ({"center_momentum": 1.5}, r"center momentum=1.5 must lie in \[0, 1\]"),
+        ({"center_momentum": 1.5}, r"center_momentum=1.5 must lie in \[0, 1\]"),
     ],
 )
 def test_refuses_what_makes_no_sense(options, message):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from src.errors import SettingError
-from src.models.joint_embedding.ibot import hidden, iBOT
+from src.models.joint_embedding.ibot import iBOT, masked_patches
 from tests.models.joint_embedding import toy
 from tests.models.joint_embedding.test_dino import SMALL, build, distribution
 
@@ -94,7 +94,7 @@ def test_what_is_hidden_cannot_be_seen_and_is_put_back():
     x, y = (torch.randn(1, 3, 16, 16, dtype=torch.float64) for _ in range(2))
     y[..., :8] = x[..., :8]  # the left half, patches 0 and 2
     mask, token = torch.tensor([[False, True, False, True]]), torch.randn(1, 12, dtype=torch.float64)
-    with hidden(backbone, mask, token):
+    with masked_patches(backbone, mask, token):
         assert torch.equal(backbone.forward_features(x), backbone.forward_features(y))
     assert not torch.equal(backbone.forward_features(x), backbone.forward_features(y))
 
@@ -128,5 +128,5 @@ def test_refuses_what_makes_no_sense(options, message):
 
 
 def test_refuses_a_backbone_without_patches():
-    with pytest.raises(SettingError, match=r"model\.backbone: iBOT hides the patches of a ViT .*; ResNet is none"):
+    with pytest.raises(SettingError, match=r"model\.backbone: iBOT masks the patches of a ViT .*, not of a ResNet"):
         iBOT(toy.resnet(), toy.optimizer(), **SMALL)

@@ -314,7 +314,7 @@ def test_two_processes_are_one():
 def test_one_image_is_refused_by_its_key(make):
     with pytest.raises(ValueError, match=r"data\.batch_size: .* at least 2 images"):
         make().training_step(toy.batch(count=1), 0)
-    with pytest.raises(ValueError, match="temperature must be above 0, got 0"):
+    with pytest.raises(ValueError, match=r"model\.temperature=0 must be above 0"):
         make(temperature=0)
 
 
@@ -341,5 +341,5 @@ def test_numbers_of_negatives_that_cannot_be_are_refused_by_their_keys(options, 
 
 
 def test_a_queue_that_own_keys_could_use_up_is_refused_at_start(tmp_path):
-    with pytest.raises(ValueError, match=r"model\.hardest=21 .* model\.queue_size=24 for up to 4 own"):
+    with pytest.raises(ValueError, match=r"model\.hardest=21 .* model\.queue_size=24 minus the up to 4 keys of a query.s own"):
         train(tmp_path, mochi(hardest=21, exclude_own=True), EMATeacher(when="before"), data=ViewData(length=8))

@@ -15,9 +15,9 @@ def test_first_in_first_out_with_its_columns():
     for step in range(4):
         first = 2.0 * step
         index = torch.tensor([2 * step, 2 * step + 1])
-        queue.hold(rows(first, first + 1), index=index, label=-index)
+        queue.stage(rows(first, first + 1), index=index, label=-index)
         assert not queue.full or step == 3
-        queue.push()
+        queue.enqueue()
     assert queue.full
     assert queue.features[:, 0].tolist() == [6, 7, 2, 3, 4, 5]  # 0 and 1 gave way
     assert queue.column("index").tolist() == [6, 7, 2, 3, 4, 5]
@@ -30,27 +30,27 @@ def test_micro_batches_leave_the_queue_that_one_batch_leaves():
     for step in range(3):
         keys = torch.randn(4, 2)
         before = parts.features.clone()
-        whole.hold(keys)
+        whole.stage(keys)
         for part in keys.split(1):
-            parts.hold(part)
+            parts.stage(part)
             assert torch.equal(parts.features, before)  # the other micro-batches see the same queue
-        whole.push()
-        parts.push()
+        whole.enqueue()
+        parts.enqueue()
         assert torch.equal(whole.features, parts.features), step
         assert whole.pointer == parts.pointer
-    parts.push()  # nothing held, nothing moves
+    parts.enqueue()  # nothing held, nothing moves
     assert torch.equal(whole.features, parts.features)
 
 
 def test_a_restored_queue_goes_on_where_the_other_was():
     queue, restored = FeatureQueue(2, 6, columns=("index",)), FeatureQueue(2, 6, columns=("index",))
     for target in (queue, None):
-        queue.hold(rows(1, 2), index=torch.tensor([1, 2]))
-        queue.push()
+        queue.stage(rows(1, 2), index=torch.tensor([1, 2]))
+        queue.enqueue()
         if target is not None:
             restored.load_state_dict(queue.state_dict())
-    restored.hold(rows(1, 2), index=torch.tensor([1, 2]))
-    restored.push()
+    restored.stage(rows(1, 2), index=torch.tensor([1, 2]))
+    restored.enqueue()
     for name, value in queue.state_dict().items():
         assert torch.equal(value, restored.state_dict()[name]), name
     assert int(queue.filled) == 4
@@ -58,20 +58,20 @@ def test_a_restored_queue_goes_on_where_the_other_was():
 
 def test_what_is_held_is_a_copy_without_gradient():
     queue, keys = FeatureQueue(2, 2), torch.ones(2, 2, requires_grad=True)
-    queue.hold(keys)
+    queue.stage(keys)
     with torch.no_grad():
         keys.zero_()
-    queue.push()
+    queue.enqueue()
     assert queue.features.tolist() == [[1, 1], [1, 1]]
     assert not queue.features.requires_grad
 
 
 def test_a_size_that_is_no_multiple_of_the_batch_is_refused_by_its_key():
     queue = FeatureQueue(2, 6, key="model.memory")
-    for refused in (lambda: queue.refuse(4), lambda: (queue.hold(rows(*range(4))), queue.push())):
+    for refused in (lambda: queue.check_batch_size(4), lambda: (queue.stage(rows(*range(4))), queue.enqueue())):
         with pytest.raises(ValueError, match=r"model\.memory=6 .*multiple of the 4 images"):
             refused()
     with pytest.raises(ValueError, match=r"model\.queue_size=0"):
         FeatureQueue(2, 0)
     with pytest.raises(ValueError, match=r"columns \['index'\], got \[\]"):
-        FeatureQueue(2, 6, columns=("index",)).hold(rows(1, 2))
+        FeatureQueue(2, 6, columns=("index",)).stage(rows(1, 2))

@@ -91,10 +91,10 @@ def test_local_crops_are_predicted_from_and_never_assigned():
     batch["local_views"].requires_grad_(True)
     batch["views"].requires_grad_(True)
     method.training_step(batch, 0)["loss"].backward()
-    assert given[0].shape == (2, 4, 3)
+    assert given[0].shape == (4, 2, 3)
     assert not given[0].requires_grad
     assert (batch["local_views"].grad.flatten(2).norm(dim=2) > 0).all()
-    method.queue.push()
+    method.queue.enqueue()
     large = forward(swav(), batch)[:2].transpose(0, 1).flatten(1)
     assert torch.allclose(method.queue.features, large)  # the two large crops, side by side
 
@@ -106,9 +106,9 @@ def test_what_is_queued_takes_part_in_the_assignment_and_not_in_the_loss():
     losses = []
     for part in rows.split(4):
         losses.append(method.training_step(batch, 0)["loss"].item())
-        method.queue._held.clear()
-        method.queue.hold(part)
-        method.queue.push()
+        method.queue._staged.clear()
+        method.queue.stage(part)
+        method.queue.enqueue()
     assert losses == [pytest.approx(alone, rel=1e-9)] * 2  # not before it is full
     with_queue = by_loops(swav(), batch, rows)[0]
     assert abs(with_queue - alone) > 1e-4
@@ -258,7 +258,7 @@ def test_what_does_not_suit_is_refused_by_its_key():
     method.training_step(toy.batch(), 0)
     with pytest.raises(ValueError, match=r"model\.queue_size=6 .*multiple of the 4 images"):
         method.on_before_optimizer_step(method.configure_optimizers())
-    with pytest.raises(ValueError, match=r"temperature must be above 0, got 0\.05 and 0"):
+    with pytest.raises(ValueError, match=r"model\.eps=0\.05 and model\.temperature=0 must be above 0"):
         swav(temperature=0)
-    with pytest.raises(ValueError, match="queue_size may be negative"):
+    with pytest.raises(ValueError, match=r"model\.queue_size=-1 must not be negative"):
         swav(queue_size=-1)

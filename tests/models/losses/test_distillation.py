@@ -31,9 +31,9 @@ def test_the_teacher_is_centered_and_sharpened():
 
 
 def test_the_loss_is_the_mean_over_pairs_of_a_target_and_another_view():
-    targets, logits = randn(2, 3, 4).softmax(dim=-1), randn(5, 3, 4, seed=1)
+    targets, logits = randn(3, 2, 4).softmax(dim=-1), randn(3, 5, 4, seed=1)
     terms = [
-        sum(cross_entropy(targets[q, b], logits[v, b], 0.1) for b in range(3)) / 3
+        sum(cross_entropy(targets[b, q], logits[b, v], 0.1) for b in range(3)) / 3
         for q in range(2)
         for v in range(5)
         if v != q
@@ -43,16 +43,16 @@ def test_the_loss_is_the_mean_over_pairs_of_a_target_and_another_view():
 
 
 def test_a_view_does_not_answer_its_own_target():
-    targets, logits = randn(1, 3, 4).softmax(dim=-1), randn(3, 3, 4, seed=1).requires_grad_(True)
+    targets, logits = randn(5, 1, 4).softmax(dim=-1), randn(5, 3, 4, seed=1).requires_grad_(True)
     cross_view_cross_entropy(targets, logits, 0.1).backward()
-    assert logits.grad[0].abs().max() == 0
-    assert logits.grad[1:].abs().min() > 0
+    assert logits.grad[:, 0].abs().max() == 0
+    assert logits.grad[:, 1:].abs().min() > 0
 
 
 @pytest.mark.parametrize(("targets", "views"), [(1, 1), (3, 2), (0, 2)])
 def test_targets_without_other_views_are_refused(targets, views):
     with pytest.raises(ValueError, match=f"{targets} targets"):
-        cross_view_cross_entropy(torch.zeros(targets, 1, 2), torch.zeros(views, 1, 2), 0.1)
+        cross_view_cross_entropy(torch.zeros(1, targets, 2), torch.zeros(1, views, 2), 0.1)
 
 
 def test_hidden_patches_count_within_their_image_first():
@@ -82,6 +82,6 @@ def test_what_the_log_shows_of_distributions():
     assert effective_prototypes(one_hot.mean(dim=0)).item() == pytest.approx(4.0)
     assert effective_prototypes(one_hot[0]).item() == 1.0
     targets, logits = randn(3, 4).softmax(dim=-1), randn(3, 4, seed=1)
-    gap = cross_view_cross_entropy(targets[None], torch.stack([logits, logits]), 0.5) - entropy(targets)
+    gap = cross_view_cross_entropy(targets[:, None], torch.stack([logits, logits], dim=1), 0.5) - entropy(targets)
     assert divergence(targets, logits, 0.5).item() == pytest.approx(gap.item(), rel=1e-10)
     assert divergence(targets, 0.5 * targets.log(), 0.5).item() == pytest.approx(0.0, abs=1e-12)

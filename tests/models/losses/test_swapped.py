@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from src.models.losses.swapped import check_too_few_samples, sinkhorn, swapped_prediction
+from src.models.losses.swapped import check_sample_count, sinkhorn, swapped_prediction
 
 
 def cosines(samples: int, prototypes: int) -> torch.Tensor:
@@ -49,18 +49,16 @@ def test_half_precision_does_not_overflow():
 
 
 def test_each_crop_predicts_the_codes_of_the_others():
-    codes, scores = (
-        cosines(4, 3).expand(2, 4, 3).softmax(dim=-1),
-        torch.stack([cosines(4, 3).roll(v, 0) for v in (0, 1, 2)]),
-    )
+    codes = cosines(4, 3)[:, None].expand(4, 2, 3).softmax(dim=-1)
+    scores = torch.stack([cosines(4, 3).roll(v, 0) for v in (0, 1, 2)], dim=1)
     log_p = (scores / 0.1).log_softmax(dim=-1)
-    of_first = [-(codes[0] * log_p[v]).sum(dim=1).mean() for v in (1, 2)]
-    of_second = [-(codes[1] * log_p[v]).sum(dim=1).mean() for v in (0, 2)]
+    of_first = [-(codes[:, 0] * log_p[:, v]).sum(dim=1).mean() for v in (1, 2)]
+    of_second = [-(codes[:, 1] * log_p[:, v]).sum(dim=1).mean() for v in (0, 2)]
     expected = (sum(of_first) / 2 + sum(of_second) / 2) / 2
     assert swapped_prediction(codes, scores).item() == pytest.approx(expected.item(), rel=1e-10)
 
 
 def test_more_prototypes_than_samples_are_refused():
-    check_too_few_samples(prototypes=8, samples=8)
+    check_sample_count(prototypes=8, samples=8)
     with pytest.raises(ValueError, match=r"model\.prototypes=9 .* 8 samples.*data\.batch_size.*model\.queue_size"):
-        check_too_few_samples(prototypes=9, samples=8)
+        check_sample_count(prototypes=9, samples=8)

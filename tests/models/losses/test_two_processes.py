@@ -47,8 +47,8 @@ def vic(z1: Tensor, z2: Tensor) -> Tensor:
 
 
 def swav(z1: Tensor, z2: Tensor) -> Tensor:
-    scores = normalize(torch.stack([z1, z2]), dim=-1)  # the axes themselves are the prototypes
-    codes = torch.stack([sinkhorn(each, reduce=reduce_sum) for each in scores.detach()])
+    scores = normalize(torch.stack([z1, z2], dim=1), dim=-1)  # the axes themselves are the prototypes
+    codes = torch.stack([sinkhorn(crop, reduce=reduce_sum) for crop in scores.detach().unbind(dim=1)], dim=1)
     return swapped_prediction(codes, scores)
 
 
@@ -56,8 +56,9 @@ def dino(z1: Tensor, z2: Tensor) -> Tensor:
     center = Center(z1.shape[1]).double()
     center.observe(z1)
     center.observe(z2)
-    center.move()
-    return cross_view_cross_entropy(sharpen(torch.stack([z1, z2]), center(), 0.5), torch.stack([z2, z1]), 0.1)
+    center.update()
+    targets = sharpen(torch.stack([z1, z2], dim=1), center(), 0.5)
+    return cross_view_cross_entropy(targets, torch.stack([z2, z1], dim=1), 0.1)
 
 
 def clip(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
@@ -149,10 +150,10 @@ def state(process: int, processes: int) -> dict[str, Tensor]:
     for step in range(2):
         for micro_batch in range(MICRO_BATCHES):
             begin = (micro_batch * processes + process) * share
-            queue.hold(keys[step, begin : begin + share], index=torch.arange(begin, begin + share) + 100 * step)
+            queue.stage(keys[step, begin : begin + share], index=torch.arange(begin, begin + share) + 100 * step)
             center.observe(keys[step, begin : begin + share])
-        queue.push()
-        center.move()
+        queue.enqueue()
+        center.update()
     whole = {"center": center(), "share": queue.share()}
     return whole | {f"queue {name}": value for name, value in queue.state_dict().items()}
 
