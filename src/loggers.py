@@ -1,4 +1,4 @@
-"""Where metrics go: TensorBoard in an order a newcomer can read, and one small file with the last values."""
+"""Loggers: TensorBoard with ordered groups, and a file with the last value of every metric."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _GROUPS = {
 
 
 class ResumedLogger:
-    """A logger that is told, before anything is logged, that the run goes on from ``step``."""
+    """A logger whose `resume` is called before anything is logged in a resumed run."""
 
     def resume(self, step: int) -> None:
-        raise TypeError(f"{type(self).__name__} does not say how it goes on from step {step}")
+        raise NotImplementedError(f"{type(self).__name__}.resume, called at step {step}")
 
 
 class OrderedTensorBoardLogger(TensorBoardLogger, ResumedLogger):
-    """TensorBoard events directly in the run's folder, scalars grouped in the order loss, evaluation, schedules,
-    health, speed.
+    """Writes TensorBoard events into the run's folder, with scalars grouped as loss, evaluation, schedules, health and
+    speed, in this order.
 
     Args:
         save_dir: the run's folder.
@@ -51,7 +51,7 @@ class OrderedTensorBoardLogger(TensorBoardLogger, ResumedLogger):
 
     @rank_zero_only
     def resume(self, step: int) -> None:
-        """Take what a killed run logged from ``step`` on off the curves: the steps are taken again."""
+        """Removes the events from ``step`` on, which a killed run may have logged after its checkpoint."""
         writer = self.experiment._get_file_writer()
         writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
@@ -63,11 +63,11 @@ class OrderedTensorBoardLogger(TensorBoardLogger, ResumedLogger):
     def log_hyperparams(
         self, params: dict[str, Any] | Namespace, metrics: dict[str, Any] | None = None, step: int | None = None
     ) -> None:
-        """Nothing: the recipe card says them."""
+        """Logs nothing: the recipe card holds the configuration."""
 
     @rank_zero_only
     def save(self) -> None:
-        PlainTensorBoardLogger.save(self)  # without the file of hyper-parameters
+        PlainTensorBoardLogger.save(self)  # Lightning's own writes a file of hyperparameters
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -75,20 +75,21 @@ class OrderedTensorBoardLogger(TensorBoardLogger, ResumedLogger):
 
 
 def tag(name: str) -> str:
-    """What TensorBoard calls a metric: "eval/knn_top1" -> "2_evaluation/knn_top1"."""
+    """TensorBoard's tag of a metric: "eval/knn_top1" -> "2_evaluation/knn_top1"."""
     group, slash, rest = name.partition("/")
     return _GROUPS.get(group, group) + slash + rest
 
 
 class MetricsFile(Logger, ResumedLogger):
-    """The last value of every metric, by stage: ``{"train": {"step": 12, "loss/total": 0.91, ...}, "evaluate": ...}``.
+    """Writes the last value of every metric by stage: ``{"train": {"step": 12, "loss/total": 0.91, ...}, "evaluate":
+    ...}``.
 
-    Other stages' values stay as they are. A new run of a stage begins with none; a resumed one with those of the file,
-    which are the checkpoint's or will be logged again.
+    The values of other stages are kept. A new run of a stage starts without values. A resumed run starts with those in
+    the file: values logged after the checkpoint are logged again.
 
     Args:
-        path: the file, replaced as a whole at every save.
-        stage: whose values these are.
+        path: the file, replaced atomically.
+        stage: the stage to write.
     """
 
     def __init__(self, path: str | Path, stage: str = "train") -> None:
@@ -111,11 +112,11 @@ class MetricsFile(Logger, ResumedLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run's config is a file of its own."""
+        """Logs nothing: the run's folder holds its configuration."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """In training Lightning counts steps from 0; the file says how many were done."""
+        """Adds the values. Lightning counts training steps from 0; the file holds the number of finished steps."""
         self._values |= {name: _number(value) for name, value in metrics.items() if name != "epoch"}
         if step is not None:
             self._values["step"] = step + 1 if self.stage == "train" else step
@@ -142,6 +143,6 @@ class MetricsFile(Logger, ResumedLogger):
 
 
 def _number(value: Any) -> float | int | None:
-    """As JSON can say it, exactly; not a number and infinite are null."""
+    """A number for JSON, exactly; None for NaN and infinite values, which JSON does not have."""
     value = value.item() if hasattr(value, "item") else value
     return value if isinstance(value, int) or math.isfinite(value) else None

@@ -46,7 +46,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def test_groups_sort_as_a_newcomer_looks_for_them(tmp_path: Path) -> None:
+def test_groups_are_sorted_from_loss_to_speed(tmp_path: Path) -> None:
     fit(tmp_path, LogAll(), Evaluation(), loggers=[OrderedTensorBoardLogger(tmp_path)], max_epochs=1)
     assert sorted(scalars(tmp_path)) == [
         "1_loss/part",
@@ -58,11 +58,11 @@ def test_groups_sort_as_a_newcomer_looks_for_them(tmp_path: Path) -> None:
         "own/x",
     ]
     assert tag("loss") == "1_loss"
-    # events alone, in the folder itself
+    # only event files, in the folder itself
     assert all(name.startswith("events.out.tfevents") for name in os.listdir(tmp_path))
 
 
-def test_steps_that_are_taken_again_are_not_shown_twice(tmp_path: Path) -> None:
+def test_repeated_steps_of_a_resumed_run_appear_once(tmp_path: Path) -> None:
     def run(folder: Path, *extra: L.Callback, **options: Any) -> None:
         checkpoints = Checkpoints(folder, every_steps=3, every_minutes=None)
         fit(folder, checkpoints, Evaluation(), *extra, loggers=[OrderedTensorBoardLogger(folder)], **options)
@@ -71,7 +71,7 @@ def test_steps_that_are_taken_again_are_not_shown_twice(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         run(tmp_path / "killed", Stop(8))  # after the save at 6
     assert [step for step, _ in scalars(tmp_path / "killed")["1_loss/total"]] == list(range(8))
-    time.sleep(1.1)  # the files' names, by which they are read in order, count seconds
+    time.sleep(1.1)  # TensorBoard orders event files by names with a resolution of a second
     run(tmp_path / "killed", resume=tmp_path / "killed" / "last.ckpt")
     resumed = scalars(tmp_path / "killed")
     assert [step for step, _ in resumed["1_loss/total"]] == list(range(12))
@@ -92,11 +92,11 @@ def test_metrics_are_exact_and_by_stage(tmp_path: Path) -> None:
         "evaluate": {"bad": None, "count": 4, "knn/top1": value, "step": 7},
         "train": {"loss/part": None, "loss/total": 0.25, "step": 2},
     }
-    MetricsFile(path).save()  # nothing logged, nothing written
+    MetricsFile(path).save()  # does not write without logged values
     assert json.loads(path.read_text())["train"]["step"] == 2
 
 
-def test_a_new_run_forgets_what_the_file_said_and_a_resumed_one_does_not(tmp_path: Path) -> None:
+def test_a_new_run_drops_the_values_of_the_file_and_a_resumed_run_keeps_them(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
     path.write_text(json.dumps({"train": {"loss/old": 1.0}, "evaluate": {"a": 2}}))
     fresh = MetricsFile(path)
@@ -110,7 +110,7 @@ def test_a_new_run_forgets_what_the_file_said_and_a_resumed_one_does_not(tmp_pat
     assert json.loads(path.read_text())["train"] == {"loss/new": 4.0, "loss/total": 3.0, "step": 6}
 
 
-def test_a_resumed_run_leaves_the_same_file_as_one_that_never_stopped(tmp_path: Path) -> None:
+def test_a_resumed_run_writes_the_same_file_as_an_uninterrupted_one(tmp_path: Path) -> None:
     class Once(L.Callback):
         """A metric only the first steps log."""
 
@@ -132,7 +132,7 @@ def test_a_resumed_run_leaves_the_same_file_as_one_that_never_stopped(tmp_path: 
     assert json.loads(whole)["train"]["step"] == 12
 
 
-def test_a_broken_file_is_replaced_and_a_failed_write_leaves_the_old(
+def test_a_broken_file_is_replaced_and_a_failed_write_keeps_the_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "metrics.json"

@@ -1,4 +1,4 @@
-"""The first batch is what its type says, or the run stops before anything is learned from it."""
+"""Checks the first batch of a run against its declared type."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from src.datamodules.batches.base import validate
 
 
 class BatchCheck(L.Callback):
-    """Validates the first batch that reaches the training step against the step's annotation."""
+    """Checks the first batch against the batch type that ``training_step`` is annotated with, before the first step."""
 
     def __init__(self) -> None:
         self._checked = False
@@ -25,12 +25,14 @@ class BatchCheck(L.Callback):
 
 
 def batch_type_of(module: L.LightningModule) -> type:
-    """The TypedDict that ``training_step`` is annotated to take.
+    """The TypedDict that annotates ``batch`` of ``training_step``.
 
     Raises:
         TypeError: the annotation is missing.
     """
     hint = get_type_hints(type(module).training_step).get("batch")
     if not isinstance(hint, type):
-        raise TypeError(f"{type(module).__name__}.training_step must say which batch it takes: `batch: ImageBatch`")
+        raise TypeError(
+            f"{type(module).__name__}.training_step needs an annotation of its batch type, such as `batch: ImageBatch`"
+        )
     return hint

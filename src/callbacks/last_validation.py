@@ -1,4 +1,4 @@
-"""A run is judged by what it ended with, wherever it ends."""
+"""Validates the final weights of a run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from torch import Tensor
 
 
 class LastValidation(L.Callback):
-    """Validates after the last step. Lightning validates at the ends of epochs, and only of every
-    ``check_val_every_n_epoch``: a run that ``trainer.max_steps`` ends, or an epoch in between, would end without.
+    """Validates after the last step of a run. Lightning itself validates at the end of every
+    ``check_val_every_n_epoch``-th epoch: not after a last step within an epoch (``trainer.max_steps``), and not after a
+    last epoch between two validations.
     """
 
     def on_train_batch_end(
@@ -21,4 +22,4 @@ class LastValidation(L.Callback):
         if last_step or last_epoch:
             trainer.check_val_every_n_epoch = 1
         if last_step:
-            trainer.should_stop = True  # as it does of its own in the next moment: only then is validation due
+            trainer.should_stop = True  # Lightning sets this itself, but after it has decided about validation

@@ -1,4 +1,4 @@
-"""How far the run is and when it will be done, on a terminal and in a log."""
+"""Reports progress and remaining time, as a bar on a terminal and as lines in a log."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ _RATES = ("schedule/optimizer.lr", "lr")
 
 
 class Progress(RichProgressBar):
-    """A bar with the time left of the whole run; where the output is no terminal, a line at the first steps and every
-    few seconds:
+    """Draws a progress bar with the remaining time of the run. Without a terminal it writes a line at each of the first
+    three steps, then every ``every_seconds``:
 
     ``step 12/64  epoch 1/3  loss 0.9123  lr 1.2e-4  3.1 img/s  data wait 2%  ETA 3m12s``
 
     Args:
-        every_seconds: between two lines, or two updates of the bar's numbers (they wait for the GPU).
-        terminal: whether to draw the bar; None to look at the output.
-        write: takes a line.
+        every_seconds: seconds between two lines. The bar's numbers change at least every second. Each update waits for
+            the GPU.
+        terminal: True for the bar, False for lines; None for the bar if the output is a terminal.
+        write: writes a line.
+        clock: returns seconds.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class Progress(RichProgressBar):
         self._write = write or (lambda line: print(line, flush=True))
         self._clock = clock
         self._lines = 0
-        self._told = -math.inf
+        self._reported_at = -math.inf
         self._step = self._first_step = 0
         self._started = 0.0
         self._numbers: dict[str, float] = {}
@@ -57,7 +59,7 @@ class Progress(RichProgressBar):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._step = self._first_step = trainer.global_step
-        self._lines, self._told = 0, -math.inf
+        self._lines, self._reported_at = 0, -math.inf
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -65,9 +67,9 @@ class Progress(RichProgressBar):
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         now = self._clock()
         if stepped and trainer.global_step == self._first_step + 1:
-            self._started = now  # the first step is not like the others
-        if stepped and self._tells(trainer, now):
-            self._told = now
+            self._started = now  # the first step is slower than the others
+        if stepped and self._is_due(trainer, now):
+            self._reported_at = now
             self._lines += 1
             self._numbers = self._read(trainer, outputs)
             if trainer.is_global_zero and not self.terminal:
@@ -75,7 +77,7 @@ class Progress(RichProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def line(self, trainer: L.Trainer) -> str:
-        """What there is to say after this step."""
+        """The line after this step."""
         total = _total_steps(trainer)
         parts = [f"step {trainer.global_step}" + (f"/{total}" if total is not None else "")]
         epochs = trainer.max_epochs
@@ -95,7 +97,8 @@ class Progress(RichProgressBar):
         return "  ".join(parts)
 
     def seconds_left(self, trainer: L.Trainer) -> float | None:
-        """To the end of the run at the pace since its second step, evaluation included; None while unknown."""
+        """Seconds to the end of the run at the mean pace since its second step, evaluation included; None in the first
+        two steps and in a run without a last step."""
         total, done = _total_steps(trainer), trainer.global_step - self._first_step - 1
         if total is None or done < 1:
             return None
@@ -111,15 +114,15 @@ class Progress(RichProgressBar):
     def configure_columns(self, trainer: L.Trainer) -> list[Any]:
         return [*super().configure_columns(trainer), _RunEta(self, trainer)]
 
-    def _tells(self, trainer: L.Trainer, now: float) -> bool:
+    def _is_due(self, trainer: L.Trainer, now: float) -> bool:
         wait = min(1.0, self.every_seconds) if self.terminal else self.every_seconds
         last = trainer.global_step == _total_steps(trainer)
-        return self._lines < _FIRST_LINES or last or now - self._told >= wait
+        return self._lines < _FIRST_LINES or last or now - self._reported_at >= wait
 
     def _read(self, trainer: L.Trainer, outputs: Any) -> dict[str, float]:
         metrics: Mapping[str, Tensor] = trainer.callback_metrics
         numbers = {}
-        # the step's own loss: what is logged of it comes after the callbacks; Lightning has divided it by micro-batches
+        # from the outputs: the module logs the loss after the callbacks. Lightning has divided it by the micro-batches
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if loss is not None:
             numbers["loss"] = float(loss) * trainer.accumulate_grad_batches
@@ -135,7 +138,7 @@ class Progress(RichProgressBar):
 
 
 class _RunEta(ProgressColumn):
-    """The time left of the whole run, beside the bar's own of the epoch."""
+    """Shows the remaining time of the run; the bar's own column shows that of the epoch."""
 
     max_refresh = 0.5
 
@@ -152,7 +155,7 @@ class _RunEta(ProgressColumn):
 
 
 def duration(seconds: float) -> str:
-    """``3m12s``: the two largest units that count."""
+    """Formats seconds with the two largest units, such as ``3m12s``."""
     whole = round(seconds)
     days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
     if days:
@@ -163,7 +166,7 @@ def duration(seconds: float) -> str:
 
 
 def _short(rate: float) -> str:
-    """1.2e-4 rather than 0.00012 or 1.2e-04."""
+    """Formats a learning rate as 1.2e-4 instead of 0.00012 or 1.2e-04."""
     if rate == 0:
         return "0"
     mantissa, exponent = f"{rate:.1e}".split("e")

@@ -1,4 +1,4 @@
-"""What this run is, for whoever looks at it later: on the dashboard and as a file."""
+"""Writes a description of the run to TensorBoard and to a file."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from src.files import write_atomically
 
 
 class RecipeCard(L.Callback):
-    """Writes the recipe as TensorBoard text and as ``card.md``.
+    """Writes the recipe, the environment and the configuration as TensorBoard text and as ``card.md``.
 
     Args:
         run_dir: the run's folder.
-        config: the composed configuration, plain values.
-        summary: what to say first, in order: paper, deviations, the rule of the learning rate, ...
+        config: the composed configuration as plain values.
+        summary: the first table, such as paper, deviations and batch size.
     """
 
     def __init__(self, run_dir: str | Path, config: Mapping[str, Any], summary: Mapping[str, str]) -> None:
@@ -42,13 +42,13 @@ class RecipeCard(L.Callback):
                 logger.experiment.add_text("recipe", card, trainer.global_step)
 
     def card(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
-        """The whole card, as Markdown."""
+        """The card as Markdown."""
         title = self.path.parent.name or type(pl_module).__name__
         parts = [
             f"# {title}",
             _table(("", ""), list(self.summary.items())),
             "## Parameters",
-            _table(("part", "parameters", "trained"), _parameters(pl_module)),
+            _table(("part", "parameters", "trainable"), _parameters(pl_module)),
             "## Environment",
             _table(("", ""), list(environment(trainer).items())),
             "## Configuration",
@@ -58,12 +58,12 @@ class RecipeCard(L.Callback):
 
 
 def environment(trainer: L.Trainer) -> dict[str, str]:
-    """What the run ran with."""
+    """Versions of code and packages, device and precision."""
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "commit": commit(),
-        "torch": str(torch.__version__),  # with the build, which the package's own version leaves out
+        "torch": str(torch.__version__),  # includes the build, such as +cu128
         **{package: _version(package) for package in ("torchvision", "lightning", "timm")},
         "device": f"{trainer.world_size} x {name}",
         "precision": str(trainer.precision),
@@ -72,16 +72,16 @@ def environment(trainer: L.Trainer) -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """The commit of the code, with a mark where files differ from it; "unknown" outside a repository."""
+    """The commit of the code, followed by "(modified)" if files differ from it; "unknown" outside a repository."""
     root = Path(__file__).resolve().parents[2]
 
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(root), *words]
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return "unknown"  # a copy of the code inside somebody else's repository
+            return "unknown"  # a copy of the code within another repository
         return git("rev-parse", "HEAD") + (" (modified)" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
@@ -96,14 +96,14 @@ def _version(package: str) -> str:
 
 def _parameters(module: nn.Module) -> list[tuple[str, ...]]:
     rows = [
-        (name, f"{sum(p.numel() for p in child.parameters()):,}", f"{_trained(child):,}")
+        (name, f"{sum(p.numel() for p in child.parameters()):,}", f"{_trainable(child):,}")
         for name, child in module.named_children()
         if any(True for _ in child.parameters())
     ]
-    return [*rows, ("all", f"{sum(p.numel() for p in module.parameters()):,}", f"{_trained(module):,}")]
+    return [*rows, ("all", f"{sum(p.numel() for p in module.parameters()):,}", f"{_trainable(module):,}")]
 
 
-def _trained(module: nn.Module) -> int:
+def _trainable(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 

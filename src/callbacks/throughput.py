@@ -1,4 +1,4 @@
-"""How fast the run is, and what it waits for."""
+"""Measures speed, waiting time for data, memory and model FLOPs utilization."""
 
 from __future__ import annotations
 
@@ -19,37 +19,38 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from src.collectives import reduce_sum
 
-_FETCH = "[_TrainingEpochLoop].train_dataloader_next"  # what Lightning calls taking a batch from the loader
+_FETCH = "[_TrainingEpochLoop].train_dataloader_next"  # Lightning's profiler action for taking a batch
 
 
 @dataclass
 class _Window:
-    """What happened since the last time the rates were logged."""
+    """Sums since the rates were last logged."""
 
     steps: int = 0
     images: int = 0
-    seconds: float = 0.0  # from asking for a batch to being done with it
-    waiting: float = 0.0  # from asking for a batch to having it
+    seconds: float = 0.0  # from requesting a batch to the end of its step
+    waiting: float = 0.0  # from requesting a batch to receiving it
 
 
 class Throughput(L.Callback):
-    """Logs, every so many optimizer steps:
+    """Logs, every ``every_n_steps`` optimizer steps:
 
-    - ``speed/images_per_second``: over all processes,
-    - ``speed/step_seconds``: of one optimizer step, data included,
-    - ``speed/data_wait_share``: the share of it spent waiting for the loader,
-    - ``speed/peak_memory_gb``: on the GPU, else of this process,
-    - ``speed/mfu``: floating point operations of forward and backward over what the device could do; only where that is
-      known. They are counted once, in the second step.
-    - ``speed/step_flops``: these operations of this process, if asked for: what a step costs on any machine.
+    - ``speed/images_per_second``: samples per second of all processes,
+    - ``speed/step_seconds``: seconds an optimizer step, data loading included,
+    - ``speed/data_wait_share``: share of the step spent waiting for the data loader,
+    - ``speed/peak_memory_gb``: see `peak_memory_gb`,
+    - ``speed/mfu``: model FLOPs utilization, the floating point operations of forward and backward pass per second over
+      ``peak_flops``, if that is known. They are counted once, in the second step.
+    - ``speed/step_flops``: floating point operations an optimizer step of this process, with ``count_flops``.
 
-    Time for evaluation, checkpoints and images is not in these numbers, nor is the first step of a run (a GPU's
-    kernels are chosen in it). A GPU is waited for only when something is logged.
+    Evaluation, checkpoints and visualizations are not included, nor is the first step of a run, in which a GPU selects
+    its kernels. The GPU is synchronized only when the numbers are logged.
 
     Args:
-        every_n_steps: optimizer steps.
-        peak_flops: operations per second of one device, where Lightning does not know it; None to ask Lightning.
-        count_flops: log ``speed/step_flops``.
+        every_n_steps: optimizer steps between two measurements.
+        peak_flops: peak floating point operations per second of one device; None for the value Lightning knows.
+        clock: returns seconds.
+        count_flops: logs ``speed/step_flops``.
     """
 
     def __init__(
@@ -85,8 +86,8 @@ class Throughput(L.Callback):
     ) -> None:
         self._batch_started = self._clock()
         second = trainer.global_step == self._first_step + 1
-        wanted = self.count_flops or self.peak_flops is not None
-        if second and wanted and self._step_flops is None and self._counter is None:
+        needs_flops = self.count_flops or self.peak_flops is not None
+        if second and needs_flops and self._step_flops is None and self._counter is None:
             self._counter = FlopCounterMode(display=False)
             self._counter.__enter__()
 
@@ -99,25 +100,25 @@ class Throughput(L.Callback):
             self._stop_counting()
         due = stepped and trainer.global_step % self.every_n_steps == 0
         if due or self._step == self._first_step:
-            _wait_for(pl_module.device)
+            _synchronize(pl_module.device)
         fetched = self._fetch.take() if self._fetch is not None else None
-        began, waited = fetched if fetched is not None else (self._batch_started, 0.0)
+        requested_at, waited = fetched if fetched is not None else (self._batch_started, 0.0)
         first = trainer.global_step <= self._first_step + int(stepped)
-        # the step the operations are counted in is slowed down by it
+        # counting operations slows down the step
         if not first and not counted:
             self._window.steps += int(stepped)
             self._window.images += _rows(batch)
-            self._window.seconds += self._clock() - began
+            self._window.seconds += self._clock() - requested_at
             self._window.waiting += waited
         if due and self._window.steps:
             self._log(trainer, pl_module)
             self._window = _Window()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._let_go(trainer)
+        self._restore_profiler(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._let_go(trainer)
+        self._restore_profiler(trainer)
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         window = self._window
@@ -141,7 +142,7 @@ class Throughput(L.Callback):
             self._step_flops = self._counter.get_total_flops()
             self._counter = None
 
-    def _let_go(self, trainer: L.Trainer) -> None:
+    def _restore_profiler(self, trainer: L.Trainer) -> None:
         self._stop_counting()
         if self._fetch is not None and trainer.profiler is self._fetch:  # type: ignore[attr-defined]
             trainer.profiler = self._fetch.inner  # type: ignore[attr-defined]
@@ -149,8 +150,8 @@ class Throughput(L.Callback):
 
 
 class _FetchTimer(Profiler):
-    """Times how long a batch is waited for and leaves everything to the trainer's own profiler. The time between two
-    batches would not do: evaluation and checkpoints lie there too."""
+    """Measures the time to take a batch from the data loader, and forwards all actions to the trainer's profiler.
+    Measured between two batches, the time would include evaluation and checkpoints."""
 
     def __init__(self, inner: Profiler, clock: Callable[[], float]) -> None:
         super().__init__()
@@ -160,7 +161,7 @@ class _FetchTimer(Profiler):
         self._fetched: tuple[float, float] | None = None
 
     def take(self) -> tuple[float, float] | None:
-        """When the batch under way was asked for, and how long it took; once."""
+        """When the current batch was requested, and the seconds until it was received; None if read before."""
         fetched, self._fetched = self._fetched, None
         return fetched
 
@@ -182,11 +183,11 @@ class _FetchTimer(Profiler):
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory used so far, in 10^9 bytes: allocated on the GPU, else resident in this process."""
+    """Peak memory so far in 10^9 bytes: allocated on the GPU, else the resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
-    if status.exists():  # what rusage says includes the memory of whoever started this process
+    if status.exists():  # rusage includes the memory of the parent at the fork
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(peak.split()[1]) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -198,7 +199,7 @@ def _rows(batch: Any) -> int:
     return len(index) if isinstance(index, Tensor) else 0
 
 
-def _wait_for(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -23,7 +23,9 @@ def test_replaced_samples_are_counted_over_the_run_and_over_a_resume(tmp_path: P
 
 
 @pytest.mark.parametrize(("limit", "stops"), [(0.05, False), (0.049, True)])
-def test_too_many_stop_the_run_and_say_where_they_are_listed(tmp_path: Path, limit: float, stops: bool) -> None:
+def test_too_many_bad_samples_stop_the_run_with_the_place_of_their_list(
+    tmp_path: Path, limit: float, stops: bool
+) -> None:
     data = SmallData(length=200, batch_size=4, bad=range(10))
     data.max_bad_share = limit
     data.bad_log = tmp_path / "bad.tsv"
@@ -37,7 +39,7 @@ def test_too_many_stop_the_run_and_say_where_they_are_listed(tmp_path: Path, lim
     assert str(data.bad_log) in str(stop.value)
 
 
-def test_a_share_of_a_few_samples_means_nothing_yet(tmp_path: Path) -> None:
+def test_fewer_than_100_samples_do_not_stop_the_run(tmp_path: Path) -> None:
     data = SmallData(length=112, batch_size=8, bad=range(112))
     data.max_bad_share = 0.5
     health = DataHealth(every_n_steps=1)
@@ -46,5 +48,5 @@ def test_a_share_of_a_few_samples_means_nothing_yet(tmp_path: Path) -> None:
     assert health.totals() == (104, 104)  # 13 batches of 8: the first number of at least 100
 
 
-def test_batches_that_say_nothing_of_replacement_count_nothing() -> None:
+def test_batches_without_the_field_replaced_are_not_counted() -> None:
     assert DataHealth().totals() == (0, 0)

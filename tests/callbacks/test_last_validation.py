@@ -13,12 +13,12 @@ from src.callbacks.last_validation import LastValidation
 from tests.callbacks.small_runs import SmallData, SmallModule, fit
 
 
-class JudgedData(SmallData):
+class ValidatedData(SmallData):
     def val_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.rows.image, batch_size=16)  # type: ignore[arg-type]
 
 
-class EncoderEvaluator(SmallModule):
+class ValidatedModule(SmallModule):
     def __init__(self) -> None:
         super().__init__()
         self.judged: list[tuple[int, float]] = []
@@ -33,20 +33,22 @@ class EncoderEvaluator(SmallModule):
         ({"max_epochs": 2}, [4, 8]),  # four steps an epoch
         ({"max_epochs": 3, "check_val_every_n_epoch": 2}, [8, 12]),
         ({"max_epochs": -1, "max_steps": 6}, [4, 6]),
-        ({"max_epochs": -1, "max_steps": 8}, [4, 8]),  # once, though both say so
+        ({"max_epochs": -1, "max_steps": 8}, [4, 8]),  # once, at the end of both epoch and run
         ({"max_epochs": -1, "max_steps": 6, "accumulate_grad_batches": 2}, [4, 6]),
         ({"max_epochs": -1, "max_steps": 7, "check_val_every_n_epoch": 10}, [7]),
     ],
 )
-def test_after_the_last_step_and_where_it_was_before(tmp_path: Path, options: dict[str, Any], at: list[int]) -> None:
-    module = EncoderEvaluator()
-    trainer = fit(tmp_path, LastValidation(), module=module, data=JudgedData(), limit_val_batches=1.0, **options)
+def test_validation_after_the_last_step_and_at_the_usual_epochs(
+    tmp_path: Path, options: dict[str, Any], at: list[int]
+) -> None:
+    module = ValidatedModule()
+    trainer = fit(tmp_path, LastValidation(), module=module, data=ValidatedData(), limit_val_batches=1.0, **options)
     assert [step for step, _ in module.judged] == at
     assert trainer.global_step == at[-1]
     assert module.judged[-1][1] == float(module.layer.weight.detach().sum())
 
 
-def test_a_method_without_validation_trains_as_before(tmp_path: Path) -> None:
+def test_a_method_without_validation_trains(tmp_path: Path) -> None:
     with_it, without = SmallModule(), SmallModule()
     for module, callbacks in ((with_it, [LastValidation()]), (without, [])):
         assert fit(tmp_path, *callbacks, module=module, max_epochs=-1, max_steps=6).global_step == 6

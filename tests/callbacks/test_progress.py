@@ -14,7 +14,7 @@ from tests.callbacks.small_runs import SmallData, SmallModule, fit
 
 
 class TickingModule(SmallModule):
-    """A step takes two seconds of the test's clock, the first ten."""
+    """The first step takes ten seconds of the test's clock, the others two."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,18 +37,18 @@ def test_lines_come_at_the_first_steps_then_every_ten_seconds_and_at_the_end(tmp
     lines, module = run(tmp_path, max_epochs=3)
     # 8 steps an epoch; lines at 10, 12 and 14 s, then 10 s later each: steps 8, 13, 18, 23, and the last
     assert [line.split("  ")[0] for line in lines] == [f"step {step}/24" for step in (1, 2, 3, 8, 13, 18, 23, 24)]
-    assert lines[0] == f"step 1/24  epoch 1/3  loss {module.losses[0]:.4f}  lr 5.0e-2"  # no pace known yet
+    assert lines[0] == f"step 1/24  epoch 1/3  loss {module.losses[0]:.4f}  lr 5.0e-2"  # no pace yet
     assert lines[3] == f"step 8/24  epoch 1/3  loss {module.losses[7]:.4f}  lr 5.0e-2  ETA 32s"
     assert lines[5] == f"step 18/24  epoch 3/3  loss {module.losses[17]:.4f}  lr 5.0e-2  ETA 12s"
     assert lines[-1].endswith("ETA 0s")
 
 
-def test_the_loss_shown_is_the_micro_batchs_own(tmp_path: Path) -> None:
+def test_the_shown_loss_is_not_divided_by_the_micro_batches(tmp_path: Path) -> None:
     lines, module = run(tmp_path, max_epochs=1, accumulate_grad_batches=2)
     assert lines[0].split("  ")[:3] == ["step 1/8", "epoch 1/1", f"loss {module.losses[1]:.4f}"]
 
 
-def test_speed_is_shown_where_it_is_measured(tmp_path: Path) -> None:
+def test_speed_is_shown_if_it_is_measured(tmp_path: Path) -> None:
     module = TickingModule()
     lines: list[str] = []
     clock = lambda: module.now  # noqa: E731
@@ -57,12 +57,12 @@ def test_speed_is_shown_where_it_is_measured(tmp_path: Path) -> None:
     assert lines[1].split("  ")[4:] == ["2.0 img/s", "data wait 0%", "ETA 4s"]
 
 
-def test_a_run_by_steps_counts_steps(tmp_path: Path) -> None:
+def test_a_run_with_max_steps_counts_steps(tmp_path: Path) -> None:
     lines, _ = run(tmp_path, max_epochs=-1, max_steps=10)
     assert lines[-1].startswith("step 10/10  epoch 2  loss")
 
 
-def test_nothing_is_drawn_where_the_output_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_bar_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = SmallModule()
     fit(tmp_path, Progress(), module=module, max_epochs=1)
     out = capsys.readouterr().out.splitlines()
@@ -71,7 +71,7 @@ def test_nothing_is_drawn_where_the_output_is_no_terminal(tmp_path: Path, capsys
     assert not any("\x1b" in line for line in out)
 
 
-def test_on_a_terminal_the_bar_tells_the_time_left_of_the_whole_run(tmp_path: Path) -> None:
+def test_the_bar_shows_the_remaining_time_of_the_run(tmp_path: Path) -> None:
     module = TickingModule()
     drawn = io.StringIO()
     progress = Progress(terminal=True, clock=lambda: module.now)

@@ -17,7 +17,7 @@ CONFIG = {"model": {"_target_": "a.B", "layers": [1, 2]}, "lr": 1.5e-4, "note": 
 SUMMARY = {"paper": "He et al. | 2022", "deviations": "none", "learning rate": "1.5e-4 x batch / 256"}
 
 
-def test_the_card_says_what_the_run_is(tmp_path: Path) -> None:
+def test_the_card_describes_the_run(tmp_path: Path) -> None:
     module = SmallModule()
     module.layer.bias.requires_grad_(False)
     run_dir = tmp_path / "mine"
@@ -25,7 +25,7 @@ def test_the_card_says_what_the_run_is(tmp_path: Path) -> None:
     card = (run_dir / "card.md").read_text()
     assert card.startswith("# mine\n")
     assert "| paper | He et al. \\| 2022 |\n| deviations | none |\n| learning rate | 1.5e-4 x batch / 256 |" in card
-    assert "| layer | 20 | 16 |\n| all | 20 | 16 |" in card  # 4 x 4 weights are trained, 4 biases are not
+    assert "| layer | 20 | 16 |\n| all | 20 | 16 |" in card  # 4 x 4 weights are trainable, 4 biases are not
     assert f"| torch | {torch.__version__} |" in card
     assert "| device | 1 x cpu |\n| precision | 32-true |" in card
     assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0]) == CONFIG
@@ -36,7 +36,7 @@ def test_the_card_says_what_the_run_is(tmp_path: Path) -> None:
     assert text.tensor_proto.string_val[0].decode() == card
 
 
-def test_the_commit_is_the_codes_own_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_that_of_the_code_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*words: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
         return subprocess.run(
@@ -59,4 +59,4 @@ def test_the_commit_is_the_codes_own_or_unknown(tmp_path: Path, monkeypatch: pyt
     inner = tmp_path / "vendored" / "src" / "callbacks"
     inner.mkdir(parents=True)
     monkeypatch.setattr(recipe_card, "__file__", str(inner / "recipe_card.py"))
-    assert find() == "unknown"  # the commit of another project says nothing
+    assert find() == "unknown"  # not the commit of another project

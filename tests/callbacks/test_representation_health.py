@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from src.callbacks.ema_teacher import EMATeacher
 from src.callbacks.representation_health import RepresentationHealth, effective_rank, feature_std
+from src.errors import SettingError
 from src.evaluation.features import extract
 from src.models.joint_embedding.dino import DINO
 from src.optim import OptimizerRecipe
@@ -23,7 +24,7 @@ from tests.models.joint_embedding import toy
 
 
 class Steps:
-    """A trainer as far as the callback sees it."""
+    """The part of a trainer that the callback uses."""
 
     def __init__(self, *, micro_batches: int = 1) -> None:
         self.written: list[tuple[int, dict[str, float]]] = []
@@ -95,7 +96,7 @@ def test_micro_batches_of_a_step_are_measured_once() -> None:
     assert [metrics["health/embedding_norm"] for _, metrics in steps.written] == pytest.approx([2, 4, 6])
 
 
-def test_collapse_is_said_once_and_again_after_a_recovery(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_collapse_is_warned_of_once_and_again_after_a_recovery(caplog: pytest.LogCaptureFixture) -> None:
     health, steps = RepresentationHealth(every_n_steps=1, window=16), Steps()
     alive, lost = random_rows(16, 8, 0), torch.ones(16, 8) + 1e-4 * random_rows(16, 8, 1)
     with caplog.at_level(logging.WARNING):
@@ -103,17 +104,17 @@ def test_collapse_is_said_once_and_again_after_a_recovery(caplog: pytest.LogCapt
             steps.run(health, rows)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
-    assert messages[0].startswith("step 2: the representation has collapsed (feature std 0.0001, below 0.01 is lost;")
+    assert messages[0].startswith("step 2: the representation has collapsed (feature std 0.0001, limit 0.01;")
     assert messages[1].startswith("step 5:")
     assert all("\n" not in message for message in messages)
 
 
-def test_one_direction_with_both_signs_is_a_collapse_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_single_direction_with_both_signs_is_a_collapse(caplog: pytest.LogCaptureFixture) -> None:
     health, steps = RepresentationHealth(every_n_steps=1, window=16), Steps()
     line = torch.ones(16, 8) * torch.tensor([1.0, -1.0] * 8)[:, None]
     assert feature_std(line) == pytest.approx(1)
     steps.run(health, line)
-    assert "effective rank 1.00 of 8, below 1.1 is lost" in caplog.text
+    assert "effective rank 1.00 of 8, limit 1.1" in caplog.text
 
 
 def test_a_random_encoder_is_not_called_collapsed(caplog: pytest.LogCaptureFixture) -> None:
@@ -141,13 +142,13 @@ def test_a_resumed_run_measures_the_same(tmp_path: Path) -> None:
     assert len(steps.written) == 1
 
 
-def test_rows_that_are_not_finite_are_left_to_others() -> None:
+def test_embeddings_that_are_not_finite_are_not_measured() -> None:
     health, steps = RepresentationHealth(every_n_steps=1), Steps()
     steps.run(health, torch.full((4, 3), torch.nan))
     assert steps.written == []
 
 
-def test_values_reach_the_dashboard_at_their_step(tmp_path: Path) -> None:
+def test_values_are_logged_at_their_step(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     health, steps = RepresentationHealth(every_n_steps=2), Steps()
     steps.trainer.loggers = [logger]
@@ -157,8 +158,8 @@ def test_values_reach_the_dashboard_at_their_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{"every_n_steps": 0}, {"window": 1}])
-def test_refuses_what_makes_no_sense(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="RepresentationHealth"):
+def test_settings_that_are_too_small_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(SettingError, match=r"callbacks\.representation_health"):
         RepresentationHealth(**options)
 
 
@@ -174,18 +175,18 @@ def test_targets_by_hand(micro_batches: int) -> None:
     assert metrics["health/target_information"] == pytest.approx(math.log(4 / 3**0.75) - math.log(2) / 2)
 
 
-# the last: scores that differ by a tenth, whose softmax tells 0.1^2 / 2 nats
+# the last: a softmax of scores that differ by a tenth has 0.1^2 / 2 nats of information
 @pytest.mark.parametrize(
     "lost", [torch.eye(8)[:1], torch.full((1, 8), 0.125), (0.1 * random_rows(16, 8, 2)).softmax(dim=1)]
 )
-def test_targets_that_are_all_one_are_said_to_have_collapsed(lost: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+def test_equal_targets_of_all_images_are_a_collapse(lost: Tensor, caplog: pytest.LogCaptureFixture) -> None:
     health, steps = RepresentationHealth(every_n_steps=1, window=16), Steps()
     rows, alive = random_rows(16, 8, 0), (3 * random_rows(16, 8, 1)).softmax(dim=1)
     for targets in (alive, lost.expand(16, 8), lost.expand(16, 8), alive, lost.expand(16, 8)):
         steps.run(health, rows, targets)
     messages = [record.getMessage() for record in caplog.records]
     assert [message.split(":")[0] for message in messages] == ["step 2", "step 5"]
-    assert "the teacher's targets have collapsed, all images have nearly the same one" in messages[0]
+    assert "the teacher's targets have collapsed: all images have nearly the same target" in messages[0]
 
 
 def test_a_resumed_run_measures_the_same_targets(tmp_path: Path) -> None:
@@ -240,24 +241,24 @@ def train_dino(folder: Path, *, center_momentum: float, lr: float, teacher_momen
     return dict(trainer.callback_metrics)
 
 
-def test_dino_without_a_center_is_said_to_collapse(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_dino_without_centering_collapses_to_one_prototype(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     metrics = train_dino(tmp_path, center_momentum=1.0, lr=1e-3, teacher_momentum=0.95)
     assert "the teacher's targets have collapsed" in caplog.text
     assert metrics["health/effective_prototypes"] < 1.001
     assert metrics["health/teacher_entropy"] < 0.001
 
 
-def test_dino_that_learns_too_fast_is_said_to_collapse_with_a_center_too(
+def test_dino_with_too_high_a_learning_rate_collapses_to_uniform_targets(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """All prototypes alike for every image, as the center cannot prevent."""
+    """Centering does not prevent uniform targets."""
     metrics = train_dino(tmp_path, center_momentum=0.9, lr=3e-3, teacher_momentum=0.99)
     assert "the teacher's targets have collapsed" in caplog.text
     assert metrics["health/effective_prototypes"] > 16
     assert metrics["health/target_information"] < 0.001
 
 
-def test_dino_that_learns_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_dino_that_learns_gives_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     metrics = train_dino(tmp_path, center_momentum=0.9, lr=1e-4, teacher_momentum=0.996)
     assert "collapsed" not in caplog.text
     assert metrics["health/effective_prototypes"] > 16

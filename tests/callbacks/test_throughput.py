@@ -19,7 +19,7 @@ from tests.callbacks.small_runs import SIZE, Rows, SmallData, SmallModule, fit
 
 
 class Clock:
-    """Time goes by where the test says."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -29,7 +29,7 @@ class Clock:
 
 
 class SlowRows(Rows):
-    """Every batch takes a second to load."""
+    """Loads every batch in one second."""
 
     def __init__(self, length: int, clock: Clock) -> None:
         super().__init__(length)
@@ -41,7 +41,7 @@ class SlowRows(Rows):
 
 
 class SlowModule(SmallModule):
-    """Every step takes three seconds, the first a hundred more."""
+    """Takes three seconds a step, and a hundred more in the first."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class SlowModule(SmallModule):
 
 
 class Collect(L.Callback):
-    """What was logged, by step."""
+    """Collects the logged values by step."""
 
     def __init__(self) -> None:
         self.logged: dict[int, dict[str, float]] = {}
@@ -65,7 +65,7 @@ class Collect(L.Callback):
 
 
 class SlowAround(L.Callback):
-    """Evaluation at an epoch's end and something else after every step, a minute each."""
+    """Takes a minute after every step and another at the end of an epoch, as an evaluation does."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -78,7 +78,7 @@ class SlowAround(L.Callback):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_rates_are_of_training_alone(tmp_path: Path, accumulate: int) -> None:
+def test_rates_exclude_evaluation_and_other_callbacks(tmp_path: Path, accumulate: int) -> None:
     clock, collect = Clock(), Collect()
     data = SmallData(length=16, batch_size=4)
     data.rows = SlowRows(16, clock)
@@ -98,10 +98,10 @@ def test_rates_are_of_training_alone(tmp_path: Path, accumulate: int) -> None:
         assert rates["speed/step_seconds"] == pytest.approx(4.0 * accumulate)
         assert rates["speed/images_per_second"] == pytest.approx(4 / (4.0 * accumulate))
         assert rates["speed/data_wait_share"] == pytest.approx(0.25)
-        assert "speed/mfu" not in rates  # nobody knows what this device could do
+        assert "speed/mfu" not in rates  # the peak of this device is unknown
 
 
-def test_utilization_is_operations_done_over_operations_possible(tmp_path: Path) -> None:
+def test_utilization_is_flops_over_peak_flops(tmp_path: Path) -> None:
     clock, collect = Clock(), Collect()
     data = SmallData(length=16, batch_size=4)
     data.rows = SlowRows(16, clock)
@@ -112,13 +112,13 @@ def test_utilization_is_operations_done_over_operations_possible(tmp_path: Path)
         module=SlowModule(clock),
         data=data,
     )
-    # forward and the weights' gradient: two products of 4 x SIZE x SIZE, two operations a term; the input needs none
+    # forward and the weights' gradient: two products of 4 x SIZE x SIZE, two operations a term; no input gradient
     operations = 2 * (2 * 4 * SIZE * SIZE)
     assert collect.logged[4]["speed/mfu"] == pytest.approx(operations / 4.0 / 1000.0)
     assert collect.logged[12]["speed/mfu"] == pytest.approx(operations / 4.0 / 1000.0)
 
 
-def test_the_operations_of_all_micro_batches_count(tmp_path: Path) -> None:
+def test_flops_include_all_micro_batches(tmp_path: Path) -> None:
     clock, collect = Clock(), Collect()
     data = SmallData(length=16, batch_size=4)
     data.rows = SlowRows(16, clock)
@@ -127,7 +127,7 @@ def test_the_operations_of_all_micro_batches_count(tmp_path: Path) -> None:
     assert collect.logged[4]["speed/mfu"] == pytest.approx(2 * (2 * 4 * SIZE * SIZE) / 8.0 / 1000.0)
 
 
-def test_the_trainers_own_profiler_still_sees_everything_and_comes_back(tmp_path: Path) -> None:
+def test_the_trainers_profiler_receives_all_actions_and_is_restored(tmp_path: Path) -> None:
     profiler = SimpleProfiler()
     trainer = fit(tmp_path, Throughput(), profiler=profiler, max_epochs=1)
     assert trainer.profiler is profiler  # type: ignore[attr-defined]
@@ -135,30 +135,30 @@ def test_the_trainers_own_profiler_still_sees_everything_and_comes_back(tmp_path
     assert len(profiler.recorded_durations["run_training_batch"]) == 4
 
 
-def test_peak_memory_is_the_process_own() -> None:
+def test_peak_memory_grows_with_an_allocation() -> None:
     before = peak_memory_gb(torch.device("cpu"))
-    block = torch.ones(int(before * 1e9 / 4) + 50_000_000)  # surely more than was ever used
+    block = torch.ones(int(before * 1e9 / 4) + 50_000_000)  # more than the peak so far
     assert peak_memory_gb(torch.device("cpu")) - before >= 0.15
     del block
 
 
-def test_a_real_clock_agrees_with_the_time_a_run_took(tmp_path: Path) -> None:
-    class Sleepy(SmallModule):
+def test_rates_agree_with_the_real_clock(tmp_path: Path) -> None:
+    class SleepingModule(SmallModule):
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
             time.sleep(0.02)
             return super().training_step(batch, batch_idx)
 
     collect = Collect()
-    fit(tmp_path, Throughput(every_n_steps=4), collect, module=Sleepy())
+    fit(tmp_path, Throughput(every_n_steps=4), collect, module=SleepingModule())
     assert 0.02 <= collect.logged[12]["speed/step_seconds"] <= 0.2
     assert collect.logged[12]["speed/data_wait_share"] < 0.5
 
 
-def test_peak_memory_is_not_that_of_whoever_started_the_process() -> None:
-    held = torch.ones(150_000_000)  # 0.6 GB, in the process that starts
+def test_peak_memory_excludes_the_parent_process() -> None:
+    allocated = torch.ones(150_000_000)  # 0.6 GB, in the parent process
     code = (
         "from src.callbacks.throughput import peak_memory_gb; import torch; print(peak_memory_gb(torch.device('cpu')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) + 0.3 < peak_memory_gb(torch.device("cpu"))
-    del held
+    del allocated
