@@ -1,4 +1,4 @@
-"""ALIGN: a ConvNet and a BERT, both from scratch, on as many noisy pairs as there are."""
+"""ALIGN: contrastive learning of a ConvNet and a BERT, both from scratch, on noisy image-text pairs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from src.collectives import gather
 from src.datamodules.batches.image_text import ImageTextBatch
+from src.errors import SettingError
 from src.models.backbones.image_encoder import Pool, mean_patch
 from src.models.functional import l2_normalize
 from src.models.image_text.base import ImageTextModule, hash_texts, modality_gap
@@ -20,23 +21,24 @@ from src.optim import OptimizerRecipe
 
 class ALIGN(ImageTextModule):
     """Scaling Up Visual and Vision-Language Representation Learning With Noisy Text Supervision (Jia et al., 2021).
-    There is no code of the authors. Deviations: equal texts of a batch are no negatives of each other
+    The authors published no code. Deviations: equal texts in a batch are not negatives of each other
     (``mask_equal_texts``).
 
-    The image's feature is compared as the backbone pools it; only the text's is brought to its width.
+    The image's pooled feature is compared without a projection; the text's feature is projected to its width.
 
     Args:
         backbone: a ConvNet of timm without a head.
         text: the text tower, a BERT in the paper.
         optimizer: LAMB in the paper.
-        temperature: similarities are divided by it; learned itself, not its logarithm, from this start.
-        min_temperature: it is held at or above, after every step: beyond 0 a divisor would turn everything round.
-        label_smoothing: the share of the targets that is dealt out evenly.
-        mask_equal_texts: in 1.8 G pairs of the web equal texts hardly meet, in a small vocabulary they do.
-        pool: what of the backbone's positions is compared and evaluated.
+        temperature: initial value; similarities are divided by it. The temperature itself is learned, not its
+            logarithm.
+        min_temperature: lower limit, applied after every step; a negative temperature would invert all similarities.
+        label_smoothing: share of the target that is spread evenly over a pair and its negatives.
+        mask_equal_texts: see `CLIP`.
+        pool: turns the backbone's map into the feature that is compared and evaluated.
 
     Raises:
-        SettingError: in a step, of one pair.
+        SettingError: an argument is out of range; in a step, a single pair.
     """
 
     def __init__(
@@ -53,15 +55,16 @@ class ALIGN(ImageTextModule):
     ) -> None:
         super().__init__(backbone, pool, text, optimizer, embed_dim=None, bias=True, project_image=False)
         if not 0 < min_temperature <= temperature:
-            raise ValueError(
-                f"ALIGN: 0 < min_temperature <= temperature must hold, got {min_temperature} and {temperature}"
+            raise SettingError(
+                f"model.min_temperature={min_temperature}, model.temperature={temperature}: "
+                "0 < min_temperature <= temperature must hold"
             )
         if not 0 <= label_smoothing < 1:
-            raise ValueError(f"ALIGN: label_smoothing is a share in [0, 1), got {label_smoothing}")
+            raise SettingError(f"model.label_smoothing must be at least 0 and below 1, got {label_smoothing}")
         self.min_temperature = min_temperature
         self.label_smoothing = label_smoothing
         self.mask_equal_texts = mask_equal_texts
-        # one axis of one number: what has no axis cannot be dealt out over processes
+        # shape [1]: FSDP cannot shard 0-d parameters
         self.temperature = nn.Parameter(torch.full((1,), float(temperature)))
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:

@@ -1,4 +1,4 @@
-"""Bag of words: predict which words a text has, in no order. What CLIP was compared with before it was CLIP."""
+"""Bag-of-words prediction: predicts the words of a text in any order, the baseline of CLIP's ablation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from src.datamodules.batches.image_text import ImageTextBatch
+from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, cls_token_or_mean
 from src.models.functional import full_precision, l2_normalize
@@ -18,19 +19,22 @@ from src.optim import OptimizerRecipe
 
 class BagOfWords(PretrainModule):
     """Learning Visual Features from Large Weakly Supervised Data (Joulin et al., 2016), the baseline of CLIP's second
-    figure: a linear layer on the image's feature has a logit for every word, and the text is a set of words.
-    Deviations: the tokens of the tokenizer are the words, all of them; each text counts alike, however long it is, and
-    is drawn like any other, where the paper draws words uniformly.
+    figure: a linear layer on the image's feature predicts a logit for every word; a text is a set of words.
+    Deviations: words are the tokens of the tokenizer; each text has the same weight, whatever its length, and texts are
+    sampled uniformly, where the paper samples words uniformly.
 
-    There is no text tower. A text is told by the logits of its words: their sum, over the square root of their number,
-    so that texts are unit vectors as `TwoTowers` wants them. A class is then recognized by the logits of its name.
+    There is no text tower. A text is encoded as the unit vector of its set of words, so that its similarity with an
+    image is proportional to the sum of its words' logits. Zero-shot classification compares class names this way.
 
     Args:
         backbone: any timm model without a head.
-        optimizer: as CLIP's, to be compared with it.
-        vocabulary: token ids there may be.
-        marks: ids that are no words: padding, end and start, as the learned tokenizer has them.
-        pool: what of the backbone's tokens the words are read from and is evaluated.
+        optimizer: the same as CLIP's in a comparison.
+        vocabulary: number of token ids.
+        special_tokens: ids of tokens that are no words; by default padding, end and start of the learned tokenizer.
+        pool: turns the backbone's tokens into the feature that predicts words and is evaluated.
+
+    Raises:
+        SettingError: a special token is no id of the vocabulary.
     """
 
     is_word: Tensor
@@ -41,18 +45,20 @@ class BagOfWords(PretrainModule):
         optimizer: OptimizerRecipe,
         *,
         vocabulary: int,
-        marks: Sequence[int] = (0, 1, 2),
+        special_tokens: Sequence[int] = (0, 1, 2),
         pool: Pool = cls_token_or_mean,
     ) -> None:
         super().__init__(optimizer)
-        if any(not 0 <= mark < vocabulary for mark in marks):
-            raise ValueError(f"BagOfWords: marks {list(marks)} must be ids of a vocabulary of {vocabulary}")
+        if any(not 0 <= token < vocabulary for token in special_tokens):
+            raise SettingError(
+                f"model.special_tokens={list(special_tokens)} must be ids below model.vocabulary={vocabulary}"
+            )
         self.image_encoder = ImageEncoder(backbone, pool)
         self.words = nn.Linear(self.image_encoder.dim, vocabulary)
         nn.init.normal_(self.words.weight, std=self.image_encoder.dim**-0.5)
         nn.init.zeros_(self.words.bias)
         is_word = torch.ones(vocabulary)
-        is_word[list(marks)] = 0
+        is_word[list(special_tokens)] = 0
         self.register_buffer("is_word", is_word, persistent=False)
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
@@ -62,23 +68,24 @@ class BagOfWords(PretrainModule):
         return {"loss": loss, "logs": {"words": bag.sum(dim=1).mean()}, "embedding": features.detach().float()}
 
     def bag(self, text: Tensor, mask: Tensor) -> Tensor:
-        """Which words there are: ids [B, L] and which of them are no padding [B, L] -> 0 or 1, [B, V]."""
+        """Returns the set of words of each text: ids [B, L] and padding mask [B, L] -> [B, V], 1 for each word."""
         counts = torch.zeros(len(text), len(self.is_word), device=text.device)
         return counts.scatter_add_(1, text, mask.to(counts.dtype)).clamp_(max=1) * self.is_word
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """Unit vectors [B, V] of the words' logits. Their mean, which the softmax leaves open, is taken off."""
-        return self._logits(self.words(self.image_encoder(image).embedding))
+        """Encodes images to unit vectors [B, V], the words' logits minus their mean, on which a softmax does not
+        depend."""
+        return self._unit_logits(self.words(self.image_encoder(image).embedding))
 
     def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
-        """Unit vectors [B, V] of the bags; without a word nothing is said: zeros."""
+        """Encodes texts to unit vectors [B, V], zeros for a text without words."""
         return l2_normalize(self.bag(text, mask))
 
     def encoders(self) -> dict[str, Encoder]:
         return {"encoder": self.image_encoder}
 
     @full_precision
-    def _logits(self, logits: Tensor) -> Tensor:
+    def _unit_logits(self, logits: Tensor) -> Tensor:
         logits = logits.float()
         mean = (logits * self.is_word).sum(dim=1, keepdim=True) / self.is_word.sum()
         return l2_normalize((logits - mean) * self.is_word)

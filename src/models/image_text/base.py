@@ -1,4 +1,4 @@
-"""What methods with an image tower and a text tower share."""
+"""The base class of methods with an image tower and a text tower."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool
 from src.models.backbones.weights import WeightsError, read, some
@@ -22,24 +23,24 @@ log = logging.getLogger(__name__)
 
 
 class ImageTextModule(PretrainModule):
-    """Two towers whose features are brought to one width and compared as unit vectors.
+    """An image tower and a text tower whose features are projected to the same width and L2-normalized.
 
-    A frozen tower takes no gradient, stays in evaluation mode and keeps no activations; its projection learns.
+    A frozen tower has no gradient, stays in evaluation mode and saves no activations; its projection is trained.
 
     Args:
         backbone: any timm model without a head.
-        pool: what of its tokens is the image's feature.
+        pool: turns the backbone's tokens into the image's feature.
         text: the text tower.
-        embed_dim: width of what is compared; None compares the towers' features as they are.
-        bias: of the projections.
-        project_image: False compares the image tower's features as they are, and brings those of the text to them.
-        freeze_image, freeze_text: which towers stay as they were given.
-        micro_batch: pairs that go through a tower at a time, see `in_micro_batches`; the loss is that of the whole
-            batch. None for all at once.
+        embed_dim: width of the projected features; None compares the towers' features without a projection.
+        bias: adds a bias to the projections.
+        project_image: False compares the image tower's features as they are and projects the text's to their width.
+        freeze_image, freeze_text: keeps the weights of a tower as they are.
+        micro_batch: pairs that a tower encodes at a time, see `in_micro_batches`; the loss is that of the whole batch.
+            None for all pairs.
 
     Raises:
-        ValueError: no projection between towers of different widths.
-        SettingError: ``micro_batch`` is no number of pairs, or a tower that learns has batch norm.
+        SettingError: the towers have different widths and there is no projection, ``micro_batch`` is below 1, or a
+            trained tower has batch norm and ``micro_batch`` is set.
     """
 
     def __init__(
@@ -61,11 +62,13 @@ class ImageTextModule(PretrainModule):
         self.text_encoder = text
         width = self.image_encoder.dim
         if project_image and embed_dim is None and width != text.dim:
-            raise ValueError(f"model.embed_dim: features of {width} and {text.dim} numbers need a common width")
+            raise SettingError(
+                f"model.embed_dim=null: the towers' features have widths {width} and {text.dim}; set a common width"
+            )
         if not project_image and embed_dim not in (None, width):
-            raise ValueError(
-                f"model.embed_dim={embed_dim}: without project_image what is compared has the {width} numbers of the "
-                "image's features"
+            raise SettingError(
+                f"model.embed_dim={embed_dim}: with model.project_image=false it must be null or {width}, the width of "
+                "the image's features"
             )
         self.image_projection = _projection(width, embed_dim if project_image else None, bias)
         self.text_projection = _projection(text.dim, embed_dim if project_image else width, bias)
@@ -83,26 +86,26 @@ class ImageTextModule(PretrainModule):
         return self
 
     def image_features(self, image: Tensor) -> Tensor:
-        """The image tower's own: [B, 3, H, W] -> [B, D]."""
+        """Computes the image tower's features, not projected: [B, 3, H, W] -> [B, D]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen["image_encoder"]):
             return in_micro_batches(lambda part: self.image_encoder(part).embedding, image, size=self.micro_batch)
 
     def text_features(self, text: Tensor, mask: Tensor) -> Tensor:
-        """The text tower's own: token ids [B, L], the mask saying which are no padding -> [B, D]."""
+        """Computes the text tower's features, not projected: token ids [B, L] and padding mask -> [B, D]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen["text_encoder"]):
             return in_micro_batches(lambda *part: self.text_encoder(*part).embedding, text, mask, size=self.micro_batch)
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """Unit vectors [B, E] of images [B, 3, H, W]."""
+        """Encodes images [B, 3, H, W] to unit vectors [B, E]."""
         return l2_normalize(self.image_projection(self.image_features(image)))
 
     def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
-        """Unit vectors [B, E] of token ids [B, L], the mask saying which are no padding."""
+        """Encodes token ids [B, L] with their padding mask, False for padding, to unit vectors [B, E]."""
         return l2_normalize(self.text_projection(self.text_features(text, mask)))
 
     def encode_patches(self, image: Tensor) -> Tensor:
-        """Unit vectors [B, rows, columns, E] of the positions in images [B, 3, H, W], each projected as if it were
-        the image's feature."""
+        """Encodes the patches of images [B, 3, H, W] to unit vectors [B, rows, columns, E], with the projection of the
+        image's feature."""
         features = self.image_encoder(image)
         return l2_normalize(self.image_projection(features.patches)).unflatten(1, features.grid)
 
@@ -142,25 +145,31 @@ def hash_texts(ids: Tensor) -> Tensor:
 
 
 def load_towers(module: ImageTextModule, start: str | Path | None) -> None:
-    """Gives ``module`` the towers, projections and scale of a run, in place; what else the run holds is left out.
+    """Loads the towers, projections and logit scale of a run into ``module``, in place. Other tensors of the run are
+    ignored.
+
+    Args:
+        start: a run's folder or a checkpoint; None changes nothing.
 
     Raises:
-        WeightsError: the file cannot be read, or has not all of them in their shapes.
+        WeightsError: the file cannot be read, lacks a tensor of ``module``, or has it in another shape.
     """
     if start is None:
-        log.info("towers: weights as created (checkpoint=null): nothing was learned before")
+        log.info("towers: random weights (checkpoint=null)")
         return
-    found = read(Path(start))
-    own = module.state_dict()
-    missing = [name for name in own if name not in found.tensors]
+    weights = read(Path(start))
+    state = module.state_dict()
+    missing = [name for name in state if name not in weights.tensors]
     if missing:
-        raise WeightsError(f"{found.origin} lacks {len(missing)} of the towers' {len(own)} tensors: {some(missing)}")
-    wrong = [
-        f"{name} {list(found.tensors[name].shape)} instead of {list(value.shape)}"
-        for name, value in own.items()
-        if found.tensors[name].shape != value.shape
+        raise WeightsError(
+            f"{weights.origin} lacks {len(missing)} of the towers' {len(state)} tensors: {some(missing)}"
+        )
+    mismatched = [
+        f"{name} {list(weights.tensors[name].shape)} instead of {list(value.shape)}"
+        for name, value in state.items()
+        if weights.tensors[name].shape != value.shape
     ]
-    if wrong:
-        raise WeightsError(f"{found.origin} is of another architecture: it has {some(wrong)}")
-    module.load_state_dict({name: found.tensors[name] for name in own})
-    log.info("towers: %d tensors from %s", len(own), found.origin)
+    if mismatched:
+        raise WeightsError(f"{weights.origin} has another architecture: it has {some(mismatched)}")
+    module.load_state_dict({name: weights.tensors[name] for name in state})
+    log.info("towers: %d tensors from %s", len(state), weights.origin)

@@ -1,4 +1,4 @@
-"""CLIP: recognize which text of the batch belongs to an image, and which image to a text."""
+"""CLIP: contrastive learning of images and texts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from src.collectives import gather
 from src.datamodules.batches.image_text import ImageTextBatch
+from src.errors import SettingError
 from src.models.backbones.image_encoder import Pool, cls_token_or_mean
 from src.models.functional import l2_normalize
 from src.models.image_text.base import ImageTextModule, hash_texts, modality_gap
@@ -21,22 +22,23 @@ from src.optim import OptimizerRecipe
 
 class CLIP(ImageTextModule):
     """Learning Transferable Visual Models From Natural Language Supervision (Radford et al., 2021). Deviations: equal
-    texts of a batch are no negatives of each other (``mask_equal_texts``).
+    texts in a batch are not negatives of each other (``mask_equal_texts``).
 
     Args:
         backbone: any timm model without a head.
         text: the text tower.
         optimizer: AdamW in the paper.
-        embed_dim: width of what is compared; None compares the towers' features as they are.
-        temperature: similarities are divided by it; learned from this start.
-        max_scale: the temperature's inverse is held at or below it, after every step.
-        mask_equal_texts: in 400 M pairs of the web equal texts hardly meet, in a small vocabulary they do.
-        pool: what of the backbone's tokens is projected and evaluated.
-        project_image, freeze_image, freeze_text, micro_batch: see `ImageTextModule`. A frozen pretrained image tower
-            whose features are not projected is LiT (Zhai et al., 2022).
+        embed_dim: width of the projected features; None compares the towers' features without a projection.
+        temperature: initial value of the learned temperature, by which similarities are divided.
+        max_logit_scale: upper limit of the inverse temperature, applied after every step.
+        mask_equal_texts: equal texts are not negatives of each other. The paper's 400 M web pairs rarely have equal
+            texts in a batch; data with a small vocabulary often has.
+        pool: turns the backbone's tokens into the feature that is projected and evaluated.
+        project_image, freeze_image, freeze_text, micro_batch: see `ImageTextModule`. A frozen, pretrained image tower
+            without projection is LiT (Zhai et al., 2022).
 
     Raises:
-        SettingError: in a step, of one pair.
+        SettingError: the temperature is out of range; in a step, a single pair.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class CLIP(ImageTextModule):
         *,
         embed_dim: int | None = 512,
         temperature: float = 0.07,
-        max_scale: float = 100.0,
+        max_logit_scale: float = 100.0,
         mask_equal_texts: bool = True,
         pool: Pool = cls_token_or_mean,
         project_image: bool = True,
@@ -66,11 +68,14 @@ class CLIP(ImageTextModule):
             freeze_text=freeze_text,
             micro_batch=micro_batch,
         )
-        if not 1 / max_scale <= temperature <= 1:
-            raise ValueError(f"CLIP: temperature must lie in [1 / max_scale, 1], got {temperature}")
-        self.max_scale = max_scale
+        if not 1 / max_logit_scale <= temperature <= 1:
+            raise SettingError(
+                f"model.temperature must lie in [1 / model.max_logit_scale, 1] = [{1 / max_logit_scale}, 1], got "
+                f"{temperature}"
+            )
+        self.max_logit_scale = max_logit_scale
         self.mask_equal_texts = mask_equal_texts
-        # one axis of one number: what has no axis cannot be dealt out over processes
+        # shape [1]: FSDP cannot shard 0-d parameters
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
 
     def training_step(self, batch: ImageTextBatch, batch_idx: int) -> StepOutput:
@@ -90,4 +95,4 @@ class CLIP(ImageTextModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
         with torch.no_grad():  # clamping in the forward pass would zero the gradient beyond the limit
-            self.logit_scale.clamp_(0, math.log(self.max_scale))
+            self.logit_scale.clamp_(0, math.log(self.max_logit_scale))

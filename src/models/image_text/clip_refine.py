@@ -1,4 +1,4 @@
-"""CLIP-Refine: a short training after pre-training that brings images and texts together and forgets nothing."""
+"""CLIP-Refine: a short post-pre-training that reduces the modality gap without forgetting."""
 
 from __future__ import annotations
 
@@ -27,28 +27,29 @@ from src.optim import OptimizerRecipe
 
 class CLIPRefine(ImageTextModule):
     """Post-pre-training for Modality Alignment in Vision-Language Foundation Models (Yamaguchi et al., 2025).
-    Deviations: HyCD's similarities are those of unit vectors times the scale that the start had learned; the authors'
-    are products of features as they are, which for OpenAI's weights are about ten long (``cosine: false``).
+    Deviations: HyCD compares unit vectors with the logit scale that ``start`` had learned; the authors multiply
+    features that are not normalized, whose norm is about 10 for OpenAI's weights (``cosine: false``).
 
-    The towers as they start are the teacher, which nothing moves. It is in every checkpoint: a run that goes on needs
-    it, and what it started from may be gone.
+    The teacher is a frozen copy of the towers as they start. It is saved in every checkpoint, so that a resumed run
+    does not need ``start``.
 
     Args:
-        backbone, text: of the start's architecture.
+        backbone, text: with the architecture of ``start``.
         optimizer: AdamW in the paper.
-        start: a run of this template with two towers, its folder or a checkpoint; None for weights as created.
-        embed_dim: width of what is compared, as in the start.
-        temperature: of the scale where there is no start.
+        start: a run of this project with two towers to start from, its folder or a checkpoint; None for random weights.
+        embed_dim: width of the projected features, as in ``start``.
+        temperature: inverse of the logit scale, where there is no ``start``.
         alignment: weight of the random feature alignment (RaFA).
         distillation: weight of the hybrid contrastive distillation (HyCD).
-        contrast: weight of CLIP's loss, 0 in the paper; alone it is the fine-tuning that the paper compares with.
-        alpha: share of the given pairs in HyCD's target.
-        cosine: HyCD compares unit vectors; otherwise features as they are, without a scale.
-        pool: what of the backbone's tokens is projected and evaluated.
+        contrast: weight of CLIP's loss; 0 in the paper. Alone it is the paper's baseline, contrastive fine-tuning.
+        alpha: weight of the given pairs in HyCD's target.
+        cosine: HyCD compares unit vectors; False compares features that are not normalized, without a logit scale.
+        pool: turns the backbone's tokens into the feature that is projected and evaluated.
         micro_batch: see `ImageTextModule`.
 
     Raises:
-        WeightsError: the start is of another architecture.
+        WeightsError: ``start`` has another architecture.
+        SettingError: an argument is out of range.
     """
 
     def __init__(
@@ -72,16 +73,16 @@ class CLIPRefine(ImageTextModule):
         if temperature <= 0:
             raise SettingError(f"model.temperature must be above 0, got {temperature}")
         if not 0 <= alpha <= 1:
-            raise SettingError(f"model.alpha is a share, from 0 to 1, got {alpha}")
+            raise SettingError(f"model.alpha must be at least 0 and at most 1, got {alpha}")
         if min(alignment, distillation, contrast) < 0 or alignment + distillation + contrast == 0:
             raise SettingError(
-                "model.alignment, model.distillation and model.contrast are weights from 0, one of them above; got "
-                f"{alignment}, {distillation} and {contrast}"
+                f"model.alignment={alignment}, model.distillation={distillation}, model.contrast={contrast}: all must "
+                "be at least 0, and one above 0"
             )
         self.alignment, self.distillation, self.contrast = alignment, distillation, contrast
         self.alpha = alpha
         self.cosine = cosine
-        # as the start has learned it: both losses that use it compare with the teacher, or with what it was taught
+        # frozen: the losses that use it compare the student with its teacher, which learned this logit scale
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)), requires_grad=False)
         load_towers(self, start)
         towers = ("image_encoder", "image_projection", "text_encoder", "text_projection")
@@ -89,7 +90,7 @@ class CLIPRefine(ImageTextModule):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        if "teacher" in self._modules:  # not while the rest is built
+        if "teacher" in self._modules:  # the base class calls train() before there is a teacher
             self.teacher.eval()
         return self
 

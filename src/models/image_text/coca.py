@@ -1,4 +1,4 @@
-"""CoCa: compare an image with texts, and say what is in it, by one decoder of two halves."""
+"""CoCa: contrastive learning and captioning with one text decoder of two halves."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from src.optim import OptimizerRecipe
 
 
 class CoCa(CLIP):
-    """CoCa: Contrastive Captioners are Image-Text Foundation Models (Yu et al., 2022). Deviations: CLIP's first values,
-    which the paper does not give; equal texts of a batch are no negatives of each other (``mask_equal_texts``).
+    """CoCa: Contrastive Captioners are Image-Text Foundation Models (Yu et al., 2022). Deviations: initialized as CLIP,
+    since the paper does not say how; equal texts in a batch are not negatives of each other (``mask_equal_texts``).
 
-    The lower half of the text decoder reads the text alone, and a token behind it becomes what is compared with the
-    image. Its upper half goes on from the other tokens, attends to the image and predicts the caption. Two poolers make
-    what they need of the image's tokens: one query for the comparison, many for the caption.
+    The unimodal half of the text decoder reads the text alone; its class token is compared with the image. The
+    multimodal half reads the other tokens, attends to the image and predicts the caption. Two attentional poolers read
+    the image tokens: one query for the contrastive loss, many queries for the caption.
 
     Args:
-        backbone: any timm model without a head; its class token, if it has one, is not asked.
-        text: the lower half.
+        backbone: any timm model without a head; its class token, if it has one, is not used.
+        text: the unimodal half.
         optimizer: Adafactor in the paper.
-        depth, heads: of the upper half, as wide as the lower one.
-        queries: of the caption's pooler.
+        depth, heads: of the multimodal half, which is as wide as the unimodal one.
+        queries: number of queries of the captioning pooler.
         pooler_heads: of both poolers.
-        cascade: the comparison's pooler asks the caption's pooler, and not the image's tokens themselves.
+        cascade: the contrastive pooler reads the captioning pooler's output; False lets it read the image tokens.
         contrastive_weight, captioning_weight: of the two losses.
-        pool: what of the backbone's tokens is evaluated as the image's feature.
+        pool: turns the backbone's tokens into the image's feature for evaluation.
         options: of `CLIP`.
 
     Raises:
-        SettingError: weights below 0, or both 0; micro-batches, which go through towers alone; and CLIP's.
+        SettingError: a weight is below 0, or both are 0; ``micro_batch`` is set; and those of `CLIP`.
     """
 
     text_encoder: UnimodalDecoder
@@ -68,12 +68,12 @@ class CoCa(CLIP):
         super().__init__(backbone, text, optimizer, pool=pool, **options)
         if self.micro_batch is not None:
             raise SettingError(
-                f"model.micro_batch={self.micro_batch}: the decoder reads the towers' tokens all at once"
+                f"model.micro_batch={self.micro_batch}: CoCa's decoder needs the whole batch's tokens; set it to null"
             )
         if min(contrastive_weight, captioning_weight) < 0 or contrastive_weight + captioning_weight == 0:
             raise SettingError(
-                f"model.contrastive_weight={contrastive_weight}, model.captioning_weight={captioning_weight}: both at "
-                "least 0, one above it"
+                f"model.contrastive_weight={contrastive_weight}, model.captioning_weight={captioning_weight}: "
+                "both must be at least 0, and one above 0"
             )
         dim = self.image_encoder.dim
         self.captioning_pooler = AttentionalPooler(dim, queries=queries, heads=pooler_heads)
@@ -121,25 +121,26 @@ class CoCa(CLIP):
 
     @torch.no_grad()
     def caption(self, image: Tensor, *, start: int, end: int, length: int, beams: int = 1) -> Tensor:
-        """What images [B, 3, H, W] show: token ids int64 [B, length], ``start`` first, filled up with ``end``.
+        """Generates captions of images [B, 3, H, W]: token ids int64 [B, length], padded with ``end``.
 
         Args:
-            length: tokens at most.
-            beams: captions followed at a time; 1 takes the likeliest token each time.
+            start: id of the first token.
+            end: id of the token that ends a caption.
+            length: greatest number of tokens.
+            beams: width of beam search; 1 for greedy decoding.
 
         Raises:
-            SettingError: ``length`` is more than the decoder has positions for, or there is no beam.
+            SettingError: ``length`` exceeds the decoder's positions, or ``beams`` is below 1.
         """
         if length > self.text_encoder.length or beams < 1:
             raise SettingError(
-                f"a caption has at most model.text.length={self.text_encoder.length} tokens and at least one beam, not "
-                f"{length} and {beams}"
+                f"length={length}, beams={beams}: length must be at most model.text.length={self.text_encoder.length} "
+                "and beams at least 1"
             )
-        looked = self.captioning_pooler(self.image_encoder(image).patches)
-        begin = torch.full((len(image),), start, device=image.device)
+        image_tokens = self.captioning_pooler(self.image_encoder(image).patches)
+        first = torch.full((len(image),), start, device=image.device)
         if beams == 1:
-            return greedy(
-                CachedCaptionDecoder(self.text_encoder, self.text_decoder, looked), begin, end=end, length=length
-            )
-        speaker = CachedCaptionDecoder(self.text_encoder, self.text_decoder, looked.repeat_interleave(beams, dim=0))
-        return beam_search(speaker, begin, beams=beams, end=end, length=length)
+            model = CachedCaptionDecoder(self.text_encoder, self.text_decoder, image_tokens)
+            return greedy(model, first, end=end, length=length)
+        model = CachedCaptionDecoder(self.text_encoder, self.text_decoder, image_tokens.repeat_interleave(beams, dim=0))
+        return beam_search(model, first, beams=beams, end=end, length=length)

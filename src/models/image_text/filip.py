@@ -1,4 +1,4 @@
-"""FILIP: CLIP that compares patches with words, each with the one that suits it best, instead of whole with whole."""
+"""FILIP: CLIP with late interaction, which compares every patch with every text token."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from src.optim import OptimizerRecipe
 
 
 class FILIP(CLIP):
-    """FILIP: Fine-grained Interactive Language-Image Pre-Training (Yao et al., 2021). There is no code of the authors.
-    Start and end of a text count as words, as in the paper's figure. Deviations: equal texts of a batch are no
-    negatives of each other (``mask_equal_texts``); the temperature's limits are CLIP's; tokens cross processes in
-    float32.
+    """FILIP: Fine-grained Interactive Language-Image Pre-Training (Yao et al., 2021). The authors published no
+    code. The start and end tokens of a text are compared like words, as in the paper's figure. Deviations: equal texts
+    in a batch are not negatives of each other (``mask_equal_texts``); the temperature has CLIP's limits; tokens are
+    gathered in float32.
 
     Args:
-        backbone: any timm model without a head; a class token takes part in attention and is not compared.
-        text: a text tower whose tokens see what stands before them.
+        backbone: any timm model without a head; its class token, if it has one, is not compared.
+        text: a text tower with causal attention.
         optimizer: LAMB in the paper.
-        embed_dim: width in which patches and words are compared.
-        temperature, max_scale, mask_equal_texts: see `CLIP`.
+        embed_dim: width of projected patches and text tokens.
+        temperature, max_logit_scale, mask_equal_texts: see `CLIP`.
         token_keep_ratio: share of a pair's patches and text tokens that other pairs are compared with: those most
             similar to any token of the other modality in the same process. A pair's own queries use all tokens; only
             gathered keys are subsampled. Below 1 the loss depends on the number of pairs in a process.
 
     Raises:
-        SettingError: in a step, of one pair.
+        SettingError: ``token_keep_ratio`` is out of range; and those of `CLIP`.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class FILIP(CLIP):
         *,
         embed_dim: int = 256,
         temperature: float = 0.07,
-        max_scale: float = 100.0,
+        max_logit_scale: float = 100.0,
         mask_equal_texts: bool = True,
         token_keep_ratio: float = 1.0,
     ) -> None:
@@ -55,7 +55,7 @@ class FILIP(CLIP):
             optimizer,
             embed_dim=embed_dim,
             temperature=temperature,
-            max_scale=max_scale,
+            max_logit_scale=max_logit_scale,
             mask_equal_texts=mask_equal_texts,
             pool=mean_patch,
         )
@@ -78,18 +78,18 @@ class FILIP(CLIP):
         return {"loss": loss, "logs": logs, "embedding": features.embedding.detach().float()}
 
     def encode_image(self, image: Tensor) -> Tensor:
-        """Unit vectors [B, N, E] of the patches of images [B, 3, H, W]."""
+        """Encodes the patches of images [B, 3, H, W] to unit vectors [B, N, E]."""
         return l2_normalize(self.image_projection(self.image_encoder(image).patches))
 
     def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
-        """Unit vectors [B, L, E] of the tokens of texts [B, L], zeros where the mask says that they are padding."""
+        """Encodes the tokens of texts [B, L] to unit vectors [B, L, E], zeros for padding."""
         return l2_normalize(self.text_projection(self.text_encoder(text, mask).tokens)) * mask[:, :, None]
 
     def encode_words(self, text: Tensor, mask: Tensor) -> Tensor:
-        """What is compared are words already: [B, L, E]."""
+        """Returns `encode_text`, whose vectors are those of tokens: [B, L, E]."""
         return self.encode_text(text, mask)
 
     def similarity(self, query: Tensor, keys: Tensor) -> Tensor:
-        """How well keys fit queries, images and texts or the other way round: [Q, n, E], [K, m, E] -> [Q, K]."""
-        some = keys.any(dim=-1).any(dim=0)  # where all texts are short, their padding need not be compared
-        return late_interaction(query, keys[:, some])
+        """Computes `late_interaction` of images with texts or of texts with images: [Q, n, E], [K, m, E] -> [Q, K]."""
+        not_padding = keys.any(dim=-1).any(dim=0)  # positions that are padding in all keys need no computation
+        return late_interaction(query, keys[:, not_padding])

@@ -1,5 +1,5 @@
-"""A batch goes through a tower in parts, for losses that need all of its features and a memory that holds few of its
-activations (GradCache; Gao et al., 2021)."""
+"""Encodes a batch in parts, so that a contrastive loss has the features of the whole batch while memory holds the
+activations of one part (GradCache; Gao et al., 2021)."""
 
 from __future__ import annotations
 
@@ -13,36 +13,37 @@ from src.errors import SettingError
 
 
 def in_micro_batches(tower: Callable[..., Tensor], *inputs: Tensor, size: int | None) -> Tensor:
-    """``tower(*inputs)``, its activations held for ``size`` rows at a time: [B, …] each -> [B, D].
+    """Computes ``tower(*inputs)`` for ``size`` rows at a time: [B, …] each -> [B, D].
 
-    The forward pass keeps each part's features alone. The backward pass goes through a part again, with the same
-    dropout, once the loss of the whole batch has said what it wants of the features: the gradient is that of the whole
-    batch, for one more forward pass.
+    The forward pass keeps only the features of each part. The backward pass computes a part again, with the same
+    dropout, when the gradient of the whole batch's loss with respect to the features is known. The gradient is exact
+    and costs one more forward pass.
 
     Args:
-        tower: treats every row alone.
-        size: None for all rows at once, with nothing done twice.
+        tower: encodes each row independently of the others.
+        size: rows at a time; None for all rows, without recomputation.
     """
     if size is None or len(inputs[0]) <= size:
         return tower(*inputs)
-    parts = zip(*(each.split(size) for each in inputs), strict=True)
+    parts = zip(*(x.split(size) for x in inputs), strict=True)
     if not torch.is_grad_enabled():
         return torch.cat([tower(*part) for part in parts])
     return torch.cat([checkpoint(tower, *part, use_reentrant=False) for part in parts])
 
 
 def check_micro_batch(size: int | None, towers: nn.Module) -> None:
-    """
+    """Checks that ``towers`` can encode ``size`` rows at a time.
+
     Raises:
-        SettingError: no rows at a time, or a norm in ``towers`` that looks at a whole batch.
+        SettingError: ``size`` is below 1, or a trained tower has batch norm, which depends on the other rows.
     """
     if size is None:
         return
     if size < 1:
-        raise SettingError(f"model.micro_batch={size}: at least one pair goes through the towers at a time")
+        raise SettingError(f"model.micro_batch={size} must be at least 1, or null for the whole batch")
     for name, module in towers.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise SettingError(
-                f"model.micro_batch={size}: {name} is a batch norm, which would see {size} pairs at a time, each twice;"
-                " a tower with layer norm has no such trouble"
+                f"model.micro_batch={size}: {name} is a batch norm, whose statistics would be of {size} pairs; set "
+                "it to null or use a tower with layer norm"
             )

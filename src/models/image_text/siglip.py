@@ -1,4 +1,4 @@
-"""SigLIP: judge every pair of an image and a text alone, as one that belongs together or not."""
+"""SigLIP: classifies every pair of an image and a text as matching or not, with a sigmoid."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from src.collectives import gather, shift, world_size
 from src.datamodules.batches.image_text import ImageTextBatch
+from src.errors import SettingError
 from src.models.backbones.image_encoder import Pool, attention_pool
 from src.models.functional import l2_normalize
 from src.models.image_text.base import ImageTextModule, modality_gap
@@ -22,15 +23,21 @@ class SigLIP(ImageTextModule):
     """Sigmoid Loss for Language Image Pre-Training (Zhai et al., 2023). Deviations: none in the method.
 
     Args:
-        backbone: a timm ViT with ``global_pool: map`` and no head, unless there is another ``pool``.
-        text: the text tower, whose features are as wide as the backbone's, unless there is an ``embed_dim``.
+        backbone: a timm ViT without a head; it needs ``global_pool: map`` unless ``pool`` is given.
+        text: the text tower; its features are as wide as the backbone's, unless ``embed_dim`` is given.
         optimizer: Adafactor in the paper.
-        temperature, bias: a similarity s is judged by sigmoid(s / temperature + bias); learned from this start.
-        ring: texts go round the processes, which then hold those of one other at a time; otherwise all are gathered.
-            The gradients are the same.
-        embed_dim: width that features are projected to, as CLIP's are; None in the paper.
-        pool: what of the backbone's tokens is compared and evaluated; None for its own attention.
+        temperature, bias: initial values; a pair of similarity s matches with probability
+            sigmoid(s / temperature + bias).
+        ring: passes texts from process to process, so that each holds the texts of one other process at a time; False
+            gathers all texts. The gradients are the same.
+        embed_dim: width of projected features, as in CLIP; None, the paper's choice, for no projection.
+        pool: turns the backbone's tokens into the feature that is compared and evaluated; None for its
+            attention-pooling head.
         freeze_image, freeze_text, micro_batch: see `ImageTextModule`.
+
+    Raises:
+        SettingError: the temperature is not above 0, or the backbone has no attention-pooling head; and those of
+            `ImageTextModule`.
     """
 
     def __init__(
@@ -59,9 +66,9 @@ class SigLIP(ImageTextModule):
             micro_batch=micro_batch,
         )
         if temperature <= 0:
-            raise ValueError(f"SigLIP: temperature must be above 0, got {temperature}")
+            raise SettingError(f"model.temperature must be above 0, got {temperature}")
         self.ring = ring
-        # one axis of one number: what has no axis cannot be dealt out over processes
+        # shape [1]: FSDP cannot shard 0-d parameters
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
         self.logit_bias = nn.Parameter(torch.full((1,), float(bias)))
 

@@ -1,4 +1,4 @@
-"""STS: regress a handful of statistics of a clip, where it moves and how it looks."""
+"""STS: regresses motion and appearance statistics of a clip."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from src.models.backbones.video_encoder import clip_encoder
 from src.models.pretrain_module import PretrainModule, StepOutput
 from src.optim import OptimizerRecipe
 
-MOTION, APPEARANCE = 14, 13  # numbers of a clip, see `src.datamodules.views.statistics`
+MOTION, APPEARANCE = 14, 13  # numbers of statistics, see `src.datamodules.views.statistics`
 
 
 class STS(PretrainModule):
     """Self-supervised Video Representation Learning by Uncovering Spatio-temporal Statistics (Wang et al., 2021).
 
-    The numbers of regions, directions, frames and colors are regressed as they are. Deviations: a mirrored flow
-    changes its sign, and the color of a ring is that of the ring alone, both of which the authors' code misses; where
-    nothing moves all numbers of motion are 0, not the first region's; clips are not ordered by how hard they are.
+    The statistics are numbers of regions, directions, frames and colors, regressed without scaling. Deviations: flow is
+    negated when a clip is mirrored, and the color of a ring excludes what it surrounds, both of which the authors' code
+    omits; all motion statistics of a clip without motion are 0, not those of the first region; there is no curriculum.
 
     Args:
-        backbone: of clips, such as `r2plus1d`; its positions are averaged.
+        backbone: a network that reads clips, such as `r2plus1d`; its features are averaged over positions.
         optimizer: SGD in the paper.
-        motion_weight, appearance_weight: of the two errors.
+        motion_weight, appearance_weight: of the two mean squared errors.
     """
 
     def __init__(

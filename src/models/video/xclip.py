@@ -139,7 +139,7 @@ class XCLIP(ImageTextModule):
                 mixup=self.mixup,
                 cutmix=self.cutmix,
                 smoothing=smoothing,
-                place=(self.seed, self.global_step, batch_idx, rank()),
+                seeds=(self.seed, self.global_step, batch_idx, rank()),
             )
             smoothing = 0.0  # the mixed targets are smoothed already
 

@@ -103,7 +103,7 @@ def test_the_backbone_ends_with_its_last_block():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="min_temperature <= temperature"):
         align(temperature=0.0)
-    with pytest.raises(ValueError, match="label_smoothing is a share"):
+    with pytest.raises(ValueError, match="label_smoothing must be at least 0"):
         align(label_smoothing=1.0)
 
 

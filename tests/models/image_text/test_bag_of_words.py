@@ -33,7 +33,9 @@ def test_a_bag_has_each_word_once_and_no_marks():
     assert bag.nonzero().tolist() == [[0, 7], [0, 8]]
     assert bag.unique().tolist() == [0, 1]
     # padding counts for nothing, whatever id it has
-    filled = method(marks=(1, 2)).bag(torch.tensor([[2, 7, 1, 9, 9, 9]]), torch.tensor([[True] * 3 + [False] * 3]))
+    filled = method(special_tokens=(1, 2)).bag(
+        torch.tensor([[2, 7, 1, 9, 9, 9]]), torch.tensor([[True] * 3 + [False] * 3])
+    )
     assert filled.nonzero().tolist() == [[0, 7]]
 
 
@@ -103,8 +105,8 @@ def test_order_says_nothing_and_neither_does_a_constant_in_the_logits():
 
 
 def test_marks_must_be_ids():
-    with pytest.raises(ValueError, match=r"marks \[0, 20\] must be ids of a vocabulary of 20"):
-        method(marks=(0, 20))
+    with pytest.raises(ValueError, match=r"model.special_tokens=\[0, 20\] must be ids below model.vocabulary=20"):
+        method(special_tokens=(0, 20))
 
 
 @pytest.mark.parametrize("scale", ["paper", "smoke", "tiny"])

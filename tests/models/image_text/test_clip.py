@@ -120,7 +120,7 @@ def test_the_scale_is_held_after_the_step_and_not_decayed(monkeypatch):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"texts of 6 tokens do not fit a tower of 5"):
         tower(length=5)(TEXT, MASK)
-    with pytest.raises(ValueError, match="temperature must lie in"):
+    with pytest.raises(ValueError, match=r"model.temperature must lie in"):
         clip(temperature=0.001)
     with pytest.raises(ValueError, match=r"data.batch_size: a contrastive loss needs at least 2"):
         clip().training_step({name: value[:1] for name, value in batch().items()}, 0)

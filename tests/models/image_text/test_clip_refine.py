@@ -191,8 +191,8 @@ def test_a_start_of_another_architecture_and_wrong_weights_are_refused(tmp_path)
     with pytest.raises(ValueError, match=r"it has image_projection.weight \[8, 16\] instead of \[4"):
         refine(start=path, embed_dim=4)
     for wrong, said in (
-        ({"alpha": 1.5}, "model.alpha is a share"),
-        ({"alignment": 0.0, "distillation": 0.0}, "one of them above"),
+        ({"alpha": 1.5}, "model.alpha must be at least 0"),
+        ({"alignment": 0.0, "distillation": 0.0}, "one above 0"),
         ({"temperature": 0.0}, "model.temperature must be above 0"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -220,7 +220,7 @@ def test_the_decoder_begins_as_clip_does_and_the_temperature_is_not_decayed():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"model.contrastive_weight=0.0, model.captioning_weight=0.0"):
         coca(contrastive_weight=0.0, captioning_weight=0.0)
-    with pytest.raises(ValueError, match=r"model.micro_batch=2: the decoder reads"):
+    with pytest.raises(ValueError, match=r"model.micro_batch=2: CoCa's decoder needs"):
         coca(micro_batch=2)
     with pytest.raises(ValueError, match=r"captioning_weight=-1"):
         coca(captioning_weight=-1)

@@ -105,7 +105,7 @@ def test_a_tower_that_looks_at_the_whole_batch_is_refused():
     recipe = OptimizerRecipe(partial(adamw), lr=0.1)
     with pytest.raises(ValueError, match=r"model.micro_batch=2: image_encoder.backbone.bn1 is a batch norm"):
         CLIP(resnet, text, recipe, micro_batch=2)
-    with pytest.raises(ValueError, match=r"model.micro_batch=0: at least one pair"):
+    with pytest.raises(ValueError, match=r"model.micro_batch=0 must be at least 1"):
         method("clip", micro_batch=0)
     frozen = CLIP(resnet, text, recipe, micro_batch=2, freeze_image=True)  # its statistics are what they are
     whole = CLIP(resnet, text, recipe, freeze_image=True)

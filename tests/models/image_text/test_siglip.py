@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_refused():
     pooled = timm.create_model(
         "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2, global_pool="map"
     )
-    with pytest.raises(ValueError, match=r"features of 32 and 16 numbers need a common width"):
+    with pytest.raises(ValueError, match=r"widths 32 and 16; set a common width"):
         SigLIP(pooled, text, recipe)
 
 

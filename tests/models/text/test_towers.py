@@ -161,7 +161,7 @@ def test_without_a_projection_texts_are_brought_to_the_image_tower_s_own_feature
     expected = backbone(batch()["image"])
     torch.testing.assert_close(image, expected / expected.norm(dim=1, keepdim=True))
     assert method.text_projection.weight.shape == (512, 16)
-    with pytest.raises(ValueError, match=r"model.embed_dim=64: without project_image .* the 512 numbers"):
+    with pytest.raises(ValueError, match=r"model.embed_dim=64: with model.project_image=false it must be null or 512"):
         lit(backbone, embed_dim=64)
 
 

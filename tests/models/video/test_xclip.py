@@ -304,7 +304,7 @@ def test_towers_come_from_a_run_and_the_rest_is_new(tmp_path: Path) -> None:
     own = begun.state_dict()
     for name, value in run.state_dict().items():
         assert torch.equal(own[name], value), name
-    with pytest.raises(WeightsError, match="is of another architecture"):
+    with pytest.raises(WeightsError, match="has another architecture"):
         XCLIP(vit, text, recipe, frames=FRAMES, embed_dim=4, heads=1, start=file)
 
 
