@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from src.optim import OptimizerRecipe, Rule, adamw, lamb, layer_decay_rules
+from src.errors import SettingError
+from src.optim import OptimizerRecipe, Rule, adamw, build_optimizers, lamb, layer_decay_rules
 
 
 def model() -> nn.Module:
@@ -62,6 +63,36 @@ def test_a_rule_may_be_for_biases_and_norms_alone():
             assert found[name] == pytest.approx(expected), name
     with pytest.raises(ValueError, match=r"'head\.weight'"):
         recipe(rules=[Rule("head.weight", max_axes=1)]).build(module)
+
+
+def test_a_rule_with_a_constant_learning_rate_has_a_group_of_its_own():
+    groups = recipe(rules=[Rule("^head", constant_lr=True, lr_multiplier=0.5)]).build(model()).param_groups
+    constant = {name: group["lr"] for group in groups if group["constant_lr"] for name in group["names"]}
+    assert constant == {"head.weight": 0.05, "head.bias": 0.05}
+
+
+def test_several_optimizers_divide_the_parameters():
+    module = model()
+    first, second = build_optimizers(
+        module,
+        {"body": recipe(parameters="^(token|stem|norm)"), "head": recipe(parameters="^head", lr=0.3, weight_decay=0)},
+    )
+    assert set(settings(first)) == {"token", "stem.weight", "stem.bias", "norm.weight", "norm.bias"}
+    assert settings(second) == {"head.weight": (0.3, 0), "head.bias": (0.3, 0)}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["", "^head"], r"optimizer\.second\.parameters and optimizer\.first\.parameters both match 'head\.weight'"),
+        (["^stem", "^head"], r"no recipe's `parameters` matches 'token', which takes a gradient"),
+        (["^stem", "^tail"], r"no parameter's name matches parameters='\^tail'"),
+    ],
+)
+def test_parameters_of_two_optimizers_or_of_none_are_refused(patterns, message):
+    recipes = dict(zip(("first", "second"), (recipe(parameters=pattern) for pattern in patterns), strict=True))
+    with pytest.raises(SettingError, match=message):
+        build_optimizers(model(), recipes)
 
 
 def test_layer_decay_multiplies_from_the_head_downwards():

@@ -1,8 +1,21 @@
 import math
+from dataclasses import replace
 
 import pytest
 
-from src.schedules import Constant, Cosine, Horizon, Linear, Switch, WarmupCosine, WarmupDrops, WarmupLinear
+from src.errors import SettingError
+from src.schedules import (
+    Constant,
+    Cosine,
+    Horizon,
+    Linear,
+    LinearWarmup,
+    Schedule,
+    Switch,
+    WarmupCosine,
+    WarmupDrops,
+    WarmupLinear,
+)
 
 RUN = Horizon(total_steps=1000, steps_per_epoch=50.0, batch_size=256)
 
@@ -91,3 +104,47 @@ def test_drops_without_a_warmup():
     schedule = WarmupDrops(peak=0.5, drops=["6 epochs", "12 epochs"])
     found = [schedule.value(step, horizon) for step in (0, 59, 60, 119, 120, 179)]
     assert found == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005, 0.005])
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        WarmupCosine(peak=1.0, warmup="10 epochs"),
+        WarmupLinear(peak=1.0, warmup="500 steps"),
+        WarmupDrops(peak=1.0, drops=["90%"], warmup="128k samples"),
+        LinearWarmup(start=0.0, end=1.0, warmup=500),
+    ],
+)
+def test_a_warmup_is_capped_at_a_share_of_the_run(schedule: Schedule):
+    """500 of 1000 steps, capped at 200."""
+    capped = replace(RUN, max_warmup="20%")
+    assert schedule.value(100, RUN) == pytest.approx(0.2)
+    assert schedule.value(100, capped) == schedule.value(100, replace(RUN, max_warmup=0.2)) == pytest.approx(0.5)
+    assert schedule.value(200, capped) == 1.0
+    assert schedule.value(100, replace(RUN, max_warmup=0.5)) == pytest.approx(0.2)
+
+
+def test_shorter_warmups_and_those_in_percent_are_not_capped():
+    capped = replace(RUN, max_warmup="20%")
+    assert [capped.warmup_steps(duration) for duration in ("2 epochs", "20 epochs", "30%", "200%")] == [
+        100,
+        200,
+        300,
+        1000,
+    ]
+    assert RUN.warmup_steps("40 epochs") == 1000  # never more than the run
+    assert replace(RUN, max_warmup=0).warmup_steps("2 epochs") == 0
+
+
+def test_a_switch_is_capped_only_after_a_warmup():
+    capped = replace(RUN, max_warmup="20%")
+    for warmup, turn in ((True, 200), (False, 500)):
+        switch = Switch(at="10 epochs", warmup=warmup)
+        assert [switch.value(step, capped) for step in (turn - 1, turn)] == [0, 1]
+        assert [switch.value(step, RUN) for step in (499, 500)] == [0, 1]
+
+
+@pytest.mark.parametrize("wrong", ["twenty", "120%", 1.5, -0.1, "20 %%", "5 epochs"])
+def test_a_cap_that_is_no_share_is_refused_by_its_key(wrong):
+    with pytest.raises(SettingError, match=f"max_warmup={wrong} must be a share of the run"):
+        Horizon(total_steps=10, steps_per_epoch=1, batch_size=1, max_warmup=wrong)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from src.callbacks.gradients import ClipEachParameter, FreezeAtFirst
+from src.callbacks.schedules import Schedules
 from src.errors import SettingError
 from tests.callbacks.small_runs import SmallModule, fit
 
@@ -38,6 +39,21 @@ def test_what_is_frozen_at_first_moves_from_then_on(tmp_path: Path):
     assert all(torch.equal(each, begun) for each in watch.weights[:4])
     assert not torch.equal(watch.weights[4], begun)
     assert not torch.equal(module.layer.bias, bias)
+
+
+def test_a_freeze_is_capped_as_warmups_are(tmp_path: Path):
+    watch, module = Watch(), SmallModule()
+    start = module.layer.weight.detach().clone()
+    fit(
+        tmp_path,
+        Schedules({}, max_warmup="25%"),
+        FreezeAtFirst("weight", "2 epochs"),
+        watch,
+        module=module,
+        max_epochs=2,
+    )
+    assert torch.equal(watch.weights[1], start)
+    assert not torch.equal(watch.weights[2], start)
 
 
 def test_refuses_what_makes_no_sense(tmp_path: Path):

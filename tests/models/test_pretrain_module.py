@@ -1,5 +1,6 @@
 """What every method gets from its base, and what the data's share of a batch does to it."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import lightning as L
@@ -8,15 +9,15 @@ import timm
 import torch
 from torch import nn
 
-from src.callbacks.schedules import Schedules
+from src.callbacks.schedules import Schedules, horizon_of
 from src.datamodules.batches.image import ImageBatch
 from src.datamodules.image import ImageDataModule
 from src.datamodules.views.image import CenterCrop, RandomResizedCrop
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder
 from src.models.pretrain_module import PretrainModule, StepOutput
-from src.optim import OptimizerRecipe
-from src.schedules import Linear
+from src.optim import OptimizerRecipe, Rule
+from src.schedules import Linear, LinearWarmup
 from tests.datamodules.test_dataset import Arrays
 
 
@@ -37,9 +38,11 @@ class Brightness(PretrainModule):
         return {"encoder": ImageEncoder(self.backbone)}
 
 
-def fit(micro_batches: int, *callbacks: L.Callback) -> tuple[Brightness, dict[str, torch.Tensor]]:
+def fit(
+    micro_batches: int, *callbacks: L.Callback, rules: Sequence[Rule] = ()
+) -> tuple[Brightness, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
-    module = Brightness(OptimizerRecipe(partial(torch.optim.SGD, momentum=0.9), lr=0.1))
+    module = Brightness(OptimizerRecipe(partial(torch.optim.SGD, momentum=0.9), lr=0.1, rules=rules))
     data = ImageDataModule(
         source=Arrays,
         train_view=RandomResizedCrop(size=8),
@@ -97,6 +100,31 @@ def test_schedules_reach_groups_by_their_multiplier_and_attributes_by_their_path
     fit(1, schedules, See())
     assert [lr for lr, _ in seen] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.3, 0.3])
     assert [scale for _, scale in seen] == pytest.approx([1.0, 1.5, 2.0, 2.5, 3.0, 3.5])
+
+
+def test_a_constant_learning_rate_does_not_follow_the_schedule():
+    lrs = []
+
+    class See(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            lrs.append({name: g["lr"] for g in trainer.optimizers[0].param_groups for name in g["names"]})
+
+    rule = Rule(r"^linear\.bias", constant_lr=True, lr_multiplier=2.0)
+    fit(1, Schedules({"optimizer": {"lr": Linear(0.0, 0.3, "1 epoch")}}), See(), rules=[rule])
+    assert [lr["linear.weight"] for lr in lrs] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.3, 0.3])
+    assert [lr["linear.bias"] for lr in lrs] == [0.2] * 6
+
+
+def test_the_cap_on_warmups_is_that_of_the_schedules():
+    horizons = []
+
+    class See(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            horizons.append(horizon_of(trainer))
+
+    fit(1, Schedules({"scale": LinearWarmup(0.0, 1.0, "2 epochs")}), See())
+    fit(1, See())
+    assert [horizon.warmup_steps("2 epochs") for horizon in (horizons[0], horizons[-1])] == [0.2 * 6, 6]
 
 
 def test_a_schedule_for_an_attribute_that_is_not_there_is_refused_by_its_path():
