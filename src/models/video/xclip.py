@@ -108,7 +108,7 @@ class XCLIP(ImageTextModule):
         heads = heads or max(1, embed_dim // 64)
         self.image_encoder = CrossFrameEncoder(backbone, cross_frame_attention=cross_frame_attention)
         block: Any = backbone.blocks[0]
-        options = {"heads": heads, "activation": type(block.mlp.act)}
+        options: dict[str, Any] = {"heads": heads, "activation": type(block.mlp.act)}
         self.integration = (
             MultiframeIntegration(frames, embed_dim, depth=integration_depth, **options) if integration_depth else None
         )

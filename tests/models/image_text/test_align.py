@@ -1,4 +1,4 @@
-"""ALIGN's towers, its step by hand, and its temperature."""
+"""ALIGN: its towers, its training step by hand, and its temperature."""
 
 import math
 from functools import partial
@@ -16,7 +16,7 @@ from src.models.image_text.align import ALIGN
 from src.models.text.text_tower import TransformersTextTower
 from src.optim import OptimizerRecipe, lamb
 from src.train import compose
-from tests.models.image_text.test_clip import MASK, TEXT, batch
+from tests.toys import MASK, TEXT, image_text_batch
 
 
 def bert() -> TransformersTextTower:
@@ -34,7 +34,7 @@ def align(**options) -> ALIGN:
 
 def given() -> dict[str, torch.Tensor]:
     image = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    return {**batch(), "image": image}
+    return {**image_text_batch(), "image": image}
 
 
 def test_a_text_is_read_at_its_start_by_all_words_and_no_filling():
@@ -100,7 +100,7 @@ def test_the_backbone_ends_with_its_last_block():
         headless_efficientnet("test_resnet", num_classes=0)
 
 
-def test_what_does_not_fit_is_refused():
+def test_bad_arguments_raise():
     with pytest.raises(ValueError, match="min_temperature <= temperature"):
         align(temperature=0.0)
     with pytest.raises(ValueError, match="label_smoothing must be at least 0"):

@@ -1,9 +1,8 @@
-"""Words are predicted, in no order, and a class is told by the words of its name."""
+"""Bag of words: its loss, and zero-shot classification by the words of class names."""
 
 from functools import partial
 
 import pytest
-import timm
 import torch
 from torch.nn import functional as F
 
@@ -15,28 +14,27 @@ from src.models.image_text.bag_of_words import BagOfWords
 from src.models.losses.image_text import bag_of_words_loss
 from src.optim import OptimizerRecipe, adamw
 from src.train import compose
-from tests.models.image_text.test_clip import MASK, TEXT, batch
+from tests.toys import MASK, TEXT, image_text_batch, small_vit
 
 
 def method(**options) -> BagOfWords:
     torch.manual_seed(0)
-    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
-    vit = timm.create_model("vit_tiny_patch16_224", **small)
+    vit = small_vit()
     recipe = OptimizerRecipe(partial(adamw, betas=(0.9, 0.98)), lr=0.1, weight_decay=0.2)
     return BagOfWords(vit, recipe, **{"vocabulary": 20, **options})
 
 
-def test_a_bag_has_each_word_once_and_no_marks():
+def test_a_bag_has_each_word_once_and_no_special_tokens():
     bag = method().bag(
         torch.tensor([[2, 7, 7, 8, 1, 0], [2, 1, 0, 0, 0, 0]]), torch.tensor([[1] * 5 + [0], [1] * 2 + [0] * 4]).bool()
     )
     assert bag.nonzero().tolist() == [[0, 7], [0, 8]]
     assert bag.unique().tolist() == [0, 1]
-    # padding counts for nothing, whatever id it has
-    filled = method(special_tokens=(1, 2)).bag(
+    # padding is left out, whatever its id
+    padded = method(special_tokens=(1, 2)).bag(
         torch.tensor([[2, 7, 1, 9, 9, 9]]), torch.tensor([[True] * 3 + [False] * 3])
     )
-    assert filled.nonzero().tolist() == [[0, 7]]
+    assert padded.nonzero().tolist() == [[0, 7]]
 
 
 def test_the_loss_by_hand():
@@ -54,13 +52,13 @@ def test_the_loss_by_hand():
     torch.testing.assert_close(bag_of_words_loss(rows, bags), sum(halves) / 2)
 
 
-def test_a_step_is_a_softmax_over_words():
-    bag_of_words, given = method(), batch()
+def test_the_training_step_is_a_softmax_over_words():
+    bag_of_words, given = method(), image_text_batch()
     output = bag_of_words.training_step(given, 0)
     features = bag_of_words.image_encoder(given["image"]).embedding
     log_p = F.log_softmax(features @ bag_of_words.words.weight.T + bag_of_words.words.bias, dim=1)
-    said = [[7, 8], [9], [7, 8, 9, 5], [7, 8]]  # TEXT without start, end and padding
-    expected = sum(-log_p[row, words].mean() for row, words in enumerate(said)) / 4
+    words_of_texts = [[7, 8], [9], [7, 8, 9, 5], [7, 8]]  # TEXT without start, end and padding
+    expected = sum(-log_p[row, words].mean() for row, words in enumerate(words_of_texts)) / 4
     torch.testing.assert_close(output["loss"], expected)
     assert output["logs"]["words"] == 9 / 4
     output["loss"].backward()
@@ -68,12 +66,12 @@ def test_a_step_is_a_softmax_over_words():
         assert parameter.grad is not None, name
 
 
-def test_a_class_is_told_by_the_logits_of_its_words():
+def test_a_class_is_scored_by_the_logits_of_its_words():
     bag_of_words = method().eval()
     assert isinstance(bag_of_words, TwoTowers)
     with torch.no_grad():
-        image = bag_of_words.encode_image(batch()["image"])
-        logits = bag_of_words.words(bag_of_words.image_encoder(batch()["image"]).embedding)
+        image = bag_of_words.encode_image(image_text_batch()["image"])
+        logits = bag_of_words.words(bag_of_words.image_encoder(image_text_batch()["image"]).embedding)
     # two words each, a shared one among them
     names = {"a": [2, 7, 8, 1, 0, 0], "b": [2, 7, 9, 1, 0, 0], "c": [2, 11, 7, 1, 0, 0]}
 
@@ -84,33 +82,33 @@ def test_a_class_is_told_by_the_logits_of_its_words():
     scores = image @ classifier(list(names), encode, ["{}"]).T
     sums = torch.stack([logits[:, ids[1:3]].sum(dim=1) for ids in names.values()], dim=1)
     assert torch.equal(scores.argsort(dim=1), sums.argsort(dim=1))
-    # by as much, but for each image's length
+    # differences agree up to a factor, the length of each image's logits
     spread = (scores - scores[:, :1]) / (sums - sums[:, :1])
     torch.testing.assert_close(spread[:, 1], spread[:, 2])
     torch.testing.assert_close(image.norm(dim=1), torch.ones(4))
     torch.testing.assert_close(bag_of_words.encode_text(TEXT, MASK).norm(dim=1), torch.ones(4))
 
 
-def test_order_says_nothing_and_neither_does_a_constant_in_the_logits():
+def test_neither_word_order_nor_a_constant_in_the_logits_matters():
     bag_of_words = method().eval()
-    turned = torch.tensor([[2, 8, 7, 1, 0, 0]])
-    there = bag_of_words.encode_text(TEXT[:1], MASK[:1])
-    assert torch.equal(there, bag_of_words.encode_text(turned, turned != 0))
-    before = bag_of_words.encode_image(batch()["image"])
+    reordered = torch.tensor([[2, 8, 7, 1, 0, 0]])
+    encoded = bag_of_words.encode_text(TEXT[:1], MASK[:1])
+    assert torch.equal(encoded, bag_of_words.encode_text(reordered, reordered != 0))
+    before = bag_of_words.encode_image(image_text_batch()["image"])
     with torch.no_grad():
         bag_of_words.words.bias += 3
-    torch.testing.assert_close(bag_of_words.encode_image(batch()["image"]), before)
+    torch.testing.assert_close(bag_of_words.encode_image(image_text_batch()["image"]), before)
     nothing = bag_of_words.encode_text(torch.tensor([[2, 1, 0]]), torch.tensor([[True, True, False]]))
     assert nothing.abs().max() == 0
 
 
-def test_marks_must_be_ids():
+def test_special_tokens_must_be_ids():
     with pytest.raises(ValueError, match=r"model.special_tokens=\[0, 20\] must be ids below model.vocabulary=20"):
         method(special_tokens=(0, 20))
 
 
 @pytest.mark.parametrize("scale", ["paper", "smoke", "tiny"])
-def test_everything_but_the_model_is_as_for_clip(scale):
+def test_everything_but_the_model_equals_clips_recipe(scale):
     ours, clip = (
         compose([f"experiment={name}_vitb32", f"scale={scale}", "run.dir=/tmp/run"])
         for name in ("bag_of_words", "clip")
@@ -121,7 +119,7 @@ def test_everything_but_the_model_is_as_for_clip(scale):
         assert isinstance(configuration.instantiate(ours.model), BagOfWords)
 
 
-def test_the_arms_of_siglip_s_claim_begin_with_the_same_towers():
+def test_the_arms_of_siglips_claim_have_the_same_initial_towers():
     claim = load("siglip_small_batch")
     (data,) = claim.data
     softmax, sigmoid = (
@@ -136,7 +134,7 @@ def test_the_arms_of_siglip_s_claim_begin_with_the_same_towers():
     assert type(softmax).__name__ == "CLIP"
     assert type(sigmoid).__name__ == "SigLIP"
     assert not softmax.mask_equal_texts
-    given = batch() | {"image": torch.randn(4, 3, 32, 32)}
-    for each in (softmax, sigmoid):
-        each.training_step(given, 0)["loss"].backward()
+    given = image_text_batch() | {"image": torch.randn(4, 3, 32, 32)}
+    for method in (softmax, sigmoid):
+        method.training_step(given, 0)["loss"].backward()
     assert sigmoid.image_projection.weight.grad.abs().max() > 0

@@ -1,59 +1,33 @@
-"""CLIP's towers, its step by hand, and what happens to the temperature."""
+"""CLIP: its towers, its training step against the paper's pseudocode, and its temperature."""
 
 import math
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
-import timm
 import torch
 from torch import nn
 
 from src import configuration
 from src.models.image_text.base import hash_texts
 from src.models.image_text.clip import CLIP
-from src.models.text.text_tower import CLIPTextTower
-from src.optim import OptimizerRecipe, adamw
 from src.train import compose
+from tests.toys import MASK, TEXT, clip, image_text_batch, text_tower
 
 
-def tower(**options) -> CLIPTextTower:
-    torch.manual_seed(0)
-    return CLIPTextTower(**{"vocabulary": 20, "length": 6, "width": 16, "depth": 2, "heads": 2, **options})
-
-
-def clip(**options) -> CLIP:
-    torch.manual_seed(0)
-    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
-    vit = timm.create_model("vit_tiny_patch16_224", **small)
-    recipe = OptimizerRecipe(partial(adamw, betas=(0.9, 0.98)), lr=0.1, weight_decay=0.2)
-    return CLIP(vit, tower(), recipe, **{"embed_dim": 8, **options})
-
-
-TEXT = torch.tensor([[2, 7, 8, 1, 0, 0], [2, 9, 1, 0, 0, 0], [2, 7, 8, 9, 5, 1], [2, 7, 8, 1, 0, 0]])
-MASK = TEXT != 0
-
-
-def batch() -> dict[str, torch.Tensor]:
-    image = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    rows = torch.arange(4)
-    return {"image": image, "text": TEXT, "text_mask": MASK, "label": rows, "index": rows, "replaced": rows < 0}
-
-
-def test_a_text_is_read_at_its_end_and_filling_does_not_matter():
-    texts = tower().eval()
-    found = texts(TEXT, MASK)
-    torch.testing.assert_close(found.embedding, found.tokens[range(4), [3, 2, 5, 3]])
-    filled = TEXT.clone()
-    filled[~MASK] = 13
-    torch.testing.assert_close(texts(filled, MASK).embedding, found.embedding)  # causal: it stands behind
+def test_a_texts_feature_is_its_last_token_whatever_the_padding():
+    tower = text_tower().eval()
+    features = tower(TEXT, MASK)
+    torch.testing.assert_close(features.embedding, features.tokens[range(4), [3, 2, 5, 3]])
+    padded = TEXT.clone()
+    padded[~MASK] = 13
+    torch.testing.assert_close(tower(padded, MASK).embedding, features.embedding)  # attention is causal
     other = TEXT.clone()
     other[:, 1] = 3
-    assert (texts(other, MASK).embedding - found.embedding).abs().amax(dim=1).min() > 1e-4
+    assert (tower(other, MASK).embedding - features.embedding).abs().amax(dim=1).min() > 1e-4
 
 
-def test_the_towers_begin_as_the_authors_code_does():
-    large = tower(vocabulary=2000, width=256, depth=3, heads=4, length=32).transformer
+def test_the_towers_are_initialized_as_in_the_authors_code():
+    large = text_tower(vocabulary=2000, width=256, depth=3, heads=4, length=32).transformer
     stds = {name: parameter.std().item() for name, parameter in large.named_parameters() if parameter.ndim > 1}
     width, residual = 256**-0.5, 256**-0.5 * 6**-0.5
     expected = {"token_embedding": 0.02, "position_embedding": 0.01, "q_proj": width, "k_proj": width, "v_proj": width}
@@ -65,8 +39,8 @@ def test_the_towers_begin_as_the_authors_code_does():
     assert clip().logit_scale.item() == pytest.approx(math.log(1 / 0.07))
 
 
-def test_a_step_is_the_paper_s_pseudocode():
-    method, given = clip().train(), batch()
+def test_the_training_step_equals_the_papers_pseudocode():
+    method, given = clip().train(), image_text_batch()
     output = method.training_step(given, 0)
     image = method.image_encoder(given["image"]).embedding @ method.image_projection.weight.T
     text = method.text_encoder(TEXT, MASK).embedding @ method.text_projection.weight.T
@@ -85,8 +59,8 @@ def test_a_step_is_the_paper_s_pseudocode():
     assert len(set(hash_texts(TEXT).tolist())) == 3
 
 
-def test_texts_are_equal_where_all_of_their_tokens_are():
-    """The same partition as by sorting, on many short texts of few words, which differ in order or in one token."""
+def test_hashes_are_equal_exactly_where_all_tokens_are():
+    """Hashes partition many short texts of few tokens as torch.unique does."""
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(0, 3, (4000, 8), generator=generator)
     numbers, (_, expected) = hash_texts(text), torch.unique(text, dim=0, return_inverse=True)
@@ -96,14 +70,14 @@ def test_texts_are_equal_where_all_of_their_tokens_are():
     assert hash_texts(large)[0] == hash_texts(large)[2] != hash_texts(large)[1]
 
 
-def test_equal_texts_are_negatives_where_that_is_asked_for():
+def test_equal_texts_are_negatives_without_mask_equal_texts():
     as_in_the_paper, masked = (
-        clip(mask_equal_texts=value).training_step(batch(), 0)["loss"] for value in (False, True)
+        clip(mask_equal_texts=value).training_step(image_text_batch(), 0)["loss"] for value in (False, True)
     )
     assert as_in_the_paper > masked
 
 
-def test_the_scale_is_held_after_the_step_and_not_decayed(monkeypatch):
+def test_the_logit_scale_is_clamped_after_the_step_and_not_decayed(monkeypatch):
     method = clip()
     groups = method.configure_optimizers().param_groups
     assert next(g["weight_decay"] for g in groups if "logit_scale" in g["names"]) == 0
@@ -113,17 +87,17 @@ def test_the_scale_is_held_after_the_step_and_not_decayed(monkeypatch):
     method._trainer = SimpleNamespace(accumulate_grad_batches=1, _logger_connector=logs)  # type: ignore[assignment]
     for start, expected in ((6.0, math.log(100)), (-1.0, 0.0), (3.0, 3.0)):
         method.logit_scale.data.fill_(start)
-        method.on_train_batch_end({"loss": torch.zeros(())}, batch(), 0)
+        method.on_train_batch_end({"loss": torch.zeros(())}, image_text_batch(), 0)
         assert method.logit_scale.item() == pytest.approx(expected)
 
 
-def test_what_does_not_fit_is_refused():
+def test_bad_arguments_raise():
     with pytest.raises(ValueError, match=r"texts of 6 tokens do not fit a tower of 5"):
-        tower(length=5)(TEXT, MASK)
+        text_tower(length=5)(TEXT, MASK)
     with pytest.raises(ValueError, match=r"model.temperature must lie in"):
         clip(temperature=0.001)
     with pytest.raises(ValueError, match=r"data.batch_size: a contrastive loss needs at least 2"):
-        clip().training_step({name: value[:1] for name, value in batch().items()}, 0)
+        clip().training_step({name: value[:1] for name, value in image_text_batch().items()}, 0)
 
 
 @pytest.mark.parametrize("scale", ["paper", "smoke", "tiny"])

@@ -1,10 +1,9 @@
-"""CLIP-Refine: its two losses by hand, a teacher that nothing moves, and where the towers come from."""
+"""CLIP-Refine: its two losses by hand, its frozen teacher, and its start from a run."""
 
 import math
 from functools import partial
 
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -15,21 +14,20 @@ from src.models.losses.refine import hybrid_distillation, random_feature_alignme
 from src.optim import OptimizerRecipe, adamw
 from src.train import compose
 from src.trained import without_source
-from tests.models.image_text.test_clip import batch, clip, tower
+from tests.toys import clip, image_text_batch, small_vit, text_tower
 
 
 def refine(**options) -> CLIPRefine:
     torch.manual_seed(5)
-    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
-    vit = timm.create_model("vit_tiny_patch16_224", **{**small, **options.pop("backbone", {})})
-    return CLIPRefine(vit, tower(), OptimizerRecipe(partial(adamw), lr=0.01), **{"embed_dim": 8, **options})
+    vit = small_vit(**options.pop("backbone", {}))
+    return CLIPRefine(vit, text_tower(), OptimizerRecipe(partial(adamw), lr=0.01), **{"embed_dim": 8, **options})
 
 
 def numbers(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_random_features_draw_both_kinds_to_one_place():
+def test_random_feature_alignment_is_the_squared_distance_to_the_reference():
     image, text, reference = (numbers(3, 4, seed=seed).requires_grad_() for seed in range(3))
     value = random_feature_alignment(image, text, reference.detach())
     by_hand = sum(
@@ -55,7 +53,7 @@ def distilled_by_loops(query, keys, taught, taught_keys, scale, alpha) -> float:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_distillation_is_the_divergence_from_pairing_and_teacher(alpha):
+def test_hybrid_distillation_equals_the_divergence_computed_by_loops(alpha):
     given = [numbers(5, 3, seed=seed) for seed in range(4)]
     value = hybrid_distillation(*given, 0, logit_scale=torch.tensor(1.5).double(), alpha=alpha)
     assert value.item() == pytest.approx(distilled_by_loops(*given, 1.5, alpha), rel=1e-10)
@@ -75,30 +73,37 @@ def test_distillation_is_the_divergence_from_pairing_and_teacher(alpha):
     ]
     assert (2 * halves[0] + 3 * halves[1]).item() / 5 == pytest.approx(value.item(), rel=1e-10)
     own = nn.functional.cross_entropy(1.5 * query @ keys.T, torch.arange(5))
-    if alpha == 1:  # nothing of the teacher is left: InfoNCE
+    if alpha == 1:  # the target has nothing of the teacher: InfoNCE
         assert value.item() == pytest.approx(own.item(), rel=1e-10)
     if alpha == 0:
         itself = hybrid_distillation(query, keys, query, keys, 0, logit_scale=torch.tensor(1.5).double(), alpha=0.0)
         assert itself.item() == pytest.approx(0, abs=1e-12)
 
 
-def test_in_blocks_the_gradient_is_the_same_and_the_teacher_has_none():
+def test_in_chunks_the_gradient_is_the_same_and_the_teacher_has_none():
     query, keys, taught, taught_keys = (numbers(6, 3, seed=seed).requires_grad_() for seed in range(4))
-    found = []
-    for block in (10**6, 6):
+    gradients = []
+    for entries in (10**6, 6):
         value = hybrid_distillation(
-            query, keys, taught, taught_keys, 0, logit_scale=torch.tensor(2.0).double(), alpha=0.5, max_entries=block
+            query,
+            keys,
+            taught,
+            taught_keys,
+            0,
+            logit_scale=torch.tensor(2.0).double(),
+            alpha=0.5,
+            max_entries=max_entries,
         )
-        found.append(torch.autograd.grad(value, [query, keys, taught], allow_unused=True))
-    for whole, blocks in zip(*found, strict=True):
-        assert (whole is None) == (blocks is None)
+        gradients.append(torch.autograd.grad(value, [query, keys, taught], allow_unused=True))
+    for whole, chunks in zip(*gradients, strict=True):
+        assert (whole is None) == (chunks is None)
         if whole is not None:
-            torch.testing.assert_close(blocks, whole)
-    assert found[0][2] is None
+            torch.testing.assert_close(chunks, whole)
+    assert gradients[0][2] is None
 
 
-def test_a_step_is_the_papers_two_terms():
-    method, given = refine(), batch()
+def test_the_training_step_is_the_sum_of_the_papers_two_losses():
+    method, given = refine(), image_text_batch()
     torch.manual_seed(9)
     output = method.training_step(given, 0)
     torch.manual_seed(9)
@@ -106,7 +111,7 @@ def test_a_step_is_the_papers_two_terms():
     text = method.text_projection(method.text_encoder(given["text"], given["text_mask"]).embedding)
     reference = torch.randn(4, 8)
     alignment = ((image - reference) ** 2).mean() + ((text - reference) ** 2).mean()
-    # the teacher is the student still: the target is halfway between its own pairing and the given one
+    # teacher and student still have the same weights
     similar = 100 * nn.functional.normalize(image, dim=1) @ nn.functional.normalize(text, dim=1).T
     distillation = 0.0
     for logits in (similar, similar.T):
@@ -118,24 +123,24 @@ def test_a_step_is_the_papers_two_terms():
         assert (parameter.grad is not None) == (not name.startswith("teacher.") and name != "logit_scale"), name
 
 
-def test_in_micro_batches_the_step_is_the_same():
+def test_micro_batches_do_not_change_the_step():
     losses = []
     for size in (None, 3):
         method = refine(micro_batch=size, alignment=0.0).double()
-        output = method.training_step({**batch(), "image": batch()["image"].double()}, 0)
+        output = method.training_step({**image_text_batch(), "image": image_text_batch()["image"].double()}, 0)
         output["loss"].backward()
         losses.append((output["loss"], method.text_projection.weight.grad))
     torch.testing.assert_close(losses[1], losses[0])
 
 
-def test_the_weights_choose_the_terms_and_raw_features_have_no_scale():
-    given = batch()
-    for words, terms in (
+def test_weights_select_the_losses_and_raw_features_have_no_logit_scale():
+    given = image_text_batch()
+    for weights, terms in (
         ({"distillation": 0.0}, {"alignment"}),
         ({"alignment": 0.0}, {"distillation"}),
         ({"alignment": 0.0, "distillation": 0.0, "contrast": 1.0}, {"contrast"}),
     ):
-        output = refine(**words).training_step(given, 0)
+        output = refine(**weights).training_step(given, 0)
         assert set(output["logs"]) == terms | {"modality_gap"}
         torch.testing.assert_close(output["loss"], output["logs"][next(iter(terms))])
     method = refine(alignment=0.0, cosine=False)
@@ -160,7 +165,7 @@ def saved(module: CLIP, path) -> str:
     return str(path)
 
 
-def test_it_starts_from_a_run_and_the_teacher_stays_what_that_was(tmp_path):
+def test_it_starts_from_a_run_and_the_teacher_keeps_its_weights(tmp_path):
     start = clip()
     start.logit_scale.data.fill_(3.0)
     method = refine(start=saved(start, tmp_path / "last.ckpt"))
@@ -169,7 +174,7 @@ def test_it_starts_from_a_run_and_the_teacher_stays_what_that_was(tmp_path):
     for _ in range(2):
         method.train()
         optimizer.zero_grad()
-        method.training_step(batch(), 0)["loss"].backward()
+        method.training_step(image_text_batch(), 0)["loss"].backward()
         optimizer.step()
     assert not method.teacher.training
     assert not any(parameter in optimizer.state for parameter in method.teacher.parameters())
@@ -177,26 +182,26 @@ def test_it_starts_from_a_run_and_the_teacher_stays_what_that_was(tmp_path):
         if name != "logit_scale":
             assert torch.equal(method.teacher.state_dict()[name], value), name
             assert not torch.equal(method.state_dict()[name], value), name
-    # a run that goes on has its teacher from its own checkpoint, wherever it started from
+    # a resumed run loads the teacher from its own checkpoint
     again = refine()
     again.load_state_dict(method.state_dict())
-    expected = start.image_projection(start.image_encoder(batch()["image"]).embedding)
-    torch.testing.assert_close(again.teacher_features(batch())[0], expected)
+    expected = start.image_projection(start.image_encoder(image_text_batch()["image"]).embedding)
+    torch.testing.assert_close(again.teacher_features(image_text_batch())[0], expected)
 
 
-def test_a_start_of_another_architecture_and_wrong_weights_are_refused(tmp_path):
+def test_a_start_of_another_architecture_and_bad_arguments_raise(tmp_path):
     path = saved(clip(), tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match=r"lacks 12 of the towers' \d+ tensors: image_encoder.backbone.blocks.1"):
         refine(start=path, backbone={"depth": 2})
     with pytest.raises(ValueError, match=r"it has image_projection.weight \[8, 16\] instead of \[4"):
         refine(start=path, embed_dim=4)
-    for wrong, said in (
+    for arguments, message in (
         ({"alpha": 1.5}, "model.alpha must be at least 0"),
         ({"alignment": 0.0, "distillation": 0.0}, "one above 0"),
         ({"temperature": 0.0}, "model.temperature must be above 0"),
     ):
-        with pytest.raises(ValueError, match=said):
-            refine(**wrong)
+        with pytest.raises(ValueError, match=message):
+            refine(**arguments)
 
 
 def test_the_recipe_composes():
@@ -206,7 +211,7 @@ def test_the_recipe_composes():
     assert paper.data.tokenizer_from == paper.model.start == "/gone"
     tiny = compose([*words, "scale=tiny"])
     assert isinstance(configuration.instantiate(without_source(tiny).model), CLIPRefine)
-    # the towers of CLIP at the same scale, so that its runs can be refined
+    # same towers as CLIP at this scale, so that its runs can be refined
     theirs = compose(["experiment=clip_vitb32", "scale=tiny", "run.dir=/tmp/run"])
     assert tiny.model.text == theirs.model.text
     assert (tiny.model.embed_dim, tiny.data.vocabulary) == (theirs.model.embed_dim, theirs.data.vocabulary)

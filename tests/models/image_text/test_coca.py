@@ -1,10 +1,9 @@
-"""What CoCa's halves see, its step by hand, and captions that are learned by heart."""
+"""CoCa: the attention of its decoder halves, its training step by hand, and its captions."""
 
 import math
 from functools import partial
 
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -18,25 +17,24 @@ from src.models.text.text_decoder import CachedCaptionDecoder, DecoderBlock, Uni
 from src.optim import OptimizerRecipe, adamw
 from src.train import compose
 from tests.distributed import in_two_processes
-from tests.models.image_text.test_clip import MASK, TEXT, batch
+from tests.toys import MASK, TEXT, image_text_batch, small_vit
 
 
 def coca(**options) -> CoCa:
     torch.manual_seed(0)
-    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
-    vit = timm.create_model("vit_tiny_patch16_224", **small, class_token=False, global_pool="")
+    vit = small_vit(class_token=False, global_pool="")
     text = UnimodalDecoder(vocabulary=20, length=6, width=24, depth=2, heads=2)
     sizes = {"depth": 2, "heads": 2, "queries": 3, "pooler_heads": 2, "embed_dim": 8}
     return CoCa(vit, text, OptimizerRecipe(partial(adamw), lr=0.1, weight_decay=0.2), **{**sizes, **options})
 
 
-def changed(place: int) -> torch.Tensor:
+def with_changed_token(position: int) -> torch.Tensor:
     other = TEXT.clone()
-    other[:, place] = 11
+    other[:, position] = 11
     return other
 
 
-def test_attention_is_torch_s_and_its_keys_may_be_of_another_width():
+def test_attention_equals_torchs_with_keys_of_another_width():
     torch.manual_seed(0)
     ours, theirs = Attention(8, 2, context_dim=6), nn.MultiheadAttention(8, 2, kdim=6, vdim=6, batch_first=True)
     theirs.q_proj_weight.data = ours.query.weight.data
@@ -44,44 +42,44 @@ def test_attention_is_torch_s_and_its_keys_may_be_of_another_width():
     theirs.in_proj_bias.data = torch.cat([ours.query.bias.data, ours.key_value.bias.data])
     theirs.out_proj.load_state_dict(ours.out.state_dict())
     x, context = torch.randn(2, 5, 8), torch.randn(2, 7, 6)
-    sees = torch.rand(5, 7) < 0.7
-    found = ours(x, ours.keys_values(context), mask=sees)
-    torch.testing.assert_close(found, theirs(x, context, context, attn_mask=~sees, need_weights=False)[0])
+    attends = torch.rand(5, 7) < 0.7
+    output = ours(x, ours.keys_values(context), mask=attends)
+    torch.testing.assert_close(output, theirs(x, context, context, attn_mask=~attends, need_weights=False)[0])
 
 
-def test_a_pooler_asks_all_tokens_in_no_order():
+def test_a_pooler_attends_to_all_tokens_in_any_order():
     torch.manual_seed(0)
     pooler, tokens = AttentionalPooler(8, queries=3, heads=2), torch.randn(2, 5, 8)
     pooled = pooler(tokens)
     assert pooled.shape == (2, 3, 8)
     torch.testing.assert_close(pooler(tokens.flip(1)), pooled)
-    for place in range(5):
+    for position in range(5):
         other = tokens.clone()
-        other[:, place] += torch.randn(8)
+        other[:, position] += torch.randn(8)
         assert (pooler(other) - pooled).abs().amax(dim=(1, 2)).min() > 1e-4
 
 
-def test_no_prediction_sees_what_it_predicts_or_what_comes_after():
+def test_predictions_do_not_depend_on_the_predicted_token_or_later_ones():
     method, image = coca().eval(), torch.randn(4, 3, 16)
     before = method.text_decoder(method.text_encoder(TEXT, MASK).tokens, image)
-    for place in range(6):
-        after = method.text_decoder(method.text_encoder(changed(place), MASK).tokens, image)
-        apart = (after - before).abs().amax(dim=2)
-        assert apart[:, :place].max() == 0 if place else True
-        assert apart[:, place:].min() > 1e-6  # and what comes after sees it
+    for position in range(6):
+        after = method.text_decoder(method.text_encoder(with_changed_token(position), MASK).tokens, image)
+        difference = (after - before).abs().amax(dim=2)
+        assert difference[:, :position].max() == 0 if position else True
+        assert difference[:, position:].min() > 1e-6  # later positions depend on it
 
 
-def test_the_text_s_feature_sees_all_of_the_text_and_nothing_sees_its_token():
+def test_the_class_token_attends_to_the_whole_text_and_no_token_to_it():
     text = coca().text_encoder.eval()
-    found = text(TEXT, MASK)
-    for place in range(6):
-        apart = (text(changed(place), MASK).embedding - found.embedding).abs().amax(dim=1)
-        assert (apart > 1e-5).tolist() == MASK[:, place].tolist(), place  # padding is not part of it
+    features = text(TEXT, MASK)
+    for position in range(6):
+        difference = (text(with_changed_token(position), MASK).embedding - features.embedding).abs().amax(dim=1)
+        assert (difference > 1e-5).tolist() == MASK[:, position].tolist(), position  # padding changes nothing
     with torch.no_grad():
         text.cls_token += torch.randn(24)
     other = text(TEXT, MASK)
-    assert torch.equal(other.tokens, found.tokens)
-    assert (other.embedding - found.embedding).abs().amax(dim=1).min() > 1e-3
+    assert torch.equal(other.tokens, features.tokens)
+    assert (other.embedding - features.embedding).abs().amax(dim=1).min() > 1e-3
 
 
 def test_the_captioning_loss_at_a_hand_worked_point():
@@ -94,29 +92,28 @@ def test_the_captioning_loss_at_a_hand_worked_point():
     assert loss.item() == pytest.approx((math.log(4) + math.log(2) + math.log(4)) / 3)
 
 
-def test_a_step_is_the_paper_s_two_losses():
-    method, given = coca().train(), batch()
+def test_the_training_step_is_the_papers_two_losses():
+    method, given = coca().train(), image_text_batch()
     output = method.training_step(given, 0)
     patches = method.image_encoder.backbone.forward_features(given["image"])
-    looked = method.captioning_pooler(patches)
-    image = method.contrastive_pooler(looked)[:, 0] @ method.image_projection.weight.T
-    read = method.text_encoder(TEXT, MASK)
-    text = read.embedding @ method.text_projection.weight.T
+    image_tokens = method.captioning_pooler(patches)
+    image = method.contrastive_pooler(image_tokens)[:, 0] @ method.image_projection.weight.T
+    text = method.text_encoder(TEXT, MASK).embedding @ method.text_projection.weight.T
     image, text = (x / x.norm(dim=1, keepdim=True) for x in (image, text))
     similarity = image @ text.T / 0.07
     similarity[0, 3] = similarity[3, 0] = -math.inf  # equal texts
     labels = torch.arange(4)
-    contrastive = sum(nn.functional.cross_entropy(each, labels) for each in (similarity, similarity.T)) / 2
-    # every prediction from the text up to there alone
-    said, predicted = 0.0, 0
+    contrastive = sum(nn.functional.cross_entropy(logits, labels) for logits in (similarity, similarity.T)) / 2
+    # each prediction is computed from the tokens before it alone
+    error, predicted = 0.0, 0
     for row in range(4):
         for end in range(1, int(MASK[row].sum())):
             beginning = method.text_encoder(TEXT[row : row + 1, :end], MASK[row : row + 1, :end]).tokens
-            odds = method.text_decoder(beginning, looked[row : row + 1])[0, -1].log_softmax(dim=0)
-            said, predicted = said - odds[TEXT[row, end]], predicted + 1
+            log_p = method.text_decoder(beginning, image_tokens[row : row + 1])[0, -1].log_softmax(dim=0)
+            error, predicted = error - log_p[TEXT[row, end]], predicted + 1
     torch.testing.assert_close(output["logs"]["contrastive"], contrastive)
-    torch.testing.assert_close(output["logs"]["captioning"], said / predicted)
-    torch.testing.assert_close(output["loss"], contrastive + 2 * said / predicted)
+    torch.testing.assert_close(output["logs"]["captioning"], error / predicted)
+    torch.testing.assert_close(output["loss"], contrastive + 2 * error / predicted)
     torch.testing.assert_close(method.encode_image(given["image"]), image)
     torch.testing.assert_close(method.encode_text(TEXT, MASK), text)
     output["loss"].backward()
@@ -124,8 +121,8 @@ def test_a_step_is_the_paper_s_two_losses():
         assert parameter.grad is not None, name
 
 
-def reached(method: CoCa) -> set[str]:
-    method.training_step(batch(), 0)["loss"].backward()
+def modules_with_gradient(method: CoCa) -> set[str]:
+    method.training_step(image_text_batch(), 0)["loss"].backward()
     parts = {name: child for name, child in method.named_children() if any(True for _ in child.parameters())}
     return {
         name
@@ -134,22 +131,22 @@ def reached(method: CoCa) -> set[str]:
     }
 
 
-def test_each_loss_teaches_the_image_encoder_and_its_own_parts():
+def test_each_loss_trains_the_encoders_and_its_own_modules():
     shared = {"image_encoder", "text_encoder"}
     contrastive = {"contrastive_pooler", "image_projection", "text_projection"}
-    assert reached(coca(contrastive_weight=0.0)) == shared | {"captioning_pooler", "text_decoder"}
-    assert reached(coca(captioning_weight=0.0)) == shared | contrastive | {"captioning_pooler"}
-    assert reached(coca(captioning_weight=0.0, cascade=False)) == shared | contrastive
+    assert modules_with_gradient(coca(contrastive_weight=0.0)) == shared | {"captioning_pooler", "text_decoder"}
+    assert modules_with_gradient(coca(captioning_weight=0.0)) == shared | contrastive | {"captioning_pooler"}
+    assert modules_with_gradient(coca(captioning_weight=0.0, cascade=False)) == shared | contrastive
 
 
 def gradients(rows: slice) -> dict[str, torch.Tensor]:
     method = coca().double()
-    given = {name: value[rows] for name, value in batch().items()}
+    given = {name: value[rows] for name, value in image_text_batch().items()}
     given["image"] = given["image"].double()
     output = method.training_step(given, 0)
     output["loss"].backward()
-    found = {name: parameter.grad for name, parameter in method.named_parameters()}
-    return found | {name: output["logs"][name] for name in ("contrastive", "captioning")}
+    gradients = {name: parameter.grad for name, parameter in method.named_parameters()}
+    return gradients | {name: output["logs"][name] for name in ("contrastive", "captioning")}
 
 
 def half(process: int) -> dict[str, torch.Tensor]:
@@ -157,33 +154,31 @@ def half(process: int) -> dict[str, torch.Tensor]:
     return gradients(slice(2 * process, 2 * process + 2))
 
 
-def test_two_processes_are_one_though_their_texts_are_not_equally_long():
+def test_two_processes_equal_one_with_texts_of_different_lengths():
     assert MASK[:2].sum() != MASK[2:].sum()
     alone, (first, second) = gradients(slice(None)), in_two_processes(half)
     for name, value in alone.items():  # after the mean that DDP takes
         torch.testing.assert_close((first[name] + second[name]) / 2, value, rtol=0, atol=1e-10, msg=name)
 
 
-def test_what_is_remembered_changes_nothing():
+def test_cached_decoding_equals_decoding_of_the_whole_text():
     method, image = coca().eval(), torch.randn(4, 3, 16)
     whole = method.text_decoder(method.text_encoder(TEXT, MASK).tokens, image)
-    speaker = CachedCaptionDecoder(method.text_encoder, method.text_decoder, image)
-    torch.testing.assert_close(torch.stack([speaker(token) for token in TEXT.unbind(1)], dim=1), whole)
-    # rows that change places within an image
-    speaker, rows = (
-        CachedCaptionDecoder(method.text_encoder, method.text_decoder, image[:1].expand(4, -1, -1)),
-        [2, 2, 0, 1],
-    )
-    speaker(TEXT[:, 0])
-    speaker(TEXT[:, 1])
-    speaker.reorder(torch.tensor(rows))
+    decoder = CachedCaptionDecoder(method.text_encoder, method.text_decoder, image)
+    torch.testing.assert_close(torch.stack([decoder(token) for token in TEXT.unbind(1)], dim=1), whole)
+    # rows exchanged within an image
+    decoder = CachedCaptionDecoder(method.text_encoder, method.text_decoder, image[:1].expand(4, -1, -1))
+    rows = [2, 2, 0, 1]
+    decoder(TEXT[:, 0])
+    decoder(TEXT[:, 1])
+    decoder.reorder(torch.tensor(rows))
     moved = torch.cat([TEXT[rows, :2], TEXT[:, 2:3]], dim=1)
-    mixed = method.text_decoder(method.text_encoder(moved, torch.ones_like(moved).bool()).tokens, speaker.image)
-    torch.testing.assert_close(speaker(TEXT[:, 2]), mixed[:, -1])
+    expected = method.text_decoder(method.text_encoder(moved, torch.ones_like(moved).bool()).tokens, decoder.image)
+    torch.testing.assert_close(decoder(TEXT[:, 2]), expected[:, -1])
 
 
-def test_captions_are_learned_by_heart():
-    given = batch()
+def test_captions_of_a_few_images_can_be_memorized():
+    given = image_text_batch()
     expected = TEXT.clone()
     expected[3, 2] = 9  # no two texts are equal
     given["text"] = expected
@@ -195,13 +190,13 @@ def test_captions_are_learned_by_heart():
         optimizer.step()
     expected[~MASK] = 1
     for beams in (1, 3):
-        said = method.eval().caption(given["image"], start=2, end=1, length=6, beams=beams)
-        assert torch.equal(said, expected), beams
-    found = method.encode_image(given["image"]) @ method.encode_text(given["text"], MASK).T
-    assert found.argmax(dim=1).tolist() == [0, 1, 2, 3]
+        captions = method.eval().caption(given["image"], start=2, end=1, length=6, beams=beams)
+        assert torch.equal(captions, expected), beams
+    similarity = method.encode_image(given["image"]) @ method.encode_text(given["text"], MASK).T
+    assert similarity.argmax(dim=1).tolist() == [0, 1, 2, 3]
 
 
-def test_the_decoder_begins_as_clip_does_and_the_temperature_is_not_decayed():
+def test_the_decoder_is_initialized_as_clip_and_the_temperature_is_not_decayed():
     text = UnimodalDecoder(vocabulary=2000, length=32, width=256, depth=3, heads=4)
     block = text.blocks[1]
     assert isinstance(block, DecoderBlock)
@@ -217,7 +212,7 @@ def test_the_decoder_begins_as_clip_does_and_the_temperature_is_not_decayed():
     assert {"logit_scale", "text_encoder.cls_token"} <= undecayed
 
 
-def test_what_does_not_fit_is_refused():
+def test_bad_arguments_raise():
     with pytest.raises(ValueError, match=r"model.contrastive_weight=0.0, model.captioning_weight=0.0"):
         coca(contrastive_weight=0.0, captioning_weight=0.0)
     with pytest.raises(ValueError, match=r"model.micro_batch=2: CoCa's decoder needs"):
@@ -228,9 +223,9 @@ def test_what_does_not_fit_is_refused():
         coca(heads=5)
     with pytest.raises(ValueError, match=r"texts of 6 tokens do not fit a tower of 5"):
         UnimodalDecoder(vocabulary=20, length=5, width=8, depth=1, heads=2)(TEXT, MASK)
-    for wrong in ({"length": 7}, {"length": 6, "beams": 0}):
+    for arguments in ({"length": 7}, {"length": 6, "beams": 0}):
         with pytest.raises(ValueError, match=r"model.text.length=6"):
-            coca().caption(batch()["image"], start=2, end=1, **wrong)
+            coca().caption(image_text_batch()["image"], start=2, end=1, **arguments)
 
 
 @pytest.mark.parametrize("scale", ["paper", "smoke", "tiny"])

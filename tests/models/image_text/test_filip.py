@@ -1,10 +1,9 @@
-"""FILIP's tokens, its step by hand, and how it answers evaluation."""
+"""FILIP: its training step by hand, and its similarity in evaluation."""
 
 import math
 from functools import partial
 
 import pytest
-import timm
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -13,19 +12,18 @@ from src.evaluation.similarity import CustomSimilarity
 from src.models.image_text.filip import FILIP
 from src.optim import OptimizerRecipe, adamw
 from src.train import compose
-from tests.models.image_text.test_clip import MASK, TEXT, batch, tower
 from tests.models.losses.test_late_interaction import by_loops
+from tests.toys import MASK, TEXT, image_text_batch, small_vit, text_tower
 
 
 def filip(**options) -> FILIP:
     torch.manual_seed(0)
-    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
-    vit = timm.create_model("vit_tiny_patch16_224", **small)
-    return FILIP(vit, tower(), OptimizerRecipe(partial(adamw), lr=0.1), **{"embed_dim": 8, **options})
+    vit = small_vit()
+    return FILIP(vit, text_tower(), OptimizerRecipe(partial(adamw), lr=0.1), **{"embed_dim": 8, **options})
 
 
-def test_a_step_is_the_paper_s_formulas():
-    method, given = filip(), batch()
+def test_the_training_step_equals_the_papers_formulas():
+    method, given = filip(), image_text_batch()
     output = method.training_step(given, 0)
     patches = method.image_encoder.backbone.forward_features(given["image"])[:, 1:]  # without the class token
     image = patches @ method.image_projection.weight.T
@@ -44,9 +42,9 @@ def test_a_step_is_the_paper_s_formulas():
         assert parameter.grad is not None, name
 
 
-def test_filling_changes_nothing():
+def test_padding_changes_nothing():
     method = filip().eval()
-    given = batch()
+    given = image_text_batch()
     text = method.encode_text(TEXT, MASK)
     assert torch.equal(text.any(dim=-1), MASK)
     images, text = method.encode_image(given["image"]).detach(), text.detach()
@@ -57,30 +55,30 @@ def test_filling_changes_nothing():
     assert isinstance(method, CustomSimilarity)
     torch.testing.assert_close(method.similarity(images, text), by_loops(images, text))
     torch.testing.assert_close(method.similarity(text, images), by_loops(text, images))
-    # short texts alone are not compared by their padding
+    # positions that are padding in all texts are left out
     torch.testing.assert_close(method.similarity(images, text[1:2]), by_loops(images, text[1:2]))
 
 
-def test_patches_have_their_places():
-    method, image = filip().eval(), batch()["image"]
+def test_patches_are_returned_on_their_grid():
+    method, image = filip().eval(), image_text_batch()["image"]
     torch.testing.assert_close(method.encode_patches(image).flatten(1, 2), method.encode_image(image))
     assert method.encode_patches(image).shape == (4, 2, 2, 8)
 
 
-def test_what_does_not_fit_is_refused():
+def test_bad_arguments_raise():
     with pytest.raises(ValueError, match=r"model.token_keep_ratio must be above 0"):
         filip(token_keep_ratio=0.0)
     with pytest.raises(ValueError, match=r"data.batch_size: a contrastive loss needs at least 2"):
-        filip(token_keep_ratio=0.5).training_step({name: value[:1] for name, value in batch().items()}, 0)
+        filip(token_keep_ratio=0.5).training_step({name: value[:1] for name, value in image_text_batch().items()}, 0)
 
 
 @pytest.mark.parametrize("scale", ["paper", "tiny"])
 def test_the_recipe_composes(scale):
     config = compose(["experiment=filip_vitb32", f"scale={scale}", "run.dir=/tmp/run"])
     view = configuration.instantiate(config.data.train_view)
-    picture = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8)
+    images = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8)
     numbers = torch.rand(2, view.draws).numpy()
-    assert view.decoded(picture, numbers)["image"].shape == (2, 3, config.image_size, config.image_size)
+    assert view.decoded(images, numbers)["image"].shape == (2, 3, config.image_size, config.image_size)
     if scale == "paper":
         assert config.optimizer.lr == pytest.approx(2e-3 * (40960 / 512) ** 0.5)
         assert (config.model.embed_dim, config.model.token_keep_ratio, config.optimizer.weight_decay) == (

@@ -1,4 +1,4 @@
-"""The gradient of a large batch, with the activations of a small one."""
+"""Micro-batches: the gradient of the whole batch with the activations of a part."""
 
 from functools import partial
 
@@ -13,6 +13,7 @@ from src.models.image_text.siglip import SigLIP
 from src.models.text.text_tower import CLIPTextTower, SigLIPTextTower, TransformersTextTower
 from src.optim import OptimizerRecipe, adamw
 from tests.distributed import in_two_processes
+from tests.toys import small_vit
 
 PAIRS = 8
 METHODS = ("clip", "siglip", "siglip gathered")
@@ -20,13 +21,12 @@ METHODS = ("clip", "siglip", "siglip gathered")
 
 def method(kind: str, **options) -> nn.Module:
     torch.manual_seed(0)
-    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
     recipe = OptimizerRecipe(partial(adamw), lr=0.1)
     if kind == "clip":
-        vit = timm.create_model("vit_tiny_patch16_224", **small)
+        vit = small_vit()
         text = CLIPTextTower(vocabulary=20, length=6, width=16, depth=1, heads=2)
         return CLIP(vit, text, recipe, embed_dim=8, **options).double()
-    vit = timm.create_model("vit_tiny_patch16_224", **small, global_pool="map", class_token=False)
+    vit = small_vit(global_pool="map", class_token=False)
     sigmoid = SigLIPTextTower(vocabulary=20, length=6, width=8, depth=1, heads=2, embed_dim=16)
     return SigLIP(vit, sigmoid, recipe, ring=kind == "siglip", **options).double()
 
@@ -46,7 +46,7 @@ def gradients(module: nn.Module, rows: slice = slice(None)) -> dict[str, torch.T
 
 
 @pytest.mark.parametrize("kind", METHODS)
-def test_the_gradient_is_that_of_the_whole_batch(kind):
+def test_the_gradient_equals_that_of_the_whole_batch(kind):
     whole = gradients(method(kind))
     for size in (1, 3, 4):  # the last part may be smaller
         for name, value in gradients(method(kind, micro_batch=size)).items():
@@ -60,7 +60,7 @@ def on_each(process: int) -> dict[str, torch.Tensor]:
     return {f"{kind} {n}": g for kind in METHODS for n, g in gradients(method(kind, micro_batch=2), rows).items()}
 
 
-def test_over_two_processes_it_is_so_too():
+def test_over_two_processes_the_gradient_equals_that_of_the_whole_batch():
     first, second = in_two_processes(on_each)
     for kind in METHODS:
         for name, value in gradients(method(kind)).items():
@@ -68,7 +68,7 @@ def test_over_two_processes_it_is_so_too():
             assert torch.allclose(mean, value, rtol=0, atol=1e-8), (kind, name)
 
 
-def test_dropout_is_the_same_when_a_part_is_gone_through_again(monkeypatch):
+def test_dropout_is_the_same_when_a_part_is_recomputed(monkeypatch):
     def with_dropout() -> nn.Module:
         module = method("clip", micro_batch=2)
         bert = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -87,19 +87,19 @@ def test_dropout_is_the_same_when_a_part_is_gone_through_again(monkeypatch):
     assert first != module.training_step(pairs(slice(None)), 0)["loss"]  # there is dropout
 
 
-def test_of_a_part_nothing_is_kept_but_what_went_in():
-    def kept(size: int | None) -> int:
+def test_only_the_inputs_of_a_part_are_saved():
+    def saved_numbers(size: int | None) -> int:
         sizes: list[int] = []
         module, image = method("clip", micro_batch=size), pairs(slice(None))["image"]
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
             module.image_features(image)
         return sum(sizes) - image.numel()
 
-    assert kept(2) == 0
-    assert kept(None) > 10_000
+    assert saved_numbers(2) == 0
+    assert saved_numbers(None) > 10_000
 
 
-def test_a_tower_that_looks_at_the_whole_batch_is_refused():
+def test_a_tower_with_batch_norm_raises():
     resnet = timm.create_model("resnet18", num_classes=0)
     text = CLIPTextTower(vocabulary=20, length=6, width=16, depth=1, heads=2)
     recipe = OptimizerRecipe(partial(adamw), lr=0.1)
@@ -107,7 +107,7 @@ def test_a_tower_that_looks_at_the_whole_batch_is_refused():
         CLIP(resnet, text, recipe, micro_batch=2)
     with pytest.raises(ValueError, match=r"model.micro_batch=0 must be at least 1"):
         method("clip", micro_batch=0)
-    frozen = CLIP(resnet, text, recipe, micro_batch=2, freeze_image=True)  # its statistics are what they are
+    frozen = CLIP(resnet, text, recipe, micro_batch=2, freeze_image=True)  # in evaluation mode rows are independent
     whole = CLIP(resnet, text, recipe, freeze_image=True)
     image = torch.randn(5, 3, 32, 32)
     torch.testing.assert_close(frozen.image_features(image), whole.image_features(image))

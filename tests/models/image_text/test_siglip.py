@@ -1,10 +1,9 @@
-"""SigLIP's towers and its step by hand."""
+"""SigLIP: its towers, and its training step against the paper's pseudocode."""
 
 import math
 from functools import partial
 
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -13,19 +12,18 @@ from src.models.image_text.siglip import SigLIP
 from src.models.text.text_tower import SigLIPTextTower
 from src.optim import OptimizerRecipe, adamw
 from src.train import compose
-from tests.models.image_text.test_clip import MASK, TEXT, batch
+from tests.toys import MASK, TEXT, image_text_batch, small_vit
 
 
 def siglip(**options) -> SigLIP:
     torch.manual_seed(0)
-    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
-    vit = timm.create_model("vit_tiny_patch16_224", **small, global_pool="map", class_token=False)
+    vit = small_vit(global_pool="map", class_token=False)
     text = SigLIPTextTower(vocabulary=20, length=6, width=8, depth=2, heads=2, embed_dim=16)
     return SigLIP(vit, text, OptimizerRecipe(partial(adamw), lr=0.1, weight_decay=0.2), **options)
 
 
-def test_a_step_is_the_paper_s_pseudocode():
-    method, given = siglip(), batch()
+def test_the_training_step_equals_the_papers_pseudocode():
+    method, given = siglip(), image_text_batch()
     output = method.training_step(given, 0)
     image = method.image_encoder.backbone.forward_head(method.image_encoder.backbone.forward_features(given["image"]))
     text = method.text_encoder.transformer(input_ids=TEXT).pooler_output
@@ -41,33 +39,31 @@ def test_a_step_is_the_paper_s_pseudocode():
         assert parameter.grad is not None, name
 
 
-def test_scale_and_bias_begin_as_in_the_paper_and_are_not_decayed():
+def test_logit_scale_and_bias_are_initialized_as_in_the_paper_and_not_decayed():
     method = siglip()
     assert method.logit_scale.item() == pytest.approx(math.log(10))
-    assert method.logit_bias.item() == siglip(bias=-10).logit_bias.item() == -10  # a whole number does as well
+    assert method.logit_bias.item() == siglip(bias=-10).logit_bias.item() == -10  # an int is accepted
     groups = method.configure_optimizers().param_groups
     assert {g["weight_decay"] for g in groups for name in g["names"] if name.startswith("logit_")} == {0}
 
 
-def test_every_token_is_seen_by_every_other():
-    """The feature stands behind the padding, so that what comes last matters as much as what comes first."""
+def test_every_token_attends_to_every_other():
+    """The feature is at the last position, after the padding, so the first token matters as much as the last."""
     text = siglip().text_encoder.eval()
-    found = text(TEXT, MASK).embedding
-    for place in range(6):
+    features = text(TEXT, MASK).embedding
+    for position in range(6):
         other = TEXT.clone()
-        other[:, place] = 11
-        assert (text(other, MASK).embedding - found).abs().amax(dim=1).min() > 1e-6
+        other[:, position] = 11
+        assert (text(other, MASK).embedding - features).abs().amax(dim=1).min() > 1e-6
 
 
-def test_what_does_not_fit_is_refused():
-    vit = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2)
+def test_towers_that_do_not_fit_raise():
+    vit = small_vit()
     text = SigLIPTextTower(vocabulary=20, length=6, width=8, depth=1, heads=2, embed_dim=16)
     recipe = OptimizerRecipe(partial(adamw), lr=0.1)
     with pytest.raises(ValueError, match=r"set backbone.global_pool=map"):
         SigLIP(vit, text, recipe)
-    pooled = timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2, global_pool="map"
-    )
+    pooled = small_vit(embed_dim=32, global_pool="map")
     with pytest.raises(ValueError, match=r"widths 32 and 16; set a common width"):
         SigLIP(pooled, text, recipe)
 
@@ -80,11 +76,11 @@ def test_the_recipe_composes(scale):
         assert isinstance(method, SigLIP)
         groups = method.configure_optimizers().param_groups
         decayed = {name for group in groups for name in group["names"] if group["weight_decay"]}
-        # the authors' code decays its kernels: what layers multiply by, and nothing that is looked up or added
+        # the authors' code decays the weights of linear and convolutional layers, no embeddings and no biases
         assert decayed == {
             f"{name}.weight" for name, module in method.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
         }
     else:
-        # 1e-4 a step there, times the share of the rate that the schedule leaves: AdamW multiplies by the rate itself
+        # the authors' weight decay of 1e-4 is not multiplied by the learning rate; AdamW's is
         assert config.optimizer.weight_decay * config.optimizer.lr == pytest.approx(1e-4)
         assert (config.optimizer.lr, config.data.text_length) == (1e-3, 64)

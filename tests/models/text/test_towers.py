@@ -1,4 +1,4 @@
-"""Towers that come from elsewhere, and towers that stay as they are."""
+"""Text towers: pretrained weights, and frozen towers."""
 
 import json
 from functools import partial
@@ -18,7 +18,7 @@ from src.models.text.text_weights import load_text_weights
 from src.optim import OptimizerRecipe, adamw
 from src.train import compose
 from src.trained import without_source
-from tests.models.image_text.test_clip import MASK, TEXT, batch, clip, tower
+from tests.toys import MASK, TEXT, clip, image_text_batch, small_vit, text_tower
 
 BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
@@ -38,8 +38,8 @@ def folder_of(model, path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM])
-def test_a_folder_of_transformers_fills_the_text_tower(kind, tmp_path):
-    """Whatever stands before the names, and without what the tower has no use for."""
+def test_a_folder_written_by_transformers_is_loaded(kind, tmp_path):
+    """Tensor names may have a prefix; tensors that the tower does not have are ignored."""
     saved = folder_of(kind(BertConfig(vocab_size=20, max_position_embeddings=512, **BERT)), tmp_path)
     loaded = load_text_weights(bert(), tmp_path).eval()
     theirs = getattr(saved, "bert", saved)(input_ids=TEXT, attention_mask=MASK.long()).last_hidden_state
@@ -50,7 +50,7 @@ def test_a_folder_of_transformers_fills_the_text_tower(kind, tmp_path):
 
 
 @torch.no_grad()
-def test_the_half_of_t5_that_reads_and_clip_s_text_tower_are_filled_too(tmp_path):
+def test_t5s_encoder_and_clips_text_tower_are_loaded(tmp_path):
     t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     saved = folder_of(T5EncoderModel(T5Config(vocab_size=20, **t5)), tmp_path / "t5")
     text = TransformersTextTower({"model_type": "t5", **t5}, vocabulary=20, length=6, pool=mean_token)
@@ -63,20 +63,20 @@ def test_the_half_of_t5_that_reads_and_clip_s_text_tower_are_filled_too(tmp_path
     small = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = CLIPTextConfig(vocab_size=20, max_position_embeddings=6, hidden_act="quick_gelu", **small)
     saved = folder_of(CLIPTextModel(config), tmp_path / "clip")
-    found = load_text_weights(tower(activation="quick_gelu"), tmp_path / "clip").eval()(TEXT, MASK)
+    found = load_text_weights(text_tower(activation="quick_gelu"), tmp_path / "clip").eval()(TEXT, MASK)
     torch.testing.assert_close(found.tokens, saved(input_ids=TEXT).last_hidden_state)
     with pytest.raises(ValueError, match=r"hidden_act=quick_gelu instead of gelu"):
-        load_text_weights(tower(), tmp_path / "clip")
+        load_text_weights(text_tower(), tmp_path / "clip")
 
 
-def test_what_cannot_fill_the_tower_is_refused_with_the_reason(tmp_path):
+def test_weights_that_do_not_fit_raise_with_the_reason(tmp_path):
     saved = BertModel(BertConfig(vocab_size=20, **BERT))
     saved.save_pretrained(tmp_path / "bert")
-    for options, said in (
-        ({"num_attention_heads": 4}, "num_attention_heads=2 instead of 4"),  # all shapes are the same
+    for options, message in (
+        ({"num_attention_heads": 4}, "num_attention_heads=2 instead of 4"),  # the shapes are equal
         ({"num_hidden_layers": 3}, "num_hidden_layers=2 instead of 3"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             load_text_weights(bert(**options), tmp_path / "bert")
     with pytest.raises(ValueError, match=r"cannot be read as safetensors of this tower"):
         load_text_weights(bert(max_position_embeddings=40), tmp_path / "bert")
@@ -89,9 +89,9 @@ def test_what_cannot_fill_the_tower_is_refused_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match=r"cannot be read as safetensors .*: .*no file named model.safetensors"):
         load_text_weights(bert(), pickled)
 
-    # a file that says three layers and has two
-    torn = json.loads((tmp_path / "bert" / "config.json").read_text()) | {"num_hidden_layers": 3}
-    (tmp_path / "bert" / "config.json").write_text(json.dumps(torn))
+    # a config with three layers and weights of two
+    broken = json.loads((tmp_path / "bert" / "config.json").read_text()) | {"num_hidden_layers": 3}
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(broken))
     with pytest.raises(ValueError, match=r"lacks 16 of the text tower's \d+ tensors: encoder.layer.2"):
         load_text_weights(bert(num_hidden_layers=3), tmp_path / "bert")
 
@@ -104,19 +104,19 @@ def test_what_cannot_fill_the_tower_is_refused_with_the_reason(tmp_path):
 def lit(backbone: torch.nn.Module, text=None, **options) -> CLIP:
     recipe = OptimizerRecipe(partial(adamw), lr=0.1, weight_decay=0.2)
     frozen = {"embed_dim": None, "project_image": False, "freeze_image": True}
-    return CLIP(backbone, text or tower(), recipe, **{**frozen, **options})
+    return CLIP(backbone, text or text_tower(), recipe, **{**frozen, **options})
 
 
 def step(method: CLIP, optimizer: torch.optim.Optimizer) -> None:
     method.train()
     optimizer.zero_grad()
-    method.training_step(batch(), 0)["loss"].backward()
+    method.training_step(image_text_batch(), 0)["loss"].backward()
     optimizer.step()
 
 
 @pytest.mark.parametrize("frozen", ["image", "text"])
-def test_a_frozen_tower_stays_bit_by_bit_what_it_was(frozen):
-    """Its batch norm's statistics and its dropout too; the other one learns."""
+def test_a_frozen_tower_does_not_change_by_a_bit(frozen):
+    """Including batch norm's statistics; the other tower is trained."""
     torch.manual_seed(0)
     names = {"image": "image_encoder", "text": "text_encoder"}
     other = names["text" if frozen == "image" else "image"]
@@ -142,55 +142,54 @@ def test_a_frozen_tower_stays_bit_by_bit_what_it_was(frozen):
             assert not torch.equal(parameter, before[name]), name
 
 
-def test_a_frozen_tower_keeps_no_activations():
-    def kept(**options) -> int:
+def test_a_frozen_tower_saves_no_activations():
+    def saved_numbers(**options) -> int:
         sizes: list[int] = []
         method = clip(**options)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            method.image_features(batch()["image"]).sum()
+            method.image_features(image_text_batch()["image"]).sum()
         return sum(sizes)
 
-    assert kept(freeze_image=True) == 0
-    assert kept() > 1000
+    assert saved_numbers(freeze_image=True) == 0
+    assert saved_numbers() > 1000
 
 
-def test_without_a_projection_texts_are_brought_to_the_image_tower_s_own_features():
+def test_without_image_projection_texts_are_projected_to_the_image_width():
     backbone = timm.create_model("resnet18", num_classes=0)
     method = lit(backbone).eval()
-    image = method.encode_image(batch()["image"])
-    expected = backbone(batch()["image"])
+    image = method.encode_image(image_text_batch()["image"])
+    expected = backbone(image_text_batch()["image"])
     torch.testing.assert_close(image, expected / expected.norm(dim=1, keepdim=True))
     assert method.text_projection.weight.shape == (512, 16)
     with pytest.raises(ValueError, match=r"model.embed_dim=64: with model.project_image=false it must be null or 512"):
         lit(backbone, embed_dim=64)
 
 
-def test_the_image_tower_of_a_file_is_the_one_that_is_locked(tmp_path):
-    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
+def test_the_frozen_image_tower_is_the_one_of_the_file(tmp_path):
     torch.manual_seed(3)
-    saved = timm.create_model("vit_tiny_patch16_224", **small)
+    saved = small_vit()
     torch.save(saved.state_dict(), tmp_path / "vit.pth")
-    method = lit(pretrained_backbone(timm.create_model("vit_tiny_patch16_224", **small), tmp_path / "vit.pth"))
+    method = lit(pretrained_backbone(small_vit(), tmp_path / "vit.pth"))
     for name, value in method.image_encoder.backbone.state_dict().items():
         assert torch.equal(value, saved.state_dict()[name])
-    other = timm.create_model("vit_tiny_patch16_224", **{**small, "depth": 2})
+    other = small_vit(depth=2)
     with pytest.raises(ValueError, match=r"lacks 12 of the backbone's"):
         pretrained_backbone(other, tmp_path / "vit.pth")
 
 
 @pytest.mark.parametrize("scale", ["paper", "smoke", "tiny"])
 def test_lit_composes(scale, tmp_path):
-    words = ["experiment=lit_vitb16", f"scale={scale}", "run.dir=/tmp/run"]
-    config = compose(words)
+    overrides = ["experiment=lit_vitb16", f"scale={scale}", "run.dir=/tmp/run"]
+    config = compose(overrides)
     assert (config.model.freeze_image, config.model.project_image, config.model.temperature) == (True, False, 0.1)
     if scale == "tiny":
         method = configuration.instantiate(config.model)
         assert isinstance(method.text_encoder, TransformersTextTower)
         assert method.text_projection.weight.shape == (128, 128)
         assert method.image_encoder.pool is cls_token_or_mean is not mean_patch
-        # a run is evaluated where what it started from is gone
-        gone = compose([*words, "checkpoint=/gone.ckpt", "text_checkpoint=/gone"])
+        # a run can be evaluated without the weights that it started from
+        gone = compose([*overrides, "checkpoint=/gone.ckpt", "text_checkpoint=/gone"])
         configuration.instantiate(without_source(gone).model)
         with pytest.raises(UserError, match="no weights at /gone"):
             configuration.instantiate(gone.model)
-    assert isinstance(tower(), CLIPTextTower)
+    assert isinstance(text_tower(), CLIPTextTower)

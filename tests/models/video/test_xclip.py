@@ -291,7 +291,7 @@ def test_classes_that_are_held_out_are_no_answers() -> None:
 
 
 def test_towers_come_from_a_run_and_the_rest_is_new(tmp_path: Path) -> None:
-    from tests.models.image_text.test_clip import clip
+    from tests.toys import clip
 
     run, file = clip(), tmp_path / "last.ckpt"
     torch.save({"encoders": {"encoder": "image_encoder.backbone."}, "state_dict": run.state_dict()}, file)
