@@ -12,7 +12,7 @@ TRAIN  := $(if $(EXP),experiment=$(EXP)) $(if $(SCALE),scale=$(SCALE)) $(if $(DA
           $(if $(DATA_DIR),paths.data='"$(DATA_DIR)"') $(if $(CKPT),checkpoint='"$(CKPT)"') \
           $(if $(TYPED_NAME),run.name='"$(TYPED_NAME)"') $(COMMON)
 
-.PHONY: help setup train submit resume evaluate gauntlet export list new bench claim claims tensorboard test lint format clean
+.PHONY: help setup train submit resume evaluate gauntlet export config list new bench claim claims tensorboard test lint format clean
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -43,8 +43,11 @@ gauntlet: setup ## rank several runs' encoders by many tasks: RUN="runs/a/x runs
 export: setup ## write a run's encoder, or both its towers, for others: RUN=... FORMAT=timm|hf
 	@$(PY) -m src.export run='$(RUN)' $(if $(FORMAT),format=$(FORMAT)) $(ARGS)
 
+config: setup ## every value of an experiment and its file: EXP=mae_vitb [SCALE=tiny], or the differences: VS=dino_vits
+	@$(PY) -m src.show_config $(TRAIN) $(if $(VS),vs=$(VS)) $(ARGS)
+
 list: setup ## every experiment: name, family, data, paper
-	@$(PY) -m src.listing
+	@$(PY) -m src.listing $(ARGS)
 
 new: setup ## start a method of your own from one that is here: METHOD=mine FROM=mae
 	@$(PY) -m src.new method='$(METHOD)' from='$(FROM)'

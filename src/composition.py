@@ -94,9 +94,11 @@ def compose(
         SettingError: there is no such scale.
         hydra.errors.HydraException: the files cannot be composed.
     """
-    loader, repository = _loader(folder)
+    _, repository = _loader(folder)
     defaults = create_defaults_list(repository, name, list(groups), prepend_hydra=False, skip_missing=False)
-    files = [Layer(f"{folder.name}/{d.config_path}.yaml", _load(loader, repository, d)) for d in defaults.defaults]
+    files = [
+        Layer(f"{folder.name}/{d.config_path}.yaml", _load(folder, d.config_path, d.package)) for d in defaults.defaults
+    ]
     experiment = [layer for layer in files if layer.origin.startswith(f"{folder.name}/experiment/")]
     local = [layer for layer in files if layer.origin.startswith(f"{folder.name}/local/")]
     base = [layer for layer in files if layer not in experiment and layer not in local]
@@ -108,8 +110,9 @@ def compose(
     plain = copy.deepcopy(values)
     scales = ["paper", *_scales(files)]
     if len(scales) > 1:  # other commands' configurations have none
-        scale = scale or next((layer.values["scale"] for layer in reversed(files) if layer.values.get("scale")), None)
-        scale = scale or default_scale
+        if scale is None:
+            written = [layer.values["scale"] for layer in files if layer.values.get("scale")]
+            scale = written[-1] if written else default_scale
         if scale not in scales:
             raise SettingError(f"there is no scale '{scale}'{nearest(scale, scales)}")
         for layer in base:
@@ -187,9 +190,12 @@ def _without_scales(layer: Layer) -> Layer:
     return Layer(layer.origin, values)
 
 
-def _load(loader: ConfigLoaderImpl, repository: CachingConfigRepository, default: ResultDefault) -> dict[str, Any]:
-    """A file's values from the root of the configuration."""
-    content = OmegaConf.to_container(loader._load_single_config(default, repository).config, resolve=False)
+@cache
+def _load(folder: Path, path: str, package: str) -> dict[str, Any]:
+    """A file's values from the root of the configuration; not to be changed."""
+    loader, repository = _loader(folder)
+    config = loader._load_single_config(ResultDefault(config_path=path, package=package), repository).config
+    content = OmegaConf.to_container(config, resolve=False)
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
 

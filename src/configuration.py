@@ -62,14 +62,16 @@ def composition(config_name: str, overrides: Sequence[str], configs: Path = CONF
     register_resolvers()
     parsed = _parse(overrides)
     groups = [override for override in parsed if _is_group(override, configs)]
+    for override in parsed:
+        if override.is_sweep_override():
+            raise UserError(f"'{override.input_line}' has several values; a run takes one (a list is written [1,2])")
     for override in groups:
         _check_option(override, configs)
     values = [override for override in parsed if override not in groups and override.key_or_group != "scale"]
-    scales = [str(override.value()) for override in parsed if override.key_or_group == "scale"]
+    scales = [override.value() for override in parsed if override.key_or_group == "scale"]
+    scale = None if not scales or scales[-1] is None else str(scales[-1])
     try:
-        composed = layered.compose(
-            configs, config_name, groups, scale=scales[-1] if scales else None, default_scale=default_scale()
-        )
+        composed = layered.compose(configs, config_name, groups, scale=scale, default_scale=default_scale())
         for override in values:
             _check_value(override, composed.config)
         return composed.with_values(values) if values else composed

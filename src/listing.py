@@ -1,66 +1,146 @@
-"""`make list`: every experiment, one line each; the README's table is the same list."""
+"""`make list`: every experiment, one line each; docs/methods.md and the README's families are made from the same."""
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
-from rich.table import Table
+from typing import Any
 
 from src import configuration
 
-BEGIN, END = "<!-- experiments: made by `make list` -->", "<!-- end of experiments -->"
+BEGIN, END = "<!-- families: made by `make list` -->", "<!-- end of families -->"
+_FAMILIES = ("masked", "joint embedding", "supervised", "image-text", "video", "downstream")  # in the order of a reader
 
 
 @dataclass(frozen=True)
 class Experiment:
+    """What an experiment's file, and its recipe's, say of it.
+
+    Args:
+        name: of its file in configs/experiment.
+        recipe: the class and module of its method, which experiments of one method share.
+        family, data, paper, summary, deviations: see ``about`` in configs/train.yaml.
+    """
+
     name: str
+    recipe: str
     family: str
     data: str
     paper: str
+    summary: str
     deviations: str
 
 
-def experiments() -> list[Experiment]:
-    """All of them, by family and name, as their files say."""
-    found = []
-    for name in configuration.names("experiment"):
-        about = configuration.compose("train", [f"experiment={name}"]).about
-        found.append(Experiment(name, about.family, about.data, about.paper, about.deviations))
-    return sorted(found, key=lambda each: (each.family, each.name))
+def experiments(project: Path = configuration.PROJECT) -> list[Experiment]:
+    """All experiments, by family and name."""
+    configs = project / "configs"
+    listed = []
+    for name in configuration.names("experiment", configs):
+        composed = configuration.composition("train", [f"experiment={name}", "scale=paper"], configs)
+        about = composed.config.about
+        recipe = Path(composed.origin("about.summary")).stem
+        listed.append(Experiment(name, recipe, about.family, about.data, about.paper, about.summary, about.deviations))
+    return sorted(listed, key=lambda experiment: (_rank(experiment.family), experiment.recipe, experiment.name))
 
 
-def markdown() -> str:
-    """The table as the README has it."""
-    rows = ["| experiment | family | data | paper |", "|---|---|---|---|"]
-    rows += [f"| `{each.name}` | {each.family} | {each.data} | {each.paper} |" for each in experiments()]
+def write(project: Path) -> None:
+    """Bring docs/methods.md and the README's table of families up to date."""
+    listed = experiments(project)
+    (project / "docs/methods.md").write_text(methods(listed, claims(project)))
+    readme = project / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{families(listed)}\n{END}{rest.split(END)[1]}")
+
+
+def families(listed: Sequence[Experiment]) -> str:
+    """The README's table: the experiments of every family."""
+    rows = ["| family | experiments |", "|---|---|"]
+    for family in dict.fromkeys(experiment.family for experiment in listed):
+        names = [f"`{experiment.name}`" for experiment in listed if experiment.family == family]
+        rows.append(f"| {family} | {', '.join(names)} |")
     return "\n".join(rows)
 
 
-def write_readme(project: Path) -> None:
-    """Bring the README's table of experiments up to date, between its two marks."""
-    readme = project / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{markdown()}\n{END}{rest.split(END)[1]}")
+def methods(listed: Sequence[Experiment], claims: Mapping[str, Sequence[str]]) -> str:
+    """docs/methods.md.
+
+    Args:
+        claims: experiment -> one line for each claim about it, with its verdict.
+    """
+    lines = [
+        "# Methods",
+        "Every method with its paper, the data it needs, its deviations from the authors' code and what came of the "
+        "paper's claim here. Made by `make list ARGS=--write` from `configs/` and [claims.json](claims.json); change "
+        "nothing here.",
+    ]
+    for family in dict.fromkeys(experiment.family for experiment in listed):
+        lines.append(f"## {family.capitalize()}")
+        groups: dict[tuple[str, str], list[Experiment]] = {}
+        for experiment in listed:
+            if experiment.family == family:
+                groups.setdefault((experiment.paper, experiment.summary), []).append(experiment)
+        lines += [_method(group, claims) for group in groups.values()]
+    return "\n\n".join(lines) + "\n"
+
+
+def _method(group: Sequence[Experiment], claims: Mapping[str, Sequence[str]]) -> str:
+    first = group[0]
+    lines = [
+        f"### {', '.join(f'`{experiment.name}`' for experiment in group)}",
+        f"{first.summary}\n",
+        f"- Paper: {first.paper}",
+        f"- Data: {first.data}",
+    ]
+    for deviations in dict.fromkeys(experiment.deviations for experiment in group):
+        names = [experiment.name for experiment in group if experiment.deviations == deviations]
+        which = "" if len(names) == len(group) else f" of {', '.join(f'`{name}`' for name in names)}"
+        lines.append(f"- Deviations{which}: {deviations}")
+    results = list(dict.fromkeys(line for experiment in group for line in claims.get(experiment.name, ())))
+    lines += [f"- Claim: {line}" for line in results] or ["- Claim: none yet"]
+    lines.append(f"- `make train EXP={first.name}`")
+    return "\n".join(lines)
+
+
+def claims(project: Path) -> dict[str, list[str]]:
+    """Experiment -> the claims whose claimed arm it is, each with its verdict on every data set."""
+    from src.claims.claim import load, parse
+    from src.claims.ledger import outcome
+
+    file = project / "docs/claims.json"
+    stored: Mapping[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    found: dict[str, list[str]] = {}
+    for name in configuration.names("claim"):
+        claim = parse(name, stored[name]["claim"]) if name in stored else load(name)
+        verdicts = [f"{outcome(claim, stored.get(name, {}), data).verdict} on {data}" for data in claim.data]
+        line = f"[{claim.title}](claims.md#{name}): {', '.join(verdicts)}"
+        found.setdefault(claim.arms[1].experiment, []).append(line)
+    return found
 
 
 def print_experiments() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console(width=None if sys.stdout.isatty() else 200)
     table = Table(box=None, header_style="bold")
     for column in ("experiment", "family", "data", "paper"):
         table.add_column(column, no_wrap=column != "paper")
-    for each in experiments():
-        table.add_row(each.name, each.family, each.data, each.paper)
+    for experiment in experiments():
+        table.add_row(experiment.name, experiment.family, experiment.data, experiment.paper)
     console.print(table)
-    console.print("\nrun one with: make train EXP=<experiment>")
+    console.print("\nrun one with: make train EXP=<experiment>; more of each in docs/methods.md")
+
+
+def _rank(family: str) -> int:
+    return _FAMILIES.index(family) if family in _FAMILIES else len(_FAMILIES)
 
 
 def main(argv: Sequence[str]) -> int:
     if list(argv) == ["--write"]:
-        write_readme(configuration.PROJECT)
+        write(configuration.PROJECT)
     else:
         print_experiments()
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -136,7 +137,20 @@ def replaced_by_scale(composed: configuration.Composition) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return "all" if value is None else str(value).removeprefix("src.optim.")
+    return "all" if value is None else in_words(str(value)).removeprefix("src.optim.")
+
+
+_LR_RULE = re.compile(r"\$\{(linear_lr|sqrt_lr):([^,]+),\$\{data\.batch_size\},(\d+)\}")
+
+
+def in_words(written: str) -> str:
+    """A rule of the learning rate as a formula: "${linear_lr:1.5e-4,${data.batch_size},256}" is
+    "1.5e-4 × batch / 256"."""
+    match = _LR_RULE.fullmatch(written)
+    if match is None:
+        return written.replace("${", "{")
+    rule, base, reference = match.groups()
+    return f"{base} × batch / {reference}" if rule == "linear_lr" else f"{base} × √(batch / {reference})"
 
 
 def check_batches(module: L.LightningModule, datamodule: Any) -> None:
@@ -178,7 +192,7 @@ def recipe(config: DictConfig) -> dict[str, str]:
     if "lr" in config.optimizer:
         rule = config.optimizer._get_node("lr")._value()
         value = f"{config.optimizer.lr:.3g}"
-        said["learning rate"] = value if not isinstance(rule, str) else f"{value} = {rule}"
+        said["learning rate"] = value if not isinstance(rule, str) else f"{value} = {in_words(rule)}"
     return said
 
 
