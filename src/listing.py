@@ -105,19 +105,29 @@ def _method(group: Sequence[Experiment], claims: Mapping[str, Sequence[str]]) ->
 
 
 def claims(project: Path) -> dict[str, list[str]]:
-    """Experiment -> the claims whose claimed arm it is, each with its verdict on every data set."""
+    """Experiment -> the claims of its method, each with its verdict on every data set."""
     from src.claims.claim import load, parse
     from src.claims.ledger import outcome
 
     file = project / "docs/claims.json"
     stored: Mapping[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     found: dict[str, list[str]] = {}
-    for name in configuration.names("claim"):
+    for name in configuration.names("claim", project / "configs"):
         claim = parse(name, stored[name]["claim"]) if name in stored else load(name)
         verdicts = [f"{outcome(claim, stored.get(name, {}), data).verdict} on {data}" for data in claim.data]
         line = f"[{claim.title}](claims.md#{name}): {', '.join(verdicts)}"
-        found.setdefault(claim.arms[1].experiment, []).append(line)
+        for experiment in _experiments_of(name, project) or [claim.arms[1].experiment]:
+            found.setdefault(experiment, []).append(line)
     return found
+
+
+def _experiments_of(claim: str, project: Path) -> list[str]:
+    """The experiments whose name, without the backbone, begins the claim's: the longest such name."""
+    methods: dict[str, list[str]] = {}
+    for name in configuration.names("experiment", project / "configs"):
+        methods.setdefault(name.rpartition("_")[0], []).append(name)
+    matching = [method for method in methods if f"{claim}_".startswith(f"{method}_")]
+    return methods[max(matching, key=len)] if matching else []
 
 
 def print_experiments() -> None:
