@@ -32,7 +32,7 @@ log = logging.getLogger("benchmarks.headroom")
 Row = tuple[str, float]
 
 
-class Visualizations(NamedTuple):
+class SceneSample(NamedTuple):
     """One split in memory."""
 
     images: Tensor  # uint8 [N, 3, H, W]
@@ -40,17 +40,17 @@ class Visualizations(NamedTuple):
     scenes: list[Scene]
 
 
-def load(split: str, count: int, resolution: int, cache_dir: Path | None, seed: int = 0) -> Visualizations:
+def load(split: str, count: int, resolution: int, cache_dir: Path | None, seed: int = 0) -> SceneSample:
     """Render, or read, ``count`` images of a split, and keep what they show."""
     source = ScenesSource(split, count=count, resolution=resolution, seed=seed, cache_dir=cache_dir)  # type: ignore[arg-type]
     scenes = [source.scene(index) for index in range(count)]
     if source.images is not None and source.labels is not None:
-        return Visualizations(
+        return SceneSample(
             torch.from_numpy(np.array(source.images)), torch.from_numpy(np.array(source.labels)), scenes
         )
     samples = [source[index] for index in range(count)]
     images = torch.stack([torch.as_tensor(sample["image"]) for sample in samples])
-    return Visualizations(images, torch.tensor([sample["label"] for sample in samples]), scenes)
+    return SceneSample(images, torch.tensor([sample["label"] for sample in samples]), scenes)
 
 
 class Clips(NamedTuple):
@@ -106,7 +106,7 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
     return 100.0 * (predicted == labels).float().mean().item()
 
 
-def nuisances(pictures: Visualizations) -> dict[str, Tensor]:
+def nuisances(pictures: SceneSample) -> dict[str, Tensor]:
     """What must not tell the label: float32 [N, D] by name."""
     scenes, images = pictures.scenes, pictures.images.float() / 255.0
     mains = [scene.objects[0] for scene in scenes]
@@ -160,7 +160,7 @@ def _in_parts(model: nn.Module, images: Tensor, function: Callable[[Tensor], Ten
 
 
 def supervised(
-    train: Visualizations, *, classes: int, steps: int, batch: int = 64, rate: float = 2e-3, seed: int = 0
+    train: SceneSample, *, classes: int, steps: int, batch: int = 64, rate: float = 2e-3, seed: int = 0
 ) -> nn.Module:
     """A tiny ViT trained from scratch on random crops and flips: AdamW, short warm-up, cosine to zero."""
     with seeded(seed):
@@ -222,7 +222,7 @@ def one_frame(images: Tensor, number: Tensor) -> Tensor:
     return images[torch.arange(len(images)), number][:, None].expand_as(images)
 
 
-def _batches(pictures: Visualizations, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(pictures: SceneSample, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled and augmented for ever."""
     while True:
         for rows in torch.randperm(len(pictures.images)).split(batch):
@@ -252,7 +252,7 @@ def _scaled(images: Tensor) -> Tensor:
     return (images.float() / 255.0 - 0.5) / 0.25
 
 
-def table(train: Visualizations, test: Visualizations, *, classes: int, steps: int) -> Iterator[Row]:
+def table(train: SceneSample, test: SceneSample, *, classes: int, steps: int) -> Iterator[Row]:
     """Rows (what, accuracy in percent), as they are measured."""
     yield "chance", 100.0 / classes
     flat, flat_test = train.images.flatten(1).float() / 255.0, test.images.flatten(1).float() / 255.0

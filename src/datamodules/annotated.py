@@ -17,7 +17,7 @@ from src.errors import SettingError
 
 
 class AnnotatedDataset(ViewedDataset):
-    """`ViewedDataset` whose views are given a image's ground truth with it."""
+    """`ViewedDataset` whose views are given an image's ground truth with it."""
 
     def __init__(self, source: ImageSource, view: JointView, **options: Any) -> None:
         super().__init__(source, view, **options)  # type: ignore[arg-type]
@@ -34,7 +34,7 @@ class AnnotatedDataset(ViewedDataset):
 
 
 class AnnotatedDataModule(ImageDataModule):
-    """`ImageDataModule` with views that move a image and its ground truth together (`JointView`).
+    """`ImageDataModule` with views that move an image and its ground truth together (`JointView`).
 
     The ground truth is of the types that its batch says whatever a run computes in: a depth of 16 bits would be off by
     centimetres.

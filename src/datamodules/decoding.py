@@ -1,4 +1,4 @@
-"""Visualizations as their files hold them: decoded late, only as large as needed, and refused with a reason when broken."""
+"""Images as their files hold them: decoded late, only as large as needed, and refused with a reason when broken."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from src.errors import SettingError
 
 MAX_PIXELS = 89_478_485
-"""Visualizations with more pixels than this (by their header) are refused before anything is decoded. Pillow itself refuses
+"""Images with more pixels than this (by their header) are refused before anything is decoded. Pillow itself refuses
 more than twice its own ``Image.MAX_IMAGE_PIXELS``; raise both for larger images."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA", "ICO")
@@ -22,7 +22,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000
 # The limit above is checked here for every image and ends as a BadSample; Pillow's warning would only repeat it.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-_TRANSPOSE = {  # what brings a image stored with this EXIF orientation upright
+_TRANSPOSE = {  # what brings an image stored with this EXIF orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -46,7 +46,7 @@ class DataError(SettingError):
 
 
 class EncodedImage:
-    """A image still in its file's bytes.
+    """An image still in its file's bytes.
 
     Args:
         data: the bytes of a file, or the path of one (read when first needed).

@@ -102,7 +102,7 @@ class ImageDataModule(L.LightningDataModule):
         """The TypedDict that ``train_dataloader`` yields once it is on the device.
 
         Raises:
-            SettingError: a view needs more than a image.
+            SettingError: a view needs more than an image.
         """
         for name, view in (("train_view", self.train_view), ("eval_view", self.eval_view)):
             if not hasattr(view, "encoded"):
@@ -193,7 +193,7 @@ class ImageDataModule(L.LightningDataModule):
         """Every class that images show: bool [B, K]; arguments as for `kind_shares`.
 
         Raises:
-            SettingError: the source knows one class a image at most.
+            SettingError: the source knows one class an image at most.
         """
         source = self.source(split)
         if not isinstance(source, TaggedSource):
@@ -201,7 +201,7 @@ class ImageDataModule(L.LightningDataModule):
         return torch.stack([source.tags(each) for each in index.tolist()])
 
     def as_seen(self, images: Tensor) -> Tensor:
-        """Visualizations as encoders read them: [B, 3, H, W], and of encoders of videos a clip in which nothing moves."""
+        """Images as encoders read them: [B, 3, H, W], and of encoders of videos a clip in which nothing moves."""
         return images
 
     def as_viewed(self, masks: Tensor) -> Tensor:

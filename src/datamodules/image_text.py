@@ -21,7 +21,7 @@ from src.randomness import fold, uniform
 
 
 class ImageTextDataset(ViewedDataset):
-    """`ViewedDataset` with one text a image, chosen anew in every epoch. A image without text is replaced.
+    """`ViewedDataset` with one text an image, chosen anew in every epoch. An image without text is replaced.
 
     Args:
         rewrites: see `ImageTextDataModule`.
@@ -70,7 +70,7 @@ class ImageTextDataModule(TokenizingDataModule):
 
     Args:
         text_filter: which texts training goes without; None for all. Those that are judged with stay as they are.
-        rewrites: how many texts a image has besides its first one, of which each epoch draws one; 0 for the first
+        rewrites: how many texts an image has besides its first one, of which each epoch draws one; 0 for the first
             alone, None for as many as the source can make.
         options: of `TokenizingDataModule`.
 

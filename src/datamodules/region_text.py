@@ -17,7 +17,7 @@ from src.errors import SettingError
 
 
 class RegionTextDataset(AnnotatedDataset):
-    """`AnnotatedDataset` with a text of each thing that its view leaves, chosen anew in every epoch. A image of which
+    """`AnnotatedDataset` with a text of each thing that its view leaves, chosen anew in every epoch. An image of which
     a thing has no text is replaced."""
 
     def __init__(self, source: RegionSource, view: RegionView, *, tokenizer: Tokenizer, **options: Any) -> None:

@@ -105,11 +105,11 @@ def cider_d(
     nothing that others' do not.
 
     Args:
-        candidates: one a image.
+        candidates: one an image.
         references: of each image at least one.
 
     Raises:
-        ValueError: no candidate, not as many candidates as images, or a image without reference.
+        ValueError: no candidate, not as many candidates as images, or an image without reference.
     """
     if not candidates or len(candidates) != len(references) or not all(references):
         raise ValueError("CIDEr-D: as many candidates as pictures, and every picture needs a reference")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from src.collectives import gather_rows, rank
-from src.datamodules.batch import mean_of_samples
+from src.datamodules.batches.base import mean_of_samples
 from src.datamodules.image import ImageDataModule
 from src.models.backbones.encoder import Encoder, Features
 from src.models.functional import inference

@@ -16,7 +16,7 @@ def preference(right: Tensor, wrong: Tensor, kinds: Sequence[str]) -> dict[str, 
     two have changed places) is at chance.
 
     Args:
-        right, wrong: similarities [M] of a image with either text.
+        right, wrong: similarities [M] of an image with either text.
         kinds: of the mistakes, M names.
 
     Raises:

@@ -57,7 +57,7 @@ class ImageTextEvaluation:
     image and the mean text, and ``geometry_<name>`` (see `geometry`) are of each image with its first text.
 
     A method that is `CustomSimilarity` has neither gap nor geometry, and its templates are averaged as scores and not as
-    vectors. Visualizations may be videos, of which several clips' scores are averaged.
+    vectors. Images may be videos, of which several clips' scores are averaged.
 
     Args:
         templates: prompts of a class, each with one ``{}``; None for the data's own, or those of natural images.

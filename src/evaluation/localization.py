@@ -19,7 +19,7 @@ from src.evaluation.run import readable
 from src.models.functional import inference
 from src.randomness import seeded
 
-_SEEN = 0.002  # share of a image that a thing must fill to be looked for
+_SEEN = 0.002  # share of an image that a thing must fill to be looked for
 
 
 @runtime_checkable
@@ -27,7 +27,7 @@ class PatchTower(Protocol):
     """What a method must answer to be judged here."""
 
     def encode_patches(self, image: Tensor) -> Tensor:
-        """Unit vectors of a image's positions: [B, rows, columns, E]."""
+        """Unit vectors of an image's positions: [B, rows, columns, E]."""
         ...
 
     def encode_text(self, text: Tensor, mask: Tensor) -> Tensor: ...
@@ -44,7 +44,7 @@ class WordTower(Protocol):
 
 @dataclass(frozen=True)
 class Localization:
-    """Each thing that a image's text names is looked for among the image's patches.
+    """Each thing that an image's text names is looked for among the image's patches.
 
     A method that compares words with patches reads the whole text, and its map of a thing is the mean similarity of
     each patch with the words that name it, less their article. Of another one the map is the similarity of each patch,

@@ -1,4 +1,4 @@
-"""Every class that a image shows, from frozen features."""
+"""Every class that an image shows, from frozen features."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MultiLabelProbe:
         probe: its grid, what is held out, and how far it is solved.
 
     Raises:
-        SettingError: the data knows one class a image at most.
+        SettingError: the data knows one class an image at most.
     """
 
     probe: LinearProbe = field(default_factory=LinearProbe)

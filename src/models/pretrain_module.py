@@ -77,8 +77,8 @@ class PretrainModule(L.LightningModule, ABC):
         return optimizers if len(optimizers) > 1 else optimizers[0]
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
-        """As Lightning's, but only the first optimizer's steps count in ``trainer.global_step``: schedules and the run's
-        length would otherwise count each batch once for each optimizer."""
+        """As Lightning's, but only the first optimizer's steps count in ``trainer.global_step``: schedules and the
+        run's length would otherwise count each batch once for each optimizer."""
         optimizers = super().optimizers(use_pl_optimizer)
         for other in optimizers[1:] if isinstance(optimizers, list) else []:
             if isinstance(other, LightningOptimizer):

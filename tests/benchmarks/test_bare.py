@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from benchmarks.bare import BareLoop, Copies, MemorySource
+from benchmarks.bare import BareLoop, RandomImageSource, RepeatViews
 from src.datamodules.dataset import SampleKey, ViewedDataset
 from src.datamodules.image import IMAGENET_MEAN, IMAGENET_STD
 from src.datamodules.views.image import CenterCrop
@@ -29,8 +29,8 @@ def mae() -> MAE:
 
 
 def test_bare_steps_are_plain_pytorch_steps() -> None:
-    pictures = MemorySource("train", size=32, length=16).pictures
-    ours, module = BareLoop(copy.deepcopy(mae()), pictures, batch_size=4, precision="32-true"), mae()
+    images = RandomImageSource("train", size=32, length=16).distinct_images
+    ours, module = BareLoop(copy.deepcopy(mae()), images, batch_size=4, precision="32-true"), mae()
     torch.manual_seed(1)
     ours.run(3)
 
@@ -39,7 +39,7 @@ def test_bare_steps_are_plain_pytorch_steps() -> None:
     torch.manual_seed(1)
     for step in range(3):
         index = torch.randint(16, (4,))
-        image = (torch.from_numpy(pictures).float().div(255)[index] - mean) / std
+        image = (torch.from_numpy(images).float().div(255)[index] - mean) / std
         for group in optimizer.param_groups:
             group["lr"] = 0.01 * step / 100  # the warmup's line
         optimizer.zero_grad()
@@ -53,11 +53,11 @@ def test_bare_steps_are_plain_pytorch_steps() -> None:
 
 
 def test_memory_source_repeats_its_pictures_under_all_indices() -> None:
-    source = MemorySource("train", size=8, length=100_000, distinct=7, classes=3)
+    source = RandomImageSource("train", size=8, length=100_000, distinct=7, classes=3)
     dataset = ViewedDataset(source, CenterCrop(size=8, share=1.0), seed=0)
     batch = dataset[[SampleKey(0, 5), SampleKey(0, 5 + 7 * 1000), SampleKey(0, 6)]]
     assert len(dataset) == 100_000
-    assert np.array_equal(batch["image"][0], source.pictures[5])
+    assert np.array_equal(batch["image"][0], source.distinct_images[5])
     assert torch.equal(batch["image"][0], batch["image"][1])
     assert not torch.equal(batch["image"][0], batch["image"][2])
     assert batch["label"][0] == batch["label"][1] == source[5]["label"]
@@ -65,14 +65,14 @@ def test_memory_source_repeats_its_pictures_under_all_indices() -> None:
 
 
 def test_copies_are_the_picture_and_its_corner() -> None:
-    source = MemorySource("train", size=8, length=3)
-    batch = ViewedDataset(source, Copies(2, 3, 4), seed=0)[[SampleKey(0, 2), SampleKey(0, 0)]]
+    source = RandomImageSource("train", size=8, length=3)
+    batch = ViewedDataset(source, RepeatViews(2, 3, 4), seed=0)[[SampleKey(0, 2), SampleKey(0, 0)]]
     assert batch["views"].shape == (2, 2, 3, 8, 8)
     assert batch["local_views"].shape == (2, 3, 3, 4, 4)
     for view in range(2):
-        assert np.array_equal(batch["views"][0, view], source.pictures[2])
+        assert np.array_equal(batch["views"][0, view], source.distinct_images[2])
     for view in range(3):
-        assert np.array_equal(batch["local_views"][1, view], source.pictures[0][:, :4, :4])
+        assert np.array_equal(batch["local_views"][1, view], source.distinct_images[0][:, :4, :4])
 
 
 def test_a_bare_step_clips_and_moves_the_teacher() -> None:
@@ -99,8 +99,8 @@ def test_a_bare_step_clips_and_moves_the_teacher() -> None:
             return {"loss": 4 * self.student.sum()}
 
     method = Method()
-    pictures = MemorySource("train", size=8, length=4).pictures
-    loop = BareLoop(method, pictures, batch_size=2, precision="32-true", copies=Copies(2), clip=1.0)  # type: ignore[arg-type]
+    images = RandomImageSource("train", size=8, length=4).distinct_images
+    loop = BareLoop(method, images, batch_size=2, precision="32-true", repeat_views=RepeatViews(2), clip=1.0)  # type: ignore[arg-type]
     loop.run(2)  # the first at rate 0, the second at 1 / 100, of a warm-up of 100 steps
     torch.testing.assert_close(method.student.detach(), torch.full((4,), 2 - 0.01 * 0.5))  # length 1 over four axes
     torch.testing.assert_close(method.teacher.weight, (1 - 0.99**2) * method.follower.weight.detach())

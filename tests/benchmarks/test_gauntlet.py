@@ -24,8 +24,15 @@ def score(setting: str, value: float, lower: bool = False) -> dict[str, Any]:
     }
 
 
-def run(*scores: dict[str, Any], told: dict[str, str] | None = None) -> dict[str, Any]:
-    return {"about": ABOUT, "recipe": "r", "steps": 624, "minutes": 2.5, "scores": list(scores), "told": told or {}}
+def run(*scores: dict[str, Any], failures: dict[str, str] | None = None) -> dict[str, Any]:
+    return {
+        "about": ABOUT,
+        "recipe": "r",
+        "steps": 624,
+        "minutes": 2.5,
+        "scores": list(scores),
+        "failures": failures or {},
+    }
 
 
 def three(name: str, knn: float, depth: float) -> dict[str, Any]:
@@ -86,7 +93,7 @@ def test_what_could_not_be_measured_is_told_and_leaves_the_verdict_open() -> Non
         three("random", 0.2, 0.5) | three("mae", 0.3, 0.4) | three("supervised", 0.4, 0.3) | three("moco_v3", 0.5, 0.2)
     )
     assert gauntlet.report({"runs": runs}).checks[0].met is True
-    runs["mae/0/depth"] = run(told={"random x, depth/scenes": "it did not end well"})
+    runs["mae/0/depth"] = run(failures={"random x, depth/scenes": "it did not end well"})
     section = gauntlet.report({"runs": runs})
     assert section.checks[0].met is None
     assert "- mae/0/depth: it did not end well" in section.body
@@ -111,7 +118,7 @@ def test_a_small_encoder_from_the_command_to_its_scores(tmp_path: Path) -> None:
     assert [*result["runs"]] == ["mae/3/knn", "mae/3/finetune"]
     assert [[*each["runs"]] for each in kept] == [["mae/3/knn"], ["mae/3/knn", "mae/3/finetune"]]
     for key, found in result["runs"].items():
-        assert found["told"] == {}
+        assert found["failures"] == {}
         assert [row["setting"] for row in found["scores"]] == [f"{key.rpartition('/')[2]}/scenes"]
         assert found["steps"] == 16
     # both of one training
@@ -121,7 +128,7 @@ def test_a_small_encoder_from_the_command_to_its_scores(tmp_path: Path) -> None:
         raise AssertionError("it is known already")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gauntlet, "judged", no_run)
+        patch.setattr(gauntlet, "run_tasks", no_run)
         patch.setattr(gauntlet.result_cache, "train_once", no_run)
         assert gauntlet.measure(**settings, stored=result) == result
         assert gauntlet.measure(**settings, stored=result, data=["emoji"]) == result

@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from benchmarks import headroom
-from benchmarks.headroom import Visualizations
+from benchmarks.headroom import SceneSample
 
 CLASSES = 10
 
 
 @pytest.fixture(scope="module")
-def train() -> Visualizations:
+def train() -> SceneSample:
     return headroom.load("train", 2000, 32, None)
 
 
 @pytest.fixture(scope="module")
-def test() -> Visualizations:
+def test() -> SceneSample:
     return headroom.load("val", 600, 32, None)
 
 
@@ -28,13 +28,13 @@ def _bound(count: int, share: float = 1 / CLASSES, deviations: float = 4.0) -> f
     return 100.0 * (share + deviations * math.sqrt(share * (1 - share) / count))
 
 
-def test_labels_are_balanced(train: Visualizations) -> None:
+def test_labels_are_balanced(train: SceneSample) -> None:
     counts = torch.bincount(train.labels, minlength=CLASSES)
     spread = 4.0 * math.sqrt(2000 * 0.1 * 0.9)
     assert (counts - 200).abs().max() < spread
 
 
-def test_pixels_tell_something_but_little(train: Visualizations, test: Visualizations) -> None:
+def test_pixels_tell_something_but_little(train: SceneSample, test: SceneSample) -> None:
     """Above chance, so that the label is in the pixels at all; at 2000 images well below the 35 % of the target."""
     flat, flat_test = (pictures.images.flatten(1).float() / 255 for pictures in (train, test))
     found = headroom.accuracy(headroom.knn(flat, train.labels, flat_test, classes=CLASSES), test.labels)
@@ -42,7 +42,7 @@ def test_pixels_tell_something_but_little(train: Visualizations, test: Visualiza
 
 
 @pytest.mark.parametrize("classifier", ["knn", "linear"])
-def test_nuisances_tell_nothing(train: Visualizations, test: Visualizations, classifier: str) -> None:
+def test_nuisances_tell_nothing(train: SceneSample, test: SceneSample, classifier: str) -> None:
     predict = getattr(headroom, classifier)
     found = headroom.nuisances(test)
     for name, values in headroom.nuisances(train).items():
@@ -52,7 +52,7 @@ def test_nuisances_tell_nothing(train: Visualizations, test: Visualizations, cla
         assert headroom.accuracy(predicted, test.labels) < _bound(600), name
 
 
-def test_a_leak_would_be_seen(train: Visualizations, test: Visualizations) -> None:
+def test_a_leak_would_be_seen(train: SceneSample, test: SceneSample) -> None:
     """The same classifiers do find the label where it is leaked, weakly, into a nuisance."""
     generator = torch.Generator().manual_seed(0)
     leaks = [

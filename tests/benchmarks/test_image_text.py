@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from benchmarks import image_text, shards
-from benchmarks.bare import BareLoop, MemorySource
+from benchmarks.bare import BareLoop, RandomImageSource
 from src.datamodules.image import IMAGENET_MEAN, IMAGENET_STD
 from src.measure import subprocess_runner
 
 
 def test_a_bare_loop_gives_each_picture_its_own_text() -> None:
-    source = MemorySource("train", size=4, length=6)
+    source = RandomImageSource("train", size=4, length=6)
     ids, mask = torch.arange(12).view(6, 2), torch.ones(6, 2, dtype=torch.bool)
     read: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -37,15 +37,17 @@ def test_a_bare_loop_gives_each_picture_its_own_text() -> None:
             read.append((batch["image"], batch["text"]))
             return {"loss": self.weight}
 
-    BareLoop(Reader(), source.pictures, batch_size=3, precision="32-true", texts=(ids, mask)).run(2)  # type: ignore[arg-type]
+    BareLoop(Reader(), source.distinct_images, batch_size=3, precision="32-true", texts=(ids, mask)).run(2)  # type: ignore[arg-type]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     for images, texts in read:
         for image, text in zip(images, texts, strict=True):
-            torch.testing.assert_close(image, (torch.from_numpy(source.pictures[text[0] // 2]) / 255 - mean) / std)
+            torch.testing.assert_close(
+                image, (torch.from_numpy(source.distinct_images[text[0] // 2]) / 255 - mean) / std
+            )
 
 
 def test_pictures_of_noise_have_distinct_texts() -> None:
-    source = MemorySource("train", size=1, length=1000, distinct=100)
+    source = RandomImageSource("train", size=1, length=1000, distinct=100)
     assert len({source.caption(index, 0.3) for index in range(1000)}) == 100
     assert source.captions(7) == source.captions(107) == (source.caption(7, 0.9),)
 

@@ -89,7 +89,9 @@ class TestReport:
 
     def test_a_busy_machine_is_said_for_each_run(self) -> None:
         busy = run(0.6, 0.3, 0.2) | {"about": ABOUT | {"others": 1.4}}
-        assert "Others kept 1.4 cores busy" in learning.report(runs_of("scenes", run(0.6, 0.3, 0.2), busy)).body
+        assert (
+            "Other processes kept 1.4 cores busy" in learning.report(runs_of("scenes", run(0.6, 0.3, 0.2), busy)).body
+        )
 
 
 def test_a_small_run_from_the_command_to_its_scores(tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_a_small_run_from_the_command_to_its_scores(tmp_path: Path) -> None:
         raise AssertionError("it is known already")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learning, "learn", no_run)
+        patch.setattr(learning, "train_and_evaluate", no_run)
         again = learning.measure(overrides=words, data=["scenes"], seeds=[3], stored=result)
         assert again["runs"] == result["runs"]
         with pytest.raises(AssertionError, match="known already"):  # another recipe is another run

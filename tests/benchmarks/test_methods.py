@@ -43,7 +43,7 @@ def test_the_encoder_that_the_paper_judges_is_the_one_in_the_table() -> None:
     assert "| DINO | 50.0 ± 2.0 | 60.0 ± 2.0 | 711 | 128,000 | 1.50 |" in section.body
     assert "| random initialization | 10.0 ± 0.0 | 20.0 ± 0.0 |" in section.body
     assert "DINO's student 30.0 ± 0.0, 40.0 ± 0.0." in section.body
-    assert "and why" not in section.body
+    assert "with the reason" not in section.body
     (check,) = section.checks
     assert (check.met, check.measured) == (None, "all of 3 runs above")  # of one method: the table is not whole
 
@@ -54,7 +54,7 @@ def test_a_method_below_its_beginning_is_named() -> None:
     (check,) = section.checks
     assert (check.met, check.measured) == (False, "below: BYOL by kNN, BYOL by linear")
     assert "The other of two encoders, kNN and linear: BYOL's teacher 40.0, 50.0." in section.body
-    assert f"and why:\n\n- BYOL: {methods.METHODS['byol'].why}" in section.body
+    assert f"with the reason:\n\n- BYOL: {methods.METHODS['byol'].why}" in section.body
 
 
 def test_a_whole_table_of_good_methods_is_met() -> None:
@@ -63,8 +63,8 @@ def test_a_whole_table_of_good_methods_is_met() -> None:
         for name, method in methods.METHODS.items()
         for seed in methods.SEEDS
     }
-    tried = rates(*(f"{name}/scenes" for name in methods.METHODS))
-    (check,) = methods.report({"rates": tried, "runs": runs}).checks
+    measured = rates(*(f"{name}/scenes" for name in methods.METHODS))
+    (check,) = methods.report({"rates": measured, "runs": runs}).checks
     assert check.met is True
 
 
@@ -90,8 +90,8 @@ def test_a_small_run_from_the_command_to_its_scores(tmp_path: Path) -> None:
         raise AssertionError("it is known already")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods, "judged", no_run)
-        patch.setattr(methods, "tried", no_run)
+        patch.setattr(methods, "train_and_evaluate", no_run)
+        patch.setattr(methods, "measure_rate", no_run)
         again = methods.measure(
             overrides=words,
             methods=["byol"],

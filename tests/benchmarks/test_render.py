@@ -11,6 +11,7 @@ import pytest
 from benchmarks import __main__ as bench
 from benchmarks import precision, startup
 from benchmarks.render import PARTS, render
+from src.configuration import PROJECT
 from src.errors import UserError
 from src.measure import machine
 from src.measure.report import Check, Section
@@ -114,6 +115,11 @@ RESULTS = {
 }
 
 
+def test_the_stored_page_is_rendered_from_the_stored_results() -> None:
+    results = json.loads((PROJECT / "docs/benchmarks.json").read_text())
+    assert (PROJECT / "docs/benchmarks.md").read_text() == render(results)
+
+
 def test_every_threshold_is_answered() -> None:
     page = render(RESULTS)
     assert "| whole loop over a bare loop, mae_tiny | ≥ 0.97 | 0.981 | yes |" in page
@@ -126,7 +132,7 @@ def test_every_threshold_is_answered() -> None:
     assert "6.00 s (1.00 %)" in page  # a checkpoint every 600 s
     assert "differ by 2.4 of 255 levels on average, by 16 at most" in page
     assert "| mae_vitb | 10.0 | 9.0 to 11.0 | 6.5 | torch 3.0, transformers 1.5 |" in page
-    assert "Evaluated every epoch it would be 1.10 %" in page
+    assert "If it ran every epoch, it would be 1.10 %" in page
     assert "| DINO | 128 | 158 ms | 155 ms | 0.930 (0.975 to 0.990) | 1.25 GB | 1.10 GB |" in page
     assert (
         "| memory of a contrastive loss, 1024 images | < 17 MB, the matrix of all similarities | 16 MB | yes |" in page
@@ -137,12 +143,12 @@ def test_what_is_missing_and_what_was_only_a_look_is_said() -> None:
     page = render(RESULTS)
     missing = "image_text,learning,methods,gauntlet"
     assert f"Not measured yet: {missing.replace(',', ', ')} (`make bench ARGS=only={missing}`)." in page
-    assert page.count("Only a quick look") == 1
+    assert page.count("A short trial") == 1
     assert "2030-01-01 12:00, commit abc1234, Some CPU (2 cores), torch 2.9, 2 threads." in page
-    assert "Others kept" not in page
+    assert "Other processes kept" not in page
     empty = render({})
     assert f"Not measured yet: {', '.join(PARTS)}" in empty
-    assert "wanted" not in empty
+    assert "required" not in empty
 
 
 def test_the_page_depends_on_the_stored_numbers_alone() -> None:
@@ -228,8 +234,8 @@ class TestCommand:
         ("word", "message"),
         [
             ("only=frist", "there is no benchmark 'frist'; did you mean first"),
-            ("quik=true", "knows no 'quik=true'; did you mean quick"),
-            ("quick=perhaps", "quick is true or false, not 'perhaps'"),
+            ("quik=true", "no option 'quik=true'; did you mean quick"),
+            ("quick=perhaps", "quick must be true or false, not 'perhaps'"),
         ],
     )
     def test_a_typo_is_answered(self, parts: list[str], tmp_path: Path, word: str, message: str) -> None:

@@ -168,7 +168,7 @@ class TestPage:
         later = run(1.0) | {"about": ABOUT | {"date": "2030-01-03 09:00", "others": 1.5}}
         text = page.render({"more": entry(claim(), runs([1.0, 1.0, later], [1.0] * 3))}, [])
         assert "- 2030-01-01 10:00 to 2030-01-03 09:00, commit abc" in text
-        assert "Others kept 1.5 cores busy" in text
+        assert "Other processes kept 1.5 cores busy" in text
 
 
 @pytest.fixture

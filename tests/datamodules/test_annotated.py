@@ -1,4 +1,4 @@
-"""Visualizations and their ground truth to batches: moved alike, deterministic, replaced where they are bad."""
+"""Images and their ground truth to batches: moved alike, deterministic, replaced where they are bad."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SHAPES = ((40, 56), (24, 20), (64, 64))
 
 
 class Encoded:
-    """Visualizations whose red channel is ten times their class, their depth in decimetres, and one box a class.
+    """Images whose red channel is ten times their class, their depth in decimetres, and one box a class.
 
     What a view does to a mask can so be read off the image. Every class is a block of pixels; blocks are 8 wide.
     """
@@ -136,7 +136,7 @@ class TestGeometry:
         torch.testing.assert_close(batch["image"][:, 0][pure].float() / 100 + 0.1, batch["depth"][pure])
 
     def test_normals_are_mirrored_with_their_picture(self) -> None:
-        """A image's class says its normal: to the right and down, but where the image was turned round."""
+        """An image's class says its normal: to the right and down, but where the image was turned round."""
         for flip, senses in (
             (v2.RandomHorizontalFlip(p=0.0), (1, 1)),
             (v2.RandomHorizontalFlip(p=1.0), (-1, 1)),

@@ -13,7 +13,7 @@ from src.errors import SettingError
 
 
 class Arrays:
-    """Visualizations in memory, whole."""
+    """Images in memory, whole."""
 
     classes = ("a", "b")
 

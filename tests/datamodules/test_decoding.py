@@ -324,7 +324,7 @@ class TestBad:
     @pytest.mark.parametrize("size", [None, (64, 64)])
     @pytest.mark.parametrize("mode", ["RGB", "L"])
     def test_jpeg_cut_but_closed(self, mode: str, size: tuple[int, int] | None) -> None:
-        """What Pillow returns as a image with a grey or smeared lower half."""
+        """What Pillow returns as an image with a grey or smeared lower half."""
         noise = np.random.default_rng(0).integers(60, 200, (300, 300, 3), dtype=np.uint8)
         data = encode(Image.fromarray(noise).convert(mode), "JPEG", quality=90)
         half = data[: len(data) // 2]

@@ -36,7 +36,7 @@ NUMBERS = WORDS[0].split()[:10]
 
 
 class Numbered:
-    """Visualizations of one grey each, and texts that say which."""
+    """Images of one grey each, and texts that say which."""
 
     classes = ("odd", "even")
 

@@ -77,7 +77,7 @@ def test_cider_of_perfect_captions_and_of_one_picture():
 
 
 class Teller(nn.Module):
-    """Reads a image's grey value and says what such images are said to be."""
+    """Reads an image's grey value and says what such images are said to be."""
 
     def __init__(self, made: ImageTextDataModule, mute: bool = False) -> None:
         super().__init__()

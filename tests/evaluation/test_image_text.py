@@ -20,7 +20,7 @@ from tests.datamodules.test_image_text import NUMBERS, TOKENIZER, Numbered
 
 
 class Reader(nn.Module):
-    """Counts: a image's grey value, and the number that a text names."""
+    """Counts: an image's grey value, and the number that a text names."""
 
     def __init__(self, data: ImageTextDataModule, blind: bool = False) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Untaught:
 
 
 class Told(TokenizingDataModule):
-    """Visualizations with names of classes alone."""
+    """Images with names of classes alone."""
 
     def texts_to_learn_from(self) -> list[str]:
         return NUMBERS

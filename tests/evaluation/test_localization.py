@@ -21,7 +21,7 @@ TEXT = "zero one said two"  # the things: "one" fills a quarter, "two" an eighth
 
 
 class Grounded(Numbered):
-    """Visualizations of 8 x 8: a quarter is 1, in one of two corners, half of the opposite quarter is 2, elsewhere is 0."""
+    """Images of 8 x 8: a quarter is 1, in one of two corners, half of the opposite quarter is 2, elsewhere is 0."""
 
     def __getitem__(self, index: int):
         if index in self.broken:

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 class Bands:
-    """Visualizations of 8 x 8 whose left ``index % 8`` columns are red things (class 0) and whose rest is black."""
+    """Images of 8 x 8 whose left ``index % 8`` columns are red things (class 0) and whose rest is black."""
 
     classes = ("thing", "never seen")
 
@@ -94,7 +94,7 @@ def test_a_patch_is_what_most_of_it_shows() -> None:
 
 
 def test_masks_are_cropped_like_pictures() -> None:
-    """The middle half of a image, enlarged: 3 red columns of 8 leave the first of 4, which fills 2 of 8 columns."""
+    """The middle half of an image, enlarged: 3 red columns of 8 leave the first of 4, which fills 2 of 8 columns."""
     data = bands(share=0.5)
     index = torch.tensor([3])
     shares = data.kind_shares("val", index)

@@ -22,7 +22,7 @@ from tests.datamodules.test_dataset import Arrays
 
 
 class Brightness(PretrainModule):
-    """Regresses the mean of a image: as small as a method can be."""
+    """Regresses the mean of an image: as small as a method can be."""
 
     def __init__(self, optimizer: OptimizerRecipe) -> None:
         super().__init__(optimizer)

@@ -1,4 +1,4 @@
-"""A scene is data: what is where, seen from where, under which light. Visualizations and labels are views of it."""
+"""A scene is data: what is where, seen from where, under which light. Images and labels are views of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Visualizations in files with their masks or depths in other files beside them."""
+"""Images in files with their masks or depths in other files beside them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _INDEXED = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # Pillow's modes of o
 
 
 class PairedFiles(ABC):
-    """Visualizations, each with one file of ground truth. No labels.
+    """Images, each with one file of ground truth. No labels.
 
     Args:
         split: "train", "val" or "test".
         root: the folder that holds everything.
-        images: by split the folder of the images below ``root``, or a list: a text file with a image and its ground
+        images: by split the folder of the images below ``root``, or a list: a text file with an image and its ground
             truth in every line, paths below ``root``.
         truths: by split the folder of the ground truth; the file has the image's name with another extension. Not
             needed where ``images`` are lists.
@@ -93,7 +93,7 @@ class PairedFiles(ABC):
 
 
 class SegmentationFiles(PairedFiles):
-    """Visualizations with masks whose pixels are the numbers of classes: PNGs of one channel, or with a palette.
+    """Images with masks whose pixels are the numbers of classes: PNGs of one channel, or with a palette.
 
     The layout of ADE20K's challenge is what stands in for ``images`` and ``masks`` if nothing is said.
 
@@ -151,7 +151,7 @@ class SegmentationFiles(PairedFiles):
 
 
 class DepthFiles(PairedFiles):
-    """Visualizations with depths: PNGs of 16 bits, or arrays of NumPy (``.npy``) in metres. 0, what is negative and what is
+    """Images with depths: PNGs of 16 bits, or arrays of NumPy (``.npy``) in metres. 0, what is negative and what is
     not finite is not known.
 
     Args:
@@ -200,7 +200,7 @@ class DepthFiles(PairedFiles):
 
 
 class NormalFiles(PairedFiles):
-    """Visualizations with surface normals: PNGs of three channels that say (n + 1) / 2 of 255, or arrays of NumPy (``.npy``,
+    """Images with surface normals: PNGs of three channels that say (n + 1) / 2 of 255, or arrays of NumPy (``.npy``,
     [H, W, 3]). What has not about the length of a unit, such as grey or black, is not known.
 
     Args:
@@ -271,7 +271,7 @@ def _in_folders(root: Path, images: str, truths: str, extensions: Sequence[str],
 
 
 def _indices(path: Path) -> np.ndarray:
-    """A image whose pixels are numbers, as they are in the file: [H, W]."""
+    """An image whose pixels are numbers, as they are in the file: [H, W]."""
     return _pixels(path, _INDEXED, "one number a pixel")
 
 

@@ -1,4 +1,4 @@
-"""Visualizations in files whose texts stand in a list: CSV, TSV and JSON lines, COCO's captions, and Karpathy's splits."""
+"""Images in files whose texts stand in a list: CSV, TSV and JSON lines, COCO's captions, and Karpathy's splits."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _NO_TEXT = "pictures without a text (replaced when drawn)"
 
 
 class CaptionedFiles(TextListSource):
-    """Visualizations in files below a folder, each with any number of texts; no classes.
+    """Images in files below a folder, each with any number of texts; no classes.
 
-    A image that is missing or unreadable, or has no text that can be used, is found out when it is drawn: it is a bad
+    An image that is missing or unreadable, or has no text that can be used, is found out when it is drawn: it is a bad
     sample, replaced and logged by its name. So one bad entry costs nothing else.
 
     Args:
@@ -80,9 +80,9 @@ class CaptionedFiles(TextListSource):
 
 
 class CaptionListSource(CaptionedFiles):
-    """Visualizations and texts as rows of CSV or TSV files, or objects of JSON lines.
+    """Images and texts as rows of CSV or TSV files, or objects of JSON lines.
 
-    A image in several rows has the texts of all of them. In JSON lines a text may be a list of texts. Files are
+    An image in several rows has the texts of all of them. In JSON lines a text may be a list of texts. Files are
     UTF-8, with or without a byte order mark; a text with bytes that are not is no text, the row's others and all other
     rows stay. Lines that cannot be read at all are left out, counted and logged.
 
@@ -223,7 +223,7 @@ class KarpathySource(CaptionedFiles):
 
 @dataclass(frozen=True)
 class _Rows:
-    """(path of a image, its texts) of each row of a file; what cannot be used goes to ``problems``."""
+    """(path of an image, its texts) of each row of a file; what cannot be used goes to ``problems``."""
 
     path: str
     image_key: str | int

@@ -50,7 +50,7 @@ PROMPTS = Prompts(
     single="{}",
 )
 VAL_SHARE = TEST_SHARE = 0.15
-_PRESENTATION = "FE0F"  # asks for a image rather than a letter; says nothing about which emoji it is
+_PRESENTATION = "FE0F"  # asks for an image rather than a letter; says nothing about which emoji it is
 
 # Names of one family, whose drawings differ in a person's gender, age or hair, in group form or direction alone.
 _FORMS = {"man", "woman", "person", "men", "women", "people", "men’s", "women’s", "and"}

@@ -25,7 +25,7 @@ _SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
 
 
 class HuggingFaceSource:
-    """Visualizations and labels of a table; the images stay encoded.
+    """Images and labels of a table; the images stay encoded.
 
     Args:
         split: "train", "val" or "test"; the table's own split under one of its usual names ("validation", "dev", …).
@@ -102,7 +102,7 @@ class HuggingFaceSource:
 
 
 class CaptionedHuggingFaceSource(TextListSource, HuggingFaceSource):
-    """Visualizations and texts of a table.
+    """Images and texts of a table.
 
     Args:
         split, path: as `HuggingFaceSource`.

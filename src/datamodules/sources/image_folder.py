@@ -30,7 +30,7 @@ _EXPECTED = (
 
 
 class ImageFolderSource:
-    """Visualizations below a folder.
+    """Images below a folder.
 
     Three layouts are understood:
 

@@ -40,7 +40,7 @@ Split = Literal["train", "val", "test"]
 class Sample(TypedDict):
     """One item of a source, before any view is made of it."""
 
-    image: EncodedImage | VideoReader | torch.Tensor  # a image or video still in its file, or uint8 [3, H, W] RGB
+    image: EncodedImage | VideoReader | torch.Tensor  # an image or video still in its file, or uint8 [3, H, W] RGB
     label: int  # class, -1 where there is none
     fields: NotRequired[dict[str, torch.Tensor]]  # further ground truth, by name (boxes, masks, depth …)
 
@@ -172,7 +172,7 @@ class RegionSource(AnnotatedSource, Protocol):
 
 
 class HardNegative(NamedTuple):
-    """A text of a image beside one that is wrong in one thing and otherwise says the same."""
+    """A text of an image beside one that is wrong in one thing and otherwise says the same."""
 
     kind: str  # what is wrong, one word: "relation", "count" …
     right: str
@@ -189,7 +189,7 @@ class HardNegativeSource(CaptionedSource, Protocol):
 
 
 class Grounding(NamedTuple):
-    """A text of a image, and where the things are that it names."""
+    """A text of an image, and where the things are that it names."""
 
     text: str
     spans: tuple[tuple[int, int, int], ...]  # first character, one past the last, and which of the masks they name

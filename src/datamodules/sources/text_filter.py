@@ -61,7 +61,7 @@ class TextFilter:
 class FilteredTexts(TextListSource):
     """A source without the texts that a filter drops, and without the images that had none but those.
 
-    All texts are read once, at the beginning. A image whose texts cannot be read stays and is replaced when it is
+    All texts are read once, at the beginning. An image whose texts cannot be read stays and is replaced when it is
     drawn, as without a filter.
 
     Attributes:

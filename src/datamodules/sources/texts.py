@@ -15,9 +15,9 @@ log = logging.getLogger(__name__)
 
 
 class TextListSource(ABC):
-    """What a source with a list of texts a image answers; ``told`` is all it has to know.
+    """What a source with a list of texts an image answers; ``told`` is all it has to know.
 
-    Texts that are empty or not valid Unicode are never drawn. A image that has no other is one without text.
+    Texts that are empty or not valid Unicode are never drawn. An image that has no other is one without text.
     """
 
     @abstractmethod

@@ -16,7 +16,7 @@ from src.datamodules.sources.splits import hashed_split
 
 
 class ArraySource:
-    """Visualizations of one size, decoded in memory.
+    """Images of one size, decoded in memory.
 
     Args:
         images: uint8 [N, 3, H, W].
@@ -42,7 +42,7 @@ class ArraySource:
 
 
 class FileSource:
-    """Visualizations in files, by a list of paths."""
+    """Images in files, by a list of paths."""
 
     def __init__(self, paths: Sequence[str], labels: Sequence[int], classes: Sequence[str]) -> None:
         self._paths = list(paths)

@@ -63,7 +63,7 @@ class WebDatasetSource:
         val_share: as above.
         text: extension of the member with the text, listed for `CaptionedWebDatasetSource`; None for none.
 
-    Samples without a image, members without a key and labels that are missing or unreadable (label -1) are counted
+    Samples without an image, members without a key and labels that are missing or unreadable (label -1) are counted
     and logged. Of members or samples of one name in a shard the first counts. A shard that ends too early gives its
     whole samples; one that is no tar is left out.
 
@@ -184,7 +184,7 @@ class CaptionedWebDatasetSource(TextsInShards, WebDatasetSource):
     dealt to processes and workers like any other data, and a run that is taken up again goes on with the sample it had
     come to.
 
-    A image without a text stays in the list and is replaced when it is drawn; texts without a image are left out.
+    An image without a text stays in the list and is replaced when it is drawn; texts without an image are left out.
     Texts are read when they are drawn: only their places are held.
 
     Args:

@@ -144,7 +144,7 @@ class StrongFrames:
 def _transforms(
     size: int, policy: str | None, erase: float, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[Any, Any]:
-    """Timm's augmentation of a image, and what makes a tensor of it and erases a part."""
+    """Timm's augmentation of an image, and what makes a tensor of it and erases a part."""
     _, augment, finish = transforms_imagenet_train(
         size,
         auto_augment=policy,

@@ -1,6 +1,6 @@
 """Color augmentation of whole batches, every image with numbers of its own.
 
-The functions follow torchvision's on float images in [0, 1], with one factor a image instead of one for all; they
+The functions follow torchvision's on float images in [0, 1], with one factor an image instead of one for all; they
 are pure, and cheap enough for two cores: a batch costs a few passes over its pixels.
 """
 
@@ -149,7 +149,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor, radius: int | None = None) -> Tensor
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)
-    # one banded matrix a image and axis holds kernel and borders: a blur is two matrix products
+    # one banded matrix an image and axis holds kernel and borders: a blur is two matrix products
     batch, channels, height, width = x.shape
     rows, columns = _bands(kernel, height, radius), _bands(kernel, width, radius)
     x = torch.bmm(x.reshape(batch, channels * height, width), columns.transpose(1, 2))

@@ -51,7 +51,7 @@ class RandomResizedCrop:
         return {"image": resample_boxes(images, boxes, self.size, flip=uniform[:, -1] < self.flip)}
 
     def of_picture(self, picture: Image, uniform: np.ndarray) -> Tensor:
-        """A image that is decoded already and of which more is wanted, uniform [draws] -> uint8 [3, size, size]."""
+        """An image that is decoded already and of which more is wanted, uniform [draws] -> uint8 [3, size, size]."""
         top, left, rows, columns = self.boxes(picture.height, picture.width, uniform[None])[0]
         box = (left, top, left + columns, top + rows)
         pixels = to_tensor(picture.resize((self.size, self.size), Resampling.BICUBIC, box=box))

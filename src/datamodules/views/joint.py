@@ -1,4 +1,4 @@
-"""Views that move a image and its ground truth together, by the transforms of torchvision."""
+"""Views that move an image and its ground truth together, by the transforms of torchvision."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MEAN_COLOR = (124, 116, 104)  # ImageNet's: nothing is left of it after the nor
 
 @dataclass(frozen=True)
 class JointView(ABC):
-    """A image and what is true of it, moved alike. Its random numbers are the sample's own: a view is a pure
+    """An image and what is true of it, moved alike. Its random numbers are the sample's own: a view is a pure
     function of the uniform numbers it is given.
 
     Args:
@@ -47,7 +47,7 @@ class JointView(ABC):
 
     @abstractmethod
     def wrapped(self, fields: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-        """The ground truth of a image of ``size`` (height, width) as the transforms know it, by name.
+        """The ground truth of an image of ``size`` (height, width) as the transforms know it, by name.
 
         Raises:
             BadSample: it does not fit the image.
@@ -60,7 +60,7 @@ class JointView(ABC):
     def annotated(
         self, image: EncodedImage | Tensor, fields: Mapping[str, Tensor], uniform: np.ndarray
     ) -> dict[str, Tensor]:
-        """One image with its ground truth, uniform [draws] -> a row of the batch, uint8 where it is a image.
+        """One image with its ground truth, uniform [draws] -> a row of the batch, uint8 where it is an image.
 
         Raises:
             BadSample: the image cannot be read, or the ground truth does not fit it.
@@ -125,7 +125,7 @@ class SegmentationView(JointView):
 @dataclass(frozen=True)
 class DepthView(JointView):
     """How far away is what each pixel shows, of the field ``depth``: float32 [H, W] in metres. Nothing is interpolated:
-    a pixel's depth is that of one pixel of the source. A image that is zoomed keeps the depths of its own camera.
+    a pixel's depth is that of one pixel of the source. An image that is zoomed keeps the depths of its own camera.
 
     Args:
         nearest, farthest: metres; a depth that does not lie between them, or is not finite, is unknown.
@@ -185,7 +185,7 @@ class NormalsView(JointView):
 @dataclass(frozen=True)
 class DetectionView(JointView):
     """Things: the fields ``boxes`` (float32 [T, 4], x0 y0 x1 y1 in pixels) and ``box_labels`` (int64 [T]), and
-    ``instance_masks`` (bool [T, H, W]) where they are asked for; ``crowd`` (bool [T]) where the source has it. Visualizations
+    ``instance_masks`` (bool [T, H, W]) where they are asked for; ``crowd`` (bool [T]) where the source has it. Images
     of several sizes are filled up to one; a thing of which too little is left is left out.
 
     Args:
@@ -288,8 +288,8 @@ class RegionView(DetectionView):
 
 
 class RandomRescale(v2.Transform):
-    """A image at the largest size at which its shorter side is at most ``shorter`` times a random number, and its
-    longer side at most ``longer`` times the same. Visualizations are resampled linearly with antialiasing, masks and depths
+    """An image at the largest size at which its shorter side is at most ``shorter`` times a random number, and its
+    longer side at most ``longer`` times the same. Images are resampled linearly with antialiasing, masks and depths
     take the pixel that lies nearest.
 
     Args:
@@ -321,7 +321,7 @@ class RandomRescale(v2.Transform):
 
 
 class FilledCrop(v2.Transform):
-    """A random part of a image; what is smaller is filled up at the right and at the bottom: the image with
+    """A random part of an image; what is smaller is filled up at the right and at the bottom: the image with
     ``fill``, masks of classes with IGNORED, depths and masks of things with 0.
 
     Args:

@@ -47,7 +47,7 @@ class Augmented:
         return {"image": self.color(cropped, uniform[:, RandomResizedCrop.draws :])}
 
     def of_picture(self, picture: Image.Image, uniform: np.ndarray) -> Tensor:
-        """A image that is decoded already, uniform [draws] -> uint8 [3, size, size]."""
+        """An image that is decoded already, uniform [draws] -> uint8 [3, size, size]."""
         cropped = self.crop.of_picture(picture, uniform[: RandomResizedCrop.draws])
         return self.color(cropped[None], uniform[None, RandomResizedCrop.draws :])[0]
 

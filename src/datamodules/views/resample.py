@@ -11,7 +11,7 @@ from torch.nn import functional as F
 def resample_boxes(images: Tensor, boxes: np.ndarray, size: int, flip: np.ndarray | None = None) -> Tensor:
     """Cut a box from every image and bring it to size x size with antialiased bicubic interpolation.
 
-    Both axes are resampled by one small matrix a image, so that a batch costs two matrix products; values agree with
+    Both axes are resampled by one small matrix an image, so that a batch costs two matrix products; values agree with
     ``PIL.Image.resize(box=…, resample=BICUBIC)`` to rounding.
 
     Args:

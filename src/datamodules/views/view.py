@@ -36,7 +36,7 @@ class View(EncodedView, Protocol):
     """An `EncodedView` of images, which may also be decoded already."""
 
     def decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
-        """Visualizations of one size at once: uint8 [B, 3, H, W], uniform [B, draws]."""
+        """Images of one size at once: uint8 [B, 3, H, W], uniform [B, draws]."""
         ...
 
 

@@ -19,7 +19,7 @@ class FeatureMaps(nn.Module):
     """A timm backbone seen through its maps, from the finest to the coarsest or from the first block to the last.
 
     A ConvNet (or any network with stages) gives its pyramid, the maps of stride 4 and more. A ViT gives what comes out
-    of ``count`` blocks in even steps, the last one among them, all at the stride of its patches. Visualizations may be of any
+    of ``count`` blocks in even steps, the last one among them, all at the stride of its patches. Images may be of any
     size, of whole patches where there are patches. What of the backbone no map depends on takes no gradient.
 
     Args:

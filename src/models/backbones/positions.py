@@ -17,7 +17,7 @@ def accept_any_image_size(backbone: M) -> M:
     """``backbone`` itself, made to take images of other sizes than its own, of whole patches: a ViT of timm
     interpolates its positions, as it does where it is built with ``dynamic_img_size``. A ConvNet does so anyway.
 
-    A method says so, not a recipe, because the method knows its views, and only a ViT would know the option. A image
+    A method says so, not a recipe, because the method knows its views, and only a ViT would know the option. An image
     that is no whole number of patches is then a SettingError.
     """
     if hasattr(backbone, "dynamic_img_size"):

@@ -13,20 +13,20 @@ from src.models.pretrain_module import StepOutput
 
 
 class FineTuneAction(FineTune):
-    """`FineTune` on clips: the fine-tuning of VideoMAE: Masked Autoencoders are Data-Efficient Learners for
-    Self-Supervised Video Pre-Training (Tong et al., 2022). Deviations: crops are interpolated by bicubics.
+    """The fine-tuning of VideoMAE: Masked Autoencoders are Data-Efficient Learners for Self-Supervised Video
+    Pre-Training (Tong et al., 2022), which is `FineTune` on clips. Deviations: crops are resized with bicubic
+    interpolation.
 
-    A backbone of images reads a clip frame by frame, and its embeddings are averaged: what can be told of an action
-    without looking at the order of the frames.
+    An image backbone embeds each frame, and the embeddings are averaged. It is a baseline without the order of frames.
     """
 
-    seen = "video"
+    input_field = "video"
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> StepOutput:  # type: ignore[override]
         return self.learn(batch["video"], self.labels_of(batch), batch_idx)
 
     def embed(self, image: Tensor) -> Tensor:
-        """Clips [B, T, 3, H, W] -> what the classifier sees: [B, D]."""
+        """Clips [B, T, 3, H, W] -> input of the classifier [B, D]."""
         if reads_clips(self.backbone):
             return super().embed(image)
         return super().embed(image.flatten(0, 1)).unflatten(0, image.shape[:2]).mean(dim=1)
@@ -36,9 +36,9 @@ class FineTuneAction(FineTune):
 
 
 class LinearAction(LinearProtocol):
-    """`LinearProtocol` on clips; a backbone of images reads them as in `FineTuneAction`."""
+    """`LinearProtocol` on clips. An image backbone embeds them as in `FineTuneAction`."""
 
-    seen = "video"
+    input_field = "video"
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> StepOutput:  # type: ignore[override]
         return self.learn(batch["video"], self.labels_of(batch))

@@ -1,4 +1,4 @@
-"""What supervised heads share that have an output a class: the classes come from the data."""
+"""The base of supervised methods with one output a class, whose classes come from the data."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from src.optim import OptimizerRecipe
 
 
 class ClassHeadModule(PretrainModule):
-    """A method whose head is made once the classes are known: from ``num_classes``, else from the DataModule when
-    training starts, else from the checkpoint that is loaded.
+    """A method that creates its head when the number of classes is known: from ``num_classes``, from the DataModule
+    when training starts, or from the loaded checkpoint.
 
     Args:
-        optimizer: of whatever takes a gradient.
-        num_classes: None for as many as the data has.
+        optimizer: for all parameters that require a gradient.
+        num_classes: number of outputs; None for the number of classes in the data.
     """
 
     def __init__(self, optimizer: OptimizerRecipe, num_classes: int | None = None) -> None:
         super().__init__(optimizer)
         self.num_classes: int | None = None
         self.classes: list[str] = []
-        self._wanted_classes = num_classes
+        self._requested_classes = num_classes
 
     @abstractmethod
     def make_head(self, num_classes: int) -> None:
-        """Make what turns features into logits, and what measures them."""
+        """Creates the layers that compute logits, and the metrics."""
 
     @abstractmethod
-    def names_of(self, datamodule: Any) -> Sequence[str]:
-        """The data's classes; empty where there are none."""
+    def class_names(self, datamodule: Any) -> Sequence[str]:
+        """The names of the data's classes, empty for data without classes."""
 
     def build(self, num_classes: int) -> None:
-        """Make the head for ``num_classes``.
+        """Creates the head, unless it exists.
 
         Raises:
-            BatchError: it was built for another number.
+            BatchError: the head exists with another number of classes.
         """
         if self.num_classes is not None:
             if num_classes != self.num_classes:
@@ -50,12 +50,12 @@ class ClassHeadModule(PretrainModule):
     def configure_model(self) -> None:
         if self._trainer is None:
             return
-        names = list(self.names_of(self.trainer.datamodule))  # type: ignore[attr-defined]
+        names = list(self.class_names(self.trainer.datamodule))  # type: ignore[attr-defined]
         if not names:
-            raise BatchError(f"{type(self).__name__} learns from labels, and the data has none")
+            raise BatchError(f"{type(self).__name__} learns from labels, and the data has no classes")
         self.classes = names
         if self.num_classes is None:
-            self.build(self._wanted_classes or len(names))
+            self.build(self._requested_classes or len(names))
         if self.num_classes is not None and len(names) > self.num_classes:
             raise BatchError(f"the classifier has {self.num_classes} classes, the data {len(names)}")
 
@@ -66,4 +66,4 @@ class ClassHeadModule(PretrainModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.classes = list(checkpoint["classes"])
         if self.num_classes is None:
-            self.build(self._wanted_classes or len(self.classes))
+            self.build(self._requested_classes or len(self.classes))

@@ -1,4 +1,4 @@
-"""What supervised heads that name a whole image share: the validation, and the labels."""
+"""The base of supervised classifiers of images and videos: labels, validation."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from src.optim import OptimizerRecipe
 
 
 class Classifier(ClassHeadModule):
-    """A classifier of images, or of videos, validated by ``eval/top1``, ``eval/top5`` and ``eval/loss``. The
-    probabilities of several clips of a video are averaged.
+    """A classifier of images or videos, validated by ``eval/top1``, ``eval/top5`` and ``eval/loss``. The probabilities
+    of several clips of a video are averaged.
 
     Args:
-        optimizer: of whatever takes a gradient.
-        num_classes: None for as many as the data has.
+        optimizer: for all parameters that require a gradient.
+        num_classes: number of outputs; None for the number of classes in the data.
     """
 
-    seen: ClassVar[str] = "image"  # the field of a batch that is classified
+    input_field: ClassVar[str] = "image"  # the field of a batch that is classified
 
     def __init__(self, optimizer: OptimizerRecipe, num_classes: int | None = None) -> None:
         super().__init__(optimizer, num_classes)
@@ -37,7 +37,7 @@ class Classifier(ClassHeadModule):
     def forward(self, image: Tensor) -> Tensor:
         """image [B, 3, H, W], or clips [B, T, 3, H, W], -> logits [B, K]."""
 
-    def names_of(self, datamodule: Any) -> Sequence[str]:
+    def class_names(self, datamodule: Any) -> Sequence[str]:
         return datamodule.classes
 
     def build(self, num_classes: int) -> None:
@@ -51,26 +51,27 @@ class Classifier(ClassHeadModule):
         label = batch["label"][keep]
         if len(label) == 0:
             return
-        logits = self(batch[self.seen][keep]).float()  # type: ignore[literal-required]
-        shares, first = mean_of_samples(logits.softmax(dim=1), batch["index"][keep])
+        logits = self(batch[self.input_field][keep]).float()  # type: ignore[literal-required]
+        probabilities, first = mean_of_samples(logits.softmax(dim=1), batch["index"][keep])
         if len(first) < len(label):
-            logits, label = shares.clamp_min(torch.finfo(shares.dtype).tiny).log(), label[first]
+            logits = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+            label = label[first]
         for name, metric in self.metrics.items():
             metric.update(logits, label)  # type: ignore[operator]
             self.log(f"eval/{name}", metric, batch_size=len(label))  # type: ignore[arg-type]
         self.log("eval/loss", F.cross_entropy(logits, label), batch_size=len(label), sync_dist=True)
 
     def labels_of(self, batch: ImageBatch | VideoBatch) -> Tensor:
-        """The batch's labels, all of which must be there.
+        """The labels of a batch.
 
         Raises:
-            BatchError: a sample has none.
+            BatchError: a sample has no label.
         """
         return labels_of(batch, type(self).__name__)
 
 
 def truncated_normal(linear: nn.Linear, std: float) -> None:
-    """Weights from a normal distribution cut at two, zero biases."""
+    """Initializes weights from a normal distribution truncated to [-2, 2], and biases with zeros."""
     nn.init.trunc_normal_(linear.weight, std=std, a=-2.0, b=2.0)
     with torch.no_grad():
         linear.bias.zero_()

@@ -1,4 +1,4 @@
-"""Depth from single images on the maps of a pretrained backbone: the head of the dense prediction transformer."""
+"""Monocular depth estimation with the head of the dense prediction transformer (DPT)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 
 from src.datamodules.batches.dense import DepthBatch
 from src.errors import SettingError
-from src.models.downstream import colormaps as colors
+from src.models.downstream.colormaps import beside_image, color_depth
 from src.models.downstream.dpt import DensePrediction
 from src.models.losses.depth import silog
 from src.models.pretrain_module import StepOutput
@@ -20,22 +20,25 @@ from src.optim import OptimizerRecipe
 
 
 class DepthEstimator(DensePrediction):
-    """Metres for every pixel, by the head of Vision Transformers for Dense Prediction (Ranftl et al., 2021).
+    """Predicts metric depth with the head of Vision Transformers for Dense Prediction (Ranftl et al., 2021).
 
-    Validated by what the literature reports, the mean over images of: ``eval/abs_rel`` |prediction - depth| / depth,
-    ``eval/rmse`` in metres and ``eval/delta1``, the share of pixels that are wrong by a factor below 1.25. Visualizations are
-    taken whole, predictions brought to the size of the ground truth.
+    Validated by the mean over images of ``eval/abs_rel`` |prediction - depth| / depth, ``eval/rmse`` in meters and
+    ``eval/delta1``, the share of pixels with max(prediction / depth, depth / prediction) < 1.25. Images are predicted
+    without cropping, and predictions are resized to the ground truth.
 
-    Deviations: trained for metres from the start, by `silog` (the paper trains on ten data sets for depths that are
-    known up to scale and shift first); the output is a sigmoid between ``nearest`` and ``farthest``, where the paper's
-    is a ReLU.
+    Deviations: trained on metric depth from the start, with `silog` (the paper first trains on ten datasets, with a
+    loss that ignores scale and shift); the output is a sigmoid scaled to ``nearest`` and ``farthest``, the paper's a
+    ReLU.
 
     Args:
         backbone, optimizer: see `DensePrediction`.
-        nearest, farthest: metres, what can be answered.
+        nearest, farthest: range of predictions in meters.
         focus: see `silog`.
-        loss_scale: factor on the loss, 10 in BTS.
-        options: of `DensePrediction`.
+        loss_scale: factor of the loss, 10 in BTS (Lee et al., 2019).
+        options: further arguments of `DensePrediction`.
+
+    Raises:
+        SettingError: a value is out of range.
     """
 
     def __init__(
@@ -52,8 +55,8 @@ class DepthEstimator(DensePrediction):
         super().__init__(backbone, optimizer, outputs=1, **options)
         if not 0 < nearest < farthest or not 0 <= focus <= 1:
             raise SettingError(
-                f"{type(self).__name__}: 0 < nearest < farthest and focus in [0, 1] are needed, got {nearest}, "
-                f"{farthest} and {focus}"
+                "model.nearest, model.farthest, model.focus: 0 < nearest < farthest and focus in [0, 1] are needed, "
+                f"got {nearest}, {farthest} and {focus}"
             )
         self.nearest, self.farthest = nearest, farthest
         self.focus, self.loss_scale = focus, loss_scale
@@ -64,8 +67,8 @@ class DepthEstimator(DensePrediction):
         return {"loss": self.loss_scale * loss}
 
     def forward(self, image: Tensor) -> Tensor:
-        """image [B, 3, H, W] -> metres, float32 [B, H, W]."""
-        share = self.predicted(image)[:, 0].sigmoid()
+        """image [B, 3, H, W] -> depth in meters, float32 [B, H, W]."""
+        share = self.predict_pixels(image)[:, 0].sigmoid()
         return self.nearest + (self.farthest - self.nearest) * share
 
     def validation_step(self, batch: DepthBatch, batch_idx: int) -> None:
@@ -82,24 +85,28 @@ class DepthEstimator(DensePrediction):
             self.log(f"eval/{name}", metric, batch_size=len(image))  # type: ignore[arg-type]
 
     def visualize(self, batch: DepthBatch) -> Mapping[str, Tensor]:
-        """The image, what is predicted, and what is true, in the colors of the truth's range; dark where it is far,
-        or not known."""
+        """Image, prediction and ground truth, colored from light (near) to dark (far, or unknown) over the range of the
+        ground truth."""
         image, depth, valid = batch["image"], batch["depth"], batch["valid"]
         nearest = depth.masked_fill(~valid, self.farthest).flatten(1).amin(dim=1)
         farthest = depth.masked_fill(~valid, self.nearest).flatten(1).amax(dim=1)
-        shown = [self(image), depth.masked_fill(~valid, self.farthest)]
-        drawn = [colors.of_depths(each, nearest, farthest) for each in shown]
-        drawn = [F.interpolate(each, size=image.shape[-2:], mode="nearest-exact") for each in drawn]
-        return {"depth": torch.stack([image, *(self.trainer.datamodule.normalize(each) for each in drawn)], dim=1)}  # type: ignore[attr-defined]
+        maps = [self(image), depth.masked_fill(~valid, self.farthest)]
+        colored = [color_depth(values, nearest, farthest) for values in maps]
+        return {"depth": beside_image(image, colored, self.trainer.datamodule.normalize)}  # type: ignore[attr-defined]
 
 
 def depth_errors(predicted: Tensor, depth: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """``abs_rel``, ``rmse`` and ``delta1`` of each image: [B, H, W] metres, with something known of each -> [B]."""
+    """Errors of each image by name: ``abs_rel``, ``rmse`` and ``delta1``, [B].
+
+    Args:
+        predicted, depth: meters, [B, H, W].
+        valid: bool [B, H, W], pixels with known depth, at least one in each image.
+    """
     predicted, depth = predicted.float(), torch.where(valid, depth, 1.0)
     count = valid.flatten(1).sum(dim=1)
 
-    def mean(of: Tensor) -> Tensor:
-        return torch.where(valid, of, 0.0).flatten(1).sum(dim=1) / count
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(valid, values, 0.0).flatten(1).sum(dim=1) / count
 
     ratio = torch.maximum(predicted / depth, depth / predicted)
     return {

@@ -12,6 +12,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from src.datamodules.batches.base import BatchError
 from src.datamodules.batches.dense import DetectionBatch
+from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, mean_patch
 from src.models.downstream.average_precision import AveragePrecision, require_pycocotools
@@ -22,37 +23,37 @@ from src.models.heads.pyramid import Pyramid
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
 
-_LEGIBLE = 256  # pixels across: names would hide what a smaller image shows
+_MIN_WIDTH_FOR_NAMES = 256  # pixels: class names would hide the objects of a smaller image
 _PALETTE = ["red", "blue", "lime", "yellow", "magenta", "cyan", "orange", "white"]
 
 
 class Heads(Protocol):
-    """What makes the heads once the classes are known, such as ``partial(MaskRCNNOnMaps, conv_heads=True)``."""
+    """Creates the heads for a number of classes, such as ``partial(MaskRCNNOnMaps, conv_heads=True)``."""
 
     def __call__(self, channels: int, strides: tuple[int, ...], num_classes: int) -> MaskRCNNOnMaps: ...
 
 
 class Detection(ClassHeadModule):
-    """Mask R-CNN (He et al., 2017) on any encoder: with `SimplePyramid` and ``conv_heads`` the ViTDet of Exploring
-    Plain Vision Transformer Backbones for Object Detection (Li et al., 2022), with `ConvPyramid` the benchmark that
-    ConvNets are judged by since Momentum Contrast (He et al., 2019). Deviations: those of the two pyramids.
+    """Mask R-CNN (He et al., 2017) on any encoder. `SimplePyramid` and ``conv_heads`` make it ViTDet (Exploring Plain
+    Vision Transformer Backbones for Object Detection, Li et al., 2022), `ConvPyramid` the detection benchmark of Momentum
+    Contrast (He et al., 2019). Deviations: those of the two pyramids.
 
-    Validated by ``eval/box_ap``, ``eval/mask_ap`` and both at overlaps of 0.50 and 0.75, on the images as the
-    evaluation view shows them. A box without area is no thing: it is left out and counted in ``health/dropped_boxes``.
+    Validated by ``eval/box_ap``, ``eval/mask_ap`` and both at IoU thresholds of 0.50 and 0.75, at the resolution of the
+    evaluation view. Boxes without area are left out and counted in ``health/dropped_boxes``.
 
     Args:
-        pyramid: a backbone and what makes a feature pyramid of it.
+        pyramid: a backbone with a feature pyramid.
         optimizer: its rules come before those of the layer decay.
-        heads: makes region proposals, boxes and masks of the pyramid's maps.
-        frozen: whether the backbone stays as it is: no gradient, evaluation mode.
-        frozen_norms: whether the backbone's batch norms do, statistics, scale and shift; for batches of a few images
-            a process.
-        layer_decay: of the learning rate from each of the backbone's layers to the one below; 1 for none.
-        shown_score: what is at least so certain is drawn.
-        num_classes: None for as many as the data has.
+        heads: creates the heads for region proposals, boxes and masks.
+        frozen: keeps the backbone in evaluation mode and without gradient.
+        frozen_norms: keeps the backbone's batch norms in evaluation mode and without gradient; for batches of a few
+            images a process, whose statistics are noisy.
+        layer_decay: factor of the learning rate from each layer of the backbone to the one below; 1 for none.
+        shown_score: score from which detections are drawn.
+        num_classes: number of classes; None for the number of classes in the data.
 
     Raises:
-        SettingError: pycocotools is not installed.
+        SettingError: ``layer_decay`` is out of range, or pycocotools is not installed.
     """
 
     def __init__(
@@ -69,17 +70,17 @@ class Detection(ClassHeadModule):
     ) -> None:
         super().__init__(optimizer, num_classes)
         if not 0 < layer_decay <= 1:
-            raise ValueError(f"Detection: layer_decay must lie in (0, 1], got {layer_decay}")
+            raise SettingError(f"model.layer_decay must lie in (0, 1], got {layer_decay}")
         require_pycocotools()
         self.pyramid = pyramid
         self.make_heads = heads
         self.frozen, self.frozen_norms = frozen, frozen_norms
         self.layer_decay = layer_decay
         self.shown_score = shown_score
-        for module in self._resting():
+        for module in self._frozen_modules():
             module.requires_grad_(False)
 
-    def names_of(self, datamodule: Any) -> Sequence[str]:
+    def class_names(self, datamodule: Any) -> Sequence[str]:
         return datamodule.classes
 
     def make_head(self, num_classes: int) -> None:
@@ -88,58 +89,62 @@ class Detection(ClassHeadModule):
 
     def train(self, mode: bool = True) -> Detection:
         super().train(mode)
-        for module in self._resting():
+        for module in self._frozen_modules():
             module.eval()
         return self
 
     def training_step(self, batch: DetectionBatch, batch_idx: int) -> StepOutput:
         image, sizes = batch["image"], self.sizes(batch)
-        things = [self.taught(each) for each in self.things(batch)]
-        targets = [{**each, "labels": each["labels"] + 1} for each in things]  # 0 is the background
+        objects = [self.without_crowds(image_objects) for image_objects in self.objects(batch)]
+        targets = [
+            {**image_objects, "labels": image_objects["labels"] + 1} for image_objects in objects
+        ]  # 0: background
         losses = self.heads.losses(self.pyramid(image), sizes, targets)
         dropped = torch.stack([(~_has_area(boxes)).sum() for boxes in batch["boxes"]]).sum().float()
         self.log("health/dropped_boxes", dropped, reduce_fx="sum", on_step=False, on_epoch=True)
         logs = {name: value.detach() for name, value in losses.items()}
         return {"loss": torch.stack(list(losses.values())).sum(), "logs": logs}
 
-    def things(self, batch: DetectionBatch) -> list[dict[str, Tensor]]:
-        """What there is in each image, where it has an area: ``boxes``, ``labels`` from 0, ``masks`` where they are
-        learned, and ``iscrowd`` where it is known.
+    def objects(self, batch: DetectionBatch) -> list[dict[str, Tensor]]:
+        """The objects of each image whose boxes have an area: ``boxes``, ``labels`` from 0, ``masks`` if the heads
+        predict masks, and ``iscrowd`` if the data has it.
 
         Raises:
-            BatchError: masks are to be learned, and there are none.
+            BatchError: the heads predict masks and the batch has none.
         """
         if self.heads.has_masks and "masks" not in batch:
-            raise BatchError("the data has no masks to learn from: masks=false learns from boxes alone")
+            raise BatchError("the data has no masks: model.heads.masks=false learns from boxes alone")
         names = {"boxes": "boxes", "box_labels": "labels"}
         names |= {"masks": "masks"} if self.heads.has_masks else {}
         names |= {"crowd": "iscrowd"} if "crowd" in batch else {}
-        things = []
-        for picture, boxes in enumerate(batch["boxes"]):
-            kept = _has_area(boxes)
-            things.append({name: batch[field][picture][kept] for field, name in names.items()})  # type: ignore[literal-required]
-        return things
+        objects = []
+        for number, boxes in enumerate(batch["boxes"]):
+            valid = _has_area(boxes)
+            objects.append({name: batch[field][number][valid] for field, name in names.items()})  # type: ignore[literal-required]
+        return objects
 
     @staticmethod
-    def taught(things: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What of a image's things is learned: no crowds."""
-        if "iscrowd" not in things:
-            return things
-        single = ~things["iscrowd"]
-        return {name: value[single] for name, value in things.items() if name != "iscrowd"}
+    def without_crowds(objects: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The objects of an image that are no crowds, without the field ``iscrowd``."""
+        if "iscrowd" not in objects:
+            return objects
+        single = ~objects["iscrowd"]
+        return {name: value[single] for name, value in objects.items() if name != "iscrowd"}
 
     def sizes(self, batch: DetectionBatch) -> list[tuple[int, int]]:
-        """Rows and columns of each image, without what fills it up."""
+        """Rows and columns of each image without its padding."""
         return [(int(rows), int(columns)) for rows, columns in batch["size"].tolist()]
 
     def forward(self, image: Tensor, sizes: list[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """What is found in images [B, 3, H, W], see `MaskRCNNOnMaps`; in evaluation mode only."""
+        """The detections in images [B, 3, H, W], see `MaskRCNNOnMaps`; in evaluation mode only."""
         return self.heads(self.pyramid(image), sizes, (int(image.shape[-2]), int(image.shape[-1])))
 
     def validation_step(self, batch: DetectionBatch, batch_idx: int) -> None:
-        found, things = self(batch["image"], self.sizes(batch)), self.things(batch)
-        kept = [number for number, replaced in enumerate(batch["replaced"].tolist()) if not replaced]
-        self.average_precision.update([found[each] for each in kept], [things[each] for each in kept])
+        detections, objects = self(batch["image"], self.sizes(batch)), self.objects(batch)
+        readable = [image for image, replaced in enumerate(batch["replaced"].tolist()) if not replaced]
+        self.average_precision.update(
+            [detections[number] for number in readable], [objects[number] for number in readable]
+        )
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.average_precision.scores().items():
@@ -147,30 +152,31 @@ class Detection(ClassHeadModule):
         self.average_precision.reset()
 
     def visualize(self, batch: DetectionBatch) -> Mapping[str, Tensor]:
-        """What there is, and what is found."""
-        image, things = batch["image"], self.things(batch)
-        found = self(image, self.sizes(batch))
-        for each in found:
-            certain = each.pop("scores") >= self.shown_score
-            each.update({name: value[certain] for name, value in each.items()})
+        """The objects and the detections of each image, drawn on it."""
+        image, objects = batch["image"], self.objects(batch)
+        detections = self(image, self.sizes(batch))
+        for detection in detections:
+            certain = detection.pop("scores") >= self.shown_score
+            detection.update({name: value[certain] for name, value in detection.items()})
         low, high = image.amin().float(), image.amax().float()
-        drawn = [
-            torch.stack([self._drawn((each.float() - low) / (high - low), what) for what in (there, seen)])
-            for each, there, seen in zip(image, things, found, strict=True)
+        unit_range = (image.float() - low) / (high - low)
+        rows = [
+            torch.stack([self._draw(pixels, true), self._draw(pixels, predicted)])
+            for pixels, true, predicted in zip(unit_range, objects, detections, strict=True)
         ]
-        return {"detections": torch.stack(drawn) * (high - low) + low}
+        return {"detections": torch.stack(rows) * (high - low) + low}
 
-    def _drawn(self, image: Tensor, things: dict[str, Tensor]) -> Tensor:
-        """image: [3, H, W] in [0, 1], with a color a class."""
-        labels = things["labels"].tolist()
+    def _draw(self, image: Tensor, objects: dict[str, Tensor]) -> Tensor:
+        """image: [3, H, W] in [0, 1]. Each class has a color."""
+        labels = objects["labels"].tolist()
         if not labels:
             return image
         colors = [_PALETTE[label % len(_PALETTE)] for label in labels]
-        if "masks" in things:
-            image = draw_segmentation_masks(image, things["masks"], alpha=0.4, colors=colors)
+        if "masks" in objects:
+            image = draw_segmentation_masks(image, objects["masks"], alpha=0.4, colors=colors)
         names = [self.classes[label] if label < len(self.classes) else str(label) for label in labels]
-        legible = image.shape[-1] >= _LEGIBLE
-        return draw_bounding_boxes(image, things["boxes"], labels=names if legible else None, colors=colors)
+        labels = names if image.shape[-1] >= _MIN_WIDTH_FOR_NAMES else None
+        return draw_bounding_boxes(image, objects["boxes"], labels=labels, colors=colors)
 
     def encoders(self) -> dict[str, Encoder]:
         return {"encoder": ImageEncoder(self.pyramid.backbone, pool=mean_patch)}
@@ -184,8 +190,8 @@ class Detection(ClassHeadModule):
             self, extra_rules=layer_rules_below(backbone, self.layer_decay, prefix=f"{name}.")
         )
 
-    def _resting(self) -> list[nn.Module]:
-        """What of the backbone stays as it is."""
+    def _frozen_modules(self) -> list[nn.Module]:
+        """The modules of the backbone that are kept in evaluation mode and without gradient."""
         if self.frozen:
             return [self.pyramid.backbone]
         if not self.frozen_norms:

@@ -1,4 +1,4 @@
-"""The head of the dense prediction transformer on the maps of a pretrained backbone, for whatever it is to answer."""
+"""The head of the dense prediction transformer (DPT) on a pretrained backbone."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from src.optim import OptimizerRecipe
 
 
 class DensePrediction(PretrainModule):
-    """Numbers for every pixel, by the head of Vision Transformers for Dense Prediction (Ranftl et al., 2021).
+    """Predicts values for every pixel with the head of Vision Transformers for Dense Prediction (Ranftl et al., 2021).
 
     Args:
-        backbone: a timm model, pretrained; a ViT with a class token, or a network with stages.
-        optimizer: of the head and, if it is not frozen, the backbone.
-        outputs: how many numbers a pixel has.
-        width: of the fusion blocks.
-        widths: of the maps that are put together again, from the finest on.
-        readout: the class token is put beside each patch and projected; otherwise it is left out.
+        backbone: a timm model, pretrained: a ViT with a class token, or a network with stages.
+        optimizer: for the head and, unless it is frozen, the backbone.
+        outputs: number of values a pixel.
+        width: channels of the fusion blocks.
+        widths: channels of the four reassembled maps, the finest first.
+        readout: concatenates the class token with each patch token and projects them; False ignores the class token.
         blocks, frozen: see `FeatureMaps`.
 
     Raises:
-        SettingError: there are not four maps, or no class token to be read.
+        SettingError: the backbone does not have four maps, or has no class token to read.
     """
 
     def __init__(
@@ -49,36 +49,38 @@ class DensePrediction(PretrainModule):
         self.features = FeatureMaps(backbone, blocks=blocks, frozen=frozen)
         if len(self.features.channels) != 4 or len(widths) != 4:
             raise SettingError(
-                f"model.blocks, model.widths: DPT reads four maps, got {len(self.features.channels)} and {len(widths)}"
+                f"model.blocks, model.widths: DPT needs four maps, got {len(self.features.channels)} and {len(widths)}"
             )
         self.readout = readout and self.features.flat
         if self.readout and not getattr(backbone, "num_prefix_tokens", 0):
-            raise SettingError("model.readout: this backbone has no class token; model.readout=false leaves it out")
+            raise SettingError("model.readout: the backbone has no class token; use model.readout=false")
         if self.features.flat:
             self.reassemble: nn.ModuleList | None = nn.ModuleList(
-                Reassemble(channels, each, factor, readout=self.readout)
-                for channels, each, factor in zip(self.features.channels, widths, (4.0, 2.0, 1.0, 0.5), strict=True)
+                Reassemble(channels, map_width, factor, readout=self.readout)
+                for channels, map_width, factor in zip(
+                    self.features.channels, widths, (4.0, 2.0, 1.0, 0.5), strict=True
+                )
             )
         else:
             self.reassemble, widths = None, self.features.channels
-        self.project = nn.ModuleList(nn.Conv2d(each, width, 3, padding=1, bias=False) for each in widths)
+        self.project = nn.ModuleList(nn.Conv2d(map_width, width, 3, padding=1, bias=False) for map_width in widths)
         self.fuse = nn.ModuleList(Fusion(width, first=level == 3) for level in range(4))
         self.narrow = nn.Conv2d(width, width // 2, 3, padding=1)
         self.output = nn.Sequential(
             nn.Conv2d(width // 2, 32, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(32, outputs, 1)
         )
 
-    def predicted(self, image: Tensor) -> Tensor:
-        """image [B, 3, H, W] -> what the last convolution says, [B, outputs, H, W], in float32 at least."""
-        maps = [project(each) for project, each in zip(self.project, self.reassembled(image), strict=True)]
+    def predict_pixels(self, image: Tensor) -> Tensor:
+        """image [B, 3, H, W] -> outputs of the last convolution, [B, outputs, H, W], in float32 or float64."""
+        maps = [project(x) for project, x in zip(self.project, self.reassemble_maps(image), strict=True)]
         x = self.fuse[3](maps[3])
         for level in (2, 1, 0):
-            x = self.fuse[level](_as_large(x, maps[level]), maps[level])
+            x = self.fuse[level](_match_size(x, maps[level]), maps[level])
         x = F.interpolate(self.narrow(x), size=image.shape[-2:], mode="bilinear", align_corners=True)
         return at_least_float32(self.output(x))
 
-    def reassembled(self, image: Tensor) -> list[Tensor]:
-        """Four maps of falling resolution; of patches of 16 pixels at the strides 4, 8, 16 and 32."""
+    def reassemble_maps(self, image: Tensor) -> list[Tensor]:
+        """Four maps, the finest first; at strides 4, 8, 16 and 32 for a ViT with patches of 16 pixels."""
         if self.reassemble is None:
             return self.features(image)
         if self.readout:
@@ -91,13 +93,13 @@ class DensePrediction(PretrainModule):
 
 
 class Reassemble(nn.Module):
-    """Patches as a map of another size (DPT's Read, Concatenate and Resample).
+    """Converts patch tokens to a map of another resolution (DPT's Read, Concatenate and Resample).
 
     Args:
-        channels: of the patches.
-        width: of the map.
-        factor: 4, 2, 1 or 1/2 times as many rows and columns.
-        readout: whether there is a class token, which is put beside each patch and projected.
+        channels: width of the tokens.
+        width: channels of the map.
+        factor: rows and columns of the map over those of the patches: 4, 2, 1 or 1/2.
+        readout: concatenates the class token with each patch token and projects them.
     """
 
     def __init__(self, channels: int, width: int, factor: float, *, readout: bool) -> None:
@@ -115,17 +117,18 @@ class Reassemble(nn.Module):
         """patches [B, D, h, w] and the class token [B, D] -> [B, width, factor h, factor w]."""
         if self.read is not None:
             assert cls is not None
-            beside = cls[:, None, None].expand(-1, *patches.shape[-2:], -1)
-            patches = self.read(torch.cat([patches.movedim(1, -1), beside], dim=-1)).movedim(-1, 1)
+            class_tokens = cls[:, None, None].expand(-1, *patches.shape[-2:], -1)
+            patches = self.read(torch.cat([patches.movedim(1, -1), class_tokens], dim=-1)).movedim(-1, 1)
         return self.resample(self.project(patches))
 
 
 class Fusion(nn.Module):
-    """What comes from the coarser level, joined by a map of this one, at twice the size (RefineNet's block, as in DPT).
+    """Adds a level's map to the features from the coarser level, and doubles the resolution (DPT's variant of
+    RefineNet's block).
 
     Args:
-        width: of all that is in it.
-        first: it is the coarsest level, which nothing joins.
+        width: channels of inputs and outputs.
+        first: True at the coarsest level, which has a single input.
     """
 
     def __init__(self, width: int, *, first: bool) -> None:
@@ -135,7 +138,7 @@ class Fusion(nn.Module):
         self.out = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor, joining: Tensor | None = None) -> Tensor:
-        """[B, width, h, w], twice -> [B, width, 2 h, 2 w]."""
+        """x, and unless ``first`` the map of the level: [B, width, h, w] -> [B, width, 2 h, 2 w]."""
         if self.joining is not None:
             assert joining is not None
             x = x + self.joining(joining)
@@ -144,7 +147,7 @@ class Fusion(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """Two convolutions, each after a ReLU, beside the identity."""
+    """Two convolutions, each after a ReLU, with a skip connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -156,8 +159,8 @@ class ResidualUnit(nn.Module):
         return x + self.layers(x)
 
 
-def _as_large(x: Tensor, other: Tensor) -> Tensor:
-    """What was doubled is one pixel too large where the coarser map was rounded up."""
+def _match_size(x: Tensor, other: Tensor) -> Tensor:
+    """Resizes x to the size of the finer map. They differ by a pixel if that map has an odd size."""
     if x.shape[-2:] == other.shape[-2:]:
         return x
     return F.interpolate(x, size=other.shape[-2:], mode="bilinear", align_corners=True)

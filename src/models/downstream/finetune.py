@@ -1,4 +1,4 @@
-"""Fine-tuning of a whole pretrained backbone for classification."""
+"""Fine-tuning of a pretrained backbone for image classification."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from src.collectives import rank
 from src.datamodules.batches.image import ImageBatch
+from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.downstream.classifier import Classifier, truncated_normal
@@ -25,19 +26,20 @@ from src.optim import OptimizerRecipe, Rule, layer_decay_rules
 class FineTune(Classifier):
     """The fine-tuning of Masked Autoencoders Are Scalable Vision Learners (He et al., 2021). Deviations: none.
 
-    On the mean of the patches stands a fresh norm (timm's ``fc_norm``, by ``global_pool="avg"`` in the backbone) in the
-    place of the final one. The learning rate falls by ``layer_decay`` from each layer to the one below it. Visualizations and
-    labels of a batch are mixed with its reverse, by mixup or cutmix, one or the other with equal odds.
+    The classifier reads the mean of the patch tokens after a new norm (timm's ``fc_norm``, created by
+    ``backbone.global_pool="avg"``), which replaces the final norm. Batches are augmented with `mix`.
 
     Args:
         backbone: a timm model; its classifier is replaced.
         optimizer: its rules come before those of the layer decay.
-        layer_decay: 1 for none.
-        mixup, cutmix: parameter of the beta distribution the share is drawn from; 0 for none.
-        smoothing: share of a label that goes to all classes alike.
-        head_std: of the truncated normal distribution the classifier starts from.
-        seed: of the mixing, which is a function of it and the step.
-        num_classes: None for as many as the data has.
+        layer_decay: factor of the learning rate from each layer to the one below; 1 for none.
+        mixup, cutmix, smoothing: see `mix`; label smoothing alone if both are 0.
+        head_std: standard deviation of the classifier's initialization, a truncated normal distribution.
+        seed: of mixup and cutmix.
+        num_classes: number of classes; None for the number of classes in the data.
+
+    Raises:
+        SettingError: a value is out of range.
     """
 
     def __init__(
@@ -55,11 +57,12 @@ class FineTune(Classifier):
     ) -> None:
         super().__init__(optimizer, num_classes)
         if min(mixup, cutmix) < 0 or not 0 <= smoothing < 1:
-            raise ValueError(
-                f"FineTune: mixup={mixup}, cutmix={cutmix} >= 0, smoothing={smoothing} in [0, 1) are needed"
+            raise SettingError(
+                "model.mixup and model.cutmix must be at least 0 and model.smoothing in [0, 1), got "
+                f"{mixup}, {cutmix} and {smoothing}"
             )
         if not 0 < layer_decay <= 1:
-            raise ValueError(f"FineTune: layer_decay must lie in (0, 1], got {layer_decay}")
+            raise SettingError(f"model.layer_decay must lie in (0, 1], got {layer_decay}")
         self.backbone = backbone
         self.layer_decay = layer_decay
         self.mixup, self.cutmix, self.smoothing = mixup, cutmix, smoothing
@@ -74,20 +77,20 @@ class FineTune(Classifier):
         return self.learn(batch["image"], self.labels_of(batch), batch_idx)
 
     def learn(self, image: Tensor, label: Tensor, batch_idx: int) -> StepOutput:
-        """A step on images [B, 3, H, W], or clips [B, T, 3, H, W], and their classes [B]."""
+        """The step on images [B, 3, H, W] or clips [B, T, 3, H, W] with class labels [B]."""
         smoothing = self.smoothing
         if self.mixup or self.cutmix:
             image, label = self.mix(image, label, batch_idx)
-            smoothing = 0.0  # the mixed labels are smooth already
+            smoothing = 0.0  # mix has smoothed the labels
         embedding = self.embed(image)
         loss = F.cross_entropy(self.classify(embedding).float(), label, label_smoothing=smoothing)
         return {"loss": loss, "embedding": embedding.detach().float()}
 
     def mix(self, image: Tensor, label: Tensor, batch_idx: int) -> tuple[Tensor, Tensor]:
-        """Visualizations, or clips, mixed with the batch's reverse, and shares of the classes [B, K].
+        """`mix` of images or clips with the step's random numbers.
 
         Raises:
-            BatchError: the batch is odd; its middle image would be mixed with itself.
+            BatchError: the batch size is odd.
         """
         return mix(
             image,
@@ -96,11 +99,11 @@ class FineTune(Classifier):
             mixup=self.mixup,
             cutmix=self.cutmix,
             smoothing=self.smoothing,
-            place=(self.seed, self.global_step, batch_idx, rank()),
+            seeds=(self.seed, self.global_step, batch_idx, rank()),
         )
 
     def embed(self, image: Tensor) -> Tensor:
-        """What the classifier sees: [B, D]."""
+        """The input of the classifier, [B, D]."""
         features = self.backbone.forward_features(image)  # type: ignore[operator]
         return self.backbone.forward_head(features, pre_logits=True)  # type: ignore[operator]
 
@@ -115,7 +118,7 @@ class FineTune(Classifier):
 
     @property
     def pool(self) -> Pool:
-        """What the classifier stands on."""
+        """The pooling before the classifier."""
         norm = getattr(self.backbone, "fc_norm", None)
         return mean_patch if norm is None else partial(_normed_mean, norm)
 
@@ -125,33 +128,41 @@ class FineTune(Classifier):
 
 
 def layer_rules(backbone: nn.Module, decay: float, prefix: str = "") -> list[Rule]:
-    """Optimizer rules for each layer of a timm model as its ``group_matcher`` counts them: for a ViT tokens, positions
-    and patch projection are layer 0, then come the blocks, and what follows them counts as one layer with factor 1.
+    """Optimizer rules that multiply the learning rate by ``decay`` from each layer to the one below. Layers are those of
+    timm's ``group_matcher``: in a ViT, class token, positional embedding and patch embedding are layer 0, the blocks
+    follow, and all later parameters are one layer with factor 1.
 
-    What the model itself excepts from weight decay (positions, class token) gets none.
+    Parameters in the model's ``no_weight_decay`` (positional embedding, class token) have no weight decay.
+
+    Args:
+        backbone: a timm model.
+        decay: factor from a layer to the one below.
+        prefix: of the backbone's parameter names in the module that is optimized.
     """
-    level_of = group_with_matcher(backbone.named_parameters(), backbone.group_matcher(), reverse=True)  # type: ignore[operator]
+    layer_of = group_with_matcher(backbone.named_parameters(), backbone.group_matcher(), reverse=True)  # type: ignore[operator]
     layers: dict[int, list[str]] = defaultdict(list)
-    for name, level in level_of.items():
-        layers[level].append(name)
+    for name, layer in layer_of.items():
+        layers[layer].append(name)
     undecayed = set(getattr(backbone, "no_weight_decay", set)())
-    patterns = [_exactly(layers[level], prefix) for level in sorted(layers)]
+    patterns = [_exactly(layers[layer], prefix) for layer in sorted(layers)]
     rules = []
-    for level, rule in zip(sorted(layers), layer_decay_rules(patterns, decay), strict=True):
-        excepted = [name for name in layers[level] if name in undecayed]
-        if excepted:
-            rules.append(replace(rule, pattern=_exactly(excepted, prefix), weight_decay=0.0))
-        if len(excepted) < len(layers[level]):
+    for layer, rule in zip(sorted(layers), layer_decay_rules(patterns, decay), strict=True):
+        exempt = [name for name in layers[layer] if name in undecayed]
+        if exempt:
+            rules.append(replace(rule, pattern=_exactly(exempt, prefix), weight_decay=0.0))
+        if len(exempt) < len(layers[layer]):
             rules.append(rule)
     return rules
 
 
 def layer_rules_below(backbone: nn.Module, decay: float, prefix: str = "") -> list[Rule]:
-    """As `layer_rules`, for a backbone that a head stands on which is no part of it: the head is the layer with factor
-    1, and the last layer of the backbone that learns has ``decay``."""
+    """`layer_rules` for a backbone below a separate head: the head has factor 1, and the last trainable layer of the
+    backbone has factor ``decay``."""
     rules = layer_rules(backbone, decay, prefix=prefix)
-    learning = [(prefix + name, each) for name, each in backbone.named_parameters() if each.requires_grad]
-    top = max(rule.lr_multiplier for rule in rules if any(rule.matches(*each) for each in learning))
+    trainable = [
+        (prefix + name, parameter) for name, parameter in backbone.named_parameters() if parameter.requires_grad
+    ]
+    top = max(rule.lr_multiplier for rule in rules if any(rule.matches(*named) for named in trainable))
     return [replace(rule, lr_multiplier=rule.lr_multiplier * decay / top) for rule in rules]
 
 

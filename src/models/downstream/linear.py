@@ -1,4 +1,4 @@
-"""The linear protocol: a classifier on a frozen backbone, trained with augmentation."""
+"""Linear probing: a linear classifier on a frozen backbone, trained with augmentation."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from src.optim import OptimizerRecipe
 class LinearProtocol(Classifier):
     """The linear probing of Masked Autoencoders Are Scalable Vision Learners (He et al., 2021). Deviations: none.
 
-    The backbone has no gradient and stays in evaluation mode. Its embedding goes through a batch norm without scale and
-    shift, then through the one layer that learns.
+    The backbone stays in evaluation mode and without gradient. A batch norm without scale and shift normalizes its
+    embedding for the linear layer.
 
     Args:
         backbone: a timm model, pretrained; frozen in place.
-        optimizer: LARS in the paper.
-        pool: what of the tokens is classified.
-        head_std: of the normal distribution the classifier starts from.
-        num_classes: None for as many as the data has.
+        optimizer: for the linear layer, LARS in the paper.
+        pool: computes the embedding from the tokens.
+        head_std: standard deviation of the classifier's initialization, a normal distribution.
+        num_classes: number of classes; None for the number of classes in the data.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class LinearProtocol(Classifier):
         return self.learn(batch["image"], self.labels_of(batch))
 
     def learn(self, image: Tensor, label: Tensor) -> StepOutput:
-        """A step on images [B, 3, H, W], or clips [B, T, 3, H, W], and their classes [B]."""
+        """The step on images [B, 3, H, W] or clips [B, T, 3, H, W] with class labels [B]."""
         embedding = self.embed(image)
         return {"loss": F.cross_entropy(self.head(self.norm(embedding)), label), "embedding": embedding}
 
     def embed(self, image: Tensor) -> Tensor:
-        """The frozen backbone's embedding: float32 [B, D]."""
+        """The embedding of the frozen backbone, float32 [B, D]."""
         with torch.no_grad():
             return self.encoders()["encoder"](image).embedding.float()
 

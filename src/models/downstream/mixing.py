@@ -1,4 +1,4 @@
-"""Samples of a batch mixed with each other, and their labels in the same shares."""
+"""Mixup and cutmix of images or clips."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from src.randomness import seeded
 
 
 def mix(
-    x: Tensor, label: Tensor, *, classes: int, mixup: float, cutmix: float, smoothing: float, place: tuple[int, ...]
+    x: Tensor, label: Tensor, *, classes: int, mixup: float, cutmix: float, smoothing: float, seeds: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Samples mixed with the batch's reverse, by mixup (Zhang et al., 2018) or cutmix (Yun et al., 2019), one or the
-    other with equal odds; cutmix takes the same box out of all frames of a clip.
+    """Mixes each sample with the one at its position in the reversed batch, by mixup (Zhang et al., 2018) or cutmix
+    (Yun et al., 2019), chosen with equal probability for the batch. Cutmix replaces the same box in all frames of a
+    clip.
 
     Args:
-        x: images [B, 3, H, W] or clips [B, T, 3, H, W]; they are left as they are.
-        label: int64 [B].
-        classes: K.
-        mixup, cutmix: parameter of the beta distribution the share is drawn from; 0 for none, one of them above 0.
-        smoothing: share of a label that goes to all classes alike.
-        place: seed, step and what else the draw is a function of.
+        x: images [B, 3, H, W] or clips [B, T, 3, H, W], not changed in place.
+        label: class labels, int64 [B].
+        classes: number of classes K.
+        mixup, cutmix: parameter of the beta distribution of the mixing ratio; 0 to disable one of them.
+        smoothing: label smoothing.
+        seeds: the random numbers are a function of these, such as seed and step.
 
     Returns:
-        as ``x``, and shares of the classes [B, K].
+        mixed samples with the shape of ``x``, and target distributions [B, K].
 
     Raises:
-        BatchError: the batch is odd; its middle sample would be mixed with itself.
+        BatchError: the batch size is odd, so that the middle sample would be mixed with itself.
     """
     if len(x) % 2:
         raise BatchError(
@@ -35,6 +36,6 @@ def mix(
             "change data.batch_size"
         )
     mixing = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=classes)
-    with seeded(*place):
+    with seeded(*seeds):
         mixed, shares = mixing(x.flatten(1, -3).clone(), label)
     return mixed.view_as(x), shares

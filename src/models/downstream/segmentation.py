@@ -1,4 +1,4 @@
-"""Semantic segmentation on the maps of a pretrained backbone: a linear head on patches, and UPerNet."""
+"""Semantic segmentation on a pretrained backbone: a linear head on patch tokens, and UPerNet."""
 
 from __future__ import annotations
 
@@ -17,38 +17,41 @@ from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.feature_maps import FeatureMaps
 from src.models.backbones.image_encoder import ImageEncoder, cls_token_or_mean
-from src.models.downstream import colormaps as colors
 from src.models.downstream.class_head import ClassHeadModule
+from src.models.downstream.colormaps import beside_image, color_classes
 from src.models.downstream.finetune import layer_rules_below
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
 
 Head = Callable[[Sequence[int], Sequence[int], int], nn.Module]
-"""Of the maps' widths, their strides and the number of classes: maps -> logits [B, K, h, w]."""
+"""Creates a head from the channels and strides of the maps and the number of classes; it maps a list of feature maps to
+logits [B, K, h, w]."""
 
 
 class Segmenter(ClassHeadModule):
-    """A class for every pixel. Validated by ``eval/miou``, the mean over the classes that occur or are predicted of
-    intersection over union in all pixels of the split, and ``eval/pixel_accuracy``.
+    """Predicts a class for every pixel. Validated by ``eval/miou``, the mean intersection over union over all pixels of
+    the split and the classes that occur or are predicted, and by ``eval/pixel_accuracy``.
 
-    The loss is the cross-entropy of all pixels after bilinear upsampling; one that counts for nothing adds 0 to the
-    mean, as in BEiT's and MAE's code, so that the loss of several processes is that of one. Visualizations larger than
-    ``crop`` are predicted window by window, logits averaged where windows overlap. Predictions are brought to the size
-    of the ground truth before they are judged.
+    The loss is the cross-entropy after bilinear upsampling, averaged over all pixels. Ignored pixels count as 0, as in
+    the code of BEiT and MAE, which makes the loss of several processes equal to that of one. Images larger than
+    ``crop`` are predicted with a sliding window. Predictions are resized to the ground truth before evaluation.
 
     Args:
         backbone: a timm model, pretrained.
         optimizer: its rules come before those of the layer decay.
-        head: makes the head.
-        auxiliary: makes a second head that helps in training, None for none.
-        auxiliary_weight: of its loss.
-        maps: how many of the backbone's maps the heads are given.
+        head: creates the head.
+        auxiliary: creates a second head for an auxiliary training loss; None for no auxiliary loss.
+        auxiliary_weight: weight of the auxiliary loss.
+        maps: number of the backbone's maps that the heads read.
         blocks, norm, frozen: see `FeatureMaps`.
-        layer_decay: of the learning rate from the head to the last layer of the backbone, and from each of its layers
-            to the one below; 1 for none.
-        crop: side of a window, what training images are cropped to.
-        stride: of the windows, over their side.
-        num_classes: None for as many as the data's masks have.
+        layer_decay: factor of the learning rate from the head to the last layer of the backbone, and from each of its
+            layers to the one below; 1 for none.
+        crop: side of the training crops and of the sliding window, pixels.
+        stride: stride of the sliding window as a share of its side.
+        num_classes: number of classes; None for the number of classes in the data's masks.
+
+    Raises:
+        SettingError: a value is out of range.
     """
 
     def __init__(
@@ -71,8 +74,8 @@ class Segmenter(ClassHeadModule):
         super().__init__(optimizer, num_classes)
         if not 0 < layer_decay <= 1 or not 0 < stride <= 1 or crop < 1:
             raise SettingError(
-                f"{type(self).__name__}: layer_decay and stride in (0, 1] and crop >= 1 are needed, got {layer_decay}, "
-                f"{stride} and {crop}"
+                "model.layer_decay and model.stride must lie in (0, 1] and model.crop be at least 1, got "
+                f"{layer_decay}, {stride} and {crop}"
             )
         self.features = FeatureMaps(backbone, count=maps, blocks=blocks, norm=norm, frozen=frozen)
         self.layer_decay = layer_decay
@@ -81,58 +84,57 @@ class Segmenter(ClassHeadModule):
         self.metrics = nn.ModuleDict()
         self._make_head, self._make_auxiliary = head, auxiliary
 
-    def names_of(self, datamodule: Any) -> Sequence[str]:
+    def class_names(self, datamodule: Any) -> Sequence[str]:
         return datamodule.mask_classes
 
     def make_head(self, num_classes: int) -> None:
         if not 2 <= num_classes <= IGNORED:
-            raise SettingError(f"model.num_classes: 2 to {IGNORED} classes can be told apart, got {num_classes}")
-        of_maps = (self.features.channels, self.features.strides, num_classes)
-        self.head = self._make_head(*of_maps)
-        self.auxiliary = None if self._make_auxiliary is None else self._make_auxiliary(*of_maps)
-        judged: dict[str, Any] = {"num_classes": num_classes, "ignore_index": IGNORED, "validate_args": False}
-        self.metrics["miou"] = MulticlassJaccardIndex(average="macro", **judged)
-        self.metrics["pixel_accuracy"] = MulticlassAccuracy(average="micro", **judged)
+            raise SettingError(f"model.num_classes must be 2 to {IGNORED}, got {num_classes}")
+        shape = (self.features.channels, self.features.strides, num_classes)
+        self.head = self._make_head(*shape)
+        self.auxiliary = None if self._make_auxiliary is None else self._make_auxiliary(*shape)
+        options: dict[str, Any] = {"num_classes": num_classes, "ignore_index": IGNORED, "validate_args": False}
+        self.metrics["miou"] = MulticlassJaccardIndex(average="macro", **options)
+        self.metrics["pixel_accuracy"] = MulticlassAccuracy(average="micro", **options)
 
     def training_step(self, batch: SegmentationBatch, batch_idx: int) -> StepOutput:
         maps, mask = self.features(batch["image"]), batch["mask"]
         loss = pixel_loss(self.head(maps), mask)
         if self.auxiliary is None:
             return {"loss": loss}
-        helped = pixel_loss(self.auxiliary(maps), mask)
+        auxiliary_loss = pixel_loss(self.auxiliary(maps), mask)
         return {
-            "loss": loss + self.auxiliary_weight * helped,
-            "logs": {"main": loss.detach(), "auxiliary": helped.detach()},
+            "loss": loss + self.auxiliary_weight * auxiliary_loss,
+            "logs": {"main": loss.detach(), "auxiliary": auxiliary_loss.detach()},
         }
 
     def forward(self, image: Tensor) -> Tensor:
         """image [B, 3, H, W] -> logits [B, K, H, W]."""
-        return resized(self.head(self.features(image)), image.shape[-2:])
+        return resize(self.head(self.features(image)), image.shape[-2:])
 
     def predict(self, image: Tensor) -> Tensor:
-        """As `forward`, by windows where the image is larger than ``crop``."""
+        """`forward`, with a sliding window for images larger than ``crop``."""
         assert self.num_classes is not None
         if max(image.shape[-2:]) <= self.crop:
             return self(image)
-        return by_windows(self, image, self.crop, self.stride)
+        return sliding_window(self, image, self.crop, self.stride)
 
     def validation_step(self, batch: SegmentationBatch, batch_idx: int) -> None:
         keep = ~batch["replaced"]
         image, mask = batch["image"][keep], batch["mask"][keep]
         if len(image) == 0:
             return
-        predicted = resized(self.predict(image), mask.shape[-2:]).argmax(dim=1)
+        predicted = resize(self.predict(image), mask.shape[-2:]).argmax(dim=1)
         for name, metric in self.metrics.items():
             metric.update(predicted, mask)  # type: ignore[operator]
             self.log(f"eval/{name}", metric, batch_size=len(image))  # type: ignore[arg-type]
 
     def visualize(self, batch: SegmentationBatch) -> Mapping[str, Tensor]:
-        """The image, what is predicted, and what is true."""
+        """Image, prediction and ground truth."""
         image = batch["image"]
         predicted = self.predict(image).argmax(dim=1)
-        mask = F.interpolate(batch["mask"][:, None].float(), size=image.shape[-2:], mode="nearest-exact")[:, 0].long()
-        colored = [self.trainer.datamodule.normalize(colors.of_classes(each)) for each in (predicted, mask)]  # type: ignore[attr-defined]
-        return {"segmentation": torch.stack([image, *colored], dim=1)}
+        colored = [color_classes(classes) for classes in (predicted, batch["mask"])]
+        return {"segmentation": beside_image(image, colored, self.trainer.datamodule.normalize)}  # type: ignore[attr-defined]
 
     def encoders(self) -> dict[str, Encoder]:
         return {"encoder": ImageEncoder(self.features.backbone, pool=cls_token_or_mean)}
@@ -145,8 +147,8 @@ class Segmenter(ClassHeadModule):
 
 
 class LinearHead(nn.Module):
-    """A batch norm and a linear classifier of each position of the last map: what frozen patches of DINO, iBOT and
-    DINOv2 are judged by. Its arguments are those of a `Head`."""
+    """A batch norm and a linear classifier at each position of the last map, the segmentation probe of iBOT and DINOv2.
+    Its arguments are those of a `Head`."""
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int], num_classes: int) -> None:
         super().__init__()
@@ -158,13 +160,13 @@ class LinearHead(nn.Module):
 
 
 class FCNHead(nn.Module):
-    """One 3x3 convolution and a classifier on one map: the auxiliary head of UPerNet.
+    """One 3x3 convolution and a classifier on one map, the auxiliary head of UPerNet.
 
     Args:
         channels, strides, num_classes: see `Head`.
-        width: of the convolution.
-        level: which map; the third is the one of stride 16 of a ConvNet.
-        dropout: of whole channels.
+        width: channels of the convolution.
+        level: index of the map; 2 is the map of stride 16 of a ConvNet.
+        dropout: probability of dropping a channel.
     """
 
     def __init__(
@@ -189,15 +191,15 @@ class FCNHead(nn.Module):
 
 class UPerNetHead(nn.Module):
     """The head of Unified Perceptual Parsing for Scene Understanding (Xiao et al., 2018) for one task: pyramid pooling
-    on the coarsest map, a feature pyramid from it down to the finest, and a classifier on all levels together.
+    on the coarsest map, a feature pyramid down to the finest, and a classifier on the concatenated levels.
 
-    Maps of a ViT are first brought to 4, 2, 1 and 1/2 times their size, as BEiT and MAE do.
+    Maps of a ViT are first resized by 4, 2, 1 and 1/2, as in BEiT and MAE.
 
     Args:
-        channels, strides, num_classes: see `Head`; four maps of one stride, or any number of falling resolution.
-        width: of all that is in the head.
-        bins: rows and columns that the coarsest map is averaged to.
-        dropout: of whole channels, before the classifier.
+        channels, strides, num_classes: see `Head`; four maps of the same stride, or any number with increasing strides.
+        width: channels of the head.
+        bins: sides of the pooled maps.
+        dropout: probability of dropping a channel before the classifier.
     """
 
     def __init__(
@@ -211,40 +213,41 @@ class UPerNetHead(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        self.rescale = nn.ModuleList(pyramid_of(channels, strides))
+        self.rescale = nn.ModuleList(pyramid_layers(channels, strides))
         self.pool = PyramidPooling(channels[-1], width, bins)
-        self.lateral = nn.ModuleList(ConvNormAct(each, width, 1) for each in channels[:-1])
+        self.lateral = nn.ModuleList(ConvNormAct(map_channels, width, 1) for map_channels in channels[:-1])
         self.smooth = nn.ModuleList(ConvNormAct(width, width, 3) for _ in channels[:-1])
         self.fuse = ConvNormAct(len(channels) * width, width, 3)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = _classifier(width, num_classes)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        maps = [rescale(each) for rescale, each in zip(self.rescale, maps, strict=True)]
-        levels = [lateral(each) for lateral, each in zip(self.lateral, maps[:-1], strict=True)]
+        maps = [rescale(x) for rescale, x in zip(self.rescale, maps, strict=True)]
+        levels = [lateral(x) for lateral, x in zip(self.lateral, maps[:-1], strict=True)]
         levels.append(self.pool(maps[-1]))
         for level in range(len(levels) - 1, 0, -1):
-            levels[level - 1] = levels[level - 1] + resized(levels[level], levels[level - 1].shape[-2:])
-        smoothed = [smooth(each) for smooth, each in zip(self.smooth, levels[:-1], strict=True)]
+            levels[level - 1] = levels[level - 1] + resize(levels[level], levels[level - 1].shape[-2:])
+        smoothed = [smooth(x) for smooth, x in zip(self.smooth, levels[:-1], strict=True)]
         size = smoothed[0].shape[-2:]
-        together = torch.cat([resized(each, size) for each in (*smoothed, levels[-1])], dim=1)
-        return self.classifier(self.dropout(self.fuse(together)))
+        fused = self.fuse(torch.cat([resize(level, size) for level in (*smoothed, levels[-1])], dim=1))
+        return self.classifier(self.dropout(fused))
 
 
 class PyramidPooling(nn.Module):
-    """The pyramid pooling module of PSPNet (Zhao et al., 2017): a map beside its own averages over 1, 2 x 2 ... parts.
+    """The pyramid pooling module of PSPNet (Zhao et al., 2017): concatenates a map with its averages over grids of
+    several sizes.
 
     Args:
         channels: of the map.
-        width: of each average and of the result.
-        bins: rows and columns of the parts.
+        width: channels of each average and of the output.
+        bins: sides of the grids.
     """
 
     def __init__(self, channels: int, width: int, bins: Sequence[int]) -> None:
         super().__init__()
-        self.needs_two = min(bins) == 1
+        self.needs_two_images = min(bins) == 1  # batch norm of a 1 x 1 map
         self.parts = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(each), ConvNormAct(channels, width, 1)) for each in bins
+            nn.Sequential(nn.AdaptiveAvgPool2d(side), ConvNormAct(channels, width, 1)) for side in bins
         )
         self.fuse = ConvNormAct(channels + len(bins) * width, width, 3)
 
@@ -252,15 +255,15 @@ class PyramidPooling(nn.Module):
         """[B, C, h, w] -> [B, width, h, w].
 
         Raises:
-            SettingError: training on a single image, whose average has nothing to be normalized with.
+            SettingError: training on a single image, for which batch norm of a 1 x 1 map is undefined.
         """
-        if self.training and self.needs_two and len(x) == 1 and not is_distributed():
-            raise SettingError("data.batch_size: a process and micro-batch needs at least 2 pictures, got 1")
-        return self.fuse(torch.cat([x, *(resized(part(x), x.shape[-2:]) for part in self.parts)], dim=1))
+        if self.training and self.needs_two_images and len(x) == 1 and not is_distributed():
+            raise SettingError("data.batch_size: each process and micro-batch needs at least 2 images, got 1")
+        return self.fuse(torch.cat([x, *(resize(part(x), x.shape[-2:]) for part in self.parts)], dim=1))
 
 
 class ConvNormAct(nn.Sequential):
-    """A convolution without bias that keeps the size, batch norm, ReLU."""
+    """A convolution without bias that keeps the resolution, batch norm and ReLU."""
 
     def __init__(self, channels: int, width: int, kernel: int) -> None:
         convolution = nn.Conv2d(channels, width, kernel, padding=kernel // 2, bias=False)
@@ -268,12 +271,11 @@ class ConvNormAct(nn.Sequential):
         super().__init__(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
 
 
-def pyramid_of(channels: Sequence[int], strides: Sequence[int]) -> list[nn.Module]:
-    """What makes a pyramid of four maps of one stride: 4, 2, 1 and 1/2 times their size. Maps that are one already are
-    left alone.
+def pyramid_layers(channels: Sequence[int], strides: Sequence[int]) -> list[nn.Module]:
+    """The layers that resize four maps of the same stride by 4, 2, 1 and 1/2; identities for maps of different strides.
 
     Raises:
-        SettingError: there are not four.
+        SettingError: there are not four maps of the same stride.
     """
     if len(strides) > 1 and len(set(strides)) > 1:
         return [nn.Identity() for _ in channels]
@@ -281,44 +283,44 @@ def pyramid_of(channels: Sequence[int], strides: Sequence[int]) -> list[nn.Modul
         raise SettingError(f"model.blocks: UPerNet needs four maps of a ViT, got {len(channels)}")
     first, second, *_ = channels
     return [
-        nn.Sequential(_doubled(first), nn.BatchNorm2d(first), nn.GELU(), _doubled(first)),
-        _doubled(second),
+        nn.Sequential(_double_resolution(first), nn.BatchNorm2d(first), nn.GELU(), _double_resolution(first)),
+        _double_resolution(second),
         nn.Identity(),
         nn.MaxPool2d(2),
     ]
 
 
 def pixel_loss(logits: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy of logits [B, K, h, w] brought to the size of the mask [B, H, W]: the mean over all pixels, of
-    which those that count for nothing have 0."""
-    logits = resized(logits.float(), mask.shape[-2:])
+    """Cross-entropy of logits [B, K, h, w], resized to the mask [B, H, W]: the mean over all pixels, with 0 for ignored
+    ones."""
+    logits = resize(logits.float(), mask.shape[-2:])
     return F.cross_entropy(logits, mask, ignore_index=IGNORED, reduction="none").mean()
 
 
-def resized(x: Tensor, size: Sequence[int]) -> Tensor:
-    """[B, C, h, w] -> [B, C, H, W], bilinear; corners are no fixed points."""
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """[B, C, h, w] -> [B, C, H, W], bilinear, without aligned corners."""
     return (
         x if x.shape[-2:] == tuple(size) else F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
     )
 
 
-def by_windows(network: Callable[[Tensor], Tensor], image: Tensor, crop: int, stride: int) -> Tensor:
-    """A network's logits for images larger than its own, averaged over windows of ``crop`` pixels every ``stride``;
-    the last ones are moved back into the image. A side that is shorter than a window is filled up.
+def sliding_window(network: Callable[[Tensor], Tensor], image: Tensor, crop: int, stride: int) -> Tensor:
+    """Predicts an image window by window and averages the logits where windows overlap. The last windows are moved back
+    into the image, and sides shorter than a window are padded.
 
     Args:
-        network: [B, 3, crop, crop] -> [B, K, crop, crop].
+        network: [B, 3, crop, crop] -> logits [B, K, crop, crop].
         image: [B, 3, H, W].
-        crop, stride: pixels.
+        crop, stride: side and stride of the windows, pixels.
 
     Returns:
-        float32 [B, K, H, W].
+        logits, float32 [B, K, H, W].
     """
     height, width = image.shape[-2:]
     image = F.pad(image, (0, max(0, crop - width), 0, max(0, crop - height)))
     total, count = None, image.new_zeros(image.shape[-2:], dtype=torch.float32)
-    for top in _starts(image.shape[-2], crop, stride):
-        for left in _starts(image.shape[-1], crop, stride):
+    for top in _window_starts(image.shape[-2], crop, stride):
+        for left in _window_starts(image.shape[-1], crop, stride):
             logits = network(image[..., top : top + crop, left : left + crop]).float()
             if total is None:
                 total = logits.new_zeros(*logits.shape[:2], *image.shape[-2:])
@@ -328,12 +330,12 @@ def by_windows(network: Callable[[Tensor], Tensor], image: Tensor, crop: int, st
     return (total / count)[..., :height, :width]
 
 
-def _starts(length: int, crop: int, stride: int) -> list[int]:
+def _window_starts(length: int, crop: int, stride: int) -> list[int]:
     number = max(0, -(-(length - crop) // stride)) + 1
-    return [min(each * stride, length - crop) for each in range(number)]
+    return [min(index * stride, length - crop) for index in range(number)]
 
 
-def _doubled(channels: int) -> nn.Module:
+def _double_resolution(channels: int) -> nn.Module:
     return nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2)
 
 

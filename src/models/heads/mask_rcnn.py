@@ -53,9 +53,9 @@ class MaskRCNNOnMaps(nn.Module):
         width: of the heads' convolutions.
         hidden: width of the box head's layers.
         proposals: regions kept for training, and for evaluation, of each level and of all.
-        regions: how many of them a image learns from.
-        anchors: how many anchors a image learns from.
-        detections: at most so many things in a image.
+        regions: how many of them an image learns from.
+        anchors: how many anchors an image learns from.
+        detections: at most so many things in an image.
         min_score: what is less certain is no detection.
 
     Raises:
@@ -157,7 +157,7 @@ class MaskRCNNOnMaps(nn.Module):
         return found, {**proposal_losses, **losses}
 
     def _canvas(self, maps: dict[str, Tensor], sizes: list[tuple[int, int]]) -> ImageList:
-        """Visualizations for torchvision's anchors, which need no more of them than their shape."""
+        """Images for torchvision's anchors, which need no more of them than their shape."""
         finest = maps["0"]
         rows, columns = (side * self.strides[0] for side in finest.shape[-2:])
         return ImageList(finest.new_empty(()).expand(len(finest), 3, rows, columns), sizes)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool
-from src.models.backbones.weights import WeightsError, read, some
+from src.models.backbones.weights import WeightsError, read_weights, shorten
 from src.models.functional import l2_normalize
 from src.models.image_text.micro_batches import check_micro_batch, in_micro_batches
 from src.models.pretrain_module import PretrainModule
@@ -157,12 +157,12 @@ def load_towers(module: ImageTextModule, start: str | Path | None) -> None:
     if start is None:
         log.info("towers: random weights (checkpoint=null)")
         return
-    weights = read(Path(start))
+    weights = read_weights(Path(start))
     state = module.state_dict()
     missing = [name for name in state if name not in weights.tensors]
     if missing:
         raise WeightsError(
-            f"{weights.origin} lacks {len(missing)} of the towers' {len(state)} tensors: {some(missing)}"
+            f"{weights.origin} lacks {len(missing)} of the towers' {len(state)} tensors: {shorten(missing)}"
         )
     mismatched = [
         f"{name} {list(weights.tensors[name].shape)} instead of {list(value.shape)}"
@@ -170,6 +170,6 @@ def load_towers(module: ImageTextModule, start: str | Path | None) -> None:
         if weights.tensors[name].shape != value.shape
     ]
     if mismatched:
-        raise WeightsError(f"{weights.origin} has another architecture: it has {some(mismatched)}")
+        raise WeightsError(f"{weights.origin} has another architecture: it has {shorten(mismatched)}")
     module.load_state_dict({name: weights.tensors[name] for name in state})
     log.info("towers: %d tensors from %s", len(state), weights.origin)

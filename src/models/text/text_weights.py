@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from src.errors import SettingError
-from src.models.backbones.weights import some
+from src.models.backbones.weights import shorten
 from src.models.text.text_tower import TextTower
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def load_text_weights(tower: TextTower, checkpoint: str | Path | None) -> TextTo
         raise SettingError(f"{setting} is no model of transformers: {_first_line(problem)}") from problem
     differences = _differences(transformer.config, config)
     if differences:
-        raise SettingError(f"{setting} has another architecture than model.text: {some(differences)}")
+        raise SettingError(f"{setting} has another architecture than model.text: {shorten(differences)}")
     with _without_loading_report():
         try:
             pretrained, report = type(transformer).from_pretrained(
@@ -65,7 +65,9 @@ def load_text_weights(tower: TextTower, checkpoint: str | Path | None) -> TextTo
     names = list(transformer.state_dict())
     missing = sorted(name for name in report["missing_keys"] if name in names)
     if missing:
-        raise SettingError(f"{setting} lacks {len(missing)} of the text tower's {len(names)} tensors: {some(missing)}")
+        raise SettingError(
+            f"{setting} lacks {len(missing)} of the text tower's {len(names)} tensors: {shorten(missing)}"
+        )
     weights = pretrained.state_dict()
     transformer.load_state_dict({name: weights[name] for name in names})
     log.info("text tower: %d tensors from %s", len(names), checkpoint)

@@ -1,4 +1,4 @@
-"""Visualizations and ground truth of a scene: exact, consistent with each other and between resolutions."""
+"""Images and ground truth of a scene: exact, consistent with each other and between resolutions."""
 
 from __future__ import annotations
 

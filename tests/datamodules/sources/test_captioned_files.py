@@ -22,7 +22,7 @@ PINNED_VAL = ["03.png", "06.png", "08.png", "15.png", "16.png", "19.png"]
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Visualizations 00.png … 19.png of one grey each."""
+    """Images 00.png … 19.png of one grey each."""
     for number in range(20):
         Image.new("RGB", (4, 3), (number, number, number)).save(tmp_path / f"{number:02d}.png")
     return tmp_path

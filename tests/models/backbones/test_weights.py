@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
-from src.models.backbones.weights import WeightsError, pretrained
+from src.models.backbones.weights import WeightsError, load_backbone
 
 
 def vit(size: int = 32, **kwargs):
@@ -47,28 +47,28 @@ def lightning(source, path, encoders: dict[str, str]) -> str:
 
 def test_nothing_to_load_leaves_the_backbone_as_it_is(source):
     before = copy.deepcopy(source.state_dict())
-    assert pretrained(source, None) is source
+    assert load_backbone(source, None) is source
     assert all(torch.equal(before[name], value) for name, value in source.state_dict().items())
 
 
 def test_a_checkpoint_says_itself_where_its_encoder_lies(source, tmp_path):
     path = lightning(source, tmp_path / "last.ckpt", {"student": "net.student.trunk.", "teacher": "net.teacher.trunk."})
-    assert_loaded(pretrained(vit(), path), source)
-    teacher = pretrained(vit(), path, encoder="teacher")
+    assert_loaded(load_backbone(vit(), path), source)
+    teacher = load_backbone(vit(), path, encoder="teacher")
     assert torch.equal(teacher.cls_token, source.cls_token + 1)
     with pytest.raises(WeightsError, match="no encoder 'techer'; did you mean teacher"):
-        pretrained(vit(), path, encoder="techer")
+        load_backbone(vit(), path, encoder="techer")
 
 
 def test_a_runs_folder_gives_its_best_checkpoint_else_its_last(source, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     OmegaConf.save({"run": {}}, tmp_path / "config.yaml")
     lightning(source, tmp_path / "checkpoints/last.ckpt", {"encoder": "backbone."})
-    assert_loaded(pretrained(vit(), tmp_path), source)
+    assert_loaded(load_backbone(vit(), tmp_path), source)
     shifted = copy.deepcopy(source)
     shifted.load_state_dict({name: value + 5 for name, value in source.state_dict().items()})
     lightning(shifted, tmp_path / "checkpoints/best.ckpt", {"encoder": "backbone."})
-    assert_loaded(pretrained(vit(), tmp_path), shifted)
+    assert_loaded(load_backbone(vit(), tmp_path), shifted)
 
 
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "teacher"])
@@ -77,36 +77,36 @@ def test_plain_state_dicts_of_other_programs(source, tmp_path, wrapper, prefix):
     state = {prefix + name: value for name, value in source.state_dict().items()}
     state["head.mlp.weight"] = torch.zeros(2)
     torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "weights.pth")
-    assert_loaded(pretrained(vit(), tmp_path / "weights.pth"), source)
+    assert_loaded(load_backbone(vit(), tmp_path / "weights.pth"), source)
 
 
 def test_the_teacher_is_taken_where_a_file_holds_a_student_too(source, tmp_path):
     student = {name: value + 1 for name, value in source.state_dict().items()}
     torch.save({"student": student, "teacher": source.state_dict()}, tmp_path / "both.pth")
-    assert_loaded(pretrained(vit(), tmp_path / "both.pth"), source)
+    assert_loaded(load_backbone(vit(), tmp_path / "both.pth"), source)
 
 
 def test_safetensors_and_an_exports_folder(source, tmp_path):
     save_file(source.state_dict(), tmp_path / "model.safetensors")
-    assert_loaded(pretrained(vit(), tmp_path / "model.safetensors"), source)
-    assert_loaded(pretrained(vit(), tmp_path), source)
+    assert_loaded(load_backbone(vit(), tmp_path / "model.safetensors"), source)
+    assert_loaded(load_backbone(vit(), tmp_path), source)
 
 
 def test_positions_are_interpolated_to_another_grid_and_the_rest_is_untouched(source, tmp_path, caplog):
     torch.save(source.state_dict(), tmp_path / "w.pth")
     caplog.set_level(logging.INFO)
-    larger = pretrained(vit(size=48), tmp_path / "w.pth")
+    larger = load_backbone(vit(size=48), tmp_path / "w.pth")
     expected = resample_abs_pos_embed(source.pos_embed, [6, 6], [4, 4], num_prefix_tokens=1)
     assert torch.equal(larger.pos_embed, expected)
     assert torch.equal(larger.pos_embed[:, 0], source.pos_embed[:, 0])
     assert torch.equal(larger.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
-    assert "position table of 17 tokens interpolated to 37" in caplog.text
+    assert "positional embedding of 17 tokens interpolated to 37" in caplog.text
 
 
 def test_a_constant_position_table_stays_constant(source, tmp_path):
     source.pos_embed.data.fill_(0.25)
     torch.save(source.state_dict(), tmp_path / "w.pth")
-    larger = pretrained(vit(size=64), tmp_path / "w.pth")
+    larger = load_backbone(vit(size=64), tmp_path / "w.pth")
     torch.testing.assert_close(larger.pos_embed, torch.full((1, 65, 24), 0.25))
 
 
@@ -116,7 +116,7 @@ def test_a_fresh_norm_and_classifier_keep_their_own_weights(source, tmp_path, ca
     caplog.set_level(logging.INFO)
     pooled = vit(global_pool="avg", num_classes=3)
     before = copy.deepcopy(pooled.head.weight)
-    pretrained(pooled, tmp_path / "w.pth", fresh=["fc_norm."])
+    load_backbone(pooled, tmp_path / "w.pth", fresh=["fc_norm."])
     assert torch.equal(pooled.head.weight, before)  # 5 classes in the file, 3 here
     assert torch.equal(pooled.fc_norm.weight, torch.ones(24))
     assert torch.equal(pooled.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
@@ -126,7 +126,7 @@ def test_a_fresh_norm_and_classifier_keep_their_own_weights(source, tmp_path, ca
 def test_without_that_permission_the_missing_norm_is_an_error(source, tmp_path):
     torch.save(source.state_dict(), tmp_path / "w.pth")
     with pytest.raises(WeightsError, match=r"lacks 2 of the backbone's \d+ tensors: fc_norm.weight, fc_norm.bias"):
-        pretrained(vit(global_pool="avg"), tmp_path / "w.pth")
+        load_backbone(vit(global_pool="avg"), tmp_path / "w.pth")
 
 
 def test_a_missing_tensor_is_named_and_nothing_is_loaded(source, tmp_path):
@@ -136,21 +136,21 @@ def test_a_missing_tensor_is_named_and_nothing_is_loaded(source, tmp_path):
     target = vit()
     before = copy.deepcopy(target.state_dict())
     with pytest.raises(WeightsError, match=r"lacks 1 of .*: blocks.1.mlp.fc2.bias; it holds backbone.cls_token"):
-        pretrained(target, tmp_path / "w.pth")
+        load_backbone(target, tmp_path / "w.pth")
     assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
 
 
 def test_another_width_or_patch_size_is_an_error_with_both_shapes(source, tmp_path):
     torch.save(source.state_dict(), tmp_path / "w.pth")
     with pytest.raises(WeightsError, match=r"patch_embed.proj.weight \[24, 3, 8, 8\] instead of \[24, 3, 4, 4\]"):
-        pretrained(vit(patch_size=4), tmp_path / "w.pth")
+        load_backbone(vit(patch_size=4), tmp_path / "w.pth")
 
 
 def test_positions_that_are_no_square_grid_are_refused(source, tmp_path):
     state = source.state_dict() | {"pos_embed": torch.zeros(1, 1 + 15, 24)}
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match="16 tokens, which is no square grid after 1 others"):
-        pretrained(vit(), tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="16 tokens, not a square grid after 1 others"):
+        load_backbone(vit(), tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize(
@@ -166,12 +166,12 @@ def test_files_that_hold_no_plain_weights_are_refused_by_name(tmp_path, content,
     path = tmp_path / "bad.pth"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(WeightsError, match=rf"bad.pth .*({message})"):
-        pretrained(vit(), path)
+        load_backbone(vit(), path)
 
 
 def test_a_broken_safetensors_file_and_a_missing_one(tmp_path):
     (tmp_path / "w.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0broken!!")
     with pytest.raises(WeightsError, match=r"w.safetensors cannot be read as weights"):
-        pretrained(vit(), tmp_path / "w.safetensors")
+        load_backbone(vit(), tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match=r"no weights at .*absent.ckpt"):
-        pretrained(vit(), tmp_path / "absent.ckpt")
+        load_backbone(vit(), tmp_path / "absent.ckpt")

@@ -1,4 +1,4 @@
-"""Action recognition: clips through the heads of images, and images through the heads of clips."""
+"""Tests of action recognition with video and image backbones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from src.models.backbones.image_encoder import ImageEncoder
 from src.models.backbones.video_conv import r2plus1d
 from src.models.backbones.video_encoder import FrameEncoder, VideoEncoder, clip_encoder
 from src.models.backbones.video_vit import TubeletEmbed, sinusoids, video_vit
-from src.models.backbones.weights import WeightsError, pretrained
+from src.models.backbones.weights import WeightsError, load_backbone
 from src.models.downstream.action import FineTuneAction, LinearAction
 from src.optim import OptimizerRecipe, adamw
 from src.randomness import seeded
@@ -23,13 +23,13 @@ SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_head
 RECIPE = OptimizerRecipe(adamw, lr=1.0, weight_decay=0.05)
 
 
-def clips_vit(size: int = 16, frames: int = 4) -> timm.models.VisionTransformer:
+def small_video_vit(size: int = 16, frames: int = 4) -> timm.models.VisionTransformer:
     embed = partial(TubeletEmbed, frames=frames, tubelet_frames=2)
     options = {**SMALL, "img_size": size, "class_token": False, "global_pool": "avg", "fc_norm": True}
     return video_vit("vit_tiny_patch16_224", embed_layer=embed, **options)
 
 
-def pictures_vit() -> timm.models.VisionTransformer:
+def image_vit() -> timm.models.VisionTransformer:
     return timm.create_model("vit_tiny_patch16_224", global_pool="avg", **SMALL)
 
 
@@ -49,10 +49,10 @@ def built(backbone: torch.nn.Module, **options: object) -> FineTuneAction:
     return module.eval()
 
 
-def test_frames_of_a_clip_are_mixed_alike() -> None:
-    """Mixed frame by frame with the same numbers, as images are."""
-    module, data = built(clips_vit()), batch()
-    for step in range(4):  # mixup and cutmix both
+def test_frames_of_a_clip_are_mixed_equally() -> None:
+    """Equal to mixing each frame as an image with the same random numbers."""
+    module, data = built(small_video_vit()), batch()
+    for step in range(4):  # some steps use mixup, some cutmix
         mixed, shares = module.mix(data["video"], data["label"], step)
         for frame in range(4):
             mixing = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=3)
@@ -62,52 +62,52 @@ def test_frames_of_a_clip_are_mixed_alike() -> None:
             assert torch.equal(shares, target)
 
 
-def test_the_loss_is_that_of_the_mixed_labels() -> None:
-    module, data = built(clips_vit()), batch()
+def test_the_loss_is_the_cross_entropy_with_the_mixed_labels() -> None:
+    module, data = built(small_video_vit()), batch()
     mixed, target = module.mix(data["video"], data["label"], 1)
     by_hand = -(target.double() * module(mixed).double().log_softmax(dim=1)).sum(dim=1).mean()
     torch.testing.assert_close(module.training_step(data, 1)["loss"].double(), by_hand, rtol=1e-5, atol=1e-6)
 
 
-def test_the_rate_falls_layer_by_layer_and_positions_are_fixed() -> None:
-    module = built(clips_vit(), layer_decay=0.75)
+def test_layer_decay_and_a_fixed_positional_embedding() -> None:
+    module = built(small_video_vit(), layer_decay=0.75)
     groups = module.configure_optimizers().param_groups
-    found = {name: group["lr"] for group in groups for name in group["names"]}
-    assert found["backbone.patch_embed.projection.weight"] == pytest.approx(0.75**3)
-    assert found["backbone.blocks.0.attn.qkv.weight"] == pytest.approx(0.75**2)
-    assert found["backbone.blocks.1.mlp.fc2.weight"] == pytest.approx(0.75)
-    assert found["backbone.fc_norm.weight"] == found["backbone.head.weight"] == 1.0
-    assert "backbone.pos_embed" not in found
+    rates = {name: group["lr"] for group in groups for name in group["names"]}
+    assert rates["backbone.patch_embed.projection.weight"] == pytest.approx(0.75**3)
+    assert rates["backbone.blocks.0.attn.qkv.weight"] == pytest.approx(0.75**2)
+    assert rates["backbone.blocks.1.mlp.fc2.weight"] == pytest.approx(0.75)
+    assert rates["backbone.fc_norm.weight"] == rates["backbone.head.weight"] == 1.0
+    assert "backbone.pos_embed" not in rates
     assert torch.equal(module.backbone.pos_embed, sinusoids(24, 8))
 
 
 def test_the_embedding_is_the_norm_of_the_mean() -> None:
-    module, video = built(clips_vit()), batch()["video"]
+    module, video = built(small_video_vit()), batch()["video"]
     tokens = module.backbone.forward_features(video)
     expected = torch.nn.functional.layer_norm(tokens.mean(dim=1), (24,), eps=module.backbone.fc_norm.eps)
     torch.testing.assert_close(module.embed(video), expected)
     torch.testing.assert_close(module.encoders()["encoder"](video).embedding, expected)
 
 
-def test_a_backbone_of_pictures_reads_frame_by_frame_and_knows_no_order() -> None:
-    module, video = built(pictures_vit()), batch()["video"]
+def test_an_image_backbone_averages_frames_and_ignores_their_order() -> None:
+    module, video = built(image_vit()), batch()["video"]
     encoder = module.encoders()["encoder"]
     assert isinstance(encoder, FrameEncoder)
-    picture = ImageEncoder(module.backbone, module.pool)
-    each = torch.stack([picture(video[:, frame]).embedding for frame in range(4)], dim=1)
-    torch.testing.assert_close(module.embed(video), each.mean(dim=1))
+    image_encoder = ImageEncoder(module.backbone, module.pool)
+    embeddings = torch.stack([image_encoder(video[:, frame]).embedding for frame in range(4)], dim=1)
+    torch.testing.assert_close(module.embed(video), embeddings.mean(dim=1))
     features = encoder(video)
-    torch.testing.assert_close(features.embedding, each.mean(dim=1))
+    torch.testing.assert_close(features.embedding, embeddings.mean(dim=1))
     assert (features.grid, features.patches.shape) == ((4, 2, 2), (4, 16, 24))
-    torch.testing.assert_close(features.patches[:, 4:8], picture(video[:, 1]).patches)
+    torch.testing.assert_close(features.patches[:, 4:8], image_encoder(video[:, 1]).patches)
     torch.testing.assert_close(module(video.flip(1)), module(video))
-    clips = built(clips_vit())
+    clips = built(small_video_vit())
     assert not torch.allclose(clips(video.flip(1)), clips(video))
 
 
-def test_several_clips_of_a_video_vote_by_their_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = built(clips_vit())
-    # one sure clip for class 0 against two unsure ones for class 1: the mean of logits would say 0
+def test_probabilities_of_several_clips_of_a_video_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = built(small_video_vit())
+    # a confident clip of class 0 and two less confident ones of class 1: the mean of the logits would be class 0
     logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 1.0]])
     monkeypatch.setattr(module, "forward", lambda video: logits[: len(video)])
     logged: dict[str, torch.Tensor] = {}
@@ -120,32 +120,32 @@ def test_several_clips_of_a_video_vote_by_their_probabilities(monkeypatch: pytes
     torch.testing.assert_close(logged["eval/loss"], expected)
 
 
-def test_a_linear_probe_leaves_the_encoder_alone() -> None:
-    for backbone in (clips_vit(), pictures_vit(), r2plus1d(layers=(1, 1, 1, 1), width=4)):
+def test_linear_probing_trains_the_head_alone() -> None:
+    for backbone in (small_video_vit(), image_vit(), r2plus1d(layers=(1, 1, 1, 1), width=4)):
         module = LinearAction(backbone, RECIPE, pool=clip_encoder(backbone).pool)
         module.build(3)
         module.train()
         module.training_step(batch(), 0)["loss"].backward()
-        learned = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
-        assert learned == {"head.weight", "head.bias"}
+        trained = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
+        assert trained == {"head.weight", "head.bias"}
         assert not backbone.training
 
 
-def test_positions_of_larger_clips_are_interpolated_time_by_time(tmp_path) -> None:
-    torch.save(clips_vit().state_dict(), tmp_path / "small.pth")
-    larger = pretrained(clips_vit(size=32), tmp_path / "small.pth")
+def test_positional_embeddings_of_larger_clips_are_interpolated_at_each_time(tmp_path) -> None:
+    torch.save(small_video_vit().state_dict(), tmp_path / "small.pth")
+    larger = load_backbone(small_video_vit(size=32), tmp_path / "small.pth")
     table, source = larger.pos_embed.unflatten(1, (2, 4, 4)), sinusoids(24, 8).unflatten(1, (2, 2, 2))
     for time in range(2):
         expected = torch.nn.functional.interpolate(
             source[:, time].permute(0, 3, 1, 2), size=(4, 4), mode="bicubic", antialias=True, align_corners=False
         )
         torch.testing.assert_close(table[:, time].permute(0, 3, 1, 2), expected)
-    with pytest.raises(WeightsError, match="8 tokens, which is no square grid for each of 4 times"):
-        pretrained(clips_vit(frames=8), tmp_path / "small.pth")
+    with pytest.raises(WeightsError, match="8 tokens, not a square grid for each of 4 times"):
+        load_backbone(small_video_vit(frames=8), tmp_path / "small.pth")
 
 
-def test_it_tells_films_by_what_happens() -> None:
-    """A bright column that goes right or left from anywhere: every single frame is of either class."""
+def test_it_learns_classes_that_single_frames_do_not_show() -> None:
+    """A bright column moves right or left from a random start, so that every single frame occurs in both classes."""
     generator = torch.Generator().manual_seed(0)
     begin = torch.randint(16, (32,), generator=generator)
     label = torch.arange(32) % 2
@@ -154,7 +154,7 @@ def test_it_tells_films_by_what_happens() -> None:
         4, places.view(32, 4, 1, 1, 1).expand(-1, -1, 3, 16, -1), torch.ones(1).expand(32, 4, 3, 16, 1).clone()
     )
     data = batch(32, 2) | {"video": video, "label": label}
-    module = built(clips_vit(), mixup=0.0, cutmix=0.0, layer_decay=1.0).train()
+    module = built(small_video_vit(), mixup=0.0, cutmix=0.0, layer_decay=1.0).train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
     for step in range(80):
         optimizer.zero_grad()
@@ -163,7 +163,7 @@ def test_it_tells_films_by_what_happens() -> None:
     assert (module(video).argmax(dim=1) == label).float().mean() > 0.9
 
 
-def test_an_encoder_of_clips_or_pictures_is_told_by_its_backbone() -> None:
-    assert isinstance(clip_encoder(clips_vit()), VideoEncoder)
+def test_clip_encoder_depends_on_the_backbone() -> None:
+    assert isinstance(clip_encoder(small_video_vit()), VideoEncoder)
     assert isinstance(clip_encoder(r2plus1d(layers=(1, 1, 1, 1), width=4)), VideoEncoder)
-    assert isinstance(clip_encoder(pictures_vit()), FrameEncoder)
+    assert isinstance(clip_encoder(image_vit()), FrameEncoder)

@@ -1,4 +1,4 @@
-"""Downstream runs as a person starts, breaks and continues them."""
+"""Tests of downstream runs through the commands."""
 
 import shutil
 
@@ -9,11 +9,11 @@ from src import resume, runs, train
 from src.errors import UserError
 from tests.commands import SECONDS, run
 
-KEPT = [word for word in SECONDS if not word.startswith(("experiment=", "model."))]
+SHARED = [word for word in SECONDS if not word.startswith(("experiment=", "model."))]
 FINETUNE = [
     "experiment=finetune_vitb",
     "scale=tiny",
-    *KEPT,
+    *SHARED,
     "backbone.drop_path_rate=0.2",
     "model.mixup=0.8",
     "model.cutmix=1.0",
@@ -39,7 +39,7 @@ def pretrained(tmp_path) -> str:
     return str(tmp_path / "mae_tiny" / "source")
 
 
-def test_a_killed_fine_tuning_goes_on_to_the_same_bits_without_what_it_started_from(tmp_path, pretrained, monkeypatch):
+def test_a_killed_fine_tuning_resumes_bitwise_equal_without_its_checkpoint(tmp_path, pretrained, monkeypatch):
     words = [*FINETUNE, f"checkpoint={pretrained}", f"paths.runs={tmp_path}"]
     killed = run(
         "src.train",
@@ -56,15 +56,15 @@ def test_a_killed_fine_tuning_goes_on_to_the_same_bits_without_what_it_started_f
     assert torch.load(broken.last, weights_only=True)["global_step"] == 10
     assert resume.main([f"run={broken.dir}", "callbacks.kill=null"]) == 0
     whole = runs.Run(tmp_path / "finetune_vitb" / "whole")
-    ours, theirs = (torch.load(each.last, weights_only=True)["state_dict"] for each in (broken, whole))
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    resumed, expected = (torch.load(part.last, weights_only=True)["state_dict"] for part in (broken, whole))
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.items())
     assert broken.metrics()["train"]["eval/top1"] == whole.metrics()["train"]["eval/top1"]
     assert broken.metrics()["train"]["loss/total"] == whole.metrics()["train"]["loss/total"]
 
 
-def test_the_linear_protocol_runs_on_a_runs_encoder_and_keeps_it(tmp_path, pretrained, monkeypatch):
+def test_linear_probing_keeps_the_encoder_of_a_run(tmp_path, pretrained, monkeypatch):
     monkeypatch.setenv("PRETEXT_RUN_DIR", "")
-    words = ["experiment=linear_vitb", "scale=tiny", *KEPT, "callbacks.progress=null", "trainer.max_epochs=1"]
+    words = ["experiment=linear_vitb", "scale=tiny", *SHARED, "callbacks.progress=null", "trainer.max_epochs=1"]
     assert train.main([*words, f"checkpoint={pretrained}", f"paths.runs={tmp_path}", "run.name=probe"]) == 0
     ours = torch.load(tmp_path / "linear_vitb/probe/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     source = torch.load(runs.find(pretrained).checkpoint(), weights_only=True)["state_dict"]
@@ -73,14 +73,14 @@ def test_the_linear_protocol_runs_on_a_runs_encoder_and_keeps_it(tmp_path, pretr
     assert all(torch.equal(ours[name], source[name]) for name in shared)
 
 
-def test_a_wrong_checkpoint_is_said_before_anything_starts(tmp_path):
+def test_a_missing_checkpoint_is_refused_before_the_run_starts(tmp_path):
     with pytest.raises(UserError, match=r"in model.backbone: no weights at .*nowhere"):
         train.main([*FINETUNE, "checkpoint=nowhere", f"paths.runs={tmp_path}", "run.name=none"])
 
 
-def test_patches_of_a_runs_encoder_are_judged_by_the_classes_of_their_pixels(tmp_path, pretrained, monkeypatch):
+def test_linear_segmentation_on_the_encoder_of_a_run(tmp_path, pretrained, monkeypatch):
     monkeypatch.setenv("PRETEXT_RUN_DIR", "")
-    words = ["experiment=segmentation_linear_vitb", "scale=tiny", *KEPT, "callbacks.progress=null"]
+    words = ["experiment=segmentation_linear_vitb", "scale=tiny", *SHARED, "callbacks.progress=null"]
     words += ["trainer.max_epochs=1", "data.eval_batch_size=8", "callbacks.visualizations.count=2"]
     assert train.main([*words, f"checkpoint={pretrained}", f"paths.runs={tmp_path}", "run.name=dense"]) == 0
     run_of = runs.Run(tmp_path / "segmentation_linear_vitb" / "dense")
@@ -94,12 +94,12 @@ def test_patches_of_a_runs_encoder_are_judged_by_the_classes_of_their_pixels(tmp
     assert all(torch.equal(ours["state_dict"][f"features.{name}"], source["state_dict"][name]) for name in shared)
 
 
-def test_things_are_found_on_a_runs_frozen_encoder_which_stays_as_it_is(tmp_path, pretrained, monkeypatch):
+def test_detection_on_the_frozen_encoder_of_a_run(tmp_path, pretrained, monkeypatch):
     monkeypatch.setenv("PRETEXT_RUN_DIR", "")
-    words = ["experiment=detection_vitb", "scale=tiny", *KEPT, "callbacks.progress=null", "model.frozen=true"]
+    words = ["experiment=detection_vitb", "scale=tiny", *SHARED, "callbacks.progress=null", "model.frozen=true"]
     words += ["trainer.max_epochs=1", "data.eval_batch_size=8", "callbacks.visualizations.count=2"]
-    assert train.main([*words, f"checkpoint={pretrained}", f"paths.runs={tmp_path}", "run.name=things"]) == 0
-    run_of = runs.Run(tmp_path / "detection_vitb" / "things")
+    assert train.main([*words, f"checkpoint={pretrained}", f"paths.runs={tmp_path}", "run.name=detection"]) == 0
+    run_of = runs.Run(tmp_path / "detection_vitb" / "detection")
     metrics = run_of.metrics()["train"]
     assert {"loss/objectness", "loss/proposals", "loss/classes", "loss/boxes", "loss/masks"} <= metrics.keys()
     assert all(0 <= metrics[f"eval/{kind}_ap"] <= metrics[f"eval/{kind}_ap50"] <= 1 for kind in ("box", "mask"))

@@ -1,4 +1,4 @@
-"""Detection on any encoder: what it learns, what it leaves alone, what it is judged by."""
+"""Tests of detection: training, frozen parts and validation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from src.datamodules.batches.base import BatchError
 from src.datamodules.dataset import SampleKey
 from src.datamodules.scenes.source import ScenesSource
 from src.datamodules.views.joint import DetectionView
-from src.models.backbones.weights import pretrained
+from src.models.backbones.weights import load_backbone
 from src.models.downstream.detection import Detection
 from src.models.heads.mask_rcnn import MaskRCNNOnMaps
 from src.models.heads.pyramid import ConvPyramid, SimplePyramid
@@ -57,27 +57,29 @@ def detection(backbone: nn.Module | None = None, *, heads=HEADS, classes: int | 
 
 
 def batch(*boxes: list[tuple[int, int, int, int]]) -> dict:
-    """A image of noise with boxes of the class 0, 1, ... each; masks fill them."""
-    made: dict = {"boxes": [], "box_labels": [], "masks": []}
-    for own in boxes:
-        masks = torch.zeros(len(own), 64, 64, dtype=torch.bool)
-        for mask, (x0, y0, x1, y1) in zip(masks, own, strict=True):
+    """Noise images whose boxes have the classes 0, 1, ... and filled masks."""
+    fields: dict = {"boxes": [], "box_labels": [], "masks": []}
+    for image_boxes in boxes:
+        masks = torch.zeros(len(image_boxes), 64, 64, dtype=torch.bool)
+        for mask, (x0, y0, x1, y1) in zip(masks, image_boxes, strict=True):
             mask[y0:y1, x0:x1] = True
-        made["boxes"].append(torch.tensor(own, dtype=torch.float32).view(-1, 4))
-        made["box_labels"].append(torch.arange(len(own)))
-        made["masks"].append(masks)
+        fields["boxes"].append(torch.tensor(image_boxes, dtype=torch.float32).view(-1, 4))
+        fields["box_labels"].append(torch.arange(len(image_boxes)))
+        fields["masks"].append(masks)
     image = torch.randn(len(boxes), 3, 64, 64, generator=torch.Generator().manual_seed(1))
     rest = {"size": torch.full((len(boxes), 2), 64), "replaced": torch.zeros(len(boxes), dtype=torch.bool)}
-    return {"image": image, **made, **rest}
+    return {"image": image, **fields, **rest}
 
 
-def of_scenes(count: int = 8) -> dict:
-    made = AnnotatedDataset(SCENES("train"), DetectionView(masks=True), seed=0)[[SampleKey(0, n) for n in range(count)]]
-    return {**made, "image": (made["image"].float() / 255 - 0.45) / 0.225}
+def scenes_batch(count: int = 8) -> dict:
+    samples = AnnotatedDataset(SCENES("train"), DetectionView(masks=True), seed=0)[
+        [SampleKey(0, n) for n in range(count)]
+    ]
+    return {**samples, "image": (samples["image"].float() / 255 - 0.45) / 0.225}
 
 
-def test_it_learns_eight_pictures_by_heart_boxes_and_masks():
-    data = of_scenes()
+def test_it_memorizes_boxes_and_masks_of_eight_images():
+    data = scenes_batch()
     module = detection(classes=len(SCENES("train").classes))
     optimizer = module.configure_optimizers()
     for _ in range(55):
@@ -93,10 +95,10 @@ def test_it_learns_eight_pictures_by_heart_boxes_and_masks():
     assert scores["box_ap50"] > 0.8
     assert scores["mask_ap50"] > 0.7
     assert drawn.shape == (8, 2, 3, 64, 64)
-    assert ((drawn[:, 0] != data["image"]).flatten(1).any(dim=1)).all()  # what there is, drawn on the image
+    assert ((drawn[:, 0] != data["image"]).flatten(1).any(dim=1)).all()  # the objects are drawn on the image
 
 
-def test_an_empty_batch_and_a_box_without_area_train_and_the_latter_is_left_out():
+def test_empty_images_train_and_boxes_without_area_are_left_out():
     module = detection()
     logged: dict[str, Tensor] = {}
     module.log = lambda name, value, **_: logged.__setitem__(name, value)
@@ -105,39 +107,38 @@ def test_an_empty_batch_and_a_box_without_area_train_and_the_latter_is_left_out(
     assert out["loss"].isfinite()
     torch.testing.assert_close(out["loss"], torch.stack(list(out["logs"].values())).sum())
     assert not any(value.requires_grad for value in out["logs"].values())
-    assert [len(each["boxes"]) for each in module.things(data)] == [0, 1]
-    assert [each["masks"].shape for each in module.things(data)] == [(0, 64, 64), (1, 64, 64)]
+    assert [len(objects["boxes"]) for objects in module.objects(data)] == [0, 1]
+    assert [objects["masks"].shape for objects in module.objects(data)] == [(0, 64, 64), (1, 64, 64)]
     assert logged["health/dropped_boxes"] == 1.0
     assert module.training_step(batch([], []), 0)["loss"].isfinite()
 
 
-def test_crowds_are_not_learned_and_do_not_count_as_mistakes():
+def test_crowds_are_neither_learned_nor_false_negatives():
     module, data = detection(), {**batch([(4, 4, 20, 20), (30, 30, 60, 60)]), "crowd": [torch.tensor([False, True])]}
-    (thing,) = module.things(data)
-    assert thing["iscrowd"].tolist() == [False, True]
-    taught = module.taught(thing)
-    assert taught.keys() == {"boxes", "labels", "masks"}
-    assert taught["labels"].tolist() == [0]
+    (objects,) = module.objects(data)
+    assert objects["iscrowd"].tolist() == [False, True]
+    single = module.without_crowds(objects)
+    assert single.keys() == {"boxes", "labels", "masks"}
+    assert single["labels"].tolist() == [0]
     module.eval()
-    right = {name: value[:1] for name, value in thing.items()}
-    found = {**right, "scores": torch.tensor([0.9])}
-    module.forward = lambda image, sizes: [found]
+    correct = {name: value[:1] for name, value in objects.items()}
+    module.forward = lambda image, sizes: [{**correct, "scores": torch.tensor([0.9])}]
     module.validation_step(data, 0)
-    assert module.average_precision.scores()["box_ap"] == 1.0  # class 1 is not asked for
+    assert module.average_precision.scores()["box_ap"] == 1.0  # class 1, a crowd, is not required
 
 
-def test_stand_ins_are_not_judged():
+def test_replaced_samples_are_not_validated():
     module = detection().eval()
     data = batch([(4, 4, 20, 20)], [(8, 8, 40, 40)])
     data["replaced"][1] = True
-    found = [{**each, "scores": torch.ones(len(each["boxes"]))} for each in module.things(data)]
-    module.forward = lambda image, sizes: found
+    detections = [{**objects, "scores": torch.ones(len(objects["boxes"]))} for objects in module.objects(data)]
+    module.forward = lambda image, sizes: detections
     module.validation_step(data, 0)
     assert len(module.average_precision.groundtruth_labels) == len(module.average_precision.detection_labels) == 1
 
 
 @pytest.mark.parametrize("make", [vit, convnet])
-def test_a_frozen_backbone_gets_no_gradient_and_stays_in_evaluation_mode(make):
+def test_a_frozen_backbone_has_no_gradient_and_stays_in_evaluation_mode(make):
     module = detection(make(), frozen=True).train()
     before = {name: value.clone() for name, value in module.pyramid.backbone.state_dict().items()}
     module.training_step(batch([(4, 4, 20, 20)]), 0)["loss"].backward()
@@ -150,7 +151,7 @@ def test_a_frozen_backbone_gets_no_gradient_and_stays_in_evaluation_mode(make):
     assert not any("backbone" in name for name in names)
 
 
-def test_frozen_norms_keep_their_statistics_and_weights_and_the_rest_learns():
+def test_frozen_norms_keep_statistics_and_weights_and_the_rest_is_trained():
     module = detection(convnet(), frozen_norms=True).train()
     norm, convolution = module.pyramid.backbone.layer1[0].bn1, module.pyramid.backbone.conv1
     before = norm.running_mean.clone()
@@ -161,7 +162,7 @@ def test_frozen_norms_keep_their_statistics_and_weights_and_the_rest_learns():
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
-def test_layers_get_vitdets_multipliers(pool):
+def test_layer_decay_is_that_of_vitdet(pool):
     optimizer = detection(vit(depth=3, global_pool=pool), layer_decay=0.5).configure_optimizers()
     multiplier = {name: group["lr_multiplier"] for group in optimizer.param_groups for name in group["names"]}
     start = "pyramid.vit.backbone"
@@ -178,10 +179,10 @@ def test_layers_get_vitdets_multipliers(pool):
     assert group["weight_decay"] == 0.0
 
 
-def test_data_without_masks_is_refused_where_masks_are_learned_and_trains_boxes_alone_elsewhere():
+def test_data_without_masks_trains_boxes_alone():
     data = batch([(4, 4, 20, 20)])
     del data["masks"]
-    with pytest.raises(BatchError, match="no masks to learn from: masks=false"):
+    with pytest.raises(BatchError, match=r"no masks: model\.heads\.masks=false"):
         detection().training_step(data, 0)
     module = detection(heads=partial(HEADS, masks=False))
     assert module.training_step(data, 0)["logs"].keys() == {"objectness", "proposals", "classes", "boxes"}
@@ -191,7 +192,7 @@ def test_data_without_masks_is_refused_where_masks_are_learned_and_trains_boxes_
     assert module.visualize(data)["detections"].shape == (1, 2, 3, 64, 64)
 
 
-def test_classes_come_from_the_data_scores_are_logged_and_the_checkpoint_gives_back_encoder_and_heads(tmp_path):
+def test_a_run_logs_scores_and_its_checkpoint_restores_encoder_and_heads(tmp_path):
     data = AnnotatedDataModule(
         source=SCENES,
         train_view=DetectionView(masks=True),
@@ -214,10 +215,10 @@ def test_classes_come_from_the_data_scores_are_logged_and_the_checkpoint_gives_b
     image = batch([])["image"]
     ours, theirs = (each.eval()(image, [(64, 64)])[0] for each in (module, other))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    taken = pretrained(timm.create_model("resnet18", num_classes=0, channels=[8, 8, 16, 16]), tmp_path / "last.ckpt")
+    taken = load_backbone(timm.create_model("resnet18", num_classes=0, channels=[8, 8, 16, 16]), tmp_path / "last.ckpt")
     assert torch.equal(taken.conv1.weight, module.pyramid.backbone.conv1.weight)
 
 
-def test_nonsense_is_refused():
+def test_a_wrong_layer_decay_is_refused():
     with pytest.raises(ValueError, match="layer_decay must lie in"):
         detection(layer_decay=0.0)

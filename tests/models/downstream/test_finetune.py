@@ -45,7 +45,7 @@ def batch(size: int = 6, classes: int = 4) -> dict[str, torch.Tensor]:
     }
 
 
-def test_layers_get_the_multipliers_of_the_papers_layer_decay():
+def test_layer_decay_is_that_of_the_paper():
     optimizer = finetune(layer_decay=0.5).configure_optimizers()
     multiplier, decay = {}, {}
     for group in optimizer.param_groups:
@@ -72,12 +72,12 @@ def test_layers_get_the_multipliers_of_the_papers_layer_decay():
     assert undecayed == one_axis | {"backbone.cls_token", "backbone.pos_embed"}
 
 
-def test_multipliers_agree_with_timms_own_grouping():
+def test_layer_decay_equals_timms():
     from timm.optim import param_groups_layer_decay
 
     backbone = vit(num_classes=4)
     names = {id(parameter): name for name, parameter in backbone.named_parameters()}
-    theirs = {
+    timms = {
         names[id(parameter)]: (group["lr_scale"], group["weight_decay"])
         for group in param_groups_layer_decay(
             backbone, weight_decay=0.05, layer_decay=0.65, no_weight_decay_list=("cls_token", "pos_embed")
@@ -87,12 +87,12 @@ def test_multipliers_agree_with_timms_own_grouping():
     ours = {}
     for group in recipe().build(backbone, layer_rules(backbone, 0.65)).param_groups:
         ours |= dict.fromkeys(group["names"], (group["lr_multiplier"], group["weight_decay"]))
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() == timms.keys()
     for name in ours:
-        assert ours[name] == pytest.approx(theirs[name]), name
+        assert ours[name] == pytest.approx(timms[name]), name
 
 
-def test_a_convnet_has_layers_too():
+def test_layer_decay_of_a_convnet():
     backbone = timm.create_model("resnet18", num_classes=2)
     multipliers = {
         name: group["lr_multiplier"]
@@ -110,7 +110,7 @@ def test_rules_of_the_recipe_come_first():
     assert not any("patch_embed" in name for name in names)
 
 
-def test_the_head_starts_at_nothing_so_that_every_class_is_as_likely():
+def test_the_initial_head_predicts_uniform_probabilities():
     module = finetune(classes=5)
     weight = module.backbone.head.weight
     assert 1e-5 < weight.std().item() < 4e-5
@@ -119,7 +119,7 @@ def test_the_head_starts_at_nothing_so_that_every_class_is_as_likely():
     torch.testing.assert_close(probabilities, torch.full((6, 5), 0.2), atol=1e-3, rtol=0)
 
 
-def test_a_fresh_norm_stands_on_the_mean_of_the_patches():
+def test_a_new_norm_follows_the_mean_of_the_patch_tokens():
     module = finetune().eval()
     module.backbone.fc_norm.weight.data.uniform_(0.5, 2.0)
     image = batch()["image"]
@@ -133,19 +133,19 @@ def test_a_fresh_norm_stands_on_the_mean_of_the_patches():
     torch.testing.assert_close(module(image), module.backbone(image))
 
 
-def test_mixed_labels_are_the_smoothed_shares_of_both_pictures():
+def test_mixed_labels_are_weighted_smoothed_labels_of_both_images():
     module = finetune(mixup=0.8, cutmix=0.0, smoothing=0.1)
     images, labels = batch()["image"], batch()["label"]
     mixed, shares = module.mix(images, labels, batch_idx=3)
     torch.testing.assert_close(shares.sum(dim=1), torch.ones(6))
-    # by hand: lambda from the images, 0.9 + 0.1 / 4 on the own class and 0.1 / 4 on the others, both images' shares
+    # by hand: the ratio from the images; each smoothed label has 0.9 + 0.1 / 4 for its class and 0.1 / 4 for others
     share = ((mixed[0] - images[5]) / (images[0] - images[5])).median().item()
     smooth = torch.full((6, 4), 0.025)
     smooth[torch.arange(6), labels] = 0.925
     torch.testing.assert_close(shares, share * smooth + (1 - share) * smooth.flip(0), atol=1e-5, rtol=0)
 
 
-def test_cutmix_pastes_a_box_of_the_other_picture_and_the_labels_follow_its_area():
+def test_cutmix_pastes_a_box_of_the_other_image_and_weights_labels_by_area():
     module = finetune(mixup=0.0, cutmix=1.0, smoothing=0.0)
     images, labels = batch(6)["image"], torch.tensor([0, 0, 0, 1, 1, 1])
     for step in range(5):
@@ -155,7 +155,7 @@ def test_cutmix_pastes_a_box_of_the_other_picture_and_the_labels_follow_its_area
         assert shares[0, 1].item() == pytest.approx(pasted.float().mean().item(), abs=1e-6)
 
 
-def test_mixing_is_a_function_of_seed_and_step_and_leaves_batch_and_generators_alone():
+def test_mixing_depends_on_seed_and_step_and_keeps_batch_and_generators():
     module, data = finetune(seed=3), batch()
     before = data["image"].clone()
     first = module.mix(data["image"], data["label"], batch_idx=0)
@@ -182,7 +182,7 @@ def test_the_loss_is_the_cross_entropy_with_the_mixed_labels():
     torch.testing.assert_close(module.training_step(data, 2)["loss"].double(), by_hand, atol=1e-5, rtol=1e-5)
 
 
-def test_without_mixing_labels_are_smoothed_only():
+def test_without_mixing_labels_are_smoothed():
     module = finetune(mixup=0.0, cutmix=0.0, smoothing=0.2)
     module.backbone.head.weight.data.normal_()
     data = batch(5)
@@ -193,22 +193,22 @@ def test_without_mixing_labels_are_smoothed_only():
     torch.testing.assert_close(module.training_step(data, 0)["loss"].double(), by_hand, atol=1e-5, rtol=1e-5)
 
 
-def test_odd_batches_and_missing_labels_are_refused_with_what_to_change():
+def test_odd_batches_and_missing_labels_are_refused():
     with pytest.raises(BatchError, match=r"even number of images .* got 5: change data.batch_size"):
         finetune().training_step(batch(5), 0)
     data = batch()
     data["label"][2:4] = -1
-    with pytest.raises(BatchError, match="learns from labels; 2 of a batch have none"):
+    with pytest.raises(BatchError, match="learns from labels; 2 of 6 samples of a batch have none"):
         finetune().training_step(data, 0)
 
 
 @pytest.mark.parametrize("bad", [{"mixup": -1.0}, {"smoothing": 1.0}, {"layer_decay": 0.0}, {"layer_decay": 1.5}])
-def test_nonsense_is_refused(bad):
+def test_wrong_values_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         FineTune(vit(), recipe(), **bad)
 
 
-def test_it_learns_pictures_it_has_not_seen():
+def test_it_classifies_validation_images():
     data = ImageDataModule(
         source=partial(Squares, length=180),
         train_view=RandAugmentCrop(SIZE, scale=(0.5, 1.0), policy=None, erase=0.25),
@@ -235,12 +235,12 @@ def test_it_learns_pictures_it_has_not_seen():
     assert trainer.callback_metrics["eval/top1"].item() > 0.7  # chance is a third
 
 
-def test_a_head_that_is_no_part_of_the_backbone_is_the_layer_above():
-    """BEiT's layers under a dense head: 0 (tokens, patches), a block each, and the head, whose factor is 1."""
+def test_layer_decay_below_a_separate_head():
+    """As in BEiT: layer 0 (tokens, patch embedding), one layer a block, and the head with factor 1."""
     names = {"pos_embed": 0.0625, "blocks.0.attn.qkv.weight": 0.125, "blocks.2.mlp.fc2.weight": 0.5}
-    for pool in ("token", "avg"):  # with a norm that belongs to the last block, or one of its own that does not learn
+    for pool in ("token", "avg"):  # with a final norm, or a frozen norm after the pooling
         backbone = vit(global_pool=pool)
         (backbone.norm if pool == "token" else backbone.fc_norm).requires_grad_(False)
         groups = recipe().build(backbone, layer_rules_below(backbone, 0.5)).param_groups
-        found = {name: group["lr_multiplier"] for group in groups for name in group["names"]}
-        assert {name: found[name] for name in names} == names
+        multipliers = {name: group["lr_multiplier"] for group in groups for name in group["names"]}
+        assert {name: multipliers[name] for name in names} == names

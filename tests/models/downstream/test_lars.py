@@ -1,4 +1,4 @@
-"""One and two steps of LARS against the update written out in float64."""
+"""Compares one and two steps of LARS with updates by hand in float64."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ def step(linear: nn.Linear, optimizer: torch.optim.Optimizer, weight: list, bias
     optimizer.step()
 
 
-def test_matrices_move_by_the_trust_ratio_and_biases_as_in_sgd():
+def test_matrices_are_scaled_by_the_trust_ratio_and_biases_are_not():
     linear = layer()
     optimizer = OptimizerRecipe(partial(lars, momentum=MOMENTUM, trust_coefficient=TRUST), lr=LR).build(linear)
     step(linear, optimizer, [[0.6, 0.0], [0.0, 0.8]], [2.0, 0.0])
@@ -39,7 +39,7 @@ def test_matrices_move_by_the_trust_ratio_and_biases_as_in_sgd():
     np.testing.assert_allclose(linear.bias.detach().numpy(), [0.0 - 0.5 * 0.9 * 2.0, -1.0 - 0.5 * 1.0], rtol=1e-6)
 
 
-def test_weight_decay_reaches_matrices_alone_and_enters_the_trust_ratio():
+def test_weight_decay_applies_to_matrices_and_enters_the_trust_ratio():
     linear = layer()
     optimizer = OptimizerRecipe(lars, lr=LR, weight_decay=0.1).build(linear)
     step(linear, optimizer, [[0.6, 0.0], [0.0, 0.8]], [0.0, 0.0])
@@ -59,14 +59,14 @@ def test_a_zero_weight_or_gradient_is_not_scaled():
     np.testing.assert_allclose(linear.weight.detach().numpy(), [[-0.5, 0.0], [0.0, 0.0]], rtol=1e-6)
 
 
-def test_scheduled_rates_reach_both_parts():
+def test_parameter_groups():
     optimizer = OptimizerRecipe(lars, lr=LR).build(layer())
     assert [group["names"] for group in optimizer.param_groups] == [["weight"], ["bias"]]
     assert [group["lr_multiplier"] for group in optimizer.param_groups] == [1.0, 1.0]
     assert [group["always_adapt"] for group in optimizer.param_groups] == [True, False]
 
 
-def test_larc_scales_biases_too():
+def test_larc_also_scales_biases():
     linear = layer()
     optimizer = OptimizerRecipe(larc, lr=LR, weight_decay=0.1, rules=[Rule("", weight_decay=0.1)]).build(linear)
     step(linear, optimizer, [[0.6, 0.0], [0.0, 0.8]], [2.0, 0.0])

@@ -60,7 +60,7 @@ def trainer(epochs: int, **kwargs) -> L.Trainer:
     )
 
 
-def test_training_moves_the_head_and_not_one_bit_of_the_backbone():
+def test_training_changes_the_head_alone():
     module = protocol()
     before = copy.deepcopy(module.backbone.state_dict())
     runner = trainer(2)
@@ -76,13 +76,13 @@ def test_training_moves_the_head_and_not_one_bit_of_the_backbone():
     assert module.norm.num_batches_tracked == 6
 
 
-def test_the_backbone_stays_in_evaluation_mode_whatever_is_asked_of_the_module():
+def test_the_backbone_stays_in_evaluation_mode():
     module = protocol(num_classes=3)
     module.build(3)
     image = torch.randn(4, 3, SIZE, SIZE)
     module.train()
     assert module.norm.training
-    assert torch.equal(module.embed(image), module.embed(image))  # with dropout it would not be
+    assert torch.equal(module.embed(image), module.embed(image))  # dropout is off
 
 
 @pytest.mark.parametrize(("pool", "position"), [(None, "class token"), (mean_patch, "patches")])
@@ -102,14 +102,14 @@ def test_logits_are_the_linear_layer_on_standardized_features(pool, position):
     assert not [name for name, _ in module.norm.named_parameters()]
 
 
-def test_the_head_starts_small_and_without_a_bias():
+def test_the_initial_head_has_small_weights_and_zero_bias():
     module = protocol()
     module.build(400)
     assert module.head.weight.std().item() == pytest.approx(0.01, rel=0.05)
     assert module.head.bias.abs().max() == 0
 
 
-def test_validation_counts_every_labelled_image_once():
+def test_validation_counts_every_labeled_image_once():
     module = protocol()
     runner = trainer(1)
     runner.fit(module, datamodule=data())
@@ -128,14 +128,14 @@ def test_validation_counts_every_labelled_image_once():
     assert runner.callback_metrics["eval/loss"].item() == pytest.approx(F.cross_entropy(logits, label).item(), rel=1e-5)
 
 
-def test_it_learns_what_is_linear_in_the_features():
+def test_it_learns_linearly_separable_classes():
     module = protocol(OptimizerRecipe(torch.optim.AdamW, lr=0.02), pool=mean_patch)
     runner = trainer(6)
     runner.fit(module, datamodule=data(length=90, batch_size=15))
     assert runner.callback_metrics["eval/top1"].item() > 0.8  # chance is a third
 
 
-def test_the_classes_come_from_the_data_and_travel_with_the_checkpoint(tmp_path):
+def test_the_classes_come_from_the_data_and_are_saved(tmp_path):
     module = protocol()
     runner = trainer(1)
     runner.fit(module, datamodule=data())
@@ -150,7 +150,7 @@ def test_the_classes_come_from_the_data_and_travel_with_the_checkpoint(tmp_path)
 
 
 def test_data_without_labels_or_with_more_classes_are_refused():
-    with pytest.raises(BatchError, match="LinearProtocol learns from labels, and the data has none"):
+    with pytest.raises(BatchError, match="LinearProtocol learns from labels, and the data has no classes"):
         trainer(1).fit(protocol(), datamodule=data(labelled=False))
     with pytest.raises(BatchError, match="the classifier has 2 classes, the data 3"):
         trainer(1).fit(protocol(num_classes=2), datamodule=data())

@@ -1,4 +1,4 @@
-"""Heads that name pixels: their parts by hand, what learns and what does not, and that they can learn at all."""
+"""Tests of segmentation heads: parts by hand, gradients, training and validation."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.nn import functional as F
 
 from src.datamodules.batches.base import IGNORED, BatchError
 from src.errors import SettingError
-from src.models.downstream import colormaps as colors
+from src.models.downstream.colormaps import color_classes
 from src.models.downstream.segmentation import (
     FCNHead,
     LinearHead,
     PyramidPooling,
     Segmenter,
     UPerNetHead,
-    by_windows,
     pixel_loss,
+    sliding_window,
 )
 from src.optim import OptimizerRecipe
 from tests.models.downstream.toy import SIZE, resnet, vit
@@ -45,7 +45,7 @@ def upernet(backbone: nn.Module | None = None, *, classes: int = 4, **options: A
 
 
 def batch(size: int = 8, classes: int = 4) -> dict[str, Tensor]:
-    """Blocks of 8 pixels whose color says their class."""
+    """Blocks of 8 x 8 pixels whose color is their class."""
     generator = torch.Generator().manual_seed(1)
     mask = torch.randint(0, classes, (size, SIZE // 8, SIZE // 8), generator=generator)
     mask = mask.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
@@ -58,8 +58,8 @@ def batch(size: int = 8, classes: int = 4) -> dict[str, Tensor]:
 
 
 class TestParts:
-    def test_the_loss_is_the_mean_over_all_pixels_also_those_that_count_for_nothing(self) -> None:
-        logits = torch.tensor([[[[0.0, 0.0]], [[0.0, math.log(3.0)]]]])  # two classes, a image of 1 x 2
+    def test_the_loss_is_the_mean_over_all_pixels_with_zero_for_ignored_ones(self) -> None:
+        logits = torch.tensor([[[[0.0, 0.0]], [[0.0, math.log(3.0)]]]])  # two classes, an image of 1 x 2
         both = torch.tensor([[[0, 1]]])
         assert pixel_loss(logits, both).item() == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)
         assert pixel_loss(logits, torch.tensor([[[0, IGNORED]]])).item() == pytest.approx(math.log(2) / 2)
@@ -69,30 +69,30 @@ class TestParts:
         assert nothing.grad.abs().max() == 0
 
     def test_the_loss_of_a_batch_is_the_mean_of_its_halves(self) -> None:
-        """So that several processes together have the gradient of one."""
+        """Several processes have the gradient of one."""
         torch.manual_seed(0)
         logits, mask = torch.randn(4, 3, 4, 4), torch.randint(0, 3, (4, 8, 8))
         mask[0], mask[1, :3] = IGNORED, IGNORED
         halves = [pixel_loss(logits[part], mask[part]) for part in (slice(0, 2), slice(2, 4))]
         torch.testing.assert_close(pixel_loss(logits, mask), sum(halves) / 2)
 
-    def test_pyramid_pooling_puts_averages_of_parts_beside_the_map(self) -> None:
+    def test_pyramid_pooling_concatenates_averages_with_the_map(self) -> None:
         pooling = PyramidPooling(1, 1, (1, 2)).eval()
         for part in pooling.parts:
             nn.init.ones_(part[1][0].weight)  # type: ignore[index,arg-type]
-        seen: list[Tensor] = []
-        pooling.fuse.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+        layer_inputs: list[Tensor] = []
+        pooling.fuse.register_forward_pre_hook(lambda _module, inputs: layer_inputs.append(inputs[0]))
         x = torch.arange(16.0).view(1, 1, 4, 4)
         pooling(x)
-        itself, whole, quarters = seen[0][0]
+        itself, whole, quarters = layer_inputs[0][0]
         assert torch.equal(itself, x[0, 0])
-        factor = 1 / math.sqrt(1 + 1e-5)  # of a batch norm that has seen nothing
+        factor = 1 / math.sqrt(1 + 1e-5)  # of a batch norm with initial statistics
         torch.testing.assert_close(whole, torch.full((4, 4), 7.5 * factor))
-        # averages of rows 0-1 and 2-3, columns 0-1 and 2-3; in the corners nothing is blended
+        # averages of rows 0-1 and 2-3, columns 0-1 and 2-3; the corners are not interpolated
         for (row, column), mean in {(0, 0): 2.5, (0, 3): 4.5, (3, 0): 10.5, (3, 3): 12.5}.items():
             assert quarters[row, column].item() == pytest.approx(mean * factor)
 
-    def test_maps_of_a_vit_become_a_pyramid_and_those_of_a_convnet_are_one(self) -> None:
+    def test_maps_of_a_vit_are_resized_to_a_pyramid_and_those_of_a_convnet_are_not(self) -> None:
         maps = [torch.randn(2, 6, 4, 4) for _ in range(4)]
         head = UPerNetHead((6,) * 4, (16,) * 4, 3, width=5)
         assert [rescale(each).shape[-1] for rescale, each in zip(head.rescale, maps, strict=True)] == [16, 8, 4, 2]
@@ -102,22 +102,22 @@ class TestParts:
         sizes = ((2, 16), (4, 8), (6, 4), (8, 2))
         assert staged([torch.randn(2, width, side, side) for width, side in sizes]).shape == (2, 3, 16, 16)
 
-    def test_what_is_coarse_reaches_the_finest_level(self) -> None:
+    def test_all_maps_reach_the_finest_level(self) -> None:
         head = UPerNetHead((2, 2, 2, 2), (4, 8, 16, 32), 3, width=4).eval()
         maps = [torch.randn(1, 2, 8 >> level, 8 >> level, requires_grad=True) for level in range(4)]
-        seen: list[Tensor] = []
-        head.smooth[0].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+        layer_inputs: list[Tensor] = []
+        head.smooth[0].register_forward_pre_hook(lambda _module, inputs: layer_inputs.append(inputs[0]))
         head(maps)
-        seen[0].sum().backward()
+        layer_inputs[0].sum().backward()
         assert all(each.grad is not None and each.grad.abs().sum() > 0 for each in maps)
 
-    def test_one_picture_has_no_average_to_be_normed_by(self) -> None:
-        with pytest.raises(SettingError, match=r"data.batch_size: .* at least 2 pictures, got 1"):
+    def test_a_single_training_image_is_refused(self) -> None:
+        with pytest.raises(SettingError, match=r"data.batch_size: .* at least 2 images, got 1"):
             upernet().train().training_step(batch(1), 0)  # type: ignore[arg-type]
 
 
 class TestWindows:
-    def test_they_cover_the_picture_and_overlaps_are_averaged(self) -> None:
+    def test_windows_cover_the_image_and_overlaps_are_averaged(self) -> None:
         image = torch.arange(6.0).view(1, 1, 1, 6).expand(1, 3, 4, 6)
         starts: list[float] = []
 
@@ -126,30 +126,30 @@ class TestWindows:
             starts.append(window[0, 0, 0, 0].item())
             return window[:, :1].mean(dim=(2, 3), keepdim=True).expand(-1, -1, 4, 4)
 
-        found = by_windows(mean, image, crop=4, stride=3)
-        assert starts == [0.0, 2.0]  # the second would begin at 3 and is moved back
-        assert found[0, 0, 0].tolist() == [1.5, 1.5, 2.5, 2.5, 3.5, 3.5]
+        output = sliding_window(mean, image, crop=4, stride=3)
+        assert starts == [0.0, 2.0]  # the second window is moved back from 3
+        assert output[0, 0, 0].tolist() == [1.5, 1.5, 2.5, 2.5, 3.5, 3.5]
 
     @pytest.mark.parametrize(("height", "width"), [(9, 11), (4, 13), (3, 10), (10, 4)])
-    def test_a_network_that_looks_at_single_pixels_notices_nothing(self, height: int, width: int) -> None:
+    def test_a_pixelwise_network_gives_the_same_with_windows(self, height: int, width: int) -> None:
         image = torch.randn(2, 3, height, width)
-        found = by_windows(lambda window: window * 2 + 1, image, crop=4, stride=3)
-        torch.testing.assert_close(found, image * 2 + 1)
+        output = sliding_window(lambda window: window * 2 + 1, image, crop=4, stride=3)
+        torch.testing.assert_close(output, image * 2 + 1)
 
-    def test_a_picture_larger_than_the_crop_is_predicted_by_them(self) -> None:
+    def test_an_image_larger_than_the_crop_is_predicted_with_windows(self) -> None:
         module = linear(stride=0.5).eval()
         assert module.stride == 16
         small, large = torch.randn(1, 3, SIZE, SIZE), torch.randn(1, 3, SIZE, SIZE + 16)
         torch.testing.assert_close(module.predict(small), module(small))
-        found = module.predict(large)
+        output = module.predict(large)
         left, right = module(large[..., :SIZE]), module(large[..., 16:])
-        torch.testing.assert_close(found[..., :16], left[..., :16])
-        torch.testing.assert_close(found[..., 16:SIZE], (left[..., 16:] + right[..., :16]) / 2)
-        torch.testing.assert_close(found[..., SIZE:], right[..., 16:])
+        torch.testing.assert_close(output[..., :16], left[..., :16])
+        torch.testing.assert_close(output[..., 16:SIZE], (left[..., 16:] + right[..., :16]) / 2)
+        torch.testing.assert_close(output[..., SIZE:], right[..., 16:])
 
 
 class TestTraining:
-    def test_the_auxiliary_head_counts_for_its_weight(self) -> None:
+    def test_the_auxiliary_loss_is_weighted(self) -> None:
         module, data = upernet().eval(), batch(2)
         step = module.training_step(data, 0)  # type: ignore[arg-type]
         logs = step["logs"]
@@ -160,7 +160,7 @@ class TestTraining:
 
     @pytest.mark.parametrize("make", [linear, upernet])
     @pytest.mark.parametrize("backbone", [vit, resnet])
-    def test_all_that_is_to_learn_gets_a_gradient_and_a_frozen_encoder_none(self, make: Any, backbone: Any) -> None:
+    def test_trainable_parameters_have_gradients_and_a_frozen_encoder_has_none(self, make: Any, backbone: Any) -> None:
         module = make(backbone()).train()
         module.training_step(batch(2), 0)["loss"].backward()
         frozen = module.features.frozen
@@ -170,7 +170,7 @@ class TestTraining:
                 assert parameter.requires_grad != name.startswith("features."), name
         assert module.features.backbone.training != frozen
 
-    def test_a_frozen_encoder_is_the_same_after_training(self) -> None:
+    def test_a_frozen_encoder_is_unchanged_by_training(self) -> None:
         module = linear(resnet()).train()
         before = {name: value.clone() for name, value in module.features.state_dict().items()}
         optimizer = module.configure_optimizers()
@@ -179,7 +179,7 @@ class TestTraining:
             optimizer.step()
         assert all(torch.equal(value, before[name]) for name, value in module.features.state_dict().items())
 
-    def test_the_learning_rate_falls_from_the_head_to_the_patches(self) -> None:
+    def test_layer_decay_from_the_head_to_the_patch_embedding(self) -> None:
         optimizer = upernet(layer_decay=0.5).configure_optimizers()
         rates = {name: group["lr_multiplier"] for group in optimizer.param_groups for name in group["names"]}
         assert rates["head.classifier.weight"] == rates["auxiliary.layers.0.0.weight"] == 1.0
@@ -192,7 +192,7 @@ class TestTraining:
         [(linear, vit, 60), (upernet, vit, 50), (upernet, resnet, 50)],
         ids=["linear", "upernet on a ViT", "upernet on a ConvNet"],
     )
-    def test_it_learns_eight_pictures(self, make: Any, backbone: Any, steps: int) -> None:
+    def test_it_memorizes_eight_images(self, make: Any, backbone: Any, steps: int) -> None:
         module, data = make(backbone()).train(), batch(8)
         for part in module.modules():
             if isinstance(part, nn.Dropout2d):
@@ -203,11 +203,11 @@ class TestTraining:
             optimizer.zero_grad()
             module.training_step(data, 0)["loss"].backward()
             optimizer.step()
-        right = (module(data["image"]).argmax(dim=1) == data["mask"]).float().mean()
-        assert right > 0.9
+        accuracy = (module(data["image"]).argmax(dim=1) == data["mask"]).float().mean()
+        assert accuracy > 0.9
 
 
-class TestJudging:
+class TestValidation:
     def scores(self, module: Segmenter, predictions: list[list[int]], truths: list[list[int]]) -> dict[str, float]:
         module.log = lambda *_args, **_kwargs: None  # type: ignore[method-assign,assignment]
         for predicted, truth in zip(predictions, truths, strict=True):
@@ -221,23 +221,23 @@ class TestJudging:
         return {name: metric.compute().item() for name, metric in module.metrics.items()}  # type: ignore[operator]
 
     def test_the_mean_intersection_over_union_of_a_split_by_hand(self) -> None:
-        """Two images together. Class 0: 1 of 2, class 1: 2 of 4, class 2: 2 of 3. Class 3 is nowhere and left out."""
-        found = self.scores(linear(), [[0, 1, 1, 0], [1, 2, 2, 2]], [[0, 0, 1, IGNORED], [1, 1, 2, 2]])
-        assert found["miou"] == pytest.approx((1 / 2 + 2 / 4 + 2 / 3) / 3)
-        assert found["pixel_accuracy"] == pytest.approx(5 / 7)
+        """Two images. Class 0: 1 of 2, class 1: 2 of 4, class 2: 2 of 3. Class 3 does not occur and is left out."""
+        output = self.scores(linear(), [[0, 1, 1, 0], [1, 2, 2, 2]], [[0, 0, 1, IGNORED], [1, 1, 2, 2]])
+        assert output["miou"] == pytest.approx((1 / 2 + 2 / 4 + 2 / 3) / 3)
+        assert output["pixel_accuracy"] == pytest.approx(5 / 7)
 
-    def test_a_class_that_is_predicted_and_never_there_counts_as_nothing(self) -> None:
-        found = self.scores(linear(), [[0, 0, 1, 3]], [[0, 0, 1, 1]])
-        assert found["miou"] == pytest.approx((1 + 1 / 2 + 0) / 3)
+    def test_a_predicted_class_that_does_not_occur_has_an_iou_of_zero(self) -> None:
+        output = self.scores(linear(), [[0, 0, 1, 3]], [[0, 0, 1, 1]])
+        assert output["miou"] == pytest.approx((1 + 1 / 2 + 0) / 3)
 
-    def test_stand_ins_are_not_judged(self) -> None:
+    def test_replaced_samples_are_not_validated(self) -> None:
         module, data = linear(), batch(2)
         module.log = lambda *_args, **_kwargs: None  # type: ignore[method-assign,assignment]
         data["replaced"] = torch.tensor([True, True])
         module.validation_step(data, 0)  # type: ignore[arg-type]
         assert module.metrics["miou"].update_count == 0  # type: ignore[union-attr]
 
-    def test_predictions_are_brought_to_the_size_of_the_truth(self) -> None:
+    def test_predictions_are_resized_to_the_ground_truth(self) -> None:
         module = linear().eval()
         module.log = lambda *_args, **_kwargs: None  # type: ignore[method-assign,assignment]
         data = batch(1)
@@ -246,7 +246,7 @@ class TestJudging:
         assert module.metrics["miou"].confmat.sum() == 50 * 70  # type: ignore[union-attr,operator]
 
 
-def test_classes_come_from_the_data_s_masks() -> None:
+def test_classes_come_from_the_masks_of_the_data() -> None:
     module = Segmenter(vit(), RECIPE, head=LinearHead, maps=1)
     module._trainer = SimpleNamespace(datamodule=SimpleNamespace(mask_classes=["sky", "sea"]))  # type: ignore[assignment]
     module.configure_model()
@@ -255,15 +255,15 @@ def test_classes_come_from_the_data_s_masks() -> None:
         module.build(3)
 
 
-def test_pictures_show_what_is_predicted_beside_what_is_true() -> None:
+def test_visualize_shows_image_prediction_and_ground_truth() -> None:
     module, data = linear().eval(), batch(2)
     module._trainer = SimpleNamespace(datamodule=SimpleNamespace(normalize=lambda image: image / 255))  # type: ignore
     with torch.no_grad():
         shown = module.visualize(data)["segmentation"]  # type: ignore[arg-type]
     assert shown.shape == (2, 3, 3, SIZE, SIZE)
     assert torch.equal(shown[:, 0], data["image"])
-    assert torch.equal(shown[:, 2], colors.of_classes(data["mask"]) / 255)
-    palette = colors.of_classes(torch.arange(256).view(1, 1, 256))[0, :, 0].T
+    assert torch.equal(shown[:, 2], color_classes(data["mask"]) / 255)
+    palette = color_classes(torch.arange(256).view(1, 1, 256))[0, :, 0].T
     assert len(palette.unique(dim=0)) > 200
     assert palette[IGNORED].tolist() == [255, 255, 255]
 
@@ -271,12 +271,12 @@ def test_pictures_show_what_is_predicted_beside_what_is_true() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layer_decay": 0.0}, "layer_decay and stride in"),
-        ({"stride": 1.5}, "layer_decay and stride in"),
+        ({"layer_decay": 0.0}, "model.layer_decay and model.stride must lie in"),
+        ({"stride": 1.5}, "model.layer_decay and model.stride must lie in"),
         ({"maps": 3, **UPERNET}, "model.blocks: UPerNet needs four maps of a ViT, got 3"),
-        ({"classes": 256}, "2 to 255 classes can be told apart, got 256"),
+        ({"classes": 256}, "model.num_classes must be 2 to 255, got 256"),
     ],
 )
-def test_nonsense_is_refused(options: dict[str, Any], message: str) -> None:
+def test_wrong_values_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         linear(**options)

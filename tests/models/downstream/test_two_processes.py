@@ -1,5 +1,5 @@
-"""Two processes with half of a batch each have the gradient of one with all of it, batch norms that look across
-included. Mask R-CNN is not among them: which proposals it learns from is drawn by each process for its own images."""
+"""Tests that two processes with half of a batch each have the gradient of one process, with synchronized batch norm.
+Mask R-CNN is left out: each process samples the proposals of its own images."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ HEADS: dict[str, tuple[Callable[[], PretrainModule], Callable[[int], dict[str, T
 }
 
 
-def on_each(process: int) -> dict[str, dict[str, Tensor]]:
-    return {name: learned(name, process) for name in HEADS}
+def gradients_of_all(process: int) -> dict[str, dict[str, Tensor]]:
+    return {name: gradients_of(name, process) for name in HEADS}
 
 
-def learned(name: str, process: int | None) -> dict[str, Tensor]:
+def gradients_of(name: str, process: int | None) -> dict[str, Tensor]:
     make, data = HEADS[name]
     torch.manual_seed(0)
     module, batch = make().double().train(), data(4)
     for part in module.modules():
         if isinstance(part, nn.Dropout2d):
-            part.p = 0.0  # it is drawn for each process's own rows
+            part.p = 0.0  # each process draws its own
     batch["index"] = torch.arange(4)
     batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
     if process is not None:
@@ -45,12 +45,12 @@ def learned(name: str, process: int | None) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def parts() -> list[Mapping[str, Mapping[str, Tensor]]]:
-    return in_two_processes(on_each)
+    return in_two_processes(gradients_of_all)
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_two_processes_are_one(name: str, parts: list[Mapping[str, Mapping[str, Tensor]]]) -> None:
-    whole = learned(name, None)
+def test_two_processes_have_the_gradient_of_one(name: str, parts: list[Mapping[str, Mapping[str, Tensor]]]) -> None:
+    whole = gradients_of(name, None)
     assert len(whole) >= 2
     for parameter, gradient in whole.items():
         mean = (parts[0][name][parameter] + parts[1][name][parameter]) / 2

@@ -1,4 +1,4 @@
-"""Small backbones for heads that read maps."""
+"""Small backbones for dense heads."""
 
 from __future__ import annotations
 

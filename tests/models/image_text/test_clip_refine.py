@@ -92,7 +92,7 @@ def test_in_chunks_the_gradient_is_the_same_and_the_teacher_has_none():
             0,
             logit_scale=torch.tensor(2.0).double(),
             alpha=0.5,
-            max_entries=max_entries,
+            max_entries=entries,
         )
         gradients.append(torch.autograd.grad(value, [query, keys, taught], allow_unused=True))
     for whole, chunks in zip(*gradients, strict=True):

@@ -9,7 +9,7 @@ from src.models.image_text.siglip import ring_sigmoid_loss
 from src.models.losses.image_text import clip_loss, sigmoid_loss
 
 
-def l2_normalize(*shape: int, seed: int) -> Tensor:
+def unit_vectors(*shape: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
 
@@ -18,13 +18,13 @@ def dot(x: Tensor, y: Tensor) -> float:
     return sum(float(a) * float(b) for a, b in zip(x, y, strict=True))
 
 
-def clip_by_loops(image: Tensor, text: Tensor, scale: float, same: list[int]) -> float:
+def clip_by_loops(image: Tensor, text: Tensor, scale: float, text_hash: list[int]) -> float:
     total = 0.0
-    for anchors, keys in ((image, text), (text, image)):
+    for queries, keys in ((image, text), (text, image)):
         for i in range(len(image)):
-            others = [j for j in range(len(image)) if j == i or same[j] != same[i]]
-            total += math.log(sum(math.exp(scale * dot(anchors[i], keys[j])) for j in others))
-            total -= scale * dot(anchors[i], keys[i])
+            candidates = [j for j in range(len(image)) if j == i or text_hash[j] != text_hash[i]]
+            total += math.log(sum(math.exp(scale * dot(queries[i], keys[j])) for j in candidates))
+            total -= scale * dot(queries[i], keys[i])
     return total / (2 * len(image))
 
 
@@ -38,23 +38,23 @@ def sigmoid_by_loops(image: Tensor, text: Tensor, scale: float, bias: float) -> 
 
 
 def test_clip_is_the_mean_of_both_directions():
-    image, text = l2_normalize(5, 4, seed=1), l2_normalize(5, 4, seed=2)
+    image, text = unit_vectors(5, 4, seed=1), unit_vectors(5, 4, seed=2)
     scale = torch.tensor(3.0, dtype=torch.float64)
     value = clip_loss(image, text, image, text, 0, logit_scale=scale)
     assert value.item() == pytest.approx(clip_by_loops(image, text, 3.0, [0, 1, 2, 3, 4]), rel=1e-12)
 
 
-def test_equal_texts_are_no_negatives_of_each_other():
-    image, text = l2_normalize(5, 4, seed=1), l2_normalize(5, 4, seed=2)
-    same = [0, 1, 0, 3, 1]
+def test_equal_texts_are_not_negatives_of_each_other():
+    image, text = unit_vectors(5, 4, seed=1), unit_vectors(5, 4, seed=2)
+    text_hash = [0, 1, 0, 3, 1]
     scale = torch.tensor(3.0, dtype=torch.float64)
-    value = clip_loss(image, text, image, text, 0, logit_scale=scale, text_hash=torch.tensor(same))
-    assert value.item() == pytest.approx(clip_by_loops(image, text, 3.0, same), rel=1e-12)
+    value = clip_loss(image, text, image, text, 0, logit_scale=scale, text_hash=torch.tensor(text_hash))
+    assert value.item() == pytest.approx(clip_by_loops(image, text, 3.0, text_hash), rel=1e-12)
 
 
 def test_smoothed_targets_by_hand():
-    """Similarities log 3 and 0: probabilities 3/4 and 1/4. With 0.2 dealt out to the two keys the targets are 0.9 and
-    0.1; where the other text is equal it has none, and the own one all."""
+    """Logits log 3 and 0 have probabilities 3/4 and 1/4. Smoothing of 0.2 gives the targets 0.9 and 0.1; if the two
+    texts are equal, the target is the own text alone."""
     eye, scale = torch.eye(2, dtype=torch.float64), torch.tensor(math.log(3.0), dtype=torch.float64)
     value = clip_loss(eye, eye, eye, eye, 0, logit_scale=scale, label_smoothing=0.2)
     assert value.item() == pytest.approx(-0.9 * math.log(3 / 4) - 0.1 * math.log(1 / 4))
@@ -62,18 +62,18 @@ def test_smoothed_targets_by_hand():
     assert equal.item() == pytest.approx(0)
 
 
-def test_a_pair_of_orthogonal_pairs_by_hand():
+def test_two_orthogonal_pairs_by_hand():
     eye = torch.eye(2, dtype=torch.float64)
     scale = torch.tensor(math.log(3.0), dtype=torch.float64)
-    # an own similarity of 1, another's of 0: the own one has 3 of 4 parts
+    # logits log 3 and 0: the own text has probability 3/4
     assert clip_loss(eye, eye, eye, eye, 0, logit_scale=scale).item() == pytest.approx(math.log(4 / 3))
-    # sigmoid(log 3) = 3/4 belongs, sigmoid(0) = 1/2 does not
+    # the own text has sigmoid(log 3) = 3/4, the other one sigmoid(0) = 1/2
     value = sigmoid_loss(eye, eye, 0, logit_scale=scale, logit_bias=torch.zeros((), dtype=torch.float64))
     assert value.item() == pytest.approx(math.log(4 / 3) + math.log(2))
 
 
-def test_sigmoid_judges_every_pair_alone_and_divides_by_images():
-    image, text = l2_normalize(4, 3, seed=1), l2_normalize(4, 3, seed=2)
+def test_sigmoid_loss_sums_over_pairs_and_divides_by_images():
+    image, text = unit_vectors(4, 3, seed=1), unit_vectors(4, 3, seed=2)
     scale, bias = torch.tensor(5.0, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
     expected = sigmoid_by_loops(image, text, 5.0, -2.0)
     assert sigmoid_loss(image, text, 0, logit_scale=scale, logit_bias=bias).item() == pytest.approx(expected, rel=1e-12)
@@ -84,31 +84,33 @@ def test_sigmoid_judges_every_pair_alone_and_divides_by_images():
     assert sum(shares) / 2 == pytest.approx(expected, rel=1e-12)
 
 
-def test_in_blocks_values_and_gradients_are_the_same():
+def test_in_chunks_values_and_gradients_are_the_same():
     leaves = [
-        l2_normalize(6, 3, seed=1),
-        l2_normalize(6, 3, seed=2),
+        unit_vectors(6, 3, seed=1),
+        unit_vectors(6, 3, seed=2),
         torch.tensor(4.0).double(),
         torch.tensor(-1.0).double(),
     ]
     for leaf in leaves:
         leaf.requires_grad_()
     image, text, scale, bias = leaves
-    same = torch.tensor([0, 1, 2, 0, 4, 5])
+    text_hash = torch.tensor([0, 1, 2, 0, 4, 5])
     losses = [
-        lambda block: clip_loss(image, text, image, text, 0, logit_scale=scale, text_hash=same, max_entries=block),
-        lambda block: sigmoid_loss(image, text, 0, logit_scale=scale, logit_bias=bias, max_entries=block),
+        lambda entries: clip_loss(
+            image, text, image, text, 0, logit_scale=scale, text_hash=text_hash, max_entries=entries
+        ),
+        lambda entries: sigmoid_loss(image, text, 0, logit_scale=scale, logit_bias=bias, max_entries=entries),
     ]
     for loss in losses:
-        whole, blocks = loss(10**6), loss(6)
-        torch.testing.assert_close(blocks, whole)
+        whole, chunks = loss(10**6), loss(6)
+        torch.testing.assert_close(chunks, whole)
         used = leaves if loss is losses[1] else leaves[:3]
-        for a, b in zip(torch.autograd.grad(whole, used), torch.autograd.grad(blocks, used), strict=True):
+        for a, b in zip(torch.autograd.grad(whole, used), torch.autograd.grad(chunks, used), strict=True):
             torch.testing.assert_close(b, a)
 
 
-def test_half_precision_and_autocast_do_not_reach_the_similarities():
-    image, text = l2_normalize(4, 64, seed=1).bfloat16(), l2_normalize(4, 64, seed=2).bfloat16()
+def test_similarities_are_computed_in_float32_under_autocast():
+    image, text = unit_vectors(4, 64, seed=1).bfloat16(), unit_vectors(4, 64, seed=2).bfloat16()
     scale, bias = torch.tensor(50.0), torch.tensor(-10.0)
     wide = [sigmoid_loss(image.float(), text.float(), 0, logit_scale=scale, logit_bias=bias)]
     wide += [clip_loss(image.float(), text.float(), image.float(), text.float(), 0, logit_scale=scale)]

@@ -1,4 +1,4 @@
-"""FILIP's similarity worked out by loops, in blocks, and with how much memory."""
+"""FILIP's loss: against loops, in chunks, and its memory."""
 
 import math
 
@@ -14,40 +14,40 @@ from src.models.losses.late_interaction import late_interaction, late_interactio
 
 
 def tokens(rows: int, length: int, seed: int, lengths: list[int] | None = None, dim: int = 4) -> Tensor:
-    """Unit vectors, zeros behind each row's length."""
+    """Returns unit vectors, zeros after each row's length."""
     generator = torch.Generator().manual_seed(seed)
-    found = normalize(torch.randn(rows, length, dim, generator=generator, dtype=torch.float64), dim=-1)
+    vectors = normalize(torch.randn(rows, length, dim, generator=generator, dtype=torch.float64), dim=-1)
     for row, end in enumerate(lengths or []):
-        found[row, end:] = 0
-    return found
+        vectors[row, end:] = 0
+    return vectors
 
 
 def by_loops(query: Tensor, keys: Tensor) -> Tensor:
-    found = torch.zeros(len(query), len(keys), dtype=query.dtype)
+    similarity = torch.zeros(len(query), len(keys), dtype=query.dtype)
     for q, one in enumerate(query):
         for k, other in enumerate(keys):
             best = [max(float(a @ b) for b in other if b.any()) for a in one if a.any()]
-            found[q, k] = sum(best) / len(best)
-    return found
+            similarity[q, k] = sum(best) / len(best)
+    return similarity
 
 
 IMAGE, TEXT = tokens(4, 3, seed=1), tokens(4, 5, seed=2, lengths=[5, 1, 3, 2])
 SCALE = torch.tensor(6.0, dtype=torch.float64)
 
 
-def test_each_token_takes_its_best_and_filling_neither_takes_nor_is_taken():
+def test_each_token_is_compared_with_its_most_similar_one_and_padding_is_ignored():
     torch.testing.assert_close(late_interaction(IMAGE, TEXT), by_loops(IMAGE, TEXT))
     torch.testing.assert_close(late_interaction(TEXT, IMAGE), by_loops(TEXT, IMAGE))
     assert (late_interaction(IMAGE, TEXT) - late_interaction(TEXT, IMAGE).T).abs().max() > 0.01
     longer = torch.cat([TEXT, torch.zeros(4, 2, 4, dtype=torch.float64)], dim=1)
     torch.testing.assert_close(late_interaction(IMAGE, longer), late_interaction(IMAGE, TEXT))
     torch.testing.assert_close(late_interaction(longer, IMAGE), late_interaction(TEXT, IMAGE))
-    # padding has similarity 0, which is more than what stands on the other side
-    against = torch.tensor([[[-1.0, 0.0], [0.0, 0.0]]])
-    assert late_interaction(torch.tensor([[[1.0, 0.0]]]), against).item() == -1
+    # padding would have similarity 0, more than the only token
+    keys = torch.tensor([[[-1.0, 0.0], [0.0, 0.0]]])
+    assert late_interaction(torch.tensor([[[1.0, 0.0]]]), keys).item() == -1
 
 
-def test_the_loss_is_cross_entropy_both_ways_over_two_different_matrices():
+def test_the_loss_is_cross_entropy_in_both_directions():
     to_text, to_image = by_loops(IMAGE, TEXT) * 6, by_loops(TEXT, IMAGE) * 6
     labels = torch.arange(4)
     expected = (cross_entropy(to_text, labels) + cross_entropy(to_image, labels)) / 2
@@ -55,81 +55,79 @@ def test_the_loss_is_cross_entropy_both_ways_over_two_different_matrices():
     for scores in (to_text, to_image):
         scores[0, 2] = scores[2, 0] = -math.inf
     expected = (cross_entropy(to_text, labels) + cross_entropy(to_image, labels)) / 2
-    same = torch.tensor([7, 1, 7, 3])
+    text_hash = torch.tensor([7, 1, 7, 3])
     torch.testing.assert_close(
-        late_interaction_loss(IMAGE, TEXT, IMAGE, TEXT, 0, logit_scale=SCALE, text_hash=same), expected
+        late_interaction_loss(IMAGE, TEXT, IMAGE, TEXT, 0, logit_scale=SCALE, text_hash=text_hash), expected
     )
     with pytest.raises(SettingError, match=r"data.batch_size: a contrastive loss needs at least 2"):
         late_interaction_loss(IMAGE[:1], TEXT[:1], IMAGE[:1], TEXT[:1], 0, logit_scale=SCALE)
 
 
 def whole(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """ExportInfo with the tensor of all similarities, as the paper's formulas are."""
-    real = text.any(dim=-1)
-    similarity = torch.einsum("ikd,jrd->ijkr", image, text).masked_fill(~real[None, :, None, :], -torch.inf)
+    """Computes the loss from the tensor of all token similarities, as in the paper's formulas."""
+    not_padding = text.any(dim=-1)
+    similarity = torch.einsum("ikd,jrd->ijkr", image, text).masked_fill(~not_padding[None, :, None, :], -torch.inf)
     to_text = similarity.amax(dim=3).mean(dim=2)
-    to_image = ((similarity.amax(dim=2) * 1).masked_fill(~real[None], 0).sum(dim=2) / real.sum(dim=1)).T
+    to_image = ((similarity.amax(dim=2) * 1).masked_fill(~not_padding[None], 0).sum(dim=2) / not_padding.sum(dim=1)).T
     labels = torch.arange(len(image))
     return (cross_entropy(scale * to_text, labels) + cross_entropy(scale * to_image, labels)) / 2
 
 
-@pytest.mark.parametrize("block", [1, 130, 10**6])  # one row, two rows and all rows at a time
-def test_in_blocks_the_value_and_the_gradients_are_those_of_the_whole_tensor(block):
+@pytest.mark.parametrize("max_entries", [1, 130, 10**6])  # one row, two rows and all rows at a time
+def test_in_chunks_value_and_gradients_equal_those_of_the_whole_tensor(max_entries):
     leaves = [IMAGE.clone().requires_grad_(), TEXT.clone().requires_grad_(), SCALE.clone().requires_grad_()]
     image, text, scale = leaves
-    expected, found = (
-        whole(image, text, scale),
-        late_interaction_loss(image, text, image, text, 0, logit_scale=scale, max_entries=block),
-    )
-    torch.testing.assert_close(found, expected)
-    for a, b in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+    expected = whole(image, text, scale)
+    loss = late_interaction_loss(image, text, image, text, 0, logit_scale=scale, max_entries=max_entries)
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(a, b)
         assert b.abs().max() > 1e-3
-    torch.testing.assert_close(late_interaction(IMAGE, TEXT, max_entries=block), by_loops(IMAGE, TEXT))
+    torch.testing.assert_close(late_interaction(IMAGE, TEXT, max_entries=max_entries), by_loops(IMAGE, TEXT))
 
 
 class Largest(TorchDispatchMode):
-    """The most entries of any tensor that is made."""
+    """Records the number of entries of the largest tensor created."""
 
     entries = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for each in tree_flatten(made)[0]:
-            if isinstance(each, Tensor):
-                self.entries = max(self.entries, each.untyped_storage().nbytes() // each.element_size())
-        return made
+        output = function(*args, **(kwargs or {}))
+        for value in tree_flatten(output)[0]:
+            if isinstance(value, Tensor):
+                self.entries = max(self.entries, value.untyped_storage().nbytes() // value.element_size())
+        return output
 
 
-def test_no_tensor_of_all_similarities_is_made():
+def test_no_tensor_of_all_similarities_is_created():
     rows, length = 16, 8
     image, text = (tokens(rows, length, seed=seed, dim=2).requires_grad_() for seed in (1, 2))
     with Largest() as measured:
         late_interaction_loss(
             image, text, image, text, 0, logit_scale=SCALE, max_entries=2 * rows * length**2
         ).backward()
-    assert measured.entries == 2 * rows * length**2  # two rows at a time, forwards and backwards
+    assert measured.entries == 2 * rows * length**2  # two rows at a time, in both passes
     with Largest() as measured:
         whole(image, text, SCALE).backward()
     assert measured.entries >= rows**2 * length**2
 
 
-def test_what_is_shown_to_others_is_what_they_are_most_like():
+def test_select_tokens_returns_the_most_similar_ones():
     eye = torch.eye(3)
     image = torch.stack([eye, eye.flip(0)])
     text = torch.tensor([[[0.0, 0.96, 0.28]] * 2, [[0.0, 0.6, 0.8], [0.0, 0.0, 0.0]]])
-    # best similarities of the axes: 0, 0.96 and 0.8; of the texts turned round 0, -0.6 and -0.28
+    # greatest similarities of the axes: 0, 0.96 and 0.8; with the negated texts 0, -0.6 and -0.28
     assert torch.equal(select_tokens(image, text, 0.5), torch.stack([eye[[1, 2]], eye[[1, 2]]]))
     assert torch.equal(select_tokens(image, -text, 0.3), torch.stack([eye[[0]], eye[[0]]]))
     assert torch.equal(select_tokens(image, text, 1), image)
-    # padding comes last, whatever it is compared with
+    # padding is selected last
     assert torch.equal(select_tokens(text, -image, 0.5)[1, 0], text[1, 0])
     leaf = image.clone().requires_grad_()
     select_tokens(leaf, text, 0.5).sum().backward()
     assert leaf.grad[0].tolist() == [[0, 0, 0], [1, 1, 1], [1, 1, 1]]
 
 
-def test_pairs_look_with_all_tokens_at_the_others_that_are_shown():
+def test_queries_use_all_tokens_and_keys_the_selected_ones():
     keys = select_tokens(TEXT, IMAGE, 0.4)
     assert keys.shape == (4, 2, 4)
     value = late_interaction_loss(IMAGE, TEXT, select_tokens(IMAGE, TEXT, 0.6), keys, 0, logit_scale=SCALE)
@@ -138,7 +136,7 @@ def test_pairs_look_with_all_tokens_at_the_others_that_are_shown():
     torch.testing.assert_close(value, (cross_entropy(to_text, labels) + cross_entropy(to_image, labels)) / 2)
 
 
-def test_half_precision_and_autocast_do_not_reach_the_similarities():
+def test_similarities_are_computed_in_float32_under_autocast():
     image, text = IMAGE.bfloat16(), TEXT.bfloat16()
     wide = late_interaction_loss(
         image.float(), text.float(), image.float(), text.float(), 0, logit_scale=torch.tensor(50.0)

@@ -20,7 +20,7 @@ def test_patchify_lays_patches_out_in_raster_order_and_values_by_row_column_chan
 
 
 def test_an_image_that_is_not_a_whole_number_of_patches_is_refused():
-    with pytest.raises(ValueError, match="image of 4x5 pixels .* patches of 2x2"):
+    with pytest.raises(ValueError, match=r"image of 4x5 pixels .* patches of 2x2"):
         patchify(torch.zeros(1, 3, 4, 5), 2)
 
 

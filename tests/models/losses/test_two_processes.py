@@ -1,4 +1,4 @@
-"""Every loss and state that looks beyond its process: two processes are one on the concatenated batch, in float64."""
+"""Losses and states that depend on other processes: two processes equal one on the whole batch, in float64."""
 
 from collections.abc import Callable, Sequence
 
@@ -25,7 +25,7 @@ IMAGES, MICRO_BATCHES = 8, 2
 def pair(z1: Tensor, z2: Tensor, loss: Callable[..., Tensor]) -> Tensor:
     z = normalize(torch.stack([z1, z2], dim=1), dim=-1)
     keys, offset = gather(z)
-    return loss(z, keys, offset, temperature=0.2, max_entries=20)  # two or so anchors at a time
+    return loss(z, keys, offset, temperature=0.2, max_entries=20)  # a few rows at a time
 
 
 def query_and_key(z1: Tensor, z2: Tensor, loss: Callable[..., Tensor]) -> Tensor:
@@ -35,7 +35,7 @@ def query_and_key(z1: Tensor, z2: Tensor, loss: Callable[..., Tensor]) -> Tensor
 
 def barlow(z1: Tensor, z2: Tensor) -> Tensor:
     standard = []
-    for z in (z1, z2):  # as a norm does that takes its statistics over all processes
+    for z in (z1, z2):  # as a synchronized batch norm does
         mean = all_reduce(z.sum(dim=0)) / IMAGES
         variance = all_reduce((z - mean).pow(2).sum(dim=0)) / IMAGES
         standard.append((z - mean) / variance.sqrt())
@@ -47,7 +47,7 @@ def vic(z1: Tensor, z2: Tensor) -> Tensor:
 
 
 def swav(z1: Tensor, z2: Tensor) -> Tensor:
-    scores = normalize(torch.stack([z1, z2], dim=1), dim=-1)  # the axes themselves are the prototypes
+    scores = normalize(torch.stack([z1, z2], dim=1), dim=-1)  # the prototypes are the axes
     codes = torch.stack([sinkhorn(crop, reduce=reduce_sum) for crop in scores.detach().unbind(dim=1)], dim=1)
     return swapped_prediction(codes, scores)
 
@@ -68,16 +68,16 @@ def clip(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
 
 
 def align(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
-    """Smoothed, with texts of which two are equal, one on the first process and one on the last."""
+    """ALIGN's loss with two equal texts, one on the first process and one on the last."""
     image, text = normalize(z1, dim=-1), normalize(z2, dim=-1)
     images, offset = gather(image)
-    same = torch.tensor([0, 1, 2, 3, 4, 1, 6, 7])[: len(images)]
-    smoothed = {"text_hash": same, "label_smoothing": 0.1}
-    return 2 * clip_loss(image, text, images, gather(text)[0], offset, logit_scale=scale, max_entries=20, **smoothed)
+    text_hash = torch.tensor([0, 1, 2, 3, 4, 1, 6, 7])[: len(images)]
+    options = {"text_hash": text_hash, "label_smoothing": 0.1}
+    return 2 * clip_loss(image, text, images, gather(text)[0], offset, logit_scale=scale, max_entries=20, **options)
 
 
 def filip(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
-    """Tokens are three numbers in a row each; the third of every text is padding."""
+    """FILIP's loss; each row gives three tokens of three numbers, the third of every text is padding."""
     image, text = (normalize(torch.stack([z[:, i : i + 3] for i in range(3)], dim=1), dim=-1) for z in (z1, z2))
     text = text * torch.tensor([1.0, 1.0, 0.0], dtype=text.dtype)[:, None]
     images, offset = gather(image)
@@ -97,13 +97,13 @@ def refine(z1: Tensor, z2: Tensor, scale: Tensor) -> Tensor:
     image, text = normalize(z1, dim=-1), normalize(z2, dim=-1)
     images, offset = gather(image)
     texts, _ = gather(text)
-    taught = z1.detach(), gather(z2.detach().flip(1))[0]
+    teacher = z1.detach(), gather(z2.detach().flip(1))[0]
     return hybrid_distillation(
-        image, texts, *taught, offset, logit_scale=scale, alpha=0.5, max_entries=20
+        image, texts, *teacher, offset, logit_scale=scale, alpha=0.5, max_entries=20
     ) + hybrid_distillation(text, images, z2.detach(), gather(z1.detach())[0], offset, logit_scale=scale, alpha=0.5)
 
 
-# with a scale that is learned
+# losses with a learned logit scale
 OF_PAIRS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "clip": clip,
     "align": align,
@@ -142,7 +142,7 @@ def parameter_gradients(
 
 
 def state(process: int, processes: int) -> dict[str, Tensor]:
-    """Two steps of the queue and of the center with micro-batches as the sampler deals them."""
+    """Runs the queue and the center for two steps, with the sampler's order of micro-batches."""
     torch.manual_seed(0)
     queue, center = FeatureQueue(3, 16, columns=("index",)).double(), Center(3).double()
     keys = torch.randn(2, IMAGES, 3, dtype=torch.float64)
@@ -163,7 +163,7 @@ def on_each(process: int) -> dict[str, Tensor]:
     return parameter_gradients(slice(process * half, (process + 1) * half)) | state(process, 2)
 
 
-def test_two_processes_have_the_gradients_and_the_state_of_one():
+def test_two_processes_have_the_gradients_and_state_of_one():
     gradients, alone = parameter_gradients(slice(None)), state(0, 1)
     first, second = in_two_processes(on_each)
     for name, gradient in gradients.items():  # after the mean that DDP takes
@@ -183,8 +183,8 @@ def pairs_on_each(process: int) -> dict[str, Tensor]:
     return parameter_gradients(slice(2 * process, 2 * process + 2), images=6, names=list(OF_PAIRS))
 
 
-def test_three_processes_agree_too_where_texts_go_round():
-    """Of two, a ring that forwarded its own texts again and again would do as well."""
+def test_three_processes_have_the_gradients_of_one():
+    """With two processes a ring that always sends its own texts would pass too."""
     alone = parameter_gradients(slice(None), images=6, names=list(OF_PAIRS))
     each = in_processes(pairs_on_each, 3)
     for name, value in alone.items():

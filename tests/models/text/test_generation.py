@@ -1,4 +1,4 @@
-"""Texts said by one who answers at random, but always the same."""
+"""Greedy decoding and beam search with a model of random but reproducible probabilities."""
 
 import itertools
 
@@ -8,45 +8,45 @@ from torch import Tensor
 
 from src.models.text.generation import beam_search, greedy
 
-END, WORDS, LENGTH = 0, 4, 5
+END, VOCABULARY, LENGTH = 0, 4, 5
 
 
-class Whim:
-    """What comes next depends on all that was said, in no simple way."""
+class RandomModel:
+    """Logits of the next token are random numbers seeded by all tokens so far."""
 
     def __init__(self, start: Tensor, sharpness: float = 2.0) -> None:
-        self.said: list[tuple[int, ...]] = [() for _ in start]
-        self.sharpness, self.asked = sharpness, 0
+        self.texts: list[tuple[int, ...]] = [() for _ in start]
+        self.sharpness, self.calls = sharpness, 0
 
-    def odds(self, said: tuple[int, ...]) -> Tensor:
-        seed = sum((word + 1) * 17**place for place, word in enumerate(said))
-        return self.sharpness * torch.randn(WORDS, generator=torch.Generator().manual_seed(seed))
+    def logits(self, text: tuple[int, ...]) -> Tensor:
+        seed = sum((token + 1) * 17**position for position, token in enumerate(text))
+        return self.sharpness * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
 
     def __call__(self, last: Tensor) -> Tensor:
-        self.asked += 1
-        self.said = [(*said, word) for said, word in zip(self.said, last.tolist(), strict=True)]
-        return torch.stack([self.odds(said) for said in self.said])
+        self.calls += 1
+        self.texts = [(*text, token) for text, token in zip(self.texts, last.tolist(), strict=True)]
+        return torch.stack([self.logits(text) for text in self.texts])
 
     def reorder(self, rows: Tensor) -> None:
-        self.said = [self.said[row] for row in rows.tolist()]
+        self.texts = [self.texts[row] for row in rows.tolist()]
 
 
 def texts(start: int) -> list[tuple[int, ...]]:
-    """All that can be said."""
-    found = []
-    for words in itertools.product(range(WORDS), repeat=LENGTH - 1):
-        ends = words.index(END) if END in words else len(words) - 1
-        if all(word == END for word in words[ends + 1 :]):
-            found.append((start, *words))
-    return found
+    """Returns all possible texts."""
+    possible = []
+    for tokens in itertools.product(range(VOCABULARY), repeat=LENGTH - 1):
+        end = tokens.index(END) if END in tokens else len(tokens) - 1
+        if all(token == END for token in tokens[end + 1 :]):
+            possible.append((start, *tokens))
+    return possible
 
 
-def rank(text: tuple[int, ...], penalty: float) -> float:
-    whim, total, count = Whim(torch.zeros(1)), 0.0, 0
-    for place in range(1, LENGTH):
-        total += whim.odds(text[:place]).log_softmax(dim=0)[text[place]].item()
+def score(text: tuple[int, ...], penalty: float) -> float:
+    model, total, count = RandomModel(torch.zeros(1)), 0.0, 0
+    for position in range(1, LENGTH):
+        total += model.logits(text[:position]).log_softmax(dim=0)[text[position]].item()
         count += 1
-        if text[place] == END:
+        if text[position] == END:
             break
     return total / count**penalty
 
@@ -55,45 +55,45 @@ STARTS = torch.tensor([1, 2, 3, 5, 8])
 
 
 def beams(count: int, start: Tensor = STARTS, **options: float) -> Tensor:
-    speaker = Whim(start.repeat_interleave(count))
-    return beam_search(speaker, start, beams=count, end=END, length=LENGTH, **options)  # type: ignore[arg-type]
+    model = RandomModel(start.repeat_interleave(count))
+    return beam_search(model, start, beams=count, end=END, length=LENGTH, **options)  # type: ignore[arg-type]
 
 
-def test_greedy_takes_the_likeliest_word_each_time_and_is_a_beam_of_one():
-    said = greedy(Whim(STARTS), STARTS, end=END, length=LENGTH)
-    for text in said.tolist():
-        whim, over = Whim(torch.zeros(1)), False
-        for place in range(1, LENGTH):
-            assert text[place] == (END if over else int(whim.odds(tuple(text[:place])).argmax()))
-            over = over or text[place] == END
-    assert torch.equal(beams(1), said)
+def test_greedy_takes_the_most_probable_token_and_equals_one_beam():
+    generated = greedy(RandomModel(STARTS), STARTS, end=END, length=LENGTH)
+    for text in generated.tolist():
+        model, finished = RandomModel(torch.zeros(1)), False
+        for position in range(1, LENGTH):
+            assert text[position] == (END if finished else int(model.logits(tuple(text[:position])).argmax()))
+            finished = finished or text[position] == END
+    assert torch.equal(beams(1), generated)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.7, 1.0])
-def test_with_room_for_everything_the_best_text_of_all_is_found(penalty):
-    found = beams(200, length_penalty=penalty)
-    for start, text in zip(STARTS.tolist(), found.tolist(), strict=True):
-        assert tuple(text) == max(texts(start), key=lambda each: rank(each, penalty))
+def test_with_enough_beams_the_best_of_all_texts_is_found(penalty):
+    generated = beams(200, length_penalty=penalty)
+    for start, text in zip(STARTS.tolist(), generated.tolist(), strict=True):
+        assert tuple(text) == max(texts(start), key=lambda candidate: score(candidate, penalty))
 
 
-def test_more_beams_find_what_greed_misses():
-    one, three = ([rank(tuple(text), 0.0) for text in beams(count, length_penalty=0.0).tolist()] for count in (1, 3))
+def test_more_beams_find_better_texts():
+    one, three = ([score(tuple(text), 0.0) for text in beams(count, length_penalty=0.0).tolist()] for count in (1, 3))
     assert sum(three) > sum(one) + 0.3
 
 
-def test_images_of_a_batch_do_not_meet():
-    together = beams(3)
+def test_images_of_a_batch_are_independent():
+    batch = beams(3)
     for row, start in enumerate(STARTS):
-        assert torch.equal(beams(3, start[None]), together[row : row + 1])
+        assert torch.equal(beams(3, start[None]), batch[row : row + 1])
 
 
-def test_nobody_is_asked_once_all_is_said():
-    class Short(Whim):
-        def odds(self, said: tuple[int, ...]) -> Tensor:
-            return torch.tensor([5.0, 0.0, 0.0, 0.0]) if len(said) > 1 else torch.tensor([-99.0, 0.0, 1.0, 2.0])
+def test_generation_stops_when_all_texts_are_finished():
+    class Short(RandomModel):
+        def logits(self, text: tuple[int, ...]) -> Tensor:
+            return torch.tensor([5.0, 0.0, 0.0, 0.0]) if len(text) > 1 else torch.tensor([-99.0, 0.0, 1.0, 2.0])
 
-    speaker = Short(STARTS)
-    said = greedy(speaker, STARTS, end=END, length=50)
-    assert (speaker.asked, said.shape) == (2, (5, 50))
-    assert said[:, 1:3].tolist() == [[3, END]] * 5
-    assert (said[:, 2:] == END).all()
+    model = Short(STARTS)
+    generated = greedy(model, STARTS, end=END, length=50)
+    assert (model.calls, generated.shape) == (2, (5, 50))
+    assert generated[:, 1:3].tolist() == [[3, END]] * 5
+    assert (generated[:, 2:] == END).all()

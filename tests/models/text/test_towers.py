@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, CLIPTextConfig,
 from src import configuration
 from src.errors import UserError
 from src.models.backbones.image_encoder import cls_token_or_mean, mean_patch
-from src.models.backbones.weights import pretrained as pretrained_backbone
+from src.models.backbones.weights import load_backbone
 from src.models.image_text.clip import CLIP
 from src.models.text.text_tower import CLIPTextTower, TransformersTextTower, last_token, mean_token
 from src.models.text.text_weights import load_text_weights
@@ -169,12 +169,12 @@ def test_the_frozen_image_tower_is_the_one_of_the_file(tmp_path):
     torch.manual_seed(3)
     saved = small_vit()
     torch.save(saved.state_dict(), tmp_path / "vit.pth")
-    method = lit(pretrained_backbone(small_vit(), tmp_path / "vit.pth"))
+    method = lit(load_backbone(small_vit(), tmp_path / "vit.pth"))
     for name, value in method.image_encoder.backbone.state_dict().items():
         assert torch.equal(value, saved.state_dict()[name])
     other = small_vit(depth=2)
     with pytest.raises(ValueError, match=r"lacks 12 of the backbone's"):
-        pretrained_backbone(other, tmp_path / "vit.pth")
+        load_backbone(other, tmp_path / "vit.pth")
 
 
 @pytest.mark.parametrize("scale", ["paper", "smoke", "tiny"])

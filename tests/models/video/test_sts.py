@@ -1,4 +1,4 @@
-"""STS: two regressions on one embedding."""
+"""STS: regression of motion and appearance statistics."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def data(source: object, **options: object) -> VideoDataModule:
     )
 
 
-def test_the_loss_is_the_two_errors_by_their_weights() -> None:
+def test_the_loss_is_the_weighted_sum_of_two_errors() -> None:
     module = method().eval()
     batch = {
         "video": torch.randn(2, 4, 3, 16, 16),
@@ -47,8 +47,8 @@ def test_the_loss_is_the_two_errors_by_their_weights() -> None:
     embedding = module.backbone.forward_features(batch["video"]).mean(dim=(2, 3, 4)).double()
     errors = []
     for name, head in (("motion", module.motion), ("appearance", module.appearance)):
-        told = embedding @ head.weight.double().T + head.bias.double()
-        errors.append((told - batch[name].double()).pow(2).sum() / batch[name].numel())
+        prediction = embedding @ head.weight.double().T + head.bias.double()
+        errors.append((prediction - batch[name].double()).pow(2).sum() / batch[name].numel())
     out = module.training_step(batch, 0)  # type: ignore[arg-type]
     torch.testing.assert_close(out["loss"].double(), errors[0] + 0.1 * errors[1], rtol=1e-5, atol=0)
     torch.testing.assert_close(out["logs"]["appearance"].double(), errors[1], rtol=1e-5, atol=0)
@@ -58,7 +58,7 @@ def test_the_loss_is_the_two_errors_by_their_weights() -> None:
     torch.testing.assert_close(alone.double(), 0.1 * errors[1], rtol=1e-5, atol=0)
 
 
-def test_it_learns_the_numbers_of_a_few_films() -> None:
+def test_it_learns_the_statistics_of_a_few_films() -> None:
     films = data(partial(FilmsSource, count=8, resolution=16, duration=1.0, rate=8.0))
     batch = films.on_after_batch_transfer(next(iter(films.train_dataloader())), 0)
     module = method()
@@ -70,15 +70,17 @@ def test_it_learns_the_numbers_of_a_few_films() -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    spread = float(batch["motion"].var(dim=0, unbiased=False).mean())
-    assert losses[-1] < 0.2 * spread < losses[0]  # far better than telling their means
+    variance = float(batch["motion"].var(dim=0, unbiased=False).mean())
+    assert losses[-1] < 0.2 * variance < losses[0]  # far better than predicting the means
 
 
-def test_videos_without_flow_are_refused_with_what_has_it(tmp_path: Path) -> None:
+def test_videos_without_flow_raise_and_name_data_with_flow(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     for number in range(12):
         (tmp_path / "run" / f"{number}.mp4").touch()
-    told = r"data\.train_view: StatisticsCrop needs the flow of a video, which VideoFolderSource does not have; films"
-    with pytest.raises(SettingError, match=told):
+    message = (
+        r"data\.train_view: StatisticsCrop needs the flow of a video, which VideoFolderSource does not have; films"
+    )
+    with pytest.raises(SettingError, match=message):
         data(partial(VideoFolderSource, root=tmp_path, val_share=0.3)).train_dataloader()
     data(partial(FilmsSource, count=8, resolution=16)).train_dataloader()

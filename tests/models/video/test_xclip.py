@@ -1,4 +1,4 @@
-"""X-CLIP against transformers' own, and its parts by hand."""
+"""X-CLIP against transformers' implementation, and its parts by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from src.models.video.xclip import XCLIP
 from src.optim import OptimizerRecipe, adamw
 
 FRAMES, CLASSES = 3, 4
-# the end has the largest id, where transformers looks for it
+# the end token has the largest id, as transformers expects
 TEXT = torch.tensor([[1, 5, 19, 0, 0], [1, 6, 7, 19, 0], [1, 7, 5, 6, 19], [1, 8, 19, 0, 0]])
 MASK = TEXT != 0
 
@@ -57,18 +57,18 @@ def method(held_out: tuple[int, ...] = (), **options: Any) -> XCLIP:
     torch.manual_seed(0)
     recipe = OptimizerRecipe(partial(adamw, betas=(0.9, 0.98)), lr=1e-3, weight_decay=1e-3)
     plain = {"mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0}
-    made = XCLIP(vit(), tower(), recipe, **{"frames": FRAMES, "embed_dim": 12, "heads": 2, **plain, **options})
-    made.set_classes(IdTokenizer(), [str(row) for row in range(CLASSES)], held_out)  # type: ignore[arg-type]
-    return made
+    module = XCLIP(vit(), tower(), recipe, **{"frames": FRAMES, "embed_dim": 12, "heads": 2, **plain, **options})
+    module.set_classes(IdTokenizer(), [str(row) for row in range(CLASSES)], held_out)  # type: ignore[arg-type]
+    return module
 
 
-def shaken(made: XCLIP) -> XCLIP:
-    """With every weight and bias away from where it begins, so that none can be forgotten unseen."""
+def with_random_weights(module: XCLIP) -> XCLIP:
+    """Adds noise to every parameter, so that an unused one would change the comparison."""
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in module.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    return made
+    return module
 
 
 def clips(count: int = 2, frames: int = FRAMES) -> Tensor:
@@ -80,7 +80,7 @@ def batch(count: int = 4) -> dict[str, Tensor]:
 
 
 def theirs(ours: XCLIP) -> XCLIPModel:
-    """transformers' model with our weights."""
+    """Returns transformers' model with our weights."""
     config = XCLIPConfig(
         text_config={
             "vocab_size": 20,
@@ -152,32 +152,32 @@ def theirs(ours: XCLIP) -> XCLIPModel:
         copy(f"{to}.mlp.0", layer.mlp.fc1)
         copy(f"{to}.mlp.3", layer.mlp.fc2)
     model = XCLIPModel(config)
-    model.load_state_dict(weights)  # all of theirs, and none besides
+    model.load_state_dict(weights)  # strict: all of their tensors and no others
     return model.eval()
 
 
 @torch.no_grad()
-def test_every_part_is_that_of_transformers_own() -> None:
-    """An independent implementation, ported from the authors' code: the same weights, clips and texts."""
-    ours = shaken(method()).eval()
+def test_every_part_equals_that_of_transformers() -> None:
+    """transformers ported the authors' code independently; same weights, clips and texts here."""
+    ours = with_random_weights(method()).eval()
     model, video = theirs(ours), clips()
-    found = model(input_ids=TEXT, pixel_values=video)
+    output = model(input_ids=TEXT, pixel_values=video)
     tokens = ours.image_encoder.tokens(video)
     same = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
-    same(tokens.flatten(0, 1), found.vision_model_output.last_hidden_state)  # the messages
-    same(ours.image_encoder.frame_features(tokens).flatten(0, 1), found.vision_model_output.pooler_output)
-    names, seen = ours.encode_text(TEXT, MASK), ours.encode_image(video)
+    same(tokens.flatten(0, 1), output.vision_model_output.last_hidden_state)  # cross-frame attention
+    same(ours.image_encoder.frame_features(tokens).flatten(0, 1), output.vision_model_output.pooler_output)
+    names, encoded = ours.encode_text(TEXT, MASK), ours.encode_image(video)
     same(names, model.get_text_features(input_ids=TEXT).pooler_output)
-    same(seen[:, 0], found.mit_output.pooler_output)
-    prompted = ours.prompts(names, seen[:, 1:])
-    same(nn.functional.normalize(prompted, dim=-1), found.text_embeds)
-    logits = ours.logit_scale.exp() * ours.similarity(seen, names)
-    same(logits, found.logits_per_video)
-    assert (logits.amax(dim=1) - logits.amin(dim=1)).min() > 0.1  # of different classes, not one number
-    same(ours.similarity(names, seen), logits.T / ours.logit_scale.exp())  # texts for videos
+    same(encoded[:, 0], output.mit_output.pooler_output)
+    prompted = ours.prompts(names, encoded[:, 1:])
+    same(nn.functional.normalize(prompted, dim=-1), output.text_embeds)
+    logits = ours.logit_scale.exp() * ours.similarity(encoded, names)
+    same(logits, output.logits_per_video)
+    assert (logits.amax(dim=1) - logits.amin(dim=1)).min() > 0.1  # logits differ between classes
+    same(ours.similarity(names, encoded), logits.T / ours.logit_scale.exp())  # text to video
 
 
-def test_a_step_is_the_cross_entropy_over_the_names() -> None:
+def test_the_training_step_is_cross_entropy_over_the_class_names() -> None:
     ours = method(smoothing=0.1)
     given = batch()
     output = ours.training_step(given, 0)
@@ -185,13 +185,13 @@ def test_a_step_is_the_cross_entropy_over_the_names() -> None:
     log_p = logits.log_softmax(dim=1)
     by_hand = -sum(0.9 * log_p[row, row] + 0.1 * log_p[row].mean() for row in range(4)) / 4
     torch.testing.assert_close(output["loss"], by_hand)
-    embedding = ours.encoders()["encoder"](given["video"]).embedding  # what probes learn from, and are judged on
+    embedding = ours.encoders()["encoder"](given["video"]).embedding  # the feature of probes
     torch.testing.assert_close(output["embedding"], embedding)
     with pytest.raises(BatchError, match="X-CLIP learns from labels; 1 of 4 samples of a batch have none"):
         ours.training_step({**given, "label": torch.tensor([0, 1, -1, 2])}, 0)
 
 
-def test_mixed_clips_have_mixed_labels() -> None:
+def test_mixing_depends_on_seed_and_step_and_leaves_the_batch_unchanged() -> None:
     ours, given = method(mixup=0.8, cutmix=1.0, smoothing=0.1), batch()
     before = given["video"].clone()
     first, again = (ours.training_step(given, 0)["loss"] for _ in range(2))
@@ -209,22 +209,22 @@ def test_frames_exchange_information_only_by_cross_frame_attention(cross_frame_a
     tokens[0, 0].square().sum().backward()
     assert video.grad[0, 0].abs().sum() > 0
     assert (video.grad[0, 1:].abs().sum() > 0) == cross_frame_attention
-    assert video.grad[1].abs().sum() == 0  # never those of another clip
+    assert video.grad[1].abs().sum() == 0  # clips do not exchange information
     if not cross_frame_attention:
         frame = encoder.backbone.forward_features(video[:, 0])
         torch.testing.assert_close(encoder.backbone.norm(tokens[:, 0]), frame)
 
 
-def test_only_the_integration_knows_the_order_of_frames() -> None:
-    video, turned = clips(), clips().flip(1)
+def test_only_the_integration_depends_on_the_order_of_frames() -> None:
+    video, reversed_video = clips(), clips().flip(1)
     for depth in (0, 1):
-        ours = shaken(method(integration_depth=depth)).eval()
+        ours = with_random_weights(method(integration_depth=depth)).eval()
         with torch.no_grad():
-            same = torch.allclose(ours.encode_image(video), ours.encode_image(turned), atol=1e-5)
+            same = torch.allclose(ours.encode_image(video), ours.encode_image(reversed_video), atol=1e-5)
         assert same == (depth == 0)
 
 
-def test_names_look_at_the_video_as_much_as_alpha_says() -> None:
+def test_names_are_adapted_to_the_video_by_alpha() -> None:
     torch.manual_seed(0)
     prompts = VideoPrompts(24, 12, depth=2, heads=2, alpha=0.1, activation=nn.GELU)
     torch.testing.assert_close(prompts.alpha, torch.full((12,), 0.1))
@@ -240,20 +240,20 @@ def test_names_look_at_the_video_as_much_as_alpha_says() -> None:
     torch.testing.assert_close(prompts(names, context), names.expand(2, -1, -1))
 
 
-def test_prompts_made_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_computed_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = method().eval()
-    names, seen = ours.encode_text(TEXT, MASK), ours.encode_image(clips(5))
-    whole = ours.similarity(seen, names)
+    names, encoded = ours.encode_text(TEXT, MASK), ours.encode_image(clips(5))
+    whole = ours.similarity(encoded, names)
     monkeypatch.setattr("src.models.video.xclip._PROMPTS_AT_ONCE", 2 * CLASSES)
-    torch.testing.assert_close(ours.similarity(seen, names), whole)
+    torch.testing.assert_close(ours.similarity(encoded, names), whole)
 
 
-def test_what_is_frozen_has_no_gradient_and_is_read_once() -> None:
-    ours, read = method().train(), []
-    ours.text_encoder.register_forward_hook(lambda *_: read.append(1))
+def test_frozen_parameters_have_no_gradient_and_names_are_encoded_once() -> None:
+    ours, calls = method().train(), []
+    ours.text_encoder.register_forward_hook(lambda *_: calls.append(1))
     for _ in range(2):
         ours.training_step(batch(), 0)["loss"].backward()
-    assert len(read) == 1
+    assert len(calls) == 1
     assert not ours.text_encoder.training
     for name, parameter in ours.named_parameters():
         frozen = name.startswith(("text_encoder.", "text_projection.", "logit_scale"))
@@ -263,7 +263,7 @@ def test_what_is_frozen_has_no_gradient_and_is_read_once() -> None:
     assert all(parameter.grad is not None for parameter in free.parameters())
 
 
-def test_what_clip_has_not_learns_faster_and_places_are_not_decayed() -> None:
+def test_new_parameters_have_a_higher_rate_and_positions_no_decay() -> None:
     groups = method().configure_optimizers().param_groups
     rate = {name: group["lr"] for group in groups for name in group["names"]}
     decay = {name: group["weight_decay"] for group in groups for name in group["names"]}
@@ -278,10 +278,10 @@ def test_what_clip_has_not_learns_faster_and_places_are_not_decayed() -> None:
     )
     assert not any(name.startswith("text") for name in rate)
     bare = method(cross_frame_attention=False, integration_depth=0, prompt_depth=0).configure_optimizers().param_groups
-    assert {group["lr"] for group in bare} == {1e-3}  # mean of CLIP's frames: nothing is new
+    assert {group["lr"] for group in bare} == {1e-3}  # without new parts
 
 
-def test_classes_that_are_held_out_are_no_answers() -> None:
+def test_held_out_classes_are_not_among_the_logits() -> None:
     ours = method(held_out=(1,))
     assert torch.equal(ours.class_text, TEXT[[0, 2, 3]])
     assert ours.label_to_class.tolist() == [0, -1, 1, 2]
@@ -290,7 +290,7 @@ def test_classes_that_are_held_out_are_no_answers() -> None:
     torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, torch.tensor([1, 2])))
 
 
-def test_towers_come_from_a_run_and_the_rest_is_new(tmp_path: Path) -> None:
+def test_towers_are_loaded_from_a_run(tmp_path: Path) -> None:
     from tests.toys import clip
 
     run, file = clip(), tmp_path / "last.ckpt"
@@ -300,15 +300,15 @@ def test_towers_come_from_a_run_and_the_rest_is_new(tmp_path: Path) -> None:
     )
     text = CLIPTextTower(vocabulary=20, length=6, width=16, depth=2, heads=2)
     recipe = OptimizerRecipe(partial(adamw), lr=1e-3)
-    begun = XCLIP(vit, text, recipe, frames=FRAMES, embed_dim=8, heads=1, start=file, temperature=0.5)
-    own = begun.state_dict()
+    loaded = XCLIP(vit, text, recipe, frames=FRAMES, embed_dim=8, heads=1, start=file, temperature=0.5)
+    state = loaded.state_dict()
     for name, value in run.state_dict().items():
-        assert torch.equal(own[name], value), name
+        assert torch.equal(state[name], value), name
     with pytest.raises(WeightsError, match="has another architecture"):
         XCLIP(vit, text, recipe, frames=FRAMES, embed_dim=4, heads=1, start=file)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_bad_arguments_raise() -> None:
     with pytest.raises(SettingError, match=r"clip.frames=2 and model.frames=3 must be equal"):
         method().encode_image(clips(frames=2))
     with pytest.raises(SettingError, match="template must have one"):
@@ -320,7 +320,7 @@ def test_what_does_not_fit_is_refused() -> None:
         XCLIP(timm.create_model("resnet10t", num_classes=0), tower(), recipe, embed_dim=12)
 
 
-def test_it_learns_a_handful_of_clips() -> None:
+def test_it_can_memorize_a_few_clips() -> None:
     ours, given = method(), batch()
     optimizer = ours.configure_optimizers()
     losses = []
@@ -334,20 +334,20 @@ def test_it_learns_a_handful_of_clips() -> None:
     assert min(losses[20:]) < 0.1
 
 
-def test_videos_whose_classes_nobody_names_are_refused() -> None:
+def test_data_without_class_names_raises() -> None:
     ours = method()
     ours._trainer = SimpleNamespace(datamodule=object(), callbacks=[])  # type: ignore[assignment]
     with pytest.raises(SettingError, match="_target_: X-CLIP needs the names of the classes"):
         ours.on_fit_start()
 
 
-def test_halves_of_a_batch_have_the_mean_of_the_whole() -> None:
-    """Names are classes: nothing has to be gathered, and the mean that DDP takes of gradients is the batch's."""
-    given, found = batch(), []
+def test_the_loss_of_a_batch_is_the_mean_of_its_halves() -> None:
+    """Class names are the same in all processes: nothing is gathered, and DDP's mean is that of the batch."""
+    given, results = batch(), []
     for part in (slice(0, 2), slice(2, 4), slice(0, 4)):
         ours = method().double()
         loss = ours.training_step({"video": given["video"][part].double(), "label": given["label"][part]}, 0)["loss"]
         loss.backward()
-        found.append((loss.detach(), ours.image_encoder.cross_frame_attention[0].project.weight.grad))
-    for first, second, whole in zip(*found, strict=True):
+        results.append((loss.detach(), ours.image_encoder.cross_frame_attention[0].project.weight.grad))
+    for first, second, whole in zip(*results, strict=True):
         torch.testing.assert_close((first + second) / 2, whole)
