@@ -35,8 +35,8 @@ class Heads(Protocol):
 
 class Detection(ClassHeadModule):
     """Mask R-CNN (He et al., 2017) on any encoder. `SimplePyramid` and ``conv_heads`` make it ViTDet (Exploring Plain
-    Vision Transformer Backbones for Object Detection, Li et al., 2022), `ConvPyramid` the detection benchmark of Momentum
-    Contrast (He et al., 2019). Deviations: those of the two pyramids.
+    Vision Transformer Backbones for Object Detection, Li et al., 2022), `ConvPyramid` the detection benchmark of
+    Momentum Contrast (He et al., 2019). Deviations: those of the two pyramids.
 
     Validated by ``eval/box_ap``, ``eval/mask_ap`` and both at IoU thresholds of 0.50 and 0.75, at the resolution of the
     evaluation view. Boxes without area are left out and counted in ``health/dropped_boxes``.

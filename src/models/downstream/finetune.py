@@ -128,8 +128,8 @@ class FineTune(Classifier):
 
 
 def layer_rules(backbone: nn.Module, decay: float, prefix: str = "") -> list[Rule]:
-    """Optimizer rules that multiply the learning rate by ``decay`` from each layer to the one below. Layers are those of
-    timm's ``group_matcher``: in a ViT, class token, positional embedding and patch embedding are layer 0, the blocks
+    """Optimizer rules that multiply the learning rate by ``decay`` from each layer to the one below. Layers are those
+    of timm's ``group_matcher``: in a ViT, class token, positional embedding and patch embedding are layer 0, the blocks
     follow, and all later parameters are one layer with factor 1.
 
     Parameters in the model's ``no_weight_decay`` (positional embedding, class token) have no weight decay.
