@@ -1,8 +1,11 @@
-"""`make bench`: measure, keep what was measured, write the page.
+"""`make bench`: measures the template, stores the results and writes docs/benchmarks.md.
 
-``only=loop,precision`` names parts, ``quick=true`` only looks whether they work (its page goes to ``cache/bench``),
-``again=true`` forgets finished runs of the parts that train for hours (learning, methods, gauntlet),
-``data=<data set>`` leaves their other data sets for another time, ``out=<folder>`` is where page and numbers go.
+- ``only=loop,precision``: the parts to measure (default all)
+- ``quick=true``: a short trial of each part; its page goes to ``cache/bench``
+- ``again=true``: repeat finished runs of the parts that train for hours (learning, methods, gauntlet)
+- ``data=<data set>``: measure these parts on this data set only
+- ``out=<folder>``: where benchmarks.json and benchmarks.md are written (default docs)
+- ``--write``: write benchmarks.md from benchmarks.json, and measure nothing
 """
 
 from __future__ import annotations
@@ -21,21 +24,24 @@ from src.files import write_atomically
 from src.measure import machine
 from src.trained import words_of
 
-WORDS = ("only", "quick", "again", "out", "data")
+OPTIONS = ("only", "quick", "again", "out", "data")
 LONG = {"learning": learning, "methods": methods, "gauntlet": gauntlet}
 
 
 def main(argv: Sequence[str]) -> int:
-    words, rest = words_of(argv, WORDS)
+    options, rest = words_of([word for word in argv if word != "--write"], OPTIONS)
     if rest:
-        raise UserError(f"make bench knows no '{rest[0]}'{nearest(rest[0].partition('=')[0], WORDS)}")
-    quick, again = (_flag(words, name) for name in ("quick", "again"))
-    data = (words["data"],) if "data" in words else DATA
+        raise UserError(f"make bench has no option '{rest[0]}'{nearest(rest[0].partition('=')[0], OPTIONS)}")
+    quick, again = (_flag(options, name) for name in ("quick", "again"))
+    data = (options["data"],) if "data" in options else DATA
     if not set(data) <= set(DATA):
-        raise UserError(f"data is {' or '.join(DATA)}, not '{data[0]}'{nearest(data[0], DATA)}")
-    folder = Path(words.get("out") or PROJECT / ("cache/bench" if quick else "docs"))
+        raise UserError(f"data must be {' or '.join(DATA)}, not '{data[0]}'{nearest(data[0], DATA)}")
+    folder = Path(options.get("out") or PROJECT / ("cache/bench" if quick else "docs"))
     results = _read(folder)
-    for name in _chosen(words.get("only") or ",".join(PARTS)):
+    if "--write" in argv:
+        _write(folder, results)
+        return 0
+    for name in _chosen(options.get("only") or ",".join(PARTS)):
         print(f"bench: {name} …", flush=True)
         about = machine.about()
 
@@ -44,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
             _write(folder, results)
 
         if name in LONG:
-            # hours of it: what is finished is kept, and not done again
+            # these measure for hours: finished runs are stored and not repeated
             stored = {} if again else results.get(name, {}).get("result", {})
             save(LONG[name].measure(quick, stored=stored, save=save, data=data))
         else:
@@ -61,10 +67,10 @@ def _chosen(only: str) -> list[str]:
     return names
 
 
-def _flag(words: dict[str, str], name: str) -> bool:
-    value = words.get(name, "false").lower()
+def _flag(options: dict[str, str], name: str) -> bool:
+    value = options.get(name, "false").lower()
     if value not in ("true", "false"):
-        raise UserError(f"{name} is true or false, not '{value}'")
+        raise UserError(f"{name} must be true or false, not '{value}'")
     return value == "true"
 
 

@@ -1,4 +1,4 @@
-"""The training loop one would write by hand, and images in memory to run it on."""
+"""A hand-written training loop, and random images in memory to run it on."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ from src.schedules import Horizon, WarmupCosine
 _NO_NUMBERS = np.zeros((0, 0), np.float32)
 
 
-class MemorySource:
-    """Random images in memory, ``distinct`` different ones under ``length`` indices: an epoch can be as long as a
-    measurement needs. Each has a text of its own.
+class RandomImageSource:
+    """Random images in memory, each with a caption. They repeat, so an epoch can be as long as a measurement needs.
 
     Args:
-        split: without influence.
+        split: ignored.
         size: side in pixels.
-        classes: number of labels.
+        length: number of samples in an epoch.
+        distinct: number of different images.
+        classes: number of class labels.
     """
 
     def __init__(self, split: Split, *, size: int, length: int, distinct: int = 512, classes: int = 10) -> None:
         draw = np.random.default_rng(0)
         distinct = min(distinct, length)
-        self.pictures = draw.integers(0, 256, (distinct, 3, size, size), np.uint8)
+        self.distinct_images = draw.integers(0, 256, (distinct, 3, size, size), np.uint8)
         self.length = length
         self.classes = tuple(f"class {number}" for number in range(classes))
-        self.images = _Repeated(self.pictures)
-        self.labels = _Repeated(draw.integers(0, classes, distinct))
+        self.images = _RepeatedRows(self.distinct_images)
+        self.labels = _RepeatedRows(draw.integers(0, classes, distinct))
 
     def __len__(self) -> int:
         return self.length
@@ -56,11 +57,13 @@ class MemorySource:
         return self.captions(index)[0]
 
     def captions(self, index: int) -> Sequence[str]:
-        return (f"noise of {len(self.pictures)} kinds, the one called number {index % len(self.pictures)}",)
+        return (
+            f"noise of {len(self.distinct_images)} kinds, the one called number {index % len(self.distinct_images)}",
+        )
 
 
-class _Repeated:
-    """Rows of an array by positions beyond its length."""
+class _RepeatedRows:
+    """The rows of an array, repeated without end."""
 
     def __init__(self, rows: np.ndarray) -> None:
         self.rows = rows
@@ -70,13 +73,14 @@ class _Repeated:
 
 
 @dataclass(frozen=True)
-class Copies:
-    """A view that makes a `MultiViewBatch` of images as they are, for what would otherwise cost more than the step.
+class RepeatViews:
+    """A view that repeats images without augmentation to a `MultiViewBatch`, because augmentation would dominate the
+    measurement.
 
     Args:
-        views: copies of an image.
-        local_views: copies of its corner; 0 for none.
-        local_size: side of that corner.
+        views: global views of an image.
+        local_views: local views, all of its top left corner.
+        local_size: side of that corner in pixels.
     """
 
     views: int
@@ -98,30 +102,29 @@ class Copies:
 
 
 class BareLoop:
-    """Nothing but the work: index, normalize, forward, backward, optimizer step with a scheduled learning rate, and
-    what the method needs besides: its teacher's moving average, its clipping.
+    """A minimal loop: index, normalize, forward, backward, optimizer step with a scheduled learning rate, and the
+    method's moving average of the teacher and gradient clipping.
 
-    The model's own ``training_step`` is the forward pass, its own recipe the optimizer; there is no Trainer, callback
-    or logger.
+    It calls the method's ``training_step`` and uses its optimizer, without Trainer, callbacks or loggers.
 
     Args:
         module: the method, on its device.
         images: uint8 [N, 3, H, W].
-        batch_size: images a step.
-        precision: as the Trainer calls it; may be set between two runs.
-        copies: how a batch of several views is made of them; None for an `ImageBatch`.
-        clip: length to which the gradient of each parameter is cut; None for no clipping.
-        texts: token ids and mask [N, L] of the images; None where the method reads none.
+        batch_size: images per step.
+        precision: Lightning's name for it; may be changed between two calls of `run`.
+        repeat_views: makes a `MultiViewBatch` of the images; None for an `ImageBatch`.
+        clip: largest gradient norm of each parameter; None for no clipping.
+        texts: token ids and mask [N, L] of the images; None for methods without texts.
     """
 
     def __init__(
         self,
         module: PretrainModule,
-        pictures: np.ndarray,
+        images: np.ndarray,
         *,
         batch_size: int,
         precision: str,
-        copies: Copies | None = None,
+        repeat_views: RepeatViews | None = None,
         clip: float | None = None,
         texts: tuple[Tensor, Tensor] | None = None,
     ) -> None:
@@ -129,10 +132,10 @@ class BareLoop:
         self.device = next(module.parameters()).device
         self.precision = precision
         self.batch_size = batch_size
-        self.copies = copies
+        self.repeat_views = repeat_views
         self.clip = clip
         self.texts = texts
-        self._pictures = torch.from_numpy(pictures)
+        self._images = torch.from_numpy(images)
         self._optimizer = module.configure_optimizers()
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "16-mixed")
         self._schedule = WarmupCosine(peak=module.optimizer_recipe.lr, warmup=100)
@@ -142,25 +145,25 @@ class BareLoop:
         self._std = torch.tensor(IMAGENET_STD, device=self.device).view(3, 1, 1)
 
     def run(self, steps: int) -> float:
-        """Take so many steps; the seconds they took."""
-        wait_for(self.device)
+        """Takes ``steps`` steps and returns the seconds they took."""
+        synchronize(self.device)
         begin = time.perf_counter()
         for _ in range(steps):
             self._take_step()
-        wait_for(self.device)
+        synchronize(self.device)
         return time.perf_counter() - begin
 
     def _take_step(self) -> None:
-        index = torch.randint(len(self._pictures), (self.batch_size,))
-        images = self._pictures[index]
-        views = {"image": images} if self.copies is None else self.copies.decoded(images, _NO_NUMBERS)
+        index = torch.randint(len(self._images), (self.batch_size,))
+        images = self._images[index]
+        views = {"image": images} if self.repeat_views is None else self.repeat_views.decoded(images, _NO_NUMBERS)
         batch = {
             **{name: (value.to(self.device).float() / 255 - self._mean) / self._std for name, value in views.items()},
             "label": torch.zeros_like(index).to(self.device),
             "index": index.to(self.device),
         }
         if self.texts is not None:
-            batch["text"], batch["text_mask"] = (each[index].to(self.device) for each in self.texts)
+            batch["text"], batch["text_mask"] = (values[index].to(self.device) for values in self.texts)
         lr = self._schedule.value(self._step, self._horizon)
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
@@ -183,7 +186,7 @@ class BareLoop:
             return self.module.training_step(batch, self._step)["loss"]
 
 
-def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""What online evaluation costs at paper scale, from parts measured here."""
+"""Estimates the cost of online evaluation at paper scale from parts measured on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRAIN_IMAGES, CLASSES = 1_281_167, 1000  # ImageNet-1k
 
 
 def measure(quick: bool = False) -> dict[str, Any]:
-    """The share of an epoch of MAE ViT-B on ImageNet that evaluation with the default settings takes.
+    """Estimates the share of an epoch of MAE ViT-B on ImageNet that evaluation with the default settings takes.
 
     Returns:
         The measured parts, the settings, and the ``share``.
@@ -72,7 +72,7 @@ def report(result: dict[str, Any]) -> Section:
     body = (
         f"MAE ViT-B on the {result['device'].upper()} in {result['precision']}, {TRAIN_IMAGES:,} images an epoch; "
         f"every {result['every_n_epochs']} epochs kNN of {result['query_samples']:,} queries in a bank of "
-        f"{result['bank_samples']:,}. Evaluated every epoch it would be "
+        f"{result['bank_samples']:,}. If it ran every epoch, it would be "
         f"{percent(result['share'] * result['every_n_epochs'], 2)}.\n\n"
         + table(
             ["trained, images/s", "features, images/s", "kNN, s", "share"],

@@ -1,4 +1,4 @@
-"""Small encoders, trained by three paradigms and not at all, through every task of the gauntlet."""
+"""Runs every task of the gauntlet on small encoders: three pretraining paradigms and a random initialization."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DATA = "scenes"
 SEEDS = (0, 1, 2)
 FLOOR = "random"
 
-# a narrower ViT and small batches, for what dozens of trainings can afford
+# a narrow ViT and small batches, because the table needs dozens of trainings
 COMMON = (
     "scale=tiny",
     f"data={DATA}",
@@ -39,7 +39,7 @@ COMMON = (
     "callbacks.visualizations=null",
 )
 JUDGED = ("evaluate.bank_samples=5000", "evaluate.query_samples=null")
-# few images with their truth: what pretraining is for
+# few annotated images, the setting that pretraining is for
 FINETUNED = (
     "data.source.count={train: 1000, val: 500, test: 500}",
     "data.train_samples=null",
@@ -48,7 +48,7 @@ FINETUNED = (
     "trainer.max_epochs=4",
     "trainer.check_val_every_n_epoch=2",
 )
-# ten images a second
+# detection trains at ten images per second
 SHORTER: Mapping[str, Sequence[str]] = dict.fromkeys(("detection", "detection_frozen"), ("trainer.max_epochs=2",))
 
 
@@ -57,9 +57,9 @@ class Encoder:
     """A row of the table.
 
     Args:
-        title: as the paper calls it.
+        title: the paper's name.
         experiment: its recipe.
-        epochs: how long it is trained, so that all take about as long; None for not at all.
+        epochs: chosen so that all take about equally long; None for an untrained encoder.
     """
 
     title: str
@@ -87,17 +87,18 @@ def measure(
     seeds: Sequence[int] = SEEDS,
     tasks: str | None = None,
 ) -> dict[str, Any]:
-    """Each encoder trained with each seed, then put through the tasks of `make gauntlet`, judged on the validation
-    split. Seed by seed, and an encoder is trained only where a task of it is missing.
+    """Trains each encoder with each seed and runs the tasks of `make gauntlet` on the validation split, seed by seed.
+
+    An encoder is trained only if a result of one of its tasks is missing.
 
     Args:
-        overrides, finetuned: of the encoders' configurations, and of the fine-tunings'.
-        data: nothing is measured where it does not name scenes.
-        tasks: names, with commas between; None for all.
+        overrides, finetuned: overrides of the encoders' configurations, and of the fine-tunings'.
+        data: nothing is measured unless it contains "scenes".
+        tasks: names separated by commas; None for all.
 
     Returns:
-        ``runs``: for "<encoder>/<seed>/<task>" the ``scores`` (one row of `Ranking`, or none and why in ``told``),
-        ``steps`` and ``minutes`` of the training, and where it was measured.
+        ``runs``: for "<encoder>/<seed>/<task>" the ``scores`` (one row of `Ranking`, or none and the reason in
+        ``failures``), ``steps`` and ``minutes`` of the training, and where it was measured.
     """
     if DATA not in data:
         return dict(stored or {"runs": {}})
@@ -126,65 +127,65 @@ def measure(
     }
     task_of = {repr(each): {task: each} for task, each in names.items()}
     with _Entries(fine, frozen_of(names)) as contenders:
-        found = result_cache.measure_missing(
+        results = result_cache.measure_missing(
             jobs,
-            lambda job, config: judged(*contenders.of(job, config), task_of[job.extra["task"]]),
+            lambda job, config: run_tasks(*contenders.of(job, config), task_of[job.extra["task"]]),
             stored=(stored or {}).get("runs", {}),
             save=lambda each: save({"runs": each}),
         )
-    return {"runs": found}
+    return {"runs": results}
 
 
-def judged(contender: GauntletEntry, training: Mapping[str, Any], tasks: Mapping[str, Task]) -> dict[str, Any]:
-    """What tasks say of an encoder, after the facts of its training."""
-    told: Failures = {}
-    rows = put_through(cells_of(contender, tasks, told), {}, told, keep=lambda rows: None)
-    said = ("setting", "metric", "kind", "adaptation", "lower_is_better", "parameters", "value")
-    return {**training, "scores": [{name: row[name] for name in said} for row in rows], "told": told}
+def run_tasks(contender: GauntletEntry, training: Mapping[str, Any], tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """Returns the facts of an encoder's training, its scores in the tasks, and the reasons of failed tasks."""
+    failures: Failures = {}
+    rows = put_through(cells_of(contender, tasks, failures), {}, failures, keep=lambda rows: None)
+    columns = ("setting", "metric", "kind", "adaptation", "lower_is_better", "parameters", "value")
+    return {**training, "scores": [{name: row[name] for name in columns} for row in rows], "failures": failures}
 
 
 class _Entries(ExitStack):
-    """The encoder that is asked about, trained or as it begins, until another one is.
+    """Trains the encoder of the current job, and keeps it until a job needs another one.
 
     Args:
         finetuned: overrides of its fine-tunings.
-        frozen: evaluations that will be asked for.
+        frozen: evaluations of frozen features that the jobs need.
     """
 
     def __init__(self, finetuned: Sequence[str], frozen: Sequence[str]) -> None:
         super().__init__()
         self.finetuned, self.frozen = finetuned, frozen
-        self._words: Sequence[str] = ()
+        self._overrides: Sequence[str] = ()
 
     def of(self, job: result_cache.TrainingJob, config: DictConfig) -> tuple[GauntletEntry, dict[str, Any]]:
-        """It, and how it was trained."""
-        if job.overrides != self._words:
+        """Returns the job's encoder, and the steps and minutes of its training."""
+        if job.overrides != self._overrides:
             self.close()
-            self._words = ()  # for the case that it cannot be trained
+            self._overrides = ()  # in case the training fails
             run, checkpoint, self._training = self._begin(job, config)
             settled = evaluate.settle(run, None, JUDGED)
             folder = run.dir / "finetuned"
             self._contender = GauntletEntry(run, settled, DATA, checkpoint, self.frozen, folder, self.finetuned)
-            self._words = job.overrides
+            self._overrides = job.overrides
         return self._contender, self._training
 
     def _begin(self, job: result_cache.TrainingJob, config: DictConfig) -> tuple[runs.Run, Path | None, dict[str, Any]]:
         if job.extra["trained"]:
-            finished = self.enter_context(result_cache.train_once(job.overrides, config))
-            run = finished.run
-            return run, run.last, {"steps": finished.steps, "minutes": finished.seconds / 60}
+            trained = self.enter_context(result_cache.train_once(job.overrides, config))
+            run = trained.run
+            return run, run.last, {"steps": trained.steps, "minutes": trained.seconds / 60}
         run = runs.Run(Path(self.enter_context(tempfile.TemporaryDirectory())))
         runs.store(run, config)
         return run, None, {"steps": 0, "minutes": 0.0}
 
 
 def _tasks(names: str | None) -> dict[str, Task]:
-    """Those of configs/gauntlet.yaml, fine-tuned with few images."""
-    found = chosen(names)
-    for name, task in found.items():
+    """Returns the tasks of configs/gauntlet.yaml, with few images and epochs for fine-tuning."""
+    tasks = chosen(names)
+    for name, task in tasks.items():
         if isinstance(task, FineTuned):
-            found[name] = replace(task, overrides=[*task.overrides, *FINETUNED, *SHORTER.get(name, ())])
-    return found
+            tasks[name] = replace(task, overrides=[*task.overrides, *FINETUNED, *SHORTER.get(name, ())])
+    return tasks
 
 
 def report(result: dict[str, Any]) -> Section:
@@ -194,19 +195,19 @@ def report(result: dict[str, Any]) -> Section:
     head, ranks = ranking(standing)
     floor = ENCODERS[FLOOR].title
     body = [
-        f"Encoders of one small ViT on {DATA} of 64 pixels, each trained with every seed and then put through all "
-        f"tasks of `make gauntlet`; heads and what is fine-tuned see 1,000 labelled pictures {_epochs()} times "
+        f"Encoders of one small ViT on {DATA} of 64 pixels, each trained with every seed and then evaluated by all "
+        f"tasks of `make gauntlet`; heads and fine-tuned encoders see 1,000 annotated images {_epochs()} times "
         f"(detection {_epochs(SHORTER['detection'])}). "
-        f"{_training(result)} Judged on the validation split.",
+        f"{_training(result)} Evaluated on the validation split.",
         "Mean z-scores over tasks, of means over seeds:",
         table(head, ranks),
-        f"Scores, mean and standard deviation over seeds. Above the {floor}: by how much the best other encoder's mean "
-        "is better, and in how many seeds it is.",
+        f"Scores, mean and standard deviation over seeds. Above the {floor}: how much better the mean of the best "
+        "other encoder is, and with how many seeds it is better.",
         table(
             ["", "metric", *order, f"above the {floor}"], [_line(rows, setting, order) for setting in standing.settings]
         ),
     ]
-    failures = {key: why for key, run in result["runs"].items() for why in run["told"].values()}
+    failures = {key: why for key, run in result["runs"].items() for why in run["failures"].values()}
     if failures:
         body.append("Not measured:\n\n" + "\n".join(f"- {name}: {why}" for name, why in failures.items()))
     body.append("\n".join(f"- {each}" for each in machine.lines([run["about"] for run in result["runs"].values()])))
@@ -214,7 +215,7 @@ def report(result: dict[str, Any]) -> Section:
 
 
 def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The long table, with seeds."""
+    """Returns one row per score, with encoder and seed."""
     return [
         {**row, "backbone": ENCODERS[name].title, "seed": int(seed)}
         for key, run in result["runs"].items()
@@ -223,37 +224,37 @@ def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _epochs(words: Sequence[str] = FINETUNED) -> str:
-    return next(word.partition("=")[2] for word in words if word.startswith("trainer.max_epochs="))
+def _epochs(overrides: Sequence[str] = FINETUNED) -> str:
+    return next(override.partition("=")[2] for override in overrides if override.startswith("trainer.max_epochs="))
 
 
 def _training(result: Mapping[str, Any]) -> str:
-    """How long each was trained, and where scores are missing how many there are, in a sentence or two."""
-    said = []
+    """Returns a sentence on the trainings, and one on the number of scores if some are missing."""
+    trainings = []
     for name, encoder in ENCODERS.items():
         keys = [key for key in result["runs"] if key.partition("/")[0] == name]
-        mine = [*{key.rpartition("/")[0]: result["runs"][key] for key in keys}.values()]  # by seed
-        if mine and encoder.epochs is not None:
-            minutes = statistics.fmean(run["minutes"] for run in mine)
-            said.append(f"{encoder.title} {mine[0]['steps']:,} steps of 64 in {minutes:.1f} minutes")
+        runs = [*{key.rpartition("/")[0]: result["runs"][key] for key in keys}.values()]  # one of each seed
+        if runs and encoder.epochs is not None:
+            minutes = statistics.fmean(run["minutes"] for run in runs)
+            trainings.append(f"{encoder.title} {runs[0]['steps']:,} steps of 64 in {minutes:.1f} minutes")
     wanted = _wanted()
     there = len(wanted & result["runs"].keys())
     missing = [f"Of {len(wanted)} scores there are {there} so far."] if there < len(wanted) else []
-    return " ".join([*([f"Trained: {', '.join(said)}."] if said else []), *missing])
+    return " ".join([*([f"Trained: {', '.join(trainings)}."] if trainings else []), *missing])
 
 
 def _values(rows: Sequence[Mapping[str, Any]], setting: str) -> dict[str, dict[int, float]]:
-    """By encoder and seed, errors with the sign turned: more is better."""
-    found: dict[str, dict[int, float]] = {}
+    """Returns encoder -> seed -> score, with the sign of errors changed so that higher is better."""
+    values: dict[str, dict[int, float]] = {}
     for row in rows:
         if row["setting"] == setting:
             value = -row["value"] if row["lower_is_better"] else row["value"]
-            found.setdefault(row["backbone"], {})[row["seed"]] = value
-    return found
+            values.setdefault(row["backbone"], {})[row["seed"]] = value
+    return values
 
 
 def above(rows: Sequence[Mapping[str, Any]], setting: str) -> tuple[str, list[float]] | None:
-    """The encoder with the best mean but the floor's, and by how much it is better than the floor with each seed."""
+    """Returns the encoder with the best mean, except the floor, and its difference to the floor with each seed."""
     values = _values(rows, setting)
     floor = values.pop(ENCODERS[FLOOR].title, {})
     if not floor or not values:
@@ -268,28 +269,28 @@ def _line(rows: Sequence[Mapping[str, Any]], setting: str, order: Sequence[str])
     sign = -1 if one["lower_is_better"] else 1
     cells = []
     for name in order:
-        mine = [sign * value for value in _values(rows, setting).get(name, {}).values()]
-        spread = f" ± {statistics.stdev(mine):.2g}" if len(mine) > 1 else ""
-        cells.append(f"{statistics.fmean(mine):.3g}{spread}" if mine else "–")
-    found = above(rows, setting)
-    said = "–"
-    if found is not None:
-        best, differences = found
+        values = [sign * value for value in _values(rows, setting).get(name, {}).values()]
+        spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+        cells.append(f"{statistics.fmean(values):.3g}{spread}" if values else "–")
+    best_of_others = above(rows, setting)
+    advantage = "–"
+    if best_of_others is not None:
+        best, differences = best_of_others
         better = sum(each > 0 for each in differences)
-        said = f"{statistics.fmean(differences):+.2g} ({best}, {better} of {len(differences)})"
-    return [setting, f"{one['metric']} {'↓' if sign < 0 else '↑'}", *cells, said]
+        advantage = f"{statistics.fmean(differences):+.2g} ({best}, {better} of {len(differences)})"
+    return [setting, f"{one['metric']} {'↓' if sign < 0 else '↑'}", *cells, advantage]
 
 
 def _wanted() -> set[str]:
-    """What a whole table is of."""
+    """Returns the keys of a complete result."""
     return {"/".join(key) for key in itertools.product(ENCODERS, map(str, SEEDS), chosen(None))}
 
 
 def _check(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], settings: Sequence[str]) -> Check:
-    # the best of three is above the floor by chance often enough: it has to be so with every seed
-    found = {setting: above(rows, setting) for setting in settings}
-    below = [setting for setting, each in found.items() if each is not None and min(each[1]) <= 0]
-    complete = _wanted() <= result["runs"].keys() and not any(run["told"] for run in result["runs"].values())
+    # the best of three is often above the floor by chance, so every seed must be
+    advantages = {setting: above(rows, setting) for setting in settings}
+    below = [setting for setting, best in advantages.items() if best is not None and min(best[1]) <= 0]
+    complete = _wanted() <= result["runs"].keys() and not any(run["failures"] for run in result["runs"].values())
     return Check(
         f"every head of the gauntlet on {DATA} is better on some trained encoder than on a random one, with every seed",
         f"{len(settings)} heads, {len(SEEDS)} seeds",

@@ -45,9 +45,7 @@ def load(split: str, count: int, resolution: int, cache_dir: Path | None, seed: 
     source = ScenesSource(split, count=count, resolution=resolution, seed=seed, cache_dir=cache_dir)  # type: ignore[arg-type]
     scenes = [source.scene(index) for index in range(count)]
     if source.images is not None and source.labels is not None:
-        return SceneSample(
-            torch.from_numpy(np.array(source.images)), torch.from_numpy(np.array(source.labels)), scenes
-        )
+        return SceneSample(torch.from_numpy(np.array(source.images)), torch.from_numpy(np.array(source.labels)), scenes)
     samples = [source[index] for index in range(count)]
     images = torch.stack([torch.as_tensor(sample["image"]) for sample in samples])
     return SceneSample(images, torch.tensor([sample["label"] for sample in samples]), scenes)

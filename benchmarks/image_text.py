@@ -1,4 +1,4 @@
-"""What image-text training costs: its loop beside a bare one, its losses by the size of the batch, its tokens."""
+"""Compares image-text training with a bare loop, and measures its losses at several batch sizes and its tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import loop, shards
-from benchmarks.bare import MemorySource
+from benchmarks.bare import RandomImageSource
 from src.datamodules.text import tokenizer as tokenizers
 from src.measure.report import Check, Section, percent, table
 from src.measure.subprocess_runner import peak_growth_mb, run_in_subprocess
@@ -23,34 +23,35 @@ from src.models.losses.late_interaction import late_interaction_loss
 SIDE = 64
 STEPS, ROUNDS = 25, 4
 BATCHES = (1024, 2048, 4096, 8192, 16384, 32768)
-PROCESSES = 8  # of which one is measured
-DIM = 512  # a pair's numbers, on either side
-TOKENS = 8  # that FILIP's share them: a quarter of the patches of 32 in 224 pixels and of 32 words would be 12 and 8
+PROCESSES = 8  # one of them is measured
+DIM = 512  # of the embedding of an image or a text
+TOKENS = 8  # of FILIP, which share DIM. A quarter of the 49 patches and of the 32 words would be 12 and 8
 TEXTS = 20_000
 VOCABULARY, LENGTH = 1024, 32
 
-_ARMS = {"CLIP": "clip_vitb32", "SigLIP": "siglip_vitb16"}
+_METHODS = {"CLIP": "clip_vitb32", "SigLIP": "siglip_vitb16"}
 
 
 def measure(quick: bool = False) -> dict[str, Any]:
-    """
+    """Measures training loops, losses, the tokenizer and sources of pairs.
+
     Returns:
-        ``loops``: for each method what `loop.Interleaved` writes. ``losses``: for each loss and size of the global
-        batch the ``megabytes`` and ``seconds`` that one of eight processes needs for its share, forward and backward.
-        ``tokens``: texts a second, tokenized one batch after the other. ``shards``: see `shards.measure`.
+        ``loops``: method -> the result of `loop.InterleavedLoops`. ``losses``: loss -> global batch size -> the
+        ``megabytes`` and ``seconds`` of one of eight processes for its share, forward and backward. ``tokens``: texts
+        tokenized per second. ``shards``: see `shards.measure`.
     """
     steps, rounds = (2, 1) if quick else (STEPS, ROUNDS)
     view = "{_target_: src.datamodules.views.image.CenterCrop, size: ${image_size}, share: 1.0}"
     small = ["data.batch_size=16"] if quick else []
     loops = {
-        title: loop.interleaved(
+        title: loop.measure_loops(
             [f"experiment={name}", "scale=tiny", "callbacks.image_text=null", *small],
             view,
             size=SIDE,
             steps=steps,
             rounds=rounds,
         )
-        for title, name in _ARMS.items()
+        for title, name in _METHODS.items()
     }
     losses = {
         title: {str(batch): run_in_subprocess(loss_cost, title, batch) for batch in BATCHES[: 1 if quick else None]}
@@ -83,17 +84,17 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "SigLIP": _sigmoid,
     "FILIP": _filip,
 }
-_PER_PAIR = {"FILIP": TOKENS**2}  # similarities that a pair makes, where more than one
+_PER_PAIR = {"FILIP": TOKENS**2}  # similarities per pair, if not 1
 
 
 def loss_cost(title: str, batch: int) -> dict[str, float]:
-    """What the loss of one process's share of ``batch`` pairs takes in this process, both passes."""
-    own = batch // PROCESSES
+    """Returns memory and time of the loss for one process's share of ``batch`` pairs, forward and backward."""
+    share = batch // PROCESSES
     images, texts = (l2_normalize(torch.randn(batch, DIM)) for _ in range(2))
-    image, text = (rows[:own].clone().requires_grad_() for rows in (images, texts))
+    image, text = (rows[:share].clone().requires_grad_() for rows in (images, texts))
 
     def both_passes() -> None:
-        _LOSSES[title](image, text, torch.cat([image, images[own:]]), torch.cat([text, texts[own:]])).backward()
+        _LOSSES[title](image, text, torch.cat([image, images[share:]]), torch.cat([text, texts[share:]])).backward()
 
     begin = time.perf_counter()
     megabytes = peak_growth_mb(both_passes)
@@ -101,8 +102,8 @@ def loss_cost(title: str, batch: int) -> dict[str, float]:
 
 
 def texts_per_second(count: int, batch: int = 128) -> float:
-    """Of a tokenizer that was learned from them."""
-    source = MemorySource("train", size=1, length=count)
+    """Returns how many texts per second a tokenizer reads that was learned from them."""
+    source = RandomImageSource("train", size=1, length=count)
     texts = [source.caption(index, 0.0) for index in range(count)]
     with tempfile.TemporaryDirectory() as folder:
         learned = tokenizers.kept(Path(folder, "tokenizer.json"), texts, vocabulary=VOCABULARY, length=LENGTH)
@@ -114,15 +115,15 @@ def texts_per_second(count: int, batch: int = 128) -> float:
 
 def report(result: dict[str, Any]) -> Section:
     rows, checks = [], []
-    for title, arm in result["loops"].items():
-        ratio, batch = arm["ratio"], arm["batch_size"]
-        step = batch / arm["images_per_second"]
+    for title, measured in result["loops"].items():
+        ratio, batch = measured["ratio"], measured["batch_size"]
+        step = batch / measured["images_per_second"]
         rows.append(
             [
                 title,
                 str(batch),
                 f"{1e3 * step:.0f} ms",
-                f"{1e3 * batch / arm['bare_images_per_second']:.0f} ms",
+                f"{1e3 * batch / measured['bare_images_per_second']:.0f} ms",
                 f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})",
                 percent(batch / result["tokens"] / step),
             ]
@@ -136,9 +137,9 @@ def report(result: dict[str, Any]) -> Section:
             )
         )
     body = (
-        f"Tiny towers, pictures of {SIDE} pixels in memory with texts of a few words: a step of `make train` with "
-        "every default callback, tokenizing as it goes, next to one of a loop written by hand on the same pictures and "
-        f"tokens made beforehand. Tokenizing, {result['tokens']:,.0f} texts a second, is the last column's share of a "
+        f"Tiny towers on images of {SIDE} pixels in memory with captions of a few words: a step of `make train` with "
+        "every default callback and tokenizing, beside a step of a loop written by hand on the same images and tokens "
+        f"made beforehand. The last column is the share of tokenizing ({result['tokens']:,.0f} texts per second) in a "
         "step.\n\n" + table(["", "pairs", "step", "bare step", "rate over bare (quartiles)", "tokenizing"], rows)
     )
     batches = list(next(iter(result["losses"].values())))
@@ -148,31 +149,31 @@ def report(result: dict[str, Any]) -> Section:
             f"{int(batch):,}",
             *(
                 cell
-                for each in result["losses"].values()
-                for cell in (f"{each[batch]['megabytes']:.0f}", f"{each[batch]['seconds']:.2f}")
+                for costs in result["losses"].values()
+                for cell in (f"{costs[batch]['megabytes']:.0f}", f"{costs[batch]['seconds']:.2f}")
             ),
         ]
         for batch in batches
     ]
     body += (
-        f"\n\nWhat a loss takes of one of {PROCESSES} processes, forward and backward, for its share of the pairs "
-        f"({DIM} numbers each, FILIP's in {TOKENS} tokens) against all of them:\n\n" + table(head, cost)
+        f"\n\nCost of a loss in one of {PROCESSES} processes, forward and backward, for its share of the pairs "
+        f"({DIM} dimensions, FILIP's in {TOKENS} tokens) against all of them:\n\n" + table(head, cost)
     )
-    for title, each in result["losses"].items():
+    for title, costs in result["losses"].items():
         most = batches[-1]
         matrix = int(most) ** 2 / PROCESSES * _PER_PAIR.get(title, 1) * 4 / 1e6
         checks.append(
             Check(
                 f"memory of {title}'s loss, {int(most):,} pairs",
                 f"< {matrix:.0f} MB, its rows of similarities",
-                f"{each[most]['megabytes']:.0f} MB",
-                each[most]["megabytes"] < matrix,
+                f"{costs[most]['megabytes']:.0f} MB",
+                costs[most]["megabytes"] < matrix,
             )
         )
     files = result["shards"]
     body += (
-        "\n\nPairs a second and core, read, decoded, cropped to 224 and tokenized in the order of a permutation, JPEGs "
-        "of 500x375 in the page cache, median of passes in turn: "
+        "\n\nPairs per second and core, read in random order, decoded, cropped to 224 and tokenized; JPEGs of 500x375 "
+        "in the page cache, median of alternating passes: "
         f"{files['folder']:.1f} from a folder and a list, {files['shards']:.1f} from tar shards of the same files, "
         f"{files['ratio']:.3f} times as many."
     )

@@ -1,4 +1,4 @@
-"""Images per second and core from a folder of JPEGs, next to torchvision's ImageFolder with the same transforms."""
+"""Measures images per second and core from a folder of JPEGs, by this pipeline and by torchvision's ImageFolder."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _SCALE = (0.2, 1.0)
 
 
 def measure(repetitions: int = 15) -> dict[str, dict[str, float]]:
-    """Read, decode, RandomResizedCrop(224, bicubic), mirror, normalize to float32: ours and torchvision's.
+    """Measures reading, decoding, RandomResizedCrop(224, bicubic), flip and normalization to float32 in both pipelines.
 
-    Both run in this process on one thread, pass by pass in turn, over the same files (in the page cache). Visualizations:
-    generated, with the spectrum of photographs, JPEG quality 90.
+    Both run in this process on one thread, in alternating passes over the same files (in the page cache): generated
+    images with the spectrum of photographs, JPEG quality 90.
 
     Returns:
         For small (500x375) and large (2000x1500) images the medians of images per second, ``ours`` and
@@ -49,9 +49,8 @@ def measure(repetitions: int = 15) -> dict[str, dict[str, float]]:
 
 
 def photo_like(height: int, width: int, seed: int) -> Image.Image:
-    """Noise with the spectrum of photographs (amplitude falls as 1/frequency, a lens softens the finest detail), mostly
-    grey with some color. As JPEG of quality 90 it takes 2.7 to 2.9 bits a pixel, detailed real photographs 1.4 to 2.9.
-    """
+    """Returns noise with the spectrum of photographs (amplitude 1/frequency, blurred by a lens), mostly grey with some
+    color. As JPEG of quality 90 it takes 2.7 to 2.9 bits per pixel, detailed real photographs 1.4 to 2.9."""
     draw = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     frequency[0, 0] = 1.0 / max(height, width)

@@ -1,4 +1,4 @@
-"""Whether `mae_tiny` learns something: its encoder against its own beginning and against raw pixels."""
+"""Compares the encoder of `mae_tiny` with its random initialization and with raw pixels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DATA = ("scenes", "emoji")
 SEEDS = (0, 1, 2)
 ENCODERS = {"encoder": "trained", "random": "random initialization", "pixels": "raw pixels (16x16)"}
 METRICS = {"knn_top1": "kNN", "linear_top1": "linear probe"}
-RIVALS = {"scenes": ("random", "pixels"), "emoji": ("random",)}  # what has to be beaten clearly, where
+RIVALS = {"scenes": ("random", "pixels"), "emoji": ("random",)}  # data set -> encoders that must be clearly beaten
 WANTED_MINUTES = 8
 DEVIATIONS, POINTS = 2.0, 0.03  # what "clearly" means
 
@@ -37,12 +37,12 @@ def measure(
     data: Sequence[str] = DATA,
     seeds: Sequence[int] = SEEDS,
 ) -> dict[str, Any]:
-    """Train on every data set with every seed as `make train` does, and judge the encoder, the one it started as, and
-    raw pixels by kNN and a linear probe: the whole training split against the whole validation split.
+    """Trains on every data set with every seed as `make train` does, and evaluates the trained encoder, the untrained
+    one and raw pixels by kNN and a linear probe on the whole training and validation split.
 
     Args:
-        stored: an earlier result; what it holds of the same recipe is not measured again.
-        save: is given the result after each run, so that nothing finished is lost.
+        stored: an earlier result; runs of the same recipe are not repeated.
+        save: receives the result after each run, so that an interruption loses one run at most.
         overrides: of the configuration.
 
     Returns:
@@ -56,29 +56,31 @@ def measure(
         for name in data
         for seed in ((0,) if quick else seeds)
     }
-    earlier = (stored or {}).get("runs", {})
-    found = result_cache.measure_missing(
-        jobs, lambda job, config: learn(job.overrides, config), stored=earlier, save=lambda each: save({"runs": each})
+    runs = result_cache.measure_missing(
+        jobs,
+        lambda job, config: train_and_evaluate(job.overrides, config),
+        stored=(stored or {}).get("runs", {}),
+        save=lambda runs: save({"runs": runs}),
     )
-    return {"runs": found}
+    return {"runs": runs}
 
 
-def learn(words: Sequence[str], config: DictConfig) -> dict[str, Any]:
-    """One run, trained and judged."""
-    with result_cache.train_once(words, config) as finished:
-        run, steps = finished.run, finished.steps
-        everything = ["evaluate.bank_samples=null", "evaluate.query_samples=null"]
-        settled = evaluate.settle(run, None, everything)
-        # the last checkpoint, not the best: the best was chosen on the images it would be judged on
+def train_and_evaluate(overrides: Sequence[str], config: DictConfig) -> dict[str, Any]:
+    """Trains one run and evaluates it."""
+    with result_cache.train_once(overrides, config) as trained:
+        run, steps = trained.run, trained.steps
+        whole_splits = ["evaluate.bank_samples=null", "evaluate.query_samples=null"]
+        settled = evaluate.settle(run, None, whole_splits)
+        # the last checkpoint, because the best one was chosen on the evaluated images
         scores = evaluate.evaluate(settled, run.last, ["knn", "linear", "random", "pixels"])
-    judged = {encoder: {metric: values[metric] for metric in METRICS} for encoder, values in scores.items()}
+    top1 = {encoder: {metric: values[metric] for metric in METRICS} for encoder, values in scores.items()}
     epochs = int(config.trainer.max_epochs)
-    return {"minutes": finished.seconds / 60, "epochs": epochs, "steps": steps, "scores": judged}
+    return {"minutes": trained.seconds / 60, "epochs": epochs, "steps": steps, "scores": top1}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of two encoders over several seeds."""
+    """The difference between two encoders over several seeds."""
 
     difference: float
     deviation: float | None  # pooled; None with fewer than two seeds
@@ -86,7 +88,8 @@ class Comparison:
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
-    """``ours`` is clearly better where its mean is more than two pooled standard deviations and three points above."""
+    """Compares two encoders: ``ours`` is clearly better if its mean is more than two pooled standard deviations and
+    more than three points above the mean of ``theirs``."""
     difference = statistics.fmean(ours) - statistics.fmean(theirs)
     if min(len(ours), len(theirs)) < 2:
         return Comparison(difference, None, False)
@@ -97,10 +100,10 @@ def compare(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
 def report(result: dict[str, Any]) -> Section:
     checks, parts = [], []
     for name in DATA:
-        mine = _of(result, name)
-        checks.append(_check(name, mine))
-        if mine:
-            parts.append(_part(name, mine))
+        runs = _runs_on(result, name)
+        checks.append(_check(name, runs))
+        if runs:
+            parts.append(_part(name, runs))
     minutes = [run["minutes"] for run in result["runs"].values()]
     if minutes:
         worst = max(minutes)
@@ -110,67 +113,70 @@ def report(result: dict[str, Any]) -> Section:
             )
         )
     body = (
-        "`make train EXP=mae_tiny`, then top-1 of the validation split by the whole training split: the trained "
-        "encoder, the same one at random initialization, and raw pixels. Mean and standard deviation over seeds. "
-        f"Clearly better: by more than {DEVIATIONS:.0f} pooled standard deviations and by more than "
+        "`make train EXP=mae_tiny`, then top-1 on the validation split with the whole training split as bank: the "
+        "trained encoder, the same one at random initialization, and raw pixels. Mean and standard deviation over "
+        f"seeds. Clearly better: by more than {DEVIATIONS:.0f} pooled standard deviations and by more than "
         f"{100 * POINTS:.0f} points.\n\n" + "\n\n".join(parts)
     )
     return Section("Does it learn?", checks, body)
 
 
-def verdict(name: str, mine: Mapping[int, Any]) -> str:
-    """A sentence that says what is beaten, and what is not."""
-    if len(mine) < 2:
+def verdict(name: str, runs: Mapping[int, Any]) -> str:
+    """Returns a sentence that lists the encoders that are clearly beaten, and those that are not."""
+    if len(runs) < 2:
         return f"One seed on {name} is no verdict."
     beaten: list[str] = []
     level: list[str] = []
     for rival in ("random", "pixels"):
         for metric in METRICS:
-            clear = compare(_scores(mine, "encoder", metric), _scores(mine, rival, metric)).clear
+            clear = compare(_scores(runs, "encoder", metric), _scores(runs, rival, metric)).clear
             (beaten if clear else level).append(f"{ENCODERS[rival]} by {METRICS[metric]}")
-    said = [f"On {name} the trained encoder clearly beats {', '.join(beaten)}" if beaten else ""]
-    said.append(f"{'it' if beaten else f'On {name} the trained encoder'} does not clearly beat {', '.join(level)}")
-    return ("; ".join(part for part in (said if level else said[:1]) if part)) + "."
+    parts = [f"On {name} the trained encoder clearly beats {', '.join(beaten)}" if beaten else ""]
+    parts.append(f"{'it' if beaten else f'On {name} the trained encoder'} does not clearly beat {', '.join(level)}")
+    return ("; ".join(part for part in (parts if level else parts[:1]) if part)) + "."
 
 
-def _check(name: str, mine: Mapping[int, Any]) -> Check:
+def _check(name: str, runs: Mapping[int, Any]) -> Check:
     rivals = RIVALS[name]
     what = f"mae_tiny on {name} clearly beats {' and '.join(ENCODERS[rival] for rival in rivals)}"
     wanted = f"kNN and linear probe, {len(SEEDS)} seeds"
-    if not set(SEEDS) <= set(mine):
-        return Check(what, wanted, f"{len(mine)} of {len(SEEDS)} seeds measured", None)
-    found = [
-        (rival, metric, compare(_scores(mine, "encoder", metric), _scores(mine, rival, metric)))
+    if not set(SEEDS) <= set(runs):
+        return Check(what, wanted, f"{len(runs)} of {len(SEEDS)} seeds measured", None)
+    comparisons = [
+        (rival, metric, compare(_scores(runs, "encoder", metric), _scores(runs, rival, metric)))
         for rival in rivals
         for metric in METRICS
     ]
-    said = ", ".join(f"{METRICS[metric]} {100 * each.difference:+.1f} over {rival}" for rival, metric, each in found)
-    return Check(what, wanted, said, all(each.clear for _, _, each in found))
+    measured = ", ".join(
+        f"{METRICS[metric]} {100 * comparison.difference:+.1f} over {rival}"
+        for rival, metric, comparison in comparisons
+    )
+    return Check(what, wanted, measured, all(comparison.clear for _, _, comparison in comparisons))
 
 
-def _part(name: str, mine: Mapping[int, Any]) -> str:
+def _part(name: str, runs: Mapping[int, Any]) -> str:
     rows = [
-        [said, *(_mean_and_spread(_scores(mine, encoder, metric)) for metric in METRICS)]
-        for encoder, said in ENCODERS.items()
+        [title, *(_mean_and_spread(_scores(runs, encoder, metric)) for metric in METRICS)]
+        for encoder, title in ENCODERS.items()
     ]
-    runs_of = list(mine.values())
-    minutes = [run["minutes"] for run in runs_of]
+    all_runs = list(runs.values())
+    minutes = [run["minutes"] for run in all_runs]
     facts = (
-        f"Seeds {', '.join(map(str, sorted(mine)))}; {runs_of[0]['epochs']} epochs, {runs_of[0]['steps']:,} steps; "
+        f"Seeds {', '.join(map(str, sorted(runs)))}; {all_runs[0]['epochs']} epochs, {all_runs[0]['steps']:,} steps; "
         f"{statistics.fmean(minutes):.1f} minutes a run ({min(minutes):.1f} to {max(minutes):.1f})."
     )
-    where = "\n".join(f"- {each}" for each in machine.lines([run["about"] for run in runs_of]))
-    scores = table(["", *(f"{said}, top-1 %" for said in METRICS.values())], rows)
-    return f"### {name}\n\n{scores}\n\n{verdict(name, mine)} {facts}\n\n{where}"
+    where = "\n".join(f"- {each}" for each in machine.lines([run["about"] for run in all_runs]))
+    scores = table(["", *(f"{title}, top-1 %" for title in METRICS.values())], rows)
+    return f"### {name}\n\n{scores}\n\n{verdict(name, runs)} {facts}\n\n{where}"
 
 
-def _of(result: Mapping[str, Any], name: str) -> dict[int, Any]:
-    found = (key.split("/") for key in result["runs"])
-    return {int(seed): result["runs"][f"{data}/{seed}"] for data, seed in found if data == name}
+def _runs_on(result: Mapping[str, Any], name: str) -> dict[int, Any]:
+    keys = (key.split("/") for key in result["runs"])
+    return {int(seed): result["runs"][f"{data}/{seed}"] for data, seed in keys if data == name}
 
 
-def _scores(mine: Mapping[int, Any], encoder: str, metric: str) -> list[float]:
-    return [run["scores"][encoder][metric] for _, run in sorted(mine.items())]
+def _scores(runs: Mapping[int, Any], encoder: str, metric: str) -> list[float]:
+    return [run["scores"][encoder][metric] for _, run in sorted(runs.items())]
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""The whole training loop of `make train`, next to a bare one of the same model, batch, precision and data."""
+"""Compares the training loop of `make train` with a bare loop of the same model, batch, precision and data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from benchmarks.bare import BareLoop, Copies, wait_for
+from benchmarks.bare import BareLoop, RepeatViews, synchronize
 from benchmarks.precision import SMALL
 from src.datamodules.image_text import ImageTextDataModule
 from src.files import write_atomically
@@ -26,59 +26,69 @@ WANTED = 0.97
 
 
 @dataclass(frozen=True)
-class Arm:
-    """What is trained on images of ``size`` pixels, and for how long: representation health, the rarest of what the
-    default callbacks do in a step, has its turn every 50 steps. ``small`` makes a quick look quick."""
+class LoopSetting:
+    """A recipe and the length of its measurement.
 
-    words: tuple[str, ...]
+    Args:
+        overrides: of the configuration.
+        size: side of the images in pixels.
+        steps: length of a segment. 50 include the rarest work of a default callback, representation health.
+        rounds: measured pairs of segments.
+        small: further overrides for ``quick=true``.
+    """
+
+    overrides: tuple[str, ...]
     size: int
     steps: int
     rounds: int
     small: tuple[str, ...] = ()
 
 
-_ARMS = {
-    "mae_tiny": Arm(("experiment=mae_tiny",), size=64, steps=50, rounds=10),
-    "mae_vitb": Arm(("experiment=mae_vitb", "scale=smoke"), size=224, steps=10, rounds=10, small=tuple(SMALL)),
+_SETTINGS = {
+    "mae_tiny": LoopSetting(("experiment=mae_tiny",), size=64, steps=50, rounds=10),
+    "mae_vitb": LoopSetting(("experiment=mae_vitb", "scale=smoke"), size=224, steps=10, rounds=10, small=tuple(SMALL)),
 }
 
 
 def measure(quick: bool = False) -> dict[str, Any]:
-    """Both loops in one process in turn, a segment of some steps each, for a small and for a large model.
+    """Measures both loops in one process, a segment of some steps each in turn, for a small and a large model.
 
-    `make train` runs with every default callback and logger. Visualizations are in memory and taken as they are, by the
-    process that trains: what decoding and augmenting cost is not asked here. Evaluation, images and checkpoints at
-    epochs' ends lie outside the segments.
+    `make train` runs with every default callback and logger. Images are in memory and not augmented, so decoding and
+    augmentation are not measured; nor are evaluation, visualizations and checkpoints at the end of an epoch.
 
     Returns:
-        By experiment what `Interleaved` writes.
+        Experiment -> the result of `InterleavedLoops`.
     """
     return {
-        name: interleaved(
-            [*arm.words, *(arm.small if quick else ())],
+        name: measure_loops(
+            [*setting.overrides, *(setting.small if quick else ())],
             "{_target_: src.datamodules.views.image.CenterCrop, size: ${image_size}, share: 1.0}",
-            size=arm.size,
-            steps=2 if quick else arm.steps,
-            rounds=1 if quick else arm.rounds,
+            size=setting.size,
+            steps=2 if quick else setting.steps,
+            rounds=1 if quick else setting.rounds,
         )
-        for name, arm in _ARMS.items()
+        for name, setting in _SETTINGS.items()
     }
 
 
-def interleaved(words: list[str], view: str, *, size: int, steps: int, rounds: int, more: str = "") -> dict[str, Any]:
-    """Run `make train` with ``words`` on images in memory and an `Interleaved` among its callbacks.
+def measure_loops(
+    overrides: list[str], view: str, *, size: int, steps: int, rounds: int, more: str = ""
+) -> dict[str, Any]:
+    """Runs `make train` on random images in memory with `InterleavedLoops` among its callbacks, and returns its result.
 
     Args:
-        view: how the images become a batch, in Hydra's grammar.
-        size: side of an image.
-        steps, rounds, more: arguments of `Interleaved`, the last in Hydra's grammar.
+        overrides: of the configuration.
+        view: `_target_` and arguments of the training view, in Hydra's grammar.
+        size: side of the images in pixels.
+        steps, rounds: see `InterleavedLoops`.
+        more: its other arguments, in Hydra's grammar.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "loop.json")
-        callback = f"_target_: benchmarks.loop.Interleaved, bare: '${{model}}', steps: {steps}, rounds: {rounds}{more}"
+        arguments = f"bare: '${{model}}', steps: {steps}, rounds: {rounds}{more}, out: '{out}'"
         train_command.run_training(
             [
-                *words,
+                *overrides,
                 *in_memory(view, size),
                 "run.name=loop",
                 "trainer.max_epochs=1",
@@ -86,7 +96,7 @@ def interleaved(words: list[str], view: str, *, size: int, steps: int, rounds: i
                 "data.eval_samples=16",
                 "callbacks.evaluation.bank_samples=32",
                 "callbacks.evaluation.query_samples=16",
-                f"+callbacks.interleaved={{{callback}, out: '{out}'}}",
+                f"+callbacks.interleaved={{_target_: benchmarks.loop.InterleavedLoops, {arguments}}}",
             ],
             runs=Path(folder, "runs"),
         )
@@ -94,10 +104,10 @@ def interleaved(words: list[str], view: str, *, size: int, steps: int, rounds: i
 
 
 def in_memory(view: str, size: int) -> list[str]:
-    """Words for images in memory, taken by the process that trains; no epoch of them ends within a measurement."""
+    """Returns overrides for random images in memory, without worker processes and without an end of the epoch."""
     return [
         "~data.source",
-        f"+data.source={{_target_: benchmarks.bare.MemorySource, _partial_: true, size: {size}, length: 1000000}}",
+        f"+data.source={{_target_: benchmarks.bare.RandomImageSource, _partial_: true, size: {size}, length: 1000000}}",
         "~data.train_view",
         f"+data.train_view={view}",
         "data.eval_view.share=1.0",
@@ -106,16 +116,15 @@ def in_memory(view: str, size: int) -> list[str]:
     ]
 
 
-class Interleaved(L.Callback):
-    """Cuts a run into segments of ``steps`` optimizer steps and runs as many of a `BareLoop` after each; the first pair
-    is dropped. Ends the run after ``rounds`` more and writes what was measured.
+class InterleavedLoops(L.Callback):
+    """Runs a segment of a `BareLoop` after each segment of the training run, then stops the run and writes the speeds.
 
     Args:
-        bare: another module of the same kind.
-        steps: of a segment.
-        rounds: pairs that count.
-        out: JSON file.
-        copies, clip: of the bare loop.
+        bare: the module of the bare loop, a copy of the trained one.
+        steps: optimizer steps of a segment.
+        rounds: pairs of segments that are measured, after a first one that is not.
+        out: JSON file for the result.
+        repeat_views, clip: see `BareLoop`.
     """
 
     def __init__(
@@ -125,14 +134,14 @@ class Interleaved(L.Callback):
         steps: int,
         rounds: int,
         out: str | Path,
-        copies: Copies | None = None,
+        repeat_views: RepeatViews | None = None,
         clip: float | None = None,
     ) -> None:
         self.bare = bare
         self.steps = steps
         self.rounds = rounds
         self.out = Path(out)
-        self.copies = copies
+        self.repeat_views = repeat_views
         self.clip = clip
         self._loop: BareLoop | None = None
         self._began = 0.0
@@ -143,10 +152,10 @@ class Interleaved(L.Callback):
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._loop = BareLoop(
             self.bare.to(pl_module.device),
-            datamodule.train_source.pictures,
+            datamodule.train_source.distinct_images,
             batch_size=datamodule.batch_size,
             precision=str(trainer.precision),
-            copies=self.copies,
+            repeat_views=self.repeat_views,
             clip=self.clip,
             texts=_texts(datamodule) if isinstance(datamodule, ImageTextDataModule) else None,
         )
@@ -154,10 +163,10 @@ class Interleaved(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # from one step's start to another's: a segment holds everything that happens between them
+        # a segment lasts from the start of a step to the start of another, with everything between them
         if batch_idx % self.steps or trainer.should_stop or self._loop is None:
             return
-        wait_for(pl_module.device)
+        synchronize(pl_module.device)
         if batch_idx:
             self._whole_seconds.append(time.perf_counter() - self._began)
             self._bare_seconds.append(self._loop.run(self.steps))
@@ -181,13 +190,13 @@ class Interleaved(L.Callback):
 
 
 def _texts(datamodule: ImageTextDataModule) -> tuple[Tensor, Tensor]:
-    """Ids and mask of each image's text."""
+    """Returns token ids and mask of each image's caption."""
     source: Any = datamodule.train_source
-    return datamodule.tokenizer([source.caption(index, 0.0) for index in range(len(source.pictures))])
+    return datamodule.tokenizer([source.caption(index, 0.0) for index in range(len(source.distinct_images))])
 
 
 def compare(whole_seconds: list[float], bare_seconds: list[float], *, images: int) -> dict[str, Any]:
-    """Images per second of both, medians of all segments but the first, and the paired ratio of these rates."""
+    """Returns the images per second of both loops, medians of all segments but the first, and their paired ratio."""
     whole, bare = whole_seconds[1:], bare_seconds[1:]
     return {
         "images_per_second": images / statistics.median(whole),
@@ -198,19 +207,19 @@ def compare(whole_seconds: list[float], bare_seconds: list[float], *, images: in
 
 def report(result: dict[str, Any]) -> Section:
     rows, checks = [], []
-    for name, arm in result.items():
-        ratio = arm["ratio"]
+    for name, measured in result.items():
+        ratio = measured["ratio"]
         rows.append(
             [
                 name,
-                str(arm["batch_size"]),
-                arm["precision"],
-                f"{arm['images_per_second']:.1f}",
-                f"{arm['bare_images_per_second']:.1f}",
+                str(measured["batch_size"]),
+                measured["precision"],
+                f"{measured['images_per_second']:.1f}",
+                f"{measured['bare_images_per_second']:.1f}",
                 f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})",
                 f"{ratio['of_sums']:.3f}",
-                f"{ratio['pairs']} x {arm['steps']} steps",
-                f"{arm['checkpoint_seconds']:.2f} s ({percent(arm['checkpoint_seconds'] / 600, 2)})",
+                f"{ratio['pairs']} x {measured['steps']} steps",
+                f"{measured['checkpoint_seconds']:.2f} s ({percent(measured['checkpoint_seconds'] / 600, 2)})",
             ]
         )
         checks.append(
@@ -234,8 +243,8 @@ def report(result: dict[str, Any]) -> Section:
     ]
     body = (
         "Images per second of `make train` with every default callback and logger, and of a loop written by hand with "
-        "the same model, batch, precision and optimizer, one segment of each in turn in one process; pictures in "
-        "memory, taken as they are. What happens at the end of an epoch is not in it. A checkpoint is written every "
-        "ten minutes: its time, and the share of them.\n\n" + table(head, rows)
+        "the same model, batch, precision and optimizer, one segment of each in turn in one process; images "
+        "in memory, without augmentation. Work at the end of an epoch is not included. A checkpoint is written every "
+        "ten minutes: its time, and the share of these ten minutes.\n\n" + table(head, rows)
     )
     return Section("The training loop", checks, body)

@@ -1,4 +1,4 @@
-"""bfloat16 against float32: a whole training step of MAE ViT-B in each, in turn."""
+"""Compares a training step of MAE ViT-B in bfloat16 with one in float32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.bare import BareLoop, MemorySource
+from benchmarks.bare import BareLoop, RandomImageSource
 from src import configuration
 from src.measure.paired_ratio import paired_ratio
 from src.measure.report import Check, Section, table
@@ -20,11 +20,11 @@ SMALL = ["+backbone.depth=1", "model.decoder_depth=1", "data.batch_size=2"]  # o
 
 
 def measure(quick: bool = False) -> dict[str, Any]:
-    """Seconds of a step (forward, backward, optimizer) at the batch of SCALE=smoke.
+    """Measures the seconds of a step (forward, backward, optimizer) with the batch of SCALE=smoke, both in turn.
 
     Returns:
-        ``seconds`` by precision, the paired ``ratio`` of bfloat16 over float32, what this CPU has for bfloat16, and
-        the precision that is chosen by default.
+        ``seconds`` by precision, the paired ``ratio`` of bfloat16 over float32, the CPU's instructions for bfloat16,
+        and the default precision.
     """
     steps, rounds = (1, 1) if quick else (2, 10)
     loop = vit_b_loop(FLOAT32, SMALL if quick else [])
@@ -46,14 +46,14 @@ def measure(quick: bool = False) -> dict[str, Any]:
 
 
 def vit_b_loop(precision: str, overrides: Sequence[str] = ()) -> BareLoop:
-    """A bare loop of `mae_vitb` at SCALE=smoke on this machine's device, multiplying as `make train` lets it."""
+    """Returns a bare loop of `mae_vitb` at SCALE=smoke on this device, with the matmul precision of `make train`."""
     torch.set_float32_matmul_precision("high")
     config = configuration.compose("train", ["experiment=mae_vitb", "scale=smoke", *overrides])
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = configuration.instantiate(config.model).to(device)
-    pictures = MemorySource("train", size=config.image_size, length=64).pictures
-    return BareLoop(module, pictures, batch_size=config.data.batch_size, precision=precision)
+    images = RandomImageSource("train", size=config.image_size, length=64).distinct_images
+    return BareLoop(module, images, batch_size=config.data.batch_size, precision=precision)
 
 
 def report(result: dict[str, Any]) -> Section:
@@ -78,7 +78,7 @@ def report(result: dict[str, Any]) -> Section:
 
 
 def check(result: dict[str, Any]) -> Check:
-    """The chosen precision's time over float32's, wanted where the hardware knows bfloat16 at all."""
+    """Compares the default precision's time with float32's; required only of hardware with bfloat16 instructions."""
     chosen_bfloat16 = result["chosen"].startswith("bf16")
     able = result["device"] != "cpu" or result["amx"] or result["avx512_bf16"]
     over = result["ratio"]["median"] if chosen_bfloat16 else 1.0
@@ -92,11 +92,11 @@ def check(result: dict[str, Any]) -> Check:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Whether the choice is the faster of the two, and by how much."""
+    """Returns a sentence that says whether the default is the faster precision, and by how much."""
     ratio = result["ratio"]["median"]
-    said = f"In bfloat16 a step takes {ratio:.2f} times as long as in float32"
+    sentence = f"In bfloat16 a step takes {ratio:.2f} times as long as in float32"
     right = (ratio < 1) == result["chosen"].startswith("bf16")
-    return f"{said}: the choice is {'right' if right else '**wrong**'} here."
+    return f"{sentence}: the choice is {'right' if right else '**wrong**'} here."
 
 
 def _yes(value: bool) -> str:

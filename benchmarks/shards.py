@@ -1,4 +1,4 @@
-"""Visualizations with texts a second and core, from tar shards and from a folder and a list of the same files."""
+"""Measures image-text pairs per second and core from tar shards, and from a folder with a list of the same files."""
 
 from __future__ import annotations
 
@@ -26,11 +26,16 @@ _SHARDS = 3
 
 
 def measure(pictures: int = PICTURES, repetitions: int = REPETITIONS) -> dict[str, float]:
-    """Read, decode, RandomResizedCrop to 224, choose a text and tokenize it, in the order of a permutation; both in
-    this process on one thread, pass by pass in turn, over the same 500x375 JPEGs (in the page cache).
+    """Measures reading, decoding, RandomResizedCrop to 224, choosing a caption and tokenizing it, in random order.
+
+    Both run in this process on one thread, in alternating passes over the same 500x375 JPEGs (in the page cache).
+
+    Args:
+        pictures: number of images.
+        repetitions: number of passes over each.
 
     Returns:
-        Medians of pairs a second, ``folder`` and ``shards``, and of their ``ratio``.
+        Medians of pairs per second, ``folder`` and ``shards``, and of their ``ratio``.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -48,11 +53,11 @@ def measure(pictures: int = PICTURES, repetitions: int = REPETITIONS) -> dict[st
     finally:
         torch.set_num_threads(threads)
     ratios = [a / b for a, b in zip(speeds["shards"], speeds["folder"], strict=True)]
-    return {**{name: statistics.median(each) for name, each in speeds.items()}, "ratio": statistics.median(ratios)}
+    return {**{name: statistics.median(passes) for name, passes in speeds.items()}, "ratio": statistics.median(ratios)}
 
 
 def written(root: Path, pictures: int) -> dict[str, CaptionedSource]:
-    """The same images and texts twice below ``root``: as files with a list, and as img2dataset's tars."""
+    """Writes the same pairs as files with a list and as img2dataset's tars below ``root``; returns both sources."""
     names = [f"{number:05d}" for number in range(pictures)]
     (root / "files").mkdir()
     for number, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""From the command to the first optimizer step."""
+"""Measures the time from the command to the first optimizer step."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _SMALL = "data.source.count={train: 512, val: 64, test: 16}"  # a quick look ren
 
 
 def measure(quick: bool = False) -> dict[str, Any]:
-    """Seconds from starting ``python -m src.train`` to the end of its first optimizer step, files in the page cache.
+    """Measures the seconds from starting ``python -m src.train`` to the end of its first optimizer step, files cached.
 
     Returns:
-        By experiment ``seconds`` of every repetition but one that is not counted, their ``median``, and of one more
-        repetition the seconds of all ``imports`` up to that step, with the packages that took most.
+        Experiment -> ``seconds`` of each repetition after a first one, their ``median``, and of one more repetition the
+        seconds of all ``imports`` up to that step, with the ``heaviest`` packages.
     """
-    words = {
+    overrides = {
         "mae_vitb": ["experiment=mae_vitb", "scale=smoke"],
         "mae_tiny": ["experiment=mae_tiny", *([_SMALL] if quick else [])],
     }
-    return {name: _measure(mine, 1 if quick else 5) for name, mine in words.items()}
+    return {name: _measure(values, 1 if quick else 5) for name, values in overrides.items()}
 
 
-def _measure(words: list[str], repetitions: int) -> dict[str, Any]:
-    first_step(words)  # builds the cache of rendered images, brings files into memory
-    seconds = [first_step(words)[0] for _ in range(repetitions)]
+def _measure(overrides: list[str], repetitions: int) -> dict[str, Any]:
+    first_step(overrides)  # fills the cache of rendered images and the page cache
+    seconds = [first_step(overrides)[0] for _ in range(repetitions)]
     # timing imports slows them down a little, so it has a repetition of its own
-    packages = import_seconds(first_step(words, python=["-X", "importtime"])[1])
+    packages = import_seconds(first_step(overrides, python_options=["-X", "importtime"])[1])
     return {
         "seconds": seconds,
         "median": statistics.median(seconds),
@@ -46,20 +46,20 @@ def _measure(words: list[str], repetitions: int) -> dict[str, Any]:
     }
 
 
-def first_step(words: list[str], python: tuple[str, ...] | list[str] = ()) -> tuple[float, str]:
-    """One start: its seconds, and what it wrote to the error stream."""
+def first_step(overrides: list[str], python_options: tuple[str, ...] | list[str] = ()) -> tuple[float, str]:
+    """Starts a training; returns the seconds to its first step, and its standard error."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "done")
         stop = f"+callbacks.stop={{_target_: benchmarks.startup.StopAfterFirstStep, out: '{out}'}}"
         begin = time.monotonic()
-        done = train_command.run_training(
-            [*words, "run.name=startup", stop], runs=Path(folder, "runs"), python_options=python
+        completed = train_command.run_training(
+            [*overrides, "run.name=startup", stop], runs=Path(folder, "runs"), python_options=python_options
         )
-        return float(out.read_text()) - begin, done.stderr
+        return float(out.read_text()) - begin, completed.stderr
 
 
 class StopAfterFirstStep(L.Callback):
-    """Writes the time of the clock that all processes share, and ends the process.
+    """Writes the monotonic time after the first step, which all processes share, and ends the process.
 
     Args:
         out: file.
@@ -77,12 +77,12 @@ class StopAfterFirstStep(L.Callback):
 
 
 def import_seconds(errors: str) -> Counter[str]:
-    """Seconds by top-level package, each module's own, from what ``python -X importtime`` writes."""
+    """Returns top-level package -> seconds of its own modules, read from the output of ``python -X importtime``."""
     packages: Counter[str] = Counter()
     for line in errors.splitlines():
-        found = _IMPORT.match(line)
-        if found:
-            packages[found[2].split(".")[0]] += int(found[1]) / 1e6  # type: ignore[assignment]
+        match = _IMPORT.match(line)
+        if match:
+            packages[match[2].split(".")[0]] += int(match[1]) / 1e6  # type: ignore[assignment]
     return packages
 
 
@@ -90,16 +90,15 @@ def report(result: dict[str, Any]) -> Section:
     rows = [
         [
             name,
-            f"{found['median']:.1f}",
-            f"{min(found['seconds']):.1f} to {max(found['seconds']):.1f}",
-            f"{found['imports']:.1f}",
-            ", ".join(f"{package} {seconds:.1f}" for package, seconds in list(found["heaviest"].items())[:5]),
+            f"{measured['median']:.1f}",
+            f"{min(measured['seconds']):.1f} to {max(measured['seconds']):.1f}",
+            f"{measured['imports']:.1f}",
+            ", ".join(f"{package} {seconds:.1f}" for package, seconds in list(measured["heaviest"].items())[:5]),
         ]
-        for name, found in result.items()
+        for name, measured in result.items()
     ]
     body = (
-        "Seconds from `make train` (the environment being there) to the first finished optimizer step; what is "
-        "rendered once lies in the cache.\n\n"
-        + table(["", "median", "from … to", "of them imports", "heaviest packages"], rows)
+        "Seconds from `make train` (in an existing environment) to the end of the first optimizer step, with images "
+        "rendered beforehand.\n\n" + table(["", "median", "range", "imports", "heaviest packages"], rows)
     )
     return Section("From the command to the first step", [], body)

@@ -1,4 +1,4 @@
-"""Clips per second and core out of a folder of videos, next to a plain loop over PyAV, and whether memory grows."""
+"""Measures clips per second and core from a folder of videos, beside a plain PyAV loop, and the growth of memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from src.measure.report import Check, Section, table
 from src.measure.subprocess_runner import run_in_subprocess
 
 WANTED = 1.0
-GROWTH = 32.0  # MB that say nothing: an allocator's arenas
+GROWTH = 32.0  # MB that an allocator may keep without a leak
 HEIGHT, WIDTH, RATE, SECONDS = 240, 320, 30, 10
 CLIP = DenseClip(frames=16, stride=4)
 CROP = MultiScaleCrop(size=224)
@@ -38,14 +38,14 @@ _BATCH = 8
 
 
 def measure(quick: bool = False) -> dict[str, Any]:
-    """Read, decode 16 frames in steps of 4, crop, mirror, normalize to float32: the DataModule's and a plain loop's.
+    """Measures reading and decoding 16 frames with stride 4, crop, flip and normalization to float32 in both loops.
 
-    Both run in this process on one thread, pass by pass in turn, over the same generated files (in the page cache):
-    10 s of 320x240 at 30 frames a second, H.264 as x264 makes it by default. The plain loop seeks to its clip too.
+    Both run in this process on one thread, in alternating passes over the same generated files (in the page cache):
+    10 s of 320x240 at 30 frames per second, H.264 with x264's defaults. The plain loop seeks to its clip, too.
 
     Returns:
-        ``clips_per_second`` and ``plain_clips_per_second`` as medians, their paired ``ratio``, and by how many MB a
-        process grows over ``clips`` of them, ``growth_mb``, see `growth_over`.
+        ``clips_per_second`` and ``plain_clips_per_second`` as medians, their paired ``ratio``, and ``growth_mb`` of
+        a process over ``clips``, see `growth_over`.
     """
     count, passes = (_BATCH, 2) if quick else (3 * _BATCH, 9)
     clips = 200 if quick else 2000
@@ -76,8 +76,8 @@ def measure(quick: bool = False) -> dict[str, Any]:
 
 
 def growth_over(folder: str, clips: int) -> float:
-    """By how many MB a process grows over ``clips``: the trend of its resident size after the first passes. At any one
-    moment that size is some batch more or less."""
+    """Returns by how many MB a process grows over ``clips``: the trend of its resident size after the first passes,
+    because single sizes vary by a batch."""
     torch.set_num_threads(1)
     run = _ours(folder)
     per_pass = run(0)
@@ -91,12 +91,12 @@ def growth_over(folder: str, clips: int) -> float:
 
 
 def trend(sizes: Sequence[float]) -> float:
-    """What is added from the first to the last of them, by the median of all slopes between two (Theil and Sen)."""
+    """Returns the growth from the first to the last size by the Theil-Sen slope, the median over all pairs."""
     return float(theilslopes(sizes)[0]) * (len(sizes) - 1)
 
 
 def _resident() -> float:
-    """MB, now; where the system does not say, the largest so far."""
+    """Returns the resident size in MB; on systems without /proc, its largest value so far."""
     pages = Path("/proc/self/statm")
     if pages.exists():
         return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
@@ -104,7 +104,7 @@ def _resident() -> float:
 
 
 def write_videos(folder: Path, count: int) -> None:
-    """``folder/train/pan/*.mp4`` and one held out: a camera that pans over an image with a photograph's spectrum."""
+    """Writes ``folder/train/pan/*.mp4`` and one validation video: a camera pans over an image like a photograph."""
     import av
 
     for split, videos in (("train", count), ("val", 1)):
@@ -124,7 +124,7 @@ def write_videos(folder: Path, count: int) -> None:
 
 
 def _ours(folder: str) -> Callable[[int], int]:
-    """All videos once in a random order, as `make train` has them; returns how many."""
+    """Returns a function that reads all videos once in random order with the DataModule, and returns their number."""
     data = VideoDataModule(
         source=partial(VideoFolderSource, root=folder),
         train_view=RandomVideoCrop(CLIP, CROP),  # type: ignore[arg-type]
@@ -142,9 +142,9 @@ def _ours(folder: str) -> Callable[[int], int]:
 
 
 def _plain(folder: str) -> Callable[[int], int]:
-    """What one writes without the DataModule: the same clips and crops."""
+    """Returns a function that reads the same clips and crops without the DataModule."""
     files = sorted(Path(folder, "train", "pan").glob("*.mp4"))
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
     def run(epoch: int) -> int:
         draw = np.random.default_rng(epoch)
@@ -193,9 +193,9 @@ def report(result: dict[str, Any]) -> Section:
         ]
     ]
     body = (
-        "Clips per second and core: 16 frames in steps of 4 out of 10 s of 320x240 H.264, decoded by PyAV, cropped to "
-        "224 and normalized; the DataModule against a loop written out for it. Median of passes in turn on one "
-        "thread. Growth is the trend of the process's resident size.\n\n"
+        "Clips per second and core: 16 frames with stride 4 from 10 s of 320x240 H.264, decoded by PyAV, cropped to "
+        "224 and normalized, by the DataModule and by a plain loop. Median of alternating passes on one thread. "
+        "Growth is the trend of the process's resident size.\n\n"
         + table(["ours", "plain loop", "ratio (quartiles)", "growth, MB"], rows)
     )
     return Section("Videos", checks, body)

@@ -1,4 +1,4 @@
-"""Where and of what something was measured."""
+"""Describes the machine, commit and date of a measurement."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 
 from src.configuration import PROJECT
 
-TOLERATED = 0.3  # cores
+TOLERATED_CORES = 0.3  # kept busy by other processes, without a warning
 
 
 def about() -> dict[str, Any]:
-    """Date, commit, CPU, cores, torch, its threads, and how many cores others keep busy."""
+    """Returns date, commit, CPU, cores, GPU, torch, its threads, and how many cores other processes keep busy."""
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "commit": commit(),
@@ -32,32 +32,38 @@ def about() -> dict[str, Any]:
 
 
 def line(about: Mapping[str, Any]) -> str:
-    """`about` as a sentence."""
+    """Returns `about` as a sentence."""
     gpu = f", {about['gpu']}" if about.get("gpu") else ""
-    said = (
+    sentence = (
         f"{about['date']}, commit {about['commit']}, {about['cpu']} ({about['cores']} cores){gpu}, "
         f"torch {about['torch']}, {about['threads']} threads"
     )
     others = about.get("others") or 0.0
-    busy = f" **Others kept {others:.1f} cores busy when it began: do not rely on this.**" if others > TOLERATED else ""
-    return f"{said}.{busy}"
+    busy = (
+        f" **Other processes kept {others:.1f} cores busy at the start: do not rely on this.**"
+        if others > TOLERATED_CORES
+        else ""
+    )
+    return f"{sentence}.{busy}"
 
 
-def lines(places: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of several `about`, a sentence for each machine and commit: from when to when, and the busiest it was."""
+def lines(abouts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns a sentence for each machine and commit, with its first and last date and the largest load by others."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
-    for each in places:
-        groups.setdefault(line({**each, "date": "", "others": 0.0}), []).append(each)
-    found = []
+    for about in abouts:
+        groups.setdefault(line({**about, "date": "", "others": 0.0}), []).append(about)
+    sentences = []
     for group in groups.values():
-        dates = sorted({each["date"] for each in group})
-        others = max(each.get("others") or 0.0 for each in group)
-        found.append(line({**group[0], "date": " to ".join(dict.fromkeys((dates[0], dates[-1]))), "others": others}))
-    return sorted(found)
+        dates = sorted({about["date"] for about in group})
+        others = max(about.get("others") or 0.0 for about in group)
+        sentences.append(
+            line({**group[0], "date": " to ".join(dict.fromkeys((dates[0], dates[-1]))), "others": others})
+        )
+    return sorted(sentences)
 
 
 def cores_in_use(seconds: float = 2.0) -> float | None:
-    """Cores that are busy while this process sleeps; None where the system does not say."""
+    """Returns how many cores are busy while this process sleeps; None on systems without /proc/stat."""
     begin = _jiffies()
     time.sleep(seconds)
     end = _jiffies()
@@ -67,20 +73,20 @@ def cores_in_use(seconds: float = 2.0) -> float | None:
 
 
 def _jiffies() -> tuple[int, int] | None:
-    """Idle time and all time of all cores since the start of the system."""
+    """Returns the idle time and the total time of all cores since the start of the system."""
     try:
         first, *_ = Path("/proc/stat").read_text().splitlines()
     except OSError:
         return None
-    times = [int(word) for word in first.split()[1:9]]  # guests' time is within the users'
+    times = [int(word) for word in first.split()[1:9]]  # the time of guests is part of the users'
     return times[3] + times[4], sum(times)
 
 
 def commit() -> str:
-    """Of the project, with a plus sign where code or configuration differ from it."""
+    """Returns the project's commit, with a plus sign if code or configuration were changed since."""
     try:
         head = _git("rev-parse", "--short", "HEAD")
-        return head + ("+" if _git("status", "--porcelain", "--", "src", "configs") else "")
+        return head + ("+" if _git("status", "--porcelain", "--", "src", "benchmarks", "configs") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -88,7 +94,7 @@ def commit() -> str:
 def cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(each.partition(":")[2].strip() for each in lines if each.startswith("model name"))
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 

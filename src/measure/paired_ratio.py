@@ -1,4 +1,4 @@
-"""Two ways of doing the same thing, timed in turn: what drifts on the machine hits both."""
+"""Compares two ways of doing the same, timed in alternation, so that drifts of the machine affect both."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from src.errors import SettingError
+
 
 @dataclass(frozen=True)
 class Ratio:
-    """``median`` of the paired ratios, the quartiles around it, and the ratio of the sums."""
+    """The ratio of paired measurements.
+
+    Args:
+        median: of the paired ratios.
+        low, high: their quartiles.
+        of_sums: ratio of the sums.
+        pairs: number of pairs.
+    """
 
     median: float
     low: float
@@ -19,13 +28,13 @@ class Ratio:
 
 
 def paired_ratio(above: Sequence[float], below: Sequence[float]) -> Ratio:
-    """How many times ``below`` goes into ``above``, measured in pairs.
+    """Returns ``above / below``, measured in pairs.
 
     Raises:
-        ValueError: not as many of one as of the other, or none.
+        SettingError: the numbers of measurements differ, or there are none.
     """
     if len(above) != len(below) or not above:
-        raise ValueError(f"paired_ratio: {len(above)} and {len(below)} measurements are not pairs")
+        raise SettingError(f"paired_ratio: {len(above)} and {len(below)} measurements are not pairs")
     ratios = sorted(a / b for a, b in zip(above, below, strict=True))
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return Ratio(statistics.median(ratios), low, high, sum(above) / sum(below), len(ratios))

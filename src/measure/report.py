@@ -1,4 +1,4 @@
-"""What a part says of its result: thresholds wanted and met, and a few tables."""
+"""The report of a benchmark: required values and whether they are met, and tables."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table that opens the page."""
+    """One line of the table at the top of the page."""
 
     what: str
     wanted: str
     measured: str
-    met: bool | None  # None: cannot be said yet, or nothing is asked for on this machine
+    met: bool | None  # None: not known yet, or not required on this machine
 
     @property
     def answer(self) -> str:
@@ -22,11 +22,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the page.
+    """One section of the page.
 
     Args:
         title: its heading.
-        checks: what goes into the opening table.
+        checks: its lines in the table at the top.
         body: markdown.
     """
 
@@ -36,7 +36,7 @@ class Section:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table: first column left, the others right."""
+    """Returns a markdown table, the first column aligned left and the others right."""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 

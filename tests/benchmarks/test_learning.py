@@ -89,7 +89,8 @@ class TestReport:
 
     def test_a_busy_machine_is_said_for_each_run(self) -> None:
         busy = run(0.6, 0.3, 0.2) | {"about": ABOUT | {"others": 1.4}}
-        assert (
+        body = learning.report(runs_of("scenes", run(0.6, 0.3, 0.2), busy)).body
+        assert "Other processes kept 1.4 cores busy" in body
             "Other processes kept 1.4 cores busy" in learning.report(runs_of("scenes", run(0.6, 0.3, 0.2), busy)).body
         )
 

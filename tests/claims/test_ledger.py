@@ -202,7 +202,7 @@ class TestMeasure:
         second = ledger.measure(both, stored=first, data="scenes")
         assert len(self.done) == len(second["runs"]) == 8
         assert second["runs"].items() >= first["runs"].items()
-        with pytest.raises(UserError, match="data=stl10: claim .more. is measured on scenes, emoji"):
+        with pytest.raises(UserError, match=r"data=stl10: claim .more. is measured on scenes, emoji"):
             ledger.measure(both, data="stl10")
 
     def test_pair_by_pair_and_on_where_it_was_killed(self) -> None:
