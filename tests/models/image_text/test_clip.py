@@ -104,7 +104,7 @@ def test_bad_arguments_raise():
 def test_the_recipe_composes_with_any_captioned_data(scale):
     for data in ("scenes", "emoji"):
         config = compose(["experiment=clip_vitb32", f"data={data}", f"scale={scale}", "run.dir=/tmp/run"])
-        assert config.data._target_.endswith("ImageTextDataModule")
+        assert config.data._target_.endswith("DataModule")
         assert config.model.text.vocabulary == config.data.vocabulary
     if scale == "paper":
         assert (config.optimizer.lr, config.optimizer.weight_decay, config.data.batch_size) == (5e-4, 0.2, 32768)

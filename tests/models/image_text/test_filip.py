@@ -77,7 +77,7 @@ def test_the_recipe_composes(scale):
     config = compose(["experiment=filip_vitb32", f"scale={scale}", "run.dir=/tmp/run"])
     view = configuration.instantiate(config.data.train_view)
     images = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8)
-    numbers = torch.rand(2, view.draws).numpy()
+    numbers = torch.rand(2, view.num_uniforms).numpy()
     assert view.decoded(images, numbers)["image"].shape == (2, 3, config.image_size, config.image_size)
     if scale == "paper":
         assert config.optimizer.lr == pytest.approx(2e-3 * (40960 / 512) ** 0.5)

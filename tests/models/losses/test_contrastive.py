@@ -174,9 +174,8 @@ def test_contrastive_accuracy_is_the_share_of_positives_above_all_negatives():
     assert contrastive_accuracy(query, key, queue).item() == pytest.approx(2 / 3)
     synthetic = torch.tensor([[[0.96, 0.28]]] * 3)
     assert contrastive_accuracy(query, key, queue, synthetic=synthetic).item() == pytest.approx(1 / 3)
-    excluded = torch.tensor(
-        [[False, False], [True, False], [False, False]]
-    )  # the negative above the second query's positive
+    # without the negative that is more similar to the second query than its positive
+    excluded = torch.tensor([[False, False], [True, False], [False, False]])
     assert contrastive_accuracy(query, key, queue, excluded=excluded).item() == pytest.approx(1)
 
 

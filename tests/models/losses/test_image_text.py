@@ -99,7 +99,7 @@ def test_in_chunks_values_and_gradients_are_the_same():
         lambda entries: clip_loss(
             image, text, image, text, 0, logit_scale=scale, text_hash=text_hash, max_entries=entries
         ),
-        lambda entries: sigmoid_loss(image, text, 0, logit_scale=scale, logit_bias=bias, max_entries=entries),
+        lambda n: sigmoid_loss(image, text, 0, logit_scale=scale, logit_bias=bias, max_entries=n),
     ]
     for loss in losses:
         whole, chunks = loss(10**6), loss(6)

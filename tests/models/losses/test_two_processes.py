@@ -154,8 +154,8 @@ def state(process: int, processes: int) -> dict[str, Tensor]:
             center.observe(keys[step, begin : begin + share])
         queue.enqueue()
         center.update()
-    whole = {"center": center(), "share": queue.share()}
-    return whole | {f"queue {name}": value for name, value in queue.state_dict().items()}
+    values = {"center": center(), "local part": queue.local_part()}
+    return values | {f"queue {name}": value for name, value in queue.state_dict().items()}
 
 
 def on_each(process: int) -> dict[str, Tensor]:
@@ -169,11 +169,11 @@ def test_two_processes_have_the_gradients_and_state_of_one():
     for name, gradient in gradients.items():  # after the mean that DDP takes
         assert torch.allclose((first[name] + second[name]) / 2, gradient, rtol=0, atol=1e-8), name
         assert gradient.abs().max() > 1e-3, name
-    for each in (first, second):
+    for process in (first, second):
         for name, value in alone.items():
-            if name != "share":
-                assert torch.allclose(each[name].double(), value.double(), rtol=0, atol=1e-12), name
-    assert torch.equal(torch.cat([first["share"], second["share"]]), alone["queue features"])
+            if name != "local part":
+                assert torch.allclose(process[name].double(), value.double(), rtol=0, atol=1e-12), name
+    assert torch.equal(torch.cat([first["local part"], second["local part"]]), alone["queue features"])
     assert alone["queue column_index"].tolist() == [*range(8), *range(100, 108)]
     for name in ("siglip", "siglip ring"):
         torch.testing.assert_close(gradients[name], gradients["siglip"], rtol=1e-12, atol=0)
@@ -186,9 +186,9 @@ def pairs_on_each(process: int) -> dict[str, Tensor]:
 def test_three_processes_have_the_gradients_of_one():
     """With two processes a ring that always sends its own texts would pass too."""
     alone = parameter_gradients(slice(None), images=6, names=list(OF_PAIRS))
-    each = in_processes(pairs_on_each, 3)
+    processes = in_processes(pairs_on_each, 3)
     for name, value in alone.items():
-        mean = torch.stack([found[name] for found in each]).mean(dim=0)
+        mean = torch.stack([process[name] for process in processes]).mean(dim=0)
         assert torch.allclose(mean, value, rtol=0, atol=1e-8), name
     for suffix in ("", " value"):
         torch.testing.assert_close(alone[f"siglip ring{suffix}"], alone[f"siglip{suffix}"], rtol=1e-12, atol=0)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from src.datamodules.datamodule import DataModule
 from src.datamodules.scenes.films import FilmsSource
 from src.datamodules.sources.video_folder import VideoFolderSource
-from src.datamodules.video import VideoDataModule
 from src.datamodules.views.statistics import StatisticsCrop
 from src.datamodules.views.video import CenterVideoCrop, DenseClip, RandomSquare
 from src.errors import SettingError
@@ -26,8 +26,8 @@ def method(**options: float) -> STS:
     return STS(r2plus1d(layers=(1, 1, 1, 1), width=8), OptimizerRecipe(sgd, lr=1e-3), **options)
 
 
-def data(source: object, **options: object) -> VideoDataModule:
-    return VideoDataModule(
+def data(source: object, **options: object) -> DataModule:
+    return DataModule(
         source=source,
         train_view=StatisticsCrop(CLIP, RandomSquare(16)),
         eval_view=CenterVideoCrop(CLIP, size=16),
