@@ -26,6 +26,12 @@ class CheckpointError(ValueError):
     """A file cannot be read as a checkpoint, or a state cannot be saved as one. The message names the file or entry."""
 
 
+def best_or_last(run: Path) -> Path | None:
+    """Returns the best checkpoint in the folder of a run, else the last; None if there is neither."""
+    files = (run / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    return next((path for path in files if path.exists()), None)
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU with ``weights_only=True``, which executes no code of the file.
 

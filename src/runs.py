@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from src.checkpoint_io import best_or_last
 from src.configuration import PROJECT, register_resolvers
 from src.errors import UserError, nearest
 
@@ -63,10 +64,10 @@ class Run:
         Raises:
             UserError: the run has none.
         """
-        for path in (self.best, self.last):
-            if path.exists():
-                return path
-        raise UserError(f"{self.title} has no checkpoint yet")
+        path = best_or_last(self.dir)
+        if path is None:
+            raise UserError(f"{self.title} has no checkpoint yet")
+        return path
 
 
 def create(config: DictConfig) -> Run:

@@ -157,8 +157,8 @@ def test_positions_that_are_no_square_grid_are_refused(source, tmp_path):
     ("content", "message"),
     [
         (b"", "cannot be read as weights"),
-        (b"not weights at all", "is refused|cannot be read"),
-        (argparse.Namespace(lr=1), "holds more than tensors and plain values"),
+        (b"not weights at all", "is damaged|cannot be read"),
+        (argparse.Namespace(lr=1), "or holds other objects than tensors and plain values"),
         ([1, 2], "holds list, not named weights"),
     ],
 )

@@ -10,11 +10,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from src.datamodules.annotated import AnnotatedDataModule, AnnotatedDataset
 from src.datamodules.batches.base import BatchError
-from src.datamodules.dataset import SampleKey
+from src.datamodules.datamodule import DataModule
+from src.datamodules.dataset import SampleKey, ViewedDataset
 from src.datamodules.scenes.source import ScenesSource
-from src.datamodules.views.joint import DetectionView
+from src.datamodules.views.detection import DetectionView
 from src.models.backbones.weights import load_backbone
 from src.models.downstream.detection import Detection
 from src.models.heads.mask_rcnn import MaskRCNNOnMaps
@@ -72,7 +72,7 @@ def batch(*boxes: list[tuple[int, int, int, int]]) -> dict:
 
 
 def scenes_batch(count: int = 8) -> dict:
-    samples = AnnotatedDataset(SCENES("train"), DetectionView(masks=True), seed=0)[
+    samples = ViewedDataset(SCENES("train"), DetectionView(masks=True), seed=0)[
         [SampleKey(0, n) for n in range(count)]
     ]
     return {**samples, "image": (samples["image"].float() / 255 - 0.45) / 0.225}
@@ -193,7 +193,7 @@ def test_data_without_masks_trains_boxes_alone():
 
 
 def test_a_run_logs_scores_and_its_checkpoint_restores_encoder_and_heads(tmp_path):
-    data = AnnotatedDataModule(
+    data = DataModule(
         source=SCENES,
         train_view=DetectionView(masks=True),
         eval_view=DetectionView(masks=True),

@@ -342,6 +342,6 @@ def test_numbers_of_negatives_that_cannot_be_are_refused_by_their_keys(options, 
 
 def test_a_queue_that_own_keys_could_use_up_is_refused_at_start(tmp_path):
     with pytest.raises(
-        ValueError, match=r"model\.hardest=21 .* model\.queue_size=24 minus the up to 4 keys of a query.s own"
+        ValueError, match=r"model\.hardest=21 .* model\.queue_size=24 minus the up to 4 keys"
     ):
         train(tmp_path, mochi(hardest=21, exclude_own=True), EMATeacher(when="before"), data=ViewData(length=8))
