@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from src.datamodules.batches.image import MultiViewBatch
+from src.datamodules.datamodule import IMAGENET_MEAN, IMAGENET_STD
 from src.datamodules.decoding import EncodedImage
-from src.datamodules.image import IMAGENET_MEAN, IMAGENET_STD
-from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.views.image import to_tensor
+from src.datamodules.views.view import ImageView
 from src.evaluation.features import autocast
 from src.models.pretrain_module import PretrainModule
 from src.schedules import Horizon, WarmupCosine
@@ -24,7 +25,7 @@ from src.schedules import Horizon, WarmupCosine
 _NO_NUMBERS = np.zeros((0, 0), np.float32)
 
 
-class RandomImageSource:
+class RandomImageSource(Source):
     """Random images in memory, each with a caption. They repeat, so an epoch can be as long as a measurement needs.
 
     Args:
@@ -41,8 +42,8 @@ class RandomImageSource:
         self.distinct_images = draw.integers(0, 256, (distinct, 3, size, size), np.uint8)
         self.length = length
         self.classes = tuple(f"class {number}" for number in range(classes))
-        self.images = _RepeatedRows(self.distinct_images)
-        self.labels = _RepeatedRows(draw.integers(0, classes, distinct))
+        self.images: Any = _RepeatedRows(self.distinct_images)
+        self.labels: Any = _RepeatedRows(draw.integers(0, classes, distinct))
 
     def __len__(self) -> int:
         return self.length
@@ -73,7 +74,7 @@ class _RepeatedRows:
 
 
 @dataclass(frozen=True)
-class RepeatViews:
+class RepeatViews(ImageView):
     """A view that repeats images without augmentation to a `MultiViewBatch`, because augmentation would dominate the
     measurement.
 
@@ -88,17 +89,17 @@ class RepeatViews:
     local_size: int = 0
 
     batch_type: ClassVar[type] = MultiViewBatch
-    draws: ClassVar[int] = 0
+    num_uniforms: ClassVar[int] = 0
 
-    def decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
+    def from_decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
         batch = {"views": images.unsqueeze(1).repeat(1, self.views, 1, 1, 1)}
         if self.local_views:
             corner = images[..., : self.local_size, : self.local_size].unsqueeze(1)
             batch["local_views"] = corner.repeat(1, self.local_views, 1, 1, 1)
         return batch
 
-    def encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
-        return {name: value[0] for name, value in self.decoded(to_tensor(image.decode())[None], uniform).items()}
+    def from_encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.from_decoded(to_tensor(image.decode())[None], uniform).items()}
 
 
 class BareLoop:
@@ -156,7 +157,7 @@ class BareLoop:
     def _take_step(self) -> None:
         index = torch.randint(len(self._images), (self.batch_size,))
         images = self._images[index]
-        views = {"image": images} if self.repeat_views is None else self.repeat_views.decoded(images, _NO_NUMBERS)
+        views = {"image": images} if self.repeat_views is None else self.repeat_views.from_decoded(images, _NO_NUMBERS)
         batch = {
             **{name: (value.to(self.device).float() / 255 - self._mean) / self._std for name, value in views.items()},
             "label": torch.zeros_like(index).to(self.device),

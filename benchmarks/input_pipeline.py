@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from src.datamodules.image import IMAGENET_MEAN, IMAGENET_STD
+from src.datamodules.datamodule import IMAGENET_MEAN, IMAGENET_STD
 from src.datamodules.sources.image_folder import ImageFolderSource
 from src.datamodules.views.image import RandomResizedCrop
 from src.randomness import uniform
@@ -102,9 +102,9 @@ def _ours(root: Path) -> Callable[[int], None]:
 
     def run(epoch: int) -> None:
         indices = range(len(source))
-        numbers = uniform(0, [epoch] * len(source), indices, view.draws)
+        numbers = uniform(0, [epoch] * len(source), indices, view.num_uniforms)
         for index in indices:
-            image = view.encoded(source[index]["image"], numbers[index])["image"]  # type: ignore[arg-type]
+            image = view.from_encoded(source[index]["image"], numbers[index])["image"]  # type: ignore[arg-type]
             _use(image.contiguous().to(torch.float32).div_(255).sub_(mean).div_(std))
 
     return run

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.bare import BareLoop, RepeatViews, synchronize
 from benchmarks.precision import SMALL
-from src.datamodules.image_text import ImageTextDataModule
+from src.datamodules.datamodule import DataModule
 from src.files import write_atomically
 from src.measure import train_command
 from src.measure.paired_ratio import paired_ratio
@@ -157,7 +157,7 @@ class InterleavedLoops(L.Callback):
             precision=str(trainer.precision),
             repeat_views=self.repeat_views,
             clip=self.clip,
-            texts=_texts(datamodule) if isinstance(datamodule, ImageTextDataModule) else None,
+            texts=_texts(datamodule) if datamodule.extras is not None else None,
         )
 
     def on_train_batch_start(
@@ -189,7 +189,7 @@ class InterleavedLoops(L.Callback):
         write_atomically(self.out, json.dumps(result))
 
 
-def _texts(datamodule: ImageTextDataModule) -> tuple[Tensor, Tensor]:
+def _texts(datamodule: DataModule) -> tuple[Tensor, Tensor]:
     """Returns token ids and mask of each image's caption."""
     source: Any = datamodule.train_source
     return datamodule.tokenizer([source.caption(index, 0.0) for index in range(len(source.distinct_images))])

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.input_pipeline import photo_like
-from src.datamodules.dataset import SampleKey
-from src.datamodules.image_text import ImageTextDataset
+from src.datamodules.dataset import SampleKey, ViewedDataset
+from src.datamodules.extras.captions import CaptionedSource, Captions
 from src.datamodules.sources.captioned_files import CaptionListSource
-from src.datamodules.sources.source import CaptionedSource
 from src.datamodules.sources.webdataset import CaptionedWebDatasetSource
 from src.datamodules.text import tokenizer as tokenizers
 from src.datamodules.views.image import RandomResizedCrop
@@ -84,7 +83,7 @@ def _text(number: int) -> str:
 def _passes(source: CaptionedSource, folder: Path) -> Callable[[int], None]:
     texts = [source.caption(index, 0.0) for index in range(len(source))]
     learned = tokenizers.kept(folder / "tokenizer.json", texts, vocabulary=512, length=32)
-    data = ImageTextDataset(source, RandomResizedCrop(size=224, scale=(0.2, 1.0)), tokenizer=learned, seed=0)
+    data = ViewedDataset(source, RandomResizedCrop(size=224, scale=(0.2, 1.0)), extras=Captions(), tokenizer=learned, seed=0)
 
     def run(epoch: int) -> None:
         order = torch.randperm(len(source), generator=torch.Generator().manual_seed(epoch)).tolist()

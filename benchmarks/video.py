@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.input_pipeline import photo_like
-from src.datamodules.image import IMAGENET_MEAN, IMAGENET_STD
+from src.datamodules.datamodule import IMAGENET_MEAN, IMAGENET_STD, DataModule
 from src.datamodules.sources.video_folder import VideoFolderSource
-from src.datamodules.video import VideoDataModule
 from src.datamodules.views.video import CenterVideoCrop, DenseClip, MultiScaleCrop, RandomVideoCrop
 from src.measure.paired_ratio import paired_ratio
 from src.measure.report import Check, Section, table
@@ -125,7 +124,7 @@ def write_videos(folder: Path, count: int) -> None:
 
 def _ours(folder: str) -> Callable[[int], int]:
     """Returns a function that reads all videos once in random order with the DataModule, and returns their number."""
-    data = VideoDataModule(
+    data = DataModule(
         source=partial(VideoFolderSource, root=folder),
         train_view=RandomVideoCrop(CLIP, CROP),  # type: ignore[arg-type]
         eval_view=CenterVideoCrop(CLIP, CROP.size),  # type: ignore[arg-type]
@@ -152,7 +151,7 @@ def _plain(folder: str) -> Callable[[int], int]:
         for file in files:
             start = int(draw.random() * (RATE * SECONDS - CLIP.stride * (CLIP.frames - 1)))
             frames = torch.stack(list(_frames(file, start)))
-            top, left, rows, columns = CROP.boxes(HEIGHT, WIDTH, draw.random((1, CROP.draws)))[0].astype(int)
+            top, left, rows, columns = CROP.boxes(HEIGHT, WIDTH, draw.random((1, CROP.num_uniforms)))[0].astype(int)
             part = frames[..., top : top + rows, left : left + columns].float()
             clip = F.interpolate(part, (CROP.size, CROP.size), mode="bicubic", antialias=True).clamp(0, 255)
             clips.append((clip.flip(-1) if draw.random() < CROP.flip else clip).div_(255).sub_(mean).div_(std))

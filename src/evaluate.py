@@ -18,10 +18,9 @@ from torch import nn
 from src import configuration, runs, train, trained
 from src.checkpoint_io import load_checkpoint
 from src.configuration import CONFIGS
-from src.datamodules.image import ImageDataModule
-from src.datamodules.image_text import ImageTextDataModule
+from src.datamodules.datamodule import DataModule
 from src.datamodules.sources.source import Split
-from src.datamodules.video import VideoDataModule
+from src.datamodules.views.video import VideoView
 from src.errors import SettingError, UserError, nearest
 from src.evaluation.captions import CaptionEvaluation
 from src.evaluation.features import BadFeatures, FeatureSets, NoLabels
@@ -53,7 +52,6 @@ _NEEDS = {
 
 # a run's own whatever data it is judged on: what its method was built for
 KEPT = (
-    "_target_",
     "train_view",
     "batch_size",
     "tokenizer",
@@ -62,7 +60,7 @@ KEPT = (
     "vocabulary",
     "text_length",
     "text_filter",
-    "rewrites",
+    "extras",
 )
 
 Scores = dict[str, dict[str, float]]  # encoder -> metric -> value
@@ -197,8 +195,8 @@ class EncoderEvaluator:
         return {name: encoder.to(self.device) for name, encoder in self.encoders.items()}
 
     @cached_property
-    def _datamodule(self) -> ImageDataModule:
-        datamodule: ImageDataModule = configuration.instantiate(self.config.data)
+    def _datamodule(self) -> DataModule:
+        datamodule: DataModule = configuration.instantiate(self.config.data)
         datamodule.prepare_data()
         return datamodule
 
@@ -231,7 +229,7 @@ def evaluate_pairs(config: DictConfig, checkpoint: Path, asked: Sequence[str]) -
     ]
     scores: dict[str, float] = {}
     try:
-        datamodule: ImageTextDataModule = configuration.instantiate(config.data)
+        datamodule: DataModule = configuration.instantiate(config.data)
         datamodule.prepare_data()
         for evaluation in evaluations:
             scores |= evaluation(module.to(device), datamodule, device, precision=precision_of(config, device))
@@ -291,7 +289,7 @@ def finetune_config(
         split: what it is judged on.
         kept: what of ``data`` is the experiment's own, and not the run's.
     """
-    clips = issubclass(get_class(config.data._target_), VideoDataModule)
+    clips = issubclass(get_class(config.data.eval_view._target_), VideoView)
     experiment = experiment or ("action_vitb" if clips else "finetune_vitb")
     recipe = configuration.compose("train", [f"experiment={experiment}", f"scale={config.run.scale}"])
     with open_dict(recipe):

@@ -29,7 +29,7 @@ from src.callbacks.recipe_card import RecipeCard
 from src.callbacks.stop_on_signal import Preempted
 from src.checkpoint_io import AtomicCheckpointIO, CheckpointError
 from src.datamodules.batches.base import BatchError
-from src.datamodules.sources.source import BadSample
+from src.datamodules.decoding import BadSample
 from src.errors import SettingError, UserError
 from src.evaluation.features import BadFeatures
 from src.listing import print_experiments
@@ -229,7 +229,7 @@ def summarize(run: runs.Run, trainer: L.Trainer) -> None:
     console = Console()
     console.print(Panel(lines, title="done", expand=False, border_style="green"))
     longer = 2 * max(1, trainer.max_epochs or 1)
-    reads_clips = trainer.datamodule.seen == "video"  # type: ignore[attr-defined]  # of which timm has no encoders
+    reads_clips = trainer.datamodule.input_key == "video"  # type: ignore[attr-defined]  # of which timm has no encoders
     for what, command in (
         ("look", "make tensorboard"),
         ("judge", f"make evaluate RUN={run.title} EVAL=knn,linear"),

@@ -214,7 +214,7 @@ def test_an_image_tower_that_learned_from_texts_is_fine_tuned_on_images_alone(tm
     sub = runs.find(str(run.dir / "evaluate" / "finetune_scenes"))
     recipe = sub.config()
     assert found["encoder"]["finetune_top1"] == sub.metrics()["train"]["eval/top1"]
-    assert recipe.data._target_.endswith("ImageDataModule")
+    assert recipe.data._target_.endswith("DataModule")
     assert recipe.data.mean == run.config().data.mean  # CLIP's own, which its tower has learned from
     assert "tokenizer" not in recipe.data
     ours, theirs = (torch.load(path, weights_only=True)["state_dict"] for path in (run.last, sub.last))

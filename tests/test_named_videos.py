@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from src import configuration, evaluate, runs, train, trained
+from src.datamodules.datamodule import DataModule
 from src.datamodules.scenes.motion import ACTIONS
-from src.datamodules.video import VideoDataModule
 from src.errors import UserError
 from src.export.__main__ import main as export
 
@@ -99,7 +99,7 @@ def test_of_several_clips_a_videos_scores_are_averaged(run: runs.Run) -> None:
 def test_fine_tuning_takes_the_videos_and_leaves_the_words(run: runs.Run) -> None:
     recipe = evaluate.finetune_config(evaluate.settle(run, None, []), run.last)
     data = configuration.instantiate(recipe.data)
-    assert type(data) is VideoDataModule
+    assert type(data) is DataModule
     assert tuple(data.train_source.held_out) == tuple(sorted(list(ACTIONS).index(name) for name in UNSEEN))
     assert (recipe.frames, recipe.checkpoint) == (3, str(run.last))
 

@@ -11,7 +11,7 @@ import lightning as L
 
 from src.callbacks.online_probe import OnlineProbe
 from src.collectives import rank
-from src.datamodules.image import ImageDataModule
+from src.datamodules.datamodule import DataModule
 from src.evaluation.features import NoLabels
 from src.evaluation.knn import KNN
 from src.evaluation.run import BANK_SAMPLES, QUERY_SAMPLES, EncoderEvaluation, Evaluator, feature_sets, named, score
@@ -80,7 +80,7 @@ class OnlineEvaluation(L.Callback):
 
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
         self._evaluated_at = trainer.global_step
-        datamodule = cast(ImageDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+        datamodule = cast(DataModule, trainer.datamodule)  # type: ignore[attr-defined]
         if self._unlabelled or len(datamodule.classes) == 0:
             self._rest()
             return {}

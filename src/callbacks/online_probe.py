@@ -21,6 +21,7 @@ from src.randomness import seeded
 log = logging.getLogger(__name__)
 
 _EPS = 1e-6
+_UNLABELED = "the data has no labels"
 
 
 class OnlineProbe(L.Callback):
@@ -56,8 +57,8 @@ class OnlineProbe(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         classes = len(trainer.datamodule.classes)  # type: ignore[attr-defined]
-        if "embedding" not in outputs or classes == 0:
-            self._tell("the data has no labels" if classes == 0 else "the method hands out no embedding")
+        if "embedding" not in outputs or "label" not in batch or classes == 0:
+            self._tell("the method hands out no embedding" if classes and "embedding" not in outputs else _UNLABELED)
             return
         embedding, label = outputs["embedding"].detach().float(), batch["label"]
         if embedding.ndim != 2 or len(embedding) != len(label):

@@ -103,7 +103,7 @@ class Visualizations(VisualizationCallback):
             batch = self._fixed_batch(datamodule)
             readable = batch["index"][~batch["replaced"]].tolist()
             for writer in writers(trainer) if readable else ():
-                seconds = datamodule.seconds_a_frame(readable[0])
+                seconds = datamodule.seconds_per_frame(readable[0])
                 add_animation(writer, f"clips/{name}", frames, seconds, trainer.global_step)
 
     def _visualize(self, pl_module: PretrainModule, datamodule: Any) -> list[dict[str, Tensor]]:

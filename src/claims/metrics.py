@@ -15,8 +15,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from src import configuration, evaluate, runs, trained
-from src.datamodules.image import ImageDataModule
-from src.datamodules.image_text import ImageTextDataModule
+from src.datamodules.datamodule import DataModule
 from src.datamodules.sources.source import Split
 from src.errors import SettingError, UserError, nearest
 from src.evaluation.features import FeatureSets
@@ -56,8 +55,8 @@ class Subject:
         return loaded.to(self.device)
 
     @cached_property
-    def datamodule(self) -> ImageDataModule:
-        datamodule: ImageDataModule = configuration.instantiate(self.config.data)
+    def datamodule(self) -> DataModule:
+        datamodule: DataModule = configuration.instantiate(self.config.data)
         datamodule.prepare_data()
         return datamodule
 
@@ -249,7 +248,7 @@ class ImageText:
 
     def __call__(self, subject: Subject) -> float:
         evaluation = replace(self.evaluation, split=subject.split)
-        datamodule = cast(ImageTextDataModule, subject.datamodule)
+        datamodule = cast(DataModule, subject.datamodule)
         try:
             scores = evaluation(subject.module, datamodule, subject.device, precision=subject.precision)
         except SettingError as problem:

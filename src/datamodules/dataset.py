@@ -1,60 +1,87 @@
-"""From a source and a view to batches: deterministic draws, replacement of bad samples, exact resume."""
+"""Data loading: deterministic augmentation, replacement of unreadable samples, exact resume."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from src.datamodules.sources.source import BadSample, ImageSource, OrderedSource, Sample
-from src.datamodules.views.view import View, stack
+from src.datamodules.decoding import BadSample
+from src.datamodules.extras.extras import Extras
+from src.datamodules.sources.source import Sample, Source
+from src.datamodules.views.view import ImageView, View
 from src.errors import SettingError
 from src.randomness import fold, uniform
+
+if TYPE_CHECKING:
+    from src.datamodules.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 _REPLACEMENTS = 16
+_PER_SAMPLE = ("label", "index", "replaced")
+
+
+@runtime_checkable
+class OrderedSource(Protocol):
+    """A source that is expensive to read in any order but its own."""
+
+    def order(self, count: int, generator: np.random.Generator) -> np.ndarray:
+        """Returns the positions of one epoch over the first ``count`` samples, int64 [count], drawn by ``generator``
+        alone."""
+        ...
+
+    def replacement(self, index: int, number: int) -> int:
+        """Returns a sample that is cheap to read after the one at ``index``, another one for each ``number``."""
+        ...
 
 
 class SampleKey(NamedTuple):
-    """One sample at one time: all its randomness follows from this and the run's seed."""
+    """A sample in an epoch. With the seed it determines all randomness of the sample."""
 
     epoch: int
-    position: int  # in the subset, or the source
+    position: int  # in the subset, or in the source if there is no subset
 
 
-class ViewedDataset(Dataset[dict[str, Tensor]]):
-    """Lists of draws to batches.
+class ViewedDataset(Dataset[dict[str, Any]]):
+    """Maps lists of sample keys to batches.
 
-    A sample that cannot be read is logged with its name, noted in ``bad_log``, and replaced by another one of the same
-    source, always the same one; the batch says so in ``replaced``.
+    An unreadable sample is logged by name, noted in ``bad_log``, and replaced by another sample of the source, always
+    the same one; the batch marks it in ``replaced``. Several rows of one sample follow each other with its label and
+    index.
 
     Args:
-        source: where samples come from.
-        view: what they become.
-        seed: the run's.
-        subset: positions of the source that count, in order; None for all.
-        bad_log: file that collects what was replaced, one tab-separated line each (several processes may append).
+        source: the samples.
+        view: makes rows of samples.
+        seed: of augmentation and extras.
+        extras: further fields of the batch, such as captions; None for none.
+        tokenizer: of the extras' texts.
+        subset: positions of the source that are used, in order; None for all.
+        bad_log: file that lists replaced samples, one tab-separated line each; several processes may append to it.
     """
 
     def __init__(
         self,
-        source: ImageSource,
+        source: Source,
         view: View,
         *,
         seed: int,
+        extras: Extras | None = None,
+        tokenizer: Tokenizer | None = None,
         subset: np.ndarray | None = None,
         bad_log: Path | None = None,
     ) -> None:
         self.source = source
         self.view = view
         self.seed = seed
+        self.extras = extras
+        self.tokenizer = tokenizer
         self.subset = subset
         self.bad_log = bad_log
         self._reported: set[int] = set()
@@ -62,109 +89,89 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.source) if self.subset is None else len(self.subset)
 
-    def __getitem__(self, draws: list[SampleKey]) -> dict[str, Tensor]:
-        positions = [draw.position if self.subset is None else int(self.subset[draw.position]) for draw in draws]
-        epochs = [draw.epoch for draw in draws]
-        numbers = uniform(self.seed, epochs, positions, self.view.draws)
-        choices = uniform(fold(self.seed, 1), epochs, positions, 1)[:, 0]
-        images = self.pictures()
-        if images is not None:
-            labels = list(self.source.labels[positions])  # type: ignore[attr-defined]
-            fields = self.view.decoded(torch.from_numpy(np.asarray(images[positions])), numbers)
-            used = positions
-            besides = [self.beside(*each) for each in zip(positions, choices.tolist(), strict=True)]
-        else:
-            rows, labels, used, besides = self._rows(positions, numbers, choices)
-            fields = self.stacked(rows) if isinstance(rows, list) else rows
-        replaced = torch.tensor([mine != asked for mine, asked in zip(used, positions, strict=True)], dtype=torch.bool)
-        return {
-            **fields,
-            **self.collate(besides, fields),
-            "label": torch.as_tensor(labels, dtype=torch.int64),
+    def __getitem__(self, keys: list[SampleKey]) -> dict[str, Any]:
+        positions = [key.position if self.subset is None else int(self.subset[key.position]) for key in keys]
+        epochs = [key.epoch for key in keys]
+        numbers = uniform(self.seed, epochs, positions, self.view.num_uniforms)
+        choices = uniform(fold(self.seed, 1), epochs, positions, 1)[:, 0].tolist()
+        read = self._from_memory(positions, numbers, choices) or self._read_all(positions, numbers, choices)
+        replaced = [position != read_at for position, read_at in zip(positions, read.positions, strict=True)]
+        batch = {
+            **read.fields,
             "index": torch.tensor(positions, dtype=torch.int64),
-            "replaced": replaced,
+            "replaced": torch.tensor(replaced, dtype=torch.bool),
+        }
+        if read.labels is not None:
+            batch["label"] = torch.tensor(read.labels, dtype=torch.int64)
+        if self.extras is not None:
+            batch |= self.extras.collate(read.extras, read.fields, self.tokenizer)
+        if self.view.rows == 1:
+            return batch
+        return {
+            name: value.repeat_interleave(self.view.rows) if name in _PER_SAMPLE else value.flatten(0, 1)
+            for name, value in batch.items()
         }
 
-    def pictures(self) -> np.ndarray | None:
-        """All images of the source, uint8 [N, 3, H, W], where it has them whole: they are then viewed at once."""
-        return getattr(self.source, "images", None)
+    def _from_memory(self, positions: list[int], numbers: np.ndarray, choices: list[float]) -> _ReadBatch | None:
+        """Makes all views at once if the source holds its images decoded; returns None otherwise."""
+        images, labels = self.source.images, self.source.labels
+        if images is None or not isinstance(self.view, ImageView):
+            return None
+        return _ReadBatch(
+            fields=self.view.from_decoded(torch.from_numpy(np.asarray(images[positions])), numbers),
+            labels=None if labels is None else labels[positions].tolist(),
+            positions=positions,
+            extras=[self._extra(position, choice) for position, choice in zip(positions, choices, strict=True)],
+        )
 
-    def viewed(self, sample: Sample, numbers: np.ndarray) -> dict[str, Tensor] | None:
-        """The sample's row of the batch; None where its image is decoded already and waits for the others.
+    def _read_all(self, positions: list[int], numbers: np.ndarray, choices: list[float]) -> _ReadBatch:
+        """Reads samples one by one."""
+        read = [self._usable(*drawn) for drawn in zip(positions, numbers, choices, strict=True)]
+        samples = [one.sample for one in read]
+        rows = [one.row for one in read if one.row is not None]
+        return _ReadBatch(
+            fields=self.view.collate(rows) if rows else self._of_decoded(samples, numbers),
+            labels=[sample["label"] for sample in samples] if all("label" in sample for sample in samples) else None,
+            positions=[one.position for one in read],
+            extras=[one.extra for one in read],
+        )
 
-        Raises:
-            BadSample: it cannot be read.
-        """
-        image = sample["image"]
-        return None if isinstance(image, Tensor) else self.view.encoded(image, numbers)
+    def _of_decoded(self, samples: list[Sample], numbers: np.ndarray) -> dict[str, Any]:
+        """Makes the views of decoded images, at once if they are of one size."""
+        assert isinstance(self.view, ImageView)
+        images: list[Tensor] = [sample["image"] for sample in samples]  # type: ignore[misc]
+        if len({image.shape for image in images}) == 1:
+            return self.view.from_decoded(torch.stack(images), numbers)
+        return self.view.collate([self.view.from_sample(*drawn) for drawn in zip(samples, numbers, strict=True)])
 
-    def stacked(self, rows: list[dict[str, Tensor]]) -> dict[str, Any]:
-        """The batch of the rows."""
-        return stack(rows)
-
-    def beside(self, position: int, choice: float) -> Any:
-        """What a sample has besides its image.
-
-        Args:
-            position: in the source.
-            choice: in [0, 1), for what there is more than one of.
-
-        Raises:
-            BadSample: it cannot be had.
-        """
-        return None
-
-    def collate(self, besides: list[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields of a batch, of what `beside` gave for each of its samples and what their views have made."""
-        return {}
-
-    def _rows(
-        self, positions: list[int], numbers: np.ndarray, choices: np.ndarray
-    ) -> tuple[Any, list[int], list[int], list[Any]]:
-        samples: list[Sample] = []
-        rows: list[dict[str, Tensor]] = []
-        used, besides = [], []
-        for position, row, choice in zip(positions, numbers, choices.tolist(), strict=True):
-            sample, view, beside, candidate = self._usable(position, row, choice)
-            samples.append(sample)
-            besides.append(beside)
-            used.append(candidate)
-            if view is not None:
-                rows.append(view)
-        labels = [sample["label"] for sample in samples]
-        if rows:
-            return rows, labels, used, besides
-        pictures = [sample["image"] for sample in samples]
-        if len({picture.shape for picture in pictures}) == 1:  # type: ignore[union-attr]
-            return self.view.decoded(torch.stack(pictures), numbers), labels, used, besides  # type: ignore[arg-type]
-        single = [self.view.decoded(p[None], n[None]) for p, n in zip(pictures, numbers, strict=True)]  # type: ignore[index]
-        return [{name: value[0] for name, value in fields.items()} for fields in single], labels, used, besides
-
-    def _usable(
-        self, position: int, numbers: np.ndarray, choice: float
-    ) -> tuple[Sample, dict[str, Tensor] | None, Any, int]:
-        """The sample at ``position`` or its stand-in, its view where the image had to be decoded for it, what it has
-        besides, and its own position."""
+    def _usable(self, position: int, numbers: np.ndarray, choice: float) -> _ReadSample:
+        """Reads the sample at ``position``, or the first readable one of its replacements."""
         candidate = position
         for attempt in range(_REPLACEMENTS):
             try:
-                beside = self.beside(candidate, choice)
+                extra = self._extra(candidate, choice)
                 sample = self.source[candidate]
-                return sample, self.viewed(sample, numbers), beside, candidate
+                # a decoded image waits for the others, so that all are viewed at once
+                waits = isinstance(sample["image"], Tensor) and isinstance(self.view, ImageView)
+                row = None if waits else self.view.from_sample(sample, numbers)
+                return _ReadSample(sample, row, extra, candidate)
             except BadSample as problem:
                 self._report(candidate, problem)
                 number = fold(self.seed, position, attempt)
                 if isinstance(self.source, OrderedSource):
-                    candidate = self.source.stand_in(position, number)
+                    candidate = self.source.replacement(position, number)
                 else:
                     candidate = number % len(self.source)
         raise BadSample(f"{_REPLACEMENTS} samples in a row could not be read, the last {self.source.name(candidate)}")
+
+    def _extra(self, position: int, choice: float) -> Any:
+        return None if self.extras is None else self.extras.read(self.source, position, choice, self.seed)
 
     def _report(self, index: int, problem: BadSample) -> None:
         if index in self._reported:
             return
         self._reported.add(index)
-        # a file's name may be in an encoding of its own, which neither a terminal nor a file of text would take
+        # file names may be in an encoding that neither a terminal nor a UTF-8 file takes
         name = self.source.name(index).encode("utf-8", "backslashreplace").decode()
         log.warning("replaced %s: %s", name, problem)
         if self.bad_log is not None:
@@ -172,18 +179,38 @@ class ViewedDataset(Dataset[dict[str, Tensor]]):
                 file.write(f"{name}\t{problem}\n")
 
 
-class TrainSampler(Sampler[list[SampleKey]]):
-    """Deals one permutation an epoch, the same for any number of processes and micro-batches.
+class _ReadSample(NamedTuple):
+    sample: Sample
+    row: dict[str, Tensor] | None  # None for a decoded image, whose view is made with the whole batch
+    extra: Any
+    position: int  # in the source, of the sample or of its replacement
 
-    Optimizer step s of an epoch uses the s-th ``batch_size`` draws of the permutation; they are cut into
-    ``micro_batches`` x ``world_size`` equal parts, of which this process takes one after the other its own. What does
-    not fill a whole batch waits for another epoch's permutation.
+
+class _ReadBatch(NamedTuple):
+    fields: dict[str, Any]  # as made by the view
+    labels: list[int] | None
+    positions: list[int]
+    extras: list[Any]
+
+
+class TrainSampler(Sampler[list[SampleKey]]):
+    """Deals one permutation an epoch to all processes and micro-batches.
+
+    Optimizer step s of an epoch uses the s-th ``batch_size`` entries of the permutation. They are cut into
+    ``micro_batches`` x ``world_size`` equal parts, and each process takes its part of one micro-batch after the other.
+    Entries that do not fill a whole batch are left out in this epoch.
 
     Args:
-        order: what is dealt instead of a permutation, see `OrderedSource`.
+        length: number of samples.
+        batch_size: samples of one optimizer step.
+        seed: of the permutations.
+        rank: of this process.
+        world_size: number of processes.
+        micro_batches: forward passes of one optimizer step.
+        order: makes the order of an epoch instead of a permutation, see `OrderedSource`.
 
     Raises:
-        SettingError: the batch cannot be cut that way, or there is not one whole batch.
+        SettingError: the batch cannot be cut into equal parts, or there are fewer samples than one batch has.
     """
 
     def __init__(
@@ -233,7 +260,7 @@ class TrainSampler(Sampler[list[SampleKey]]):
 
 
 class EvalSampler(Sampler[list[SampleKey]]):
-    """Every sample once, in order, dealt out over processes; the last batches may be short."""
+    """Gives every sample once, in order, dealt out over processes; the last batches may be short."""
 
     def __init__(self, length: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         self.indices = range(rank, length, world_size)
@@ -247,9 +274,9 @@ class EvalSampler(Sampler[list[SampleKey]]):
             yield [SampleKey(0, index) for index in self.indices[begin : begin + self.batch_size]]
 
 
-class ResumableLoader(DataLoader[dict[str, Tensor]]):
-    """A DataLoader that knows how far it is, so that a run taken up in the middle of an epoch goes on with the next
-    batch. Lightning saves and restores the state."""
+class ResumableLoader(DataLoader[dict[str, Any]]):
+    """A DataLoader that counts the batches it has served, so that a run resumed within an epoch continues with the next
+    batch. Lightning saves and restores the count."""
 
     def __init__(
         self, dataset: ViewedDataset, sampler: TrainSampler, *, num_workers: int = 0, pin_memory: bool = False
@@ -267,10 +294,10 @@ class ResumableLoader(DataLoader[dict[str, Tensor]]):
         self._served = 0
         self._resume: dict[str, int] | None = None
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
-        # a generator: Lightning asks for the iterator before it has told the sampler which epoch a resumed run is in
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        # a generator, because Lightning asks for the iterator before it sets the epoch of a resumed run
         sampler: TrainSampler = self.sampler  # type: ignore[assignment]
-        # the state of a finished epoch names that epoch, and the one to come then starts at its beginning
+        # the state of a finished epoch names that epoch; the next one then starts at its beginning
         resumes = self._resume is not None and self._resume["epoch"] == sampler.epoch
         sampler.start = self._resume["batch"] if resumes and self._resume else 0
         self._resume = None

@@ -37,7 +37,7 @@ class VideoReader(Protocol):
         """Frames a second, on average. Raises BadSample."""
         ...
 
-    def at(self, times: Sequence[float]) -> Tensor:
+    def frames_at(self, times: Sequence[float]) -> Tensor:
         """What is shown at ``times``, seconds from the beginning in any order: uint8 [T, 3, H, W], upright RGB. Before
         the beginning that is the first frame, after the end the last one. Raises BadSample."""
         ...
@@ -84,7 +84,7 @@ class EncodedVideo:
     def rate(self) -> float:
         return self._header().rate
 
-    def at(self, times: Sequence[float]) -> Tensor:
+    def frames_at(self, times: Sequence[float]) -> Tensor:
         order = np.argsort(times, kind="stable")
         found: dict[int, Tensor] = {}
         with self._opened() as (container, stream):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torchmetrics.functional.text import bleu_score
 
 from src.collectives import gather_rows
-from src.datamodules.image_text import ImageTextDataModule
-from src.datamodules.sources.source import CaptionedSource, Split
+from src.datamodules.datamodule import DataModule
+from src.datamodules.extras.captions import CaptionedSource
+from src.datamodules.sources.source import Split
 from src.errors import SettingError
 from src.evaluation.features import autocast
 from src.evaluation.run import readable
@@ -51,7 +52,7 @@ class CaptionEvaluation:
     split: Split = "val"
 
     def __call__(
-        self, module: nn.Module, datamodule: ImageTextDataModule, device: torch.device, *, precision: str = "32-true"
+        self, module: nn.Module, datamodule: DataModule, device: torch.device, *, precision: str = "32-true"
     ) -> dict[str, float]:
         """
         Args:

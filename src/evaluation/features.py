@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from src.collectives import gather_rows, rank
 from src.datamodules.batches.base import mean_of_samples
-from src.datamodules.image import ImageDataModule
+from src.datamodules.datamodule import DataModule
 from src.models.backbones.encoder import Encoder, Features
 from src.models.functional import inference
 
@@ -148,7 +148,7 @@ class Rows:
 def extract(
     encoders: Mapping[str, nn.Module],
     loader: Iterable[dict[str, Tensor]],
-    datamodule: ImageDataModule,
+    datamodule: DataModule,
     device: torch.device,
     *,
     pool: Pool = embedding,
@@ -183,7 +183,7 @@ def extract(
 def extract_pooled(
     encoders: Mapping[str, nn.Module],
     loader: Iterable[dict[str, Tensor]],
-    datamodule: ImageDataModule,
+    datamodule: DataModule,
     device: torch.device,
     *,
     pools: Mapping[str, Pool],
@@ -201,14 +201,14 @@ def extract_pooled(
     every = list(encoders.values())
     with inference(nn.ModuleList(every)), reaching(every, pools.values()), autocast(precision, device):
         for loaded in loader:
-            batch = labelled(loaded, datamodule.seen)
+            batch = labelled(loaded, datamodule.input_key)
             if len(batch["label"]) == 0:
                 continue
             known = None if tags is None else tags(batch["index"])
             batch = datamodule.transfer_batch_to_device(batch, device, 0)
             batch = datamodule.on_after_batch_transfer(batch, 0)
             for name, encoder in encoders.items():
-                features = encoder(batch[datamodule.seen].to(weight_dtype(encoder)))
+                features = encoder(batch[datamodule.input_key].to(weight_dtype(encoder)))
                 for pool, of in pools.items():
                     mean, first = mean_of_samples(of(features).float(), batch["index"])
                     of_sample = {key: batch[key][first] for key in ("label", "index")}
@@ -222,6 +222,8 @@ def extract_pooled(
 
 def labelled(loaded: dict[str, Tensor], seen: str) -> dict[str, Tensor]:
     """A batch without stand-ins and samples that have no label: the field ``seen``, label and index."""
+    if "label" not in loaded:
+        raise NoLabels("the evaluation data has no labels")
     keep = (loaded["label"] >= 0) & ~loaded["replaced"]
     fields = {name: loaded[name] for name in (seen, "label", "index")}
     return fields if keep.all() else {name: value[keep] for name, value in fields.items()}

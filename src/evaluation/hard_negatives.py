@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from src.datamodules.sources.source import HardNegative
+
+
+@runtime_checkable
+class HardNegativeSource(Protocol):
+    """A source that also has texts which are wrong about its images."""
+
+    def mistakes(self, index: int) -> Sequence[HardNegative]:
+        """Returns hard negatives of the image, the same every time: any number of each kind, none if there can be none."""
+        ...
 
 
 @torch.no_grad()

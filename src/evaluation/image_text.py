@@ -11,19 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from src.collectives import gather_rows
-from src.datamodules.batches.base import mean_of_samples
-from src.datamodules.sources.source import (
-    CaptionedSource,
-    HardNegativeSource,
-    HeldOutClassSource,
-    PromptedSource,
-    Split,
-)
-from src.datamodules.text.tokenizing import TokenizingDataModule
+from src.datamodules.batches.base import mean_of_samples, optional_labels
+from src.datamodules.datamodule import DataModule
+from src.datamodules.extras.captions import CaptionedSource
+from src.datamodules.sources.source import Split
 from src.errors import SettingError
 from src.evaluation.features import autocast
 from src.evaluation.geometry import geometry
-from src.evaluation.hard_negatives import preference
+from src.evaluation.hard_negatives import HardNegativeSource, preference
 from src.evaluation.retrieval import retrieval
 from src.evaluation.run import exact_products, readable
 from src.evaluation.similarity import CustomSimilarity, Similarity, dot, pairwise, similarity_of
@@ -74,7 +69,7 @@ class ImageTextEvaluation:
     split: Split = "val"
 
     def __call__(
-        self, module: nn.Module, datamodule: TokenizingDataModule, device: torch.device, *, precision: str = "32-true"
+        self, module: nn.Module, datamodule: DataModule, device: torch.device, *, precision: str = "32-true"
     ) -> dict[str, float]:
         """
         Args:
@@ -114,7 +109,7 @@ class ImageTextEvaluation:
                     scores["gap"] = (images.mean(dim=0) - text.mean(dim=0)).norm().item()
             known = labels >= 0
             if len(datamodule.classes) and bool(known.any()):
-                prompts = source.prompts if isinstance(source, PromptedSource) else PHOTOS
+                prompts = source.prompts or PHOTOS
 
                 def fit(templates: Sequence[str]) -> tuple[Tensor, Tensor]:
                     if isinstance(module, CustomSimilarity):
@@ -128,7 +123,7 @@ class ImageTextEvaluation:
                 scores["zeroshot_top1"] = within(ensemble, label)
                 if ensemble.shape[1] > 5:
                     scores["zeroshot_top5"] = within(ensemble, label, k=5)
-                if isinstance(source, HeldOutClassSource):
+                if len(source.held_out):
                     scores |= _apart(ensemble, label, source.held_out)
                 scores["zeroshot_single_top1"] = within(*fit([self.single or prompts.single]))
             if isinstance(source, HardNegativeSource):
@@ -162,12 +157,13 @@ class ImageTextEvaluation:
         return {f"hardnegatives_{kind}": value for kind, value in by_kind.items()}
 
     def _images(
-        self, towers: TwoTowers, datamodule: TokenizingDataModule, device: torch.device
+        self, towers: TwoTowers, datamodule: DataModule, device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors, labels and positions in the source of every image that could be read, in the source's order."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         for batch in readable(datamodule, self.split, self.samples, device):
-            found.append((towers.encode_image(batch[datamodule.seen]).float(), batch["label"], batch["index"]))
+            vectors = towers.encode_image(batch[datamodule.input_key]).float()
+            found.append((vectors, optional_labels(batch), batch["index"]))
         images, labels, index = (gather_rows(torch.cat(column)) for column in zip(*found, strict=True))
         order = index.argsort(stable=True)
         return images[order], labels[order], index[order]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.collectives import gather_rows, rank, world_size
-from src.datamodules.image import ImageDataModule
-from src.datamodules.sources.source import Split, TrackedSource
+from src.datamodules.datamodule import DataModule
+from src.datamodules.sources.source import Sample, Split
 from src.datamodules.video_reader import VideoReader
 from src.errors import SettingError
 from src.evaluation.features import BadFeatures, autocast, weight_dtype
@@ -22,6 +23,22 @@ from src.models.functional import inference
 
 _ROWS = 30  # of patches of 16 in DAVIS at 480 pixels, where the neighborhood's size comes from
 _TARGETS = 1024  # patches compared at a time
+
+
+@runtime_checkable
+class TrackedSource(Protocol):
+    """A source of videos with the mask of each object in every frame."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def name(self, index: int) -> str: ...
+
+    def masks(self, index: int) -> Tensor:
+        """Returns the visible part of each object: bool [F, T, H, W], disjoint, in all F frames of the video at its
+        `VideoReader.rate`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +82,7 @@ class LabelPropagation:
     def __call__(
         self,
         encoders: Mapping[str, nn.Module],
-        datamodule: ImageDataModule,
+        datamodule: DataModule,
         device: torch.device,
         *,
         split: Split = "val",
@@ -150,14 +167,14 @@ class LabelPropagation:
         return torch.stack(labels)
 
     def _features(
-        self, encoder: nn.Module, frames: Tensor, datamodule: ImageDataModule, device: torch.device, precision: str
+        self, encoder: nn.Module, frames: Tensor, datamodule: DataModule, device: torch.device, precision: str
     ) -> tuple[Tensor, tuple[int, int]]:
         """Of every frame alone: float32 [F, N, D], and the grid."""
         parts = []
         with inference(encoder), autocast(precision, device):
             for each in frames.split(self.batch_size):
                 images = datamodule.on_after_batch_transfer({"image": each.to(device)}, 0)["image"]
-                features = encoder(datamodule.as_seen(images).to(weight_dtype(encoder)))
+                features = encoder(datamodule.as_input(images).to(weight_dtype(encoder)))
                 # positions of a clip that stands still differ by their times alone
                 parts.append(features.patches.float().unflatten(1, (-1, *features.grid[-2:])).mean(dim=1).flatten(1, 2))
         return torch.cat(parts), (features.grid[-2], features.grid[-1])
@@ -173,7 +190,7 @@ def neighborhood(grid: tuple[int, int], radius: int, device: torch.device | None
 def _frames(footage: object, count: int) -> Tensor:
     """All frames of a film: uint8 [F, 3, H, W]."""
     film: VideoReader = footage  # type: ignore[assignment]
-    return film.at([number / film.rate for number in range(count)])
+    return film.frames_at([number / film.rate for number in range(count)])
 
 
 def _stretched(soft: Tensor) -> Tensor:

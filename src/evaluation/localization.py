@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.collectives import gather_rows
-from src.datamodules.image_text import ImageTextDataModule
-from src.datamodules.sources.source import GroundedSource, Split
+from src.datamodules.datamodule import DataModule
+from src.datamodules.sources.source import Grounding, Split
 from src.errors import SettingError
 from src.evaluation.features import autocast
 from src.evaluation.run import readable
@@ -39,6 +39,15 @@ class WordTower(Protocol):
 
     def encode_words(self, text: Tensor, mask: Tensor) -> Tensor:
         """Unit vectors of a text's tokens: [B, L, E]."""
+        ...
+
+
+@runtime_checkable
+class GroundedSource(Protocol):
+    """A source that knows which objects the words of a text name."""
+
+    def grounding(self, index: int) -> Grounding:
+        """Returns a text of the image with the objects its words name, the same every time."""
         ...
 
 
@@ -72,7 +81,7 @@ class Localization:
             raise SettingError(f"Localization: threshold must be in (0, 1], got {self.threshold}")
 
     def __call__(
-        self, module: nn.Module, datamodule: ImageTextDataModule, device: torch.device, *, precision: str = "32-true"
+        self, module: nn.Module, datamodule: DataModule, device: torch.device, *, precision: str = "32-true"
     ) -> dict[str, float]:
         """
         Args:
@@ -126,12 +135,12 @@ class _Things:
     masks: list[Tensor]  # of each thing, float [H, W] in [0, 1]
 
     @staticmethod
-    def named(source: GroundedSource, index: Sequence[int], datamodule: ImageTextDataModule) -> _Things:
+    def named(source: GroundedSource, index: Sequence[int], datamodule: DataModule) -> _Things:
         things = _Things([], [], [], [])
         for row, position in enumerate(index):
             grounding = source.grounding(position)
             things.texts.append(grounding.text)
-            masks = datamodule.as_viewed(grounding.masks)
+            masks = datamodule.view_masks(grounding.masks)
             for begin, end, thing in grounding.spans:
                 if masks[thing].mean() >= _SEEN and (masks[thing] > 0.5).any():
                     things.owner.append(row)
@@ -140,7 +149,7 @@ class _Things:
         return things
 
 
-def _words(module: PatchTower, things: _Things, datamodule: ImageTextDataModule, device: torch.device) -> Tensor:
+def _words(module: PatchTower, things: _Things, datamodule: DataModule, device: torch.device) -> Tensor:
     """One vector for the words that name each thing: [S, E]."""
     tokenizer = datamodule.tokenizer
     if not isinstance(module, WordTower):
@@ -149,6 +158,6 @@ def _words(module: PatchTower, things: _Things, datamodule: ImageTextDataModule,
         return module.encode_text(ids.to(device), mask.to(device)).float()
     ids, mask = tokenizer(things.texts)
     words = module.encode_words(ids.to(device), mask.to(device)).float()[things.owner]
-    places, spans = tokenizer.places(things.texts)[things.owner], torch.tensor(things.spans)
+    places, spans = tokenizer.character_spans(things.texts)[things.owner], torch.tensor(things.spans)
     named = ((places[..., 0] < spans[:, 1:]) & (places[..., 1] > spans[:, :1])).to(words)
     return (words * named[:, :, None]).sum(dim=1) / named.sum(dim=1, keepdim=True).clamp(min=1)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
 
-from src.datamodules.image import ImageDataModule
+from src.datamodules.datamodule import DataModule
 from src.datamodules.sources.source import Split
 from src.evaluation.features import FeatureSet, FeatureSets, Rows, autocast, gathered, labelled, weight_dtype
 from src.evaluation.knn import KNN
@@ -65,7 +65,7 @@ class PatchSegmentation:
     def __call__(
         self,
         encoders: Mapping[str, nn.Module],
-        datamodule: ImageDataModule,
+        datamodule: DataModule,
         device: torch.device,
         *,
         split: Split = "val",
@@ -87,7 +87,7 @@ class PatchSegmentation:
 
 def patch_sets(
     encoders: Mapping[str, nn.Module],
-    datamodule: ImageDataModule,
+    datamodule: DataModule,
     device: torch.device,
     *,
     split: Split = "val",
@@ -128,7 +128,7 @@ def patch_labels(shares: Tensor, grid: tuple[int, int]) -> Tensor:
 def _extract(
     encoders: Mapping[str, nn.Module],
     loader: Iterable[dict[str, Tensor]],
-    datamodule: ImageDataModule,
+    datamodule: DataModule,
     device: torch.device,
     *,
     split: Split,
@@ -139,11 +139,11 @@ def _extract(
     rows = {name: Rows([], [], []) for name in encoders}
     with inference(nn.ModuleList(encoders.values())), autocast(precision, device):
         for loaded in loader:
-            batch = labelled(loaded, datamodule.seen)
+            batch = labelled(loaded, datamodule.input_key)
             if len(batch["label"]) == 0:
                 continue
             index = batch["index"]
-            shares = datamodule.kind_shares(split, index)
+            shares = datamodule.class_shares(split, index)
             batch = datamodule.on_after_batch_transfer(datamodule.transfer_batch_to_device(batch, device, 0), 0)
             for name, encoder in encoders.items():
                 features = encoder(batch["image"].to(weight_dtype(encoder)))

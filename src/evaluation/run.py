@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from src.collectives import gather_rows, is_distributed
-from src.datamodules.image import ImageDataModule
-from src.datamodules.sources.source import Split, TaggedSource
+from src.datamodules.datamodule import DataModule, TaggedSource
+from src.datamodules.sources.source import Split
 from src.errors import SettingError
 from src.evaluation.features import FeatureSets, Pool, Tags, embedding, extract_pooled
 from src.randomness import seeded
@@ -37,7 +37,7 @@ class EncoderEvaluation(Protocol):
     def __call__(
         self,
         encoders: Mapping[str, nn.Module],
-        datamodule: ImageDataModule,
+        datamodule: DataModule,
         device: torch.device,
         *,
         split: Split = "val",
@@ -49,7 +49,7 @@ class EncoderEvaluation(Protocol):
 
 def run_evaluators(
     encoders: Mapping[str, nn.Module],
-    datamodule: ImageDataModule,
+    datamodule: DataModule,
     evaluators: Sequence[Evaluator],
     device: torch.device,
     *,
@@ -89,7 +89,7 @@ def run_evaluators(
 
 def feature_sets(
     encoders: Mapping[str, nn.Module],
-    datamodule: ImageDataModule,
+    datamodule: DataModule,
     device: torch.device,
     *,
     bank_samples: int | None = BANK_SAMPLES,
@@ -147,14 +147,14 @@ def _pools(evaluators: Sequence[Evaluator]) -> dict[str, Pool]:
     return pools
 
 
-def _tags(evaluators: Sequence[Evaluator], datamodule: ImageDataModule, split: Split) -> Tags | None:
+def _tags(evaluators: Sequence[Evaluator], datamodule: DataModule, split: Split) -> Tags | None:
     asked = any(getattr(evaluator, "reads_tags", False) for evaluator in evaluators)
     # data without tags is refused by who reads them, so that others can be asked at once
     return partial(datamodule.tags, split) if asked and isinstance(datamodule.source(split), TaggedSource) else None
 
 
 def query_loader(
-    datamodule: ImageDataModule, split: Split, samples: int | None = None
+    datamodule: DataModule, split: Split, samples: int | None = None
 ) -> DataLoader[dict[str, torch.Tensor]]:
     """The held-out images that evaluators judge on, at most ``samples`` of them.
 
@@ -167,12 +167,13 @@ def query_loader(
 
 
 def readable(
-    datamodule: ImageDataModule, split: Split, samples: int | None, device: torch.device
+    datamodule: DataModule, split: Split, samples: int | None, device: torch.device
 ) -> Iterator[dict[str, torch.Tensor]]:
     """What encoders see, ``label`` and ``index`` of the held-out images that could be read, this process's share in
     batches on ``device``; arguments and errors as `query_loader`."""
     for loaded in query_loader(datamodule, split, samples):
-        batch = {name: loaded[name][~loaded["replaced"]] for name in (datamodule.seen, "label", "index")}
+        names = (name for name in (datamodule.input_key, "label", "index") if name in loaded)
+        batch = {name: loaded[name][~loaded["replaced"]] for name in names}
         yield datamodule.on_after_batch_transfer(datamodule.transfer_batch_to_device(batch, device, 0), 0)
 
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from src import configuration, runs, trained
-from src.datamodules.image_text import ImageTextDataModule
+from src.datamodules.datamodule import DataModule
 from src.datamodules.text.tokenizer import Tokenizer
 from src.errors import UserError, nearest
 from src.models.backbones.cross_frame_encoder import CrossFrameEncoder
@@ -107,7 +107,7 @@ def load_trained(run: runs.Run, encoder: str | None, checkpoint: str | None) -> 
     view = datamodule.eval_view
     body = encoders[name].backbone.eval()
     towers = None
-    if encoder is None and isinstance(module, ImageTextModule) and isinstance(datamodule, ImageTextDataModule):
+    if encoder is None and isinstance(module, ImageTextModule) and isinstance(datamodule, DataModule):
         towers = Towers(module, datamodule.tokenizer)
     return TrainedModel(
         run=run,

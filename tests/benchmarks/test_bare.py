@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from benchmarks.bare import BareLoop, RandomImageSource, RepeatViews
+from src.datamodules.datamodule import IMAGENET_MEAN, IMAGENET_STD
 from src.datamodules.dataset import SampleKey, ViewedDataset
-from src.datamodules.image import IMAGENET_MEAN, IMAGENET_STD
 from src.datamodules.views.image import CenterCrop
 from src.models.masked.mae import MAE
 from src.models.teacher import TeacherPair

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import image_text, shards
 from benchmarks.bare import BareLoop, RandomImageSource
-from src.datamodules.image import IMAGENET_MEAN, IMAGENET_STD
+from src.datamodules.datamodule import IMAGENET_MEAN, IMAGENET_STD
 from src.measure import subprocess_runner
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from src.callbacks.online_evaluation import OnlineEvaluation
 from src.callbacks.online_probe import OnlineProbe
 from src.callbacks.representation_health import RepresentationHealth
-from src.datamodules.image import ImageDataModule
+from src.datamodules.datamodule import DataModule
 from src.datamodules.scenes.films import FilmsSource
 from src.evaluation.features import FeatureSets
 from src.evaluation.knn import KNN
@@ -27,7 +27,7 @@ from tests.evaluation.toy import Toy, squares
 CPU = torch.device("cpu")
 
 
-def fit(callbacks: Sequence[L.Callback], *, data: ImageDataModule | None = None, **options: Any) -> L.Trainer:
+def fit(callbacks: Sequence[L.Callback], *, data: DataModule | None = None, **options: Any) -> L.Trainer:
     """Three steps an epoch."""
     torch.manual_seed(3)
     trainer = L.Trainer(

@@ -18,8 +18,8 @@ from src.callbacks.checkpoints import Checkpoints
 from src.callbacks.drawing import animation
 from src.callbacks.visualizations import Visualizations
 from src.datamodules.batches.image import MultiViewBatch
-from src.datamodules.image import ImageDataModule
-from src.datamodules.sources.source import Split
+from src.datamodules.datamodule import DataModule
+from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.views.color import Color
 from src.datamodules.views.image import CenterCrop, RandomResizedCrop
 from src.datamodules.views.multi import Augmented, MultiView
@@ -33,7 +33,7 @@ from tests.callbacks.small_runs import fit
 SIDE = 6
 
 
-class Colors:
+class Colors(Source):
     """Sixteen flat images; the green of validation image i is 10 * i."""
 
     classes = ("a",)
@@ -46,6 +46,9 @@ class Colors:
 
     def __len__(self) -> int:
         return 16
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.labeled(index, self.images[index])
 
     def name(self, index: int) -> str:
         return str(index)
@@ -77,8 +80,8 @@ class Method(PretrainModule):
         return {"pair": torch.stack((image, torch.zeros_like(image)), dim=1)}
 
 
-def data() -> ImageDataModule:
-    return ImageDataModule(
+def data() -> DataModule:
+    return DataModule(
         source=Colors,
         train_view=CenterCrop(SIDE, share=1),
         eval_view=CenterCrop(SIDE, share=1),
@@ -122,10 +125,10 @@ class Moving(Method):
         return {"pair": torch.stack([frames, torch.zeros_like(frames)], dim=1)}
 
 
-class Timed(ImageDataModule):
+class Timed(DataModule):
     """The first video has a frame every 0.12 s, the others one every second."""
 
-    def seconds_a_frame(self, index: int) -> float:
+    def seconds_per_frame(self, index: int) -> float:
         return 0.12 if index == 0 else 1.0
 
 
@@ -203,7 +206,7 @@ def test_a_method_without_visualizations_needs_no_batch(tmp_path: Path, monkeypa
     class Plain(Method):
         visualize = PretrainModule.visualize
 
-    monkeypatch.setattr(ImageDataModule, "val_dataloader", lambda self: pytest.fail("a batch was made"))
+    monkeypatch.setattr(DataModule, "val_dataloader", lambda self: pytest.fail("a batch was made"))
     assert train(tmp_path, Plain(), Visualizations(), max_epochs=1).Tags()["images"] == []
 
 
@@ -229,7 +232,7 @@ class Comparison(JointEmbedding):
 def test_a_multi_view_method_gets_training_views_of_validation_images(tmp_path: Path) -> None:
     """The training split has no red, the validation split is all red."""
     view = MultiView({"both": Augmented(RandomResizedCrop(SIDE), Color(brightness=0.5, jitter=1.0), count=2)})
-    views = ImageDataModule(
+    views = DataModule(
         source=Colors, train_view=view, eval_view=CenterCrop(SIDE, share=1), batch_size=4, num_workers=0
     )
     module = Comparison()

@@ -14,24 +14,21 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from src.datamodules.annotated import AnnotatedDataModule, AnnotatedDataset
 from src.datamodules.batches.base import IGNORED, BatchError, validate
 from src.datamodules.batches.dense import DepthBatch, DetectionBatch, NormalsBatch, SegmentationBatch
-from src.datamodules.dataset import SampleKey
-from src.datamodules.image import ImageDataModule
+from src.datamodules.datamodule import DataModule
+from src.datamodules.dataset import SampleKey, ViewedDataset
+from src.datamodules.decoding import BadSample
 from src.datamodules.scenes import render
 from src.datamodules.scenes.source import ScenesSource
-from src.datamodules.sources.source import BadSample, Sample, Split
+from src.datamodules.sources.source import Sample, Source, Split
+from src.datamodules.views.depth import DepthView
+from src.datamodules.views.detection import DetectionView
 from src.datamodules.views.image import CenterCrop
-from src.datamodules.views.joint import (
-    DepthView,
-    DetectionView,
-    FilledCrop,
-    JointView,
-    NormalsView,
-    RandomRescale,
-    SegmentationView,
-)
+from src.datamodules.views.joint import JointView
+from src.datamodules.views.normals import NormalsView
+from src.datamodules.views.segmentation import SegmentationView
+from src.datamodules.views.transforms import PaddedCrop, RandomRescale
 from src.errors import SettingError, UserError
 from src.train import check_batches
 from tests.models.downstream.test_segmentation import linear
@@ -39,7 +36,7 @@ from tests.models.downstream.test_segmentation import linear
 SHAPES = ((40, 56), (24, 20), (64, 64))
 
 
-class Encoded:
+class Encoded(Source):
     """Images whose red channel is ten times their class, their depth in decimetres, and one box a class.
 
     What a view does to a mask can so be read off the image. Every class is a block of pixels; blocks are 8 wide.
@@ -79,17 +76,17 @@ class Encoded:
 
 
 COLORED = [(4, 6, 30, 40), (36, 10, 60, 26)]
-GEOMETRY = (RandomRescale(32, 64, (0.5, 2.0)), FilledCrop(32), v2.RandomHorizontalFlip())
+GEOMETRY = (RandomRescale(32, 64, (0.5, 2.0)), PaddedCrop(32), v2.RandomHorizontalFlip())
 
 
-def module(view: JointView, source: Any = Encoded, **options: Any) -> AnnotatedDataModule:
-    return AnnotatedDataModule(
+def module(view: JointView, source: Any = Encoded, **options: Any) -> DataModule:
+    return DataModule(
         **{"source": source, "train_view": view, "eval_view": view, "batch_size": 6, "num_workers": 0, **options}
     )
 
 
 def rows(view: JointView, indices: Any = range(12), epoch: int = 0, seed: int = 0, **options: Any) -> dict[str, Any]:
-    return AnnotatedDataset(Encoded(**options), view, seed=seed)[[SampleKey(epoch, index) for index in indices]]
+    return ViewedDataset(Encoded(**options), view, seed=seed)[[SampleKey(epoch, index) for index in indices]]
 
 
 def inner(classes: Tensor, reach: int = 4) -> Tensor:
@@ -112,19 +109,19 @@ class TestGeometry:
         assert pure.float().mean() > 0.02  # there is something to compare
         assert torch.equal(image[:, 0].long()[pure], 10 * mask[pure])
         # a sharp image and its mask have the same pixels everywhere, not only inside
-        sharp = rows(SegmentationView((FilledCrop(32), v2.RandomHorizontalFlip(p=1.0))))
+        sharp = rows(SegmentationView((PaddedCrop(32), v2.RandomHorizontalFlip(p=1.0))))
         shown = sharp["mask"] != IGNORED
         assert torch.equal(sharp["image"][:, 0][shown], 10 * sharp["mask"][shown])
 
     def test_what_is_too_small_is_filled_and_counts_for_nothing(self) -> None:
-        batch = rows(SegmentationView((FilledCrop(32, fill=(1, 2, 3)),)), [1])  # 24 x 20
+        batch = rows(SegmentationView((PaddedCrop(32, fill=(1, 2, 3)),)), [1])  # 24 x 20
         filled = torch.ones(32, 32, dtype=torch.bool)
         filled[:24, :20] = False
         assert torch.equal(batch["mask"][0] == IGNORED, filled)
         assert torch.equal(
             batch["image"][0][:, filled], torch.tensor([1, 2, 3], dtype=torch.uint8)[:, None].expand(3, filled.sum())
         )
-        depth = rows(DepthView((FilledCrop(32),)), [1])
+        depth = rows(DepthView((PaddedCrop(32),)), [1])
         assert torch.equal(depth["valid"][0], ~filled)
 
     def test_depths_are_those_of_single_pixels(self) -> None:
@@ -142,7 +139,7 @@ class TestGeometry:
             (v2.RandomHorizontalFlip(p=1.0), (-1, 1)),
             (v2.RandomVerticalFlip(p=1.0), (1, -1)),
         ):
-            batch = rows(NormalsView((RandomRescale(32, 64, (0.5, 2.0)), FilledCrop(32), flip)))
+            batch = rows(NormalsView((RandomRescale(32, 64, (0.5, 2.0)), PaddedCrop(32), flip)))
             x, y, z = batch["normals"].unbind(dim=1)
             pure = inner(z) & batch["valid"]
             turn = (batch["image"][:, 0][pure].float() / 10 + 1) / 30
@@ -159,12 +156,12 @@ class TestGeometry:
     def test_depths_out_of_range_or_not_finite_are_unknown(self) -> None:
         image = torch.zeros(3, 1, 5, dtype=torch.uint8)
         depth = torch.tensor([[0.0, float("nan"), 0.5, 2.0, float("inf")]])
-        row = DepthView(nearest=0.1, farthest=2.0).annotated(image, {"depth": depth}, np.zeros(2, np.float32))
+        row = DepthView(nearest=0.1, farthest=2.0).from_sample({"image": image, "fields": {"depth": depth}}, np.zeros(2, np.float32))
         assert row["valid"].tolist() == [[False, False, True, False, False]]
         assert row["depth"].tolist() == [[0.0, 0.0, 0.5, 0.0, 0.0]]
 
     def test_boxes_and_masks_of_things_go_with_the_picture(self) -> None:
-        view = DetectionView((FilledCrop(32), v2.RandomHorizontalFlip(p=1.0)), masks=True)
+        view = DetectionView((PaddedCrop(32), v2.RandomHorizontalFlip(p=1.0)), masks=True)
         batch = rows(view)
         for image, size, boxes, labels, masks in zip(
             *(batch[name] for name in ("image", "size", "boxes", "box_labels", "masks")), strict=True
@@ -186,14 +183,14 @@ class TestGeometry:
             "boxes": torch.tensor([[4.0, 2.0, 12.0, 10.0], [0.0, 0.0, 0.0, 0.0]]),
             "box_labels": torch.tensor([3, 5]),
         }
-        row = DetectionView((RandomRescale(10),)).annotated(image, fields, np.zeros(2, np.float32))
+        row = DetectionView((RandomRescale(10),)).from_sample({"image": image, "fields": fields}, np.zeros(2, np.float32))
         assert row["boxes"].tolist() == [[2.0, 1.0, 6.0, 5.0]]  # the empty one is left out
         assert row["box_labels"].tolist() == [3]
         assert row["size"].tolist() == [10, 20]
         assert row["original_size"].tolist() == [20, 40]
         nothing = {"boxes": torch.zeros(0, 4), "box_labels": torch.zeros(0, dtype=torch.int64)}
         nothing["instance_masks"] = torch.zeros(0, 20, 40, dtype=torch.bool)
-        empty = DetectionView(GEOMETRY, masks=True).annotated(image, nothing, np.zeros(2, np.float32))
+        empty = DetectionView(GEOMETRY, masks=True).from_sample({"image": image, "fields": nothing}, np.zeros(2, np.float32))
         assert empty["boxes"].shape == (0, 4)
         assert empty["masks"].shape == (0, 32, 32)
 
@@ -205,10 +202,10 @@ class TestGeometry:
             mask[y0:y1, x0:x1] = True
             image[channel][mask] = 255
         fields = {"boxes": torch.tensor(COLORED).float(), "box_labels": torch.tensor([0, 1]), "instance_masks": masks}
-        jitter = (RandomRescale(48, 48, (0.4, 2.0)), FilledCrop(48, fill=(0, 0, 0)), v2.RandomHorizontalFlip())
+        jitter = (RandomRescale(48, 48, (0.4, 2.0)), PaddedCrop(48, fill=(0, 0, 0)), v2.RandomHorizontalFlip())
         view, kept = DetectionView(jitter, masks=True, tight=tight), 0
         for number in range(30):
-            row = view.annotated(image, fields, np.array([number / 30, 0.5], np.float32))
+            row = view.from_sample({"image": image, "fields": fields}, np.array([number / 30, 0.5], np.float32))
             for box, label, mask in zip(row["boxes"], row["box_labels"], row["masks"], strict=True):
                 shown = row["image"][label] > 127
                 columns, lines = shown.any(dim=0).nonzero(), shown.any(dim=1).nonzero()
@@ -231,11 +228,11 @@ class TestGeometry:
 
         right = (half,)
         uniform = np.zeros(2, np.float32)
-        tight = DetectionView(right, masks=True, tight=True).annotated(image, fields, uniform)
+        tight = DetectionView(right, masks=True, tight=True).from_sample({"image": image, "fields": fields}, uniform)
         assert tight["boxes"].tolist() == [[1.0, 1.0, 3.0, 3.0]]
         assert tight["box_labels"].tolist() == [4]
         assert tight["crowd"].tolist() == [True]  # goes where its box goes
-        cut = DetectionView(right, masks=True).annotated(image, fields, uniform)
+        cut = DetectionView(right, masks=True).from_sample({"image": image, "fields": fields}, uniform)
         assert cut["boxes"].tolist() == [[0.0, 1.0, 3.0, 7.0]]
         batch = DetectionView(masks=True).collate([tight, tight])
         assert [each.tolist() for each in batch["crowd"]] == [[True], [True]]
@@ -254,8 +251,8 @@ class TestGeometry:
         for number in range(40):
             uniform = np.full(2, number / 40, np.float32)
             for share in both:
-                view = SegmentationView((FilledCrop(8, max_share=share),))
-                both[share] += len(view.annotated(image, {"segmentation": mask}, uniform)["mask"].unique()) == 2
+                view = SegmentationView((PaddedCrop(8, max_share=share),))
+                both[share] += len(view.from_sample({"image": image, "fields": {"segmentation": mask}}, uniform)["mask"].unique()) == 2
         assert both[0.75] > 2 * both[1.0]
 
     def test_pictures_are_filled_up_to_the_largest_and_a_multiple(self) -> None:
@@ -271,7 +268,7 @@ class TestGeometry:
         batch = rows(view, [0])
         assert batch["image"].shape[-2:] == (16, 22)
         assert torch.equal(batch["mask"][0], Encoded()[0]["fields"]["segmentation"])
-        with pytest.raises(SettingError, match=r"2 sizes do not make one batch.*data.eval_batch_size must be 1"):
+        with pytest.raises(SettingError, match=r"2 sizes do not make one batch.*set data.eval_batch_size=1"):
             rows(view, [0, 1])
         alike = [{"image": torch.zeros(3, 8, 8), "mask": torch.zeros(side, side)} for side in (4, 5)]
         with pytest.raises(SettingError, match="2 sizes do not make one batch"):
@@ -316,16 +313,16 @@ class TestDraws:
         )
         (batch,) = data.train_dataloader()
         assert batch["index"][batch["replaced"]].tolist() == [4]
-        assert "encoded/4\tits segmentation has 23x20 pixels, the picture 24x20" in (tmp_path / "bad.tsv").read_text()
+        assert "encoded/4\tits segmentation has 23x20 pixels, the image 24x20" in (tmp_path / "bad.tsv").read_text()
 
     def test_things_that_do_not_fit_are_bad(self) -> None:
         image, uniform = torch.zeros(3, 8, 8, dtype=torch.uint8), np.zeros(2, np.float32)
         fields = {"boxes": torch.zeros(2, 4), "box_labels": torch.zeros(3, dtype=torch.int64)}
-        with pytest.raises(BadSample, match=r"3 things have boxes of the shape \[2, 4\]"):
-            DetectionView().annotated(image, fields, uniform)
+        with pytest.raises(BadSample, match=r"3 objects have boxes of the shape \[2, 4\]"):
+            DetectionView().from_sample({"image": image, "fields": fields}, uniform)
         fields |= {"boxes": torch.zeros(3, 4), "instance_masks": torch.zeros(2, 8, 8)}
-        with pytest.raises(BadSample, match="3 things have 2 masks"):
-            DetectionView(masks=True).annotated(image, fields, uniform)
+        with pytest.raises(BadSample, match="3 objects have 2 masks"):
+            DetectionView(masks=True).from_sample({"image": image, "fields": fields}, uniform)
 
 
 class TestBatches:
@@ -370,7 +367,7 @@ class TestBatches:
             SettingError, match=r"data.source.fields: SegmentationView needs the ground truth segm.*depth"
         ):
             module(SegmentationView(), scenes).train_dataloader()
-        with pytest.raises(SettingError, match=r"data.eval_view: annotated pictures need a view .* not CenterCrop"):
+        with pytest.raises(SettingError, match=r"SegmentationView needs the ground truth segmentation, and data.eval_view, CenterCrop, reads none"):
             module(SegmentationView(), eval_view=CenterCrop(8)).batch_type  # noqa: B018
         assert module(SegmentationView()).mask_classes == Encoded.mask_classes
 
@@ -383,8 +380,8 @@ class TestScenes:
         drawn, kept = make(), make(cache_dir=tmp_path)
         assert sorted(each.name.split("-")[0] for each in tmp_path.iterdir() if each.is_dir()) == [
             "depths",
+            "objects",
             "scenes",
-            "things",
         ]
         again = copy.deepcopy(kept)  # by the state that goes to a loader's worker
         assert len(pickle.dumps(kept)) < 20_000
@@ -420,7 +417,7 @@ class TestScenes:
     [
         (lambda: RandomRescale(0), "RandomRescale: 1 <= shorter"),
         (lambda: RandomRescale(8, ratio=(2.0, 1.0)), "RandomRescale"),
-        (lambda: FilledCrop(8, max_share=0.0), "max_share in"),
+        (lambda: PaddedCrop(8, max_share=0.0), "max_share in"),
         (lambda: DepthView(nearest=2.0, farthest=1.0), "nearest < farthest"),
         (lambda: DetectionView(smallest=0.0), "smallest and multiple"),
         (lambda: DetectionView(tight=True), "masks=true is needed"),
@@ -432,7 +429,7 @@ def test_nonsense_is_refused(make: Any, message: str) -> None:
 
 
 def test_plain_images_stay_what_they_were() -> None:
-    data = ImageDataModule(
+    data = DataModule(
         source=partial(ScenesSource, count=8, resolution=16, fields=["depth"]),
         train_view=CenterCrop(16, 1.0),
         eval_view=CenterCrop(16, 1.0),
@@ -443,14 +440,14 @@ def test_plain_images_stay_what_they_were() -> None:
 
 
 def test_data_without_ground_truth_refuses_a_view_that_needs_it() -> None:
-    data = ImageDataModule(
+    data = DataModule(
         source=partial(ScenesSource, count=8, resolution=16),
         train_view=SegmentationView(),  # type: ignore[arg-type]
         eval_view=CenterCrop(16, 1.0),
         batch_size=4,
         num_workers=0,
     )
-    with pytest.raises(UserError, match=r"data.train_view: a SegmentationView needs ground truth beside the picture"):
+    with pytest.raises(UserError, match=r"data.train_view: SegmentationView needs the ground truth segmentation, and data.eval_view"):
         check_batches(linear(), data)
     views = {"train_view": SegmentationView(), "eval_view": SegmentationView()}
-    check_batches(linear(), AnnotatedDataModule(source=Encoded, **views, batch_size=4))
+    check_batches(linear(), DataModule(source=Encoded, **views, batch_size=4))

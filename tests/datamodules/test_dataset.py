@@ -4,15 +4,16 @@ import torch
 
 from src.datamodules.batches.base import BatchError, validate
 from src.datamodules.batches.image import ImageBatch
+from src.datamodules.datamodule import DataModule
 from src.datamodules.dataset import EvalSampler, ResumableLoader, SampleKey, TrainSampler, ViewedDataset
-from src.datamodules.image import ImageDataModule
-from src.datamodules.sources.source import BadSample
+from src.datamodules.decoding import BadSample
+from src.datamodules.sources.source import Source
 from src.datamodules.sources.splits import of_each_class
 from src.datamodules.views.image import CenterCrop, RandomResizedCrop
 from src.errors import SettingError
 
 
-class Arrays:
+class Arrays(Source):
     """Images in memory, whole."""
 
     classes = ("a", "b")
@@ -40,7 +41,7 @@ class OneByOne(Arrays):
     ) -> None:
         super().__init__(split, count)
         self.pictures, self.bad, self.wide = self.images, bad, wide
-        del self.images
+        self.images = None
 
     def __getitem__(self, index: int):
         if index in self.bad:
@@ -180,9 +181,9 @@ def test_the_state_of_a_finished_epoch_starts_the_next_one_from_its_beginning():
     assert len(list(loader)) == 6
 
 
-def datamodule(**changes) -> ImageDataModule:
+def datamodule(**changes) -> DataModule:
     settings = {"source": Arrays, "train_view": VIEW, "eval_view": CenterCrop(size=8, share=1.0), "batch_size": 4}
-    return ImageDataModule(**{**settings, "num_workers": 0, **changes})
+    return DataModule(**{**settings, "num_workers": 0, **changes})
 
 
 def test_batches_are_what_their_type_says_once_they_are_on_the_device():
@@ -225,11 +226,11 @@ def test_training_on_few_of_each_class_takes_others_with_another_seed() -> None:
     assert few == seen(0)
     assert few != seen(1)
     assert set(seen(0, train_samples=4)) < set(few)
-    with pytest.raises(SettingError, match=r"data.train_shots=13: there are 12 samples of a class"):
+    with pytest.raises(SettingError, match=r"data.train_shots=13 must be at least 1 and at most 12, the samples of the smallest class"):
         datamodule(train_shots=13).train_dataloader()
     unlabelled = datamodule(train_shots=1)
     unlabelled.train_source.labels = None
-    with pytest.raises(SettingError, match="does not know its labels before it is read"):
+    with pytest.raises(SettingError, match="the labels of Arrays are unknown before it is read"):
         unlabelled.train_dataloader()
 
 

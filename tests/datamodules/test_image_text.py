@@ -15,27 +15,29 @@ from PIL import Image
 from src import configuration, train
 from src.datamodules.batches.base import validate
 from src.datamodules.batches.image_text import ImageTextBatch
-from src.datamodules.dataset import SampleKey
-from src.datamodules.image_text import ImageTextDataModule, ImageTextDataset
+from src.datamodules.datamodule import DataModule
+from src.datamodules.dataset import SampleKey, ViewedDataset
+from src.datamodules.decoding import BadSample
+from src.datamodules.extras.captions import CaptionedSource, Captions
 from src.datamodules.scenes import captions
 from src.datamodules.scenes.shapes import KINDS
 from src.datamodules.scenes.source import ScenesSource, SceneTexts
 from src.datamodules.sources.captioned_files import CaptionListSource
-from src.datamodules.sources.source import BadSample, CaptionedSource
+from src.datamodules.sources.source import Source
 from src.datamodules.sources.text_filter import TextFilter
 from src.datamodules.sources.webdataset import CaptionedWebDatasetSource
-from src.datamodules.text.tokenizer import trained
+from src.datamodules.text.tokenizer import train_tokenizer
 from src.datamodules.views.color import Color
 from src.datamodules.views.image import CenterCrop, RandomResizedCrop
 from src.datamodules.views.multi import Augmented, MultiView
 
 WORDS = ["zero one two three four five six seven eight nine said once and twice"]
-TOKENIZER = trained(WORDS, vocabulary=300, length=12)
-LONGER = trained(WORDS, vocabulary=300, length=40)
+TOKENIZER = train_tokenizer(WORDS, vocabulary=300, length=12)
+LONGER = train_tokenizer(WORDS, vocabulary=300, length=40)
 NUMBERS = WORDS[0].split()[:10]
 
 
-class Numbered:
+class Numbered(Source):
     """Images of one grey each, and texts that say which."""
 
     classes = ("odd", "even")
@@ -61,8 +63,8 @@ class Numbered:
         return [self.caption(index, 0.0), self.caption(index, 0.9)]
 
 
-def dataset(**options) -> ImageTextDataset:
-    return ImageTextDataset(Numbered(**options), CenterCrop(8, share=1.0), tokenizer=TOKENIZER, seed=3)
+def dataset(**options) -> ViewedDataset:
+    return ViewedDataset(Numbered(**options), CenterCrop(8, share=1.0), extras=Captions(), tokenizer=TOKENIZER, seed=3)
 
 
 def read(batch, tokenizer=TOKENIZER) -> list[str]:
@@ -93,7 +95,8 @@ class Worded(Numbered):
 
 def test_rewrites_are_a_few_texts_of_a_picture_that_stay_the_same():
     def texts(rewrites: int, position: int, seed: int = 3) -> list[str]:
-        data = ImageTextDataset(Worded(), CenterCrop(8, share=1.0), tokenizer=LONGER, seed=seed, rewrites=rewrites)
+        extras = Captions(rewrites)
+        data = ViewedDataset(Worded(), CenterCrop(8, share=1.0), extras=extras, tokenizer=LONGER, seed=seed)
         return [read(data[[SampleKey(epoch, position)]], LONGER)[0] for epoch in range(60)]
 
     counts = Counter(texts(3, 4))
@@ -115,7 +118,7 @@ def test_a_picture_without_text_and_a_text_without_picture_are_replaced_together
         assert text.startswith(NUMBERS[int(grey)])
 
 
-def module(tmp_path, source=None, **options) -> ImageTextDataModule:
+def module(tmp_path, source=None, **options) -> DataModule:
     settings = {
         "source": source or partial(ScenesSource, count=12, resolution=16, texts=SceneTexts(wordings=(0, 1))),
         "train_view": RandomResizedCrop(16),
@@ -126,7 +129,7 @@ def module(tmp_path, source=None, **options) -> ImageTextDataModule:
         "text_length": 48,
         "vocabulary": 320,
     }
-    return ImageTextDataModule(**{**settings, **options})
+    return DataModule(extras=Captions(), **{**settings, **options})
 
 
 def test_scenes_come_with_their_texts(tmp_path):
@@ -178,16 +181,14 @@ def test_another_run_s_tokenizer_is_taken_over(tmp_path):
         assert torch.equal(second.tokenizer(["a red star"])[0], first.tokenizer(["a red star"])[0])
         # once it is there, where it came from may be gone
         module(tmp_path, tokenizer_file=file, tokenizer_from=tmp_path / "gone").prepare_data()
-    with pytest.raises(ValueError, match=r"data.tokenizer_from=.*gone: no tokenizer.json was learned there"):
+    with pytest.raises(ValueError, match=r"data.tokenizer_from=.*gone: that run has no tokenizer.json"):
         module(
             tmp_path, tokenizer_file=tmp_path / "new.d" / "tokenizer.json", tokenizer_from=tmp_path / "gone"
         ).prepare_data()
 
 
 def test_what_cannot_be_is_refused_by_its_key(tmp_path):
-    class Mute:
-        classes = ()
-
+    class Mute(Source):
         def __init__(self, split: str) -> None: ...
 
         def __len__(self) -> int:
@@ -198,16 +199,16 @@ def test_what_cannot_be_is_refused_by_its_key(tmp_path):
         def name(self, index: int) -> str:
             return ""
 
-    with pytest.raises(ValueError, match=r"data.source: Mute has no texts"):
+    with pytest.raises(ValueError, match=r"data.source: Mute has no captions"):
         module(tmp_path, source=Mute).train_dataloader()
     with pytest.raises(ValueError, match=r"data.vocabulary=100: the tokenizer has 2\d\d ids"):
         module(tmp_path, vocabulary=100).prepare_data()  # the bytes alone are more
-    with pytest.raises(ValueError, match=r"data.tokenizer: name one"):
+    with pytest.raises(ValueError, match=r"data.tokenizer: name a tokenizer"):
         module(tmp_path, tokenizer_file=None)
-    with pytest.raises(ValueError, match=r"data.rewrites=-1"):
-        module(tmp_path, rewrites=-1)
+    with pytest.raises(ValueError, match=r"data.extras.rewrites=-1"):
+        Captions(rewrites=-1)
     views = MultiView({"one": Augmented(RandomResizedCrop(16), Color())})
-    with pytest.raises(ValueError, match=r"data.train_view: a text goes with one view"):
+    with pytest.raises(ValueError, match=r"data.train_view: captions go with a view that makes an ImageBatch"):
         _ = module(tmp_path, train_view=views).batch_type
     for wrong, said in (
         ({"style": "loud"}, "not 'loud'"),
@@ -249,7 +250,7 @@ def test_what_is_bad_in_a_list_is_replaced_by_name_and_ends_nothing(tmp_path, pa
     for grey, text in zip(batch["image"][:, 0, 0, 0].tolist(), data.tokenizer.decode(batch["text"]), strict=True):
         assert text.startswith(f"number {grey}")
     listed = dict(line.split("\t") for line in log.read_text().splitlines())
-    said = {1: "the file does not exist", 2: "not a picture", 3: "it has no text", 4: "its text is not valid UTF-8"}
+    said = {1: "the file does not exist", 2: "not a picture", 3: "it has no caption", 4: "its text is not valid UTF-8"}
     assert set(listed) == {str(tmp_path / f"{number}.png") for number in said}
     for number, reason in said.items():
         assert reason in listed[str(tmp_path / f"{number}.png")]
@@ -350,11 +351,11 @@ def test_every_set_with_texts_can_be_named_beside_an_experiment(tmp_path):
     ]
     config = train.compose(words)
     configuration.check_complete(config)
-    assert config.data._target_ == "src.datamodules.image_text.ImageTextDataModule"
+    assert config.data._target_ == "src.datamodules.datamodule.DataModule"
     for name, chosen in settings.items():
         config.data.source = OmegaConf.load(configuration.CONFIGS / "data" / f"{name}.yaml").source
         config.data.source.update(chosen)
         source = configuration.instantiate(config.data).train_source
         assert isinstance(source, CaptionedSource), name
         assert [source.captions(index) for index in range(len(source))] == [["a thing"]], name
-        assert source[0]["label"] == -1
+        assert "label" not in source[0]

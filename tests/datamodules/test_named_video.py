@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from src.datamodules.named_video import NamedVideoDataModule
+from src.datamodules.datamodule import DataModule
+from src.datamodules.extras.class_names import ClassNames
 from src.datamodules.scenes.films import FilmsSource
 from src.datamodules.scenes.motion import ACTIONS
 from src.datamodules.sources.source import Split
@@ -23,9 +24,10 @@ def films(split: Split, **options: Any) -> FilmsSource:
     return FilmsSource(split, count=40, resolution=8, duration=0.5, rate=4.0, **options)
 
 
-def named(tmp_path: Path, source: Any = films, **options: Any) -> NamedVideoDataModule:
+def named(tmp_path: Path, source: Any = films, **options: Any) -> DataModule:
     clip = SegmentClip(frames=2)
-    return NamedVideoDataModule(
+    return DataModule(
+        extras=ClassNames(),
         source=source,
         train_view=RandomVideoCrop(clip, RandomResizedCrop(8)),
         eval_view=CenterVideoCrop(clip, 8),
@@ -49,9 +51,13 @@ def test_classes_are_called_by_name(tmp_path: Path) -> None:
 
 
 def test_classes_without_names_are_refused(tmp_path: Path) -> None:
-    nameless = type("Nameless", (), {"classes": ()})
-    with pytest.raises(SettingError, match="Nameless has no names of classes"):
-        named(tmp_path, lambda split: nameless()).class_texts()
+    class Nameless(FilmsSource):
+        def __init__(self, split: Split) -> None:
+            super().__init__(split, count=4, resolution=8)
+            self.classes = ()
+
+    with pytest.raises(SettingError, match="Nameless has no class names"):
+        named(tmp_path, Nameless).class_texts()
 
 
 def test_what_is_held_out_is_never_trained_on_and_judged_as_ever(tmp_path: Path) -> None:

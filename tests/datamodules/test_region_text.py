@@ -13,19 +13,22 @@ from torchvision.transforms import v2
 from src import configuration
 from src.datamodules.batches.base import validate
 from src.datamodules.batches.dense import RegionTextBatch
-from src.datamodules.dataset import SampleKey
-from src.datamodules.region_text import RegionTextDataModule, RegionTextDataset
+from src.datamodules.datamodule import DataModule
+from src.datamodules.dataset import SampleKey, ViewedDataset
+from src.datamodules.decoding import BadSample
+from src.datamodules.extras.region_texts import RegionTexts
 from src.datamodules.scenes.captions import _SYNONYMS
-from src.datamodules.sources.source import BadSample, Split
-from src.datamodules.text.tokenizer import trained
-from src.datamodules.views.joint import DetectionView, FilledCrop, RandomRescale, RegionView
+from src.datamodules.sources.source import Split
+from src.datamodules.text.tokenizer import train_tokenizer
+from src.datamodules.views.detection import DetectionView, RegionView
+from src.datamodules.views.transforms import PaddedCrop, RandomRescale
 from src.errors import SettingError
 from src.train import compose
 from tests.datamodules.test_annotated import Encoded
 
 WORDS = [f"a {word} {letter}" for letter in Encoded.mask_classes for word in ("large", "small")]
-TOKENIZER = trained(WORDS, vocabulary=400, length=8)
-PART = RegionView((RandomRescale(32, 64, (0.5, 2.0)), FilledCrop(16), v2.RandomHorizontalFlip()))
+TOKENIZER = train_tokenizer(WORDS, vocabulary=400, length=8)
+PART = RegionView((RandomRescale(32, 64, (0.5, 2.0)), PaddedCrop(16), v2.RandomHorizontalFlip()))
 
 
 class Told(Encoded):
@@ -55,7 +58,7 @@ class Empty(Told):
 
 
 def batch(positions: range, epoch: int = 0, view: RegionView = PART, **options: Any) -> dict[str, Any]:
-    data = RegionTextDataset(Told(**options), view, tokenizer=TOKENIZER, seed=5)
+    data = ViewedDataset(Told(**options), view, extras=RegionTexts(), tokenizer=TOKENIZER, seed=5)
     return data[[SampleKey(epoch, position) for position in positions]]
 
 
@@ -70,7 +73,7 @@ def test_a_text_is_that_of_its_box():
         assert [text.split()[-1] for text in told] == [Told.mask_classes[label] for label in labels]
     assert 0 < sum(map(len, found["boxes"])) < sum(map(len, whole["boxes"]))  # some things are outside of the parts
     for boxes, labels, things, every in zip(
-        *(found[name] for name in ("boxes", "box_labels", "thing")), whole["box_labels"], strict=True
+        *(found[name] for name in ("boxes", "box_labels", "object_index")), whole["box_labels"], strict=True
     ):
         assert len(boxes) == len(things)
         assert torch.equal(every[things], labels)
@@ -96,20 +99,21 @@ def test_a_thing_without_text_is_no_sample(caplog):
     assert found["replaced"].tolist() == [False, False, True, False, True, False]
     for labels, told in zip(found["box_labels"], texts(found), strict=True):
         assert [text.split()[-1] for text in told] == [Told.mask_classes[label] for label in labels]
-    assert "replaced encoded/2: a thing of it has no text" in caplog.text
+    assert "replaced encoded/2: an object of it has no text" in caplog.text
     assert "replaced encoded/4: its texts are cut off" in caplog.text
 
 
 def test_pictures_of_nothing_have_no_texts():
-    data = RegionTextDataset(Empty(), RegionView(), tokenizer=TOKENIZER, seed=5)
+    data = ViewedDataset(Empty(), RegionView(), extras=RegionTexts(), tokenizer=TOKENIZER, seed=5)
     found = data[[SampleKey(0, 0), SampleKey(0, 3)]]
     assert [tuple(each.shape) for each in found["region_text"]] == [(0, 8), (0, 8)]
     assert [tuple(each.shape) for each in found["region_text_mask"]] == [(0, 8), (0, 8)]
 
 
-def module(folder: Path, **options: Any) -> RegionTextDataModule:
+def module(folder: Path, **options: Any) -> DataModule:
     known: dict[str, Any] = {"source": Told, "train_view": PART, "eval_view": RegionView(), "batch_size": 6}
-    return RegionTextDataModule(
+    return DataModule(
+        extras=RegionTexts(),
         **{**known, "num_workers": 0, "text_length": 8, "tokenizer_file": folder / "tokenizer.json", **options}
     )
 
@@ -123,9 +127,9 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path):
 
 
 def test_what_has_no_texts_of_its_things_is_told(tmp_path: Path):
-    with pytest.raises(SettingError, match="Encoded has no texts of the things in its pictures"):
+    with pytest.raises(SettingError, match="Encoded has no texts of the objects in its images"):
         module(tmp_path, source=Encoded).prepare_data()
-    with pytest.raises(SettingError, match=r"data.eval_view: texts of things need a RegionView, not a DetectionView"):
+    with pytest.raises(SettingError, match=r"data.eval_view: texts of objects need a RegionView, not a DetectionView"):
         module(tmp_path, eval_view=DetectionView()).batch_type  # noqa: B018
     plain = module(tmp_path, source=partial(_without_boxes, Told))
     with pytest.raises(SettingError, match="RegionView needs the ground truth boxes, box_labels"):
@@ -139,10 +143,10 @@ def _without_boxes(kind: type, split: Split) -> Any:
 
 
 def test_scenes_say_what_each_of_their_things_is(tmp_path: Path):
-    views = [f"data.{name}._target_=src.datamodules.views.joint.RegionView" for name in ("train_view", "eval_view")]
+    views = [f"data.{name}._target_=src.datamodules.views.detection.RegionView" for name in ("train_view", "eval_view")]
     words = ["experiment=detection_vitb", "scale=tiny", "data=scenes_regions", "masks=false", *views]
     small = ["data.batch_size=8", "data.source.count=40", "data.source.cache_dir=null", f"run.dir='{tmp_path}'"]
-    data: RegionTextDataModule = configuration.instantiate(compose([*words, *small]).data)
+    data: DataModule = configuration.instantiate(compose([*words, *small]).data)
     data.prepare_data()
     source: Any = data.train_source
     found = next(iter(data.train_dataloader()))

@@ -14,10 +14,10 @@ from PIL import Image
 
 from src.datamodules.batches.base import mean_of_samples, validate
 from src.datamodules.batches.video import VideoBatch
+from src.datamodules.datamodule import DataModule
 from src.datamodules.scenes.films import FilmsSource
 from src.datamodules.scenes.motion import MovingWorld
 from src.datamodules.sources.video_folder import VideoFolderSource
-from src.datamodules.video import VideoDataModule
 from src.datamodules.views.augment import StrongFrames
 from src.datamodules.views.color import Color
 from src.datamodules.views.image import CenterCrop, RandomResizedCrop, to_tensor
@@ -48,7 +48,7 @@ class Ramp:
 
     duration, rate = 3.0, 10.0
 
-    def at(self, times: list[float]) -> torch.Tensor:
+    def frames_at(self, times: list[float]) -> torch.Tensor:
         numbers = torch.tensor([int(time * 10 + 1e-6) for time in times], dtype=torch.uint8)
         frames = numbers.view(-1, 1, 1, 1).repeat(1, 3, 20, 30)
         frames[..., 0] = 255
@@ -57,11 +57,11 @@ class Ramp:
 
 def test_all_frames_of_a_clip_are_cropped_and_mirrored_alike() -> None:
     view = RandomVideoCrop(DenseClip(frames=3, stride=5), RandomResizedCrop(20, (1.0, 1.0), (1.5, 1.5), flip=0.5))
-    numbers = np.full(view.draws, 0.5, np.float32)
+    numbers = np.full(view.num_uniforms, 0.5, np.float32)
     numbers[0] = 0.0
     for last, column in ((0.4, -1), (0.6, 0)):
         numbers[-1] = last
-        video = view.encoded(Ramp(), numbers)["video"]
+        video = view.from_video(Ramp(), numbers)["video"]
         assert video.shape == (3, 3, 20, 20)
         assert [int(frame[0, 10, 10]) for frame in video] == [0, 5, 10]
         assert (video[:, :, :, column] > 100).all()
@@ -71,12 +71,12 @@ def test_all_frames_of_a_clip_change_their_colors_alike() -> None:
     clip, crop = SegmentClip(frames=3), RandomResizedCrop(20, (1.0, 1.0), (1.5, 1.5), flip=0.0)
     color = Color(brightness=0.5, jitter=1.0, grey=0.5)
     plain, view = RandomVideoCrop(clip, crop), RandomVideoCrop(clip, crop, color=color)
-    numbers = np.random.default_rng(3).random(view.draws).astype(np.float32)
-    before = plain.encoded(Ramp(), numbers[: plain.draws])["video"]
-    after = view.encoded(Ramp(), numbers)["video"]
+    numbers = np.random.default_rng(3).random(view.num_uniforms).astype(np.float32)
+    before = plain.from_video(Ramp(), numbers[: plain.num_uniforms])["video"]
+    after = view.from_video(Ramp(), numbers)["video"]
     # each frame as it would be alone, all with the numbers that come last
     for own, changed in zip(before, after, strict=True):
-        assert torch.equal(color(own[None], numbers[None, -color.draws :])[0], changed)
+        assert torch.equal(color(own[None], numbers[None, -color.num_uniforms :])[0], changed)
     assert not torch.equal(before, after)
 
 
@@ -98,8 +98,8 @@ def test_multi_scale_boxes_are_neighboring_sides_at_thirteen_places() -> None:
 
 def test_the_middle_of_a_video_needs_no_randomness() -> None:
     view = CenterVideoCrop(clip=SegmentClip(frames=3), size=8, share=1.0)
-    assert view.draws == 0
-    video = view.encoded(Ramp(), np.zeros(0, np.float32))["video"]
+    assert view.num_uniforms == 0
+    video = view.from_video(Ramp(), np.zeros(0, np.float32))["video"]
     assert [int(frame[0, 4, 4]) for frame in video] == [5, 15, 25]
 
 
@@ -109,12 +109,12 @@ def films(**options: object) -> partial[FilmsSource]:
     )
 
 
-def module(source: object, **options: object) -> VideoDataModule:
+def module(source: object, **options: object) -> DataModule:
     views = {
         "train_view": RandomVideoCrop(DenseClip(frames=4, stride=2), MultiScaleCrop(16)),
         "eval_view": CenterVideoCrop(clip=DenseClip(frames=4, stride=2), size=16),
     }
-    return VideoDataModule(**{"source": source, "batch_size": 4, "seed": 0, "num_workers": 0, **views, **options})
+    return DataModule(**{"source": source, "batch_size": 4, "seed": 0, "num_workers": 0, **views, **options})
 
 
 def test_films_become_batches_of_clips() -> None:
@@ -133,10 +133,10 @@ def test_films_become_batches_of_clips() -> None:
 def test_a_films_frames_are_its_scenes_at_their_times() -> None:
     source = films()("val")
     footage = source[1]["image"]
-    still = footage.at([0.0, 0.26, 0.25, 9.0])
+    still = footage.frames_at([0.0, 0.26, 0.25, 9.0])
     assert torch.equal(still[1], still[2])  # the same frame, an eighth of a second long
     assert not torch.equal(still[0], still[1])
-    assert torch.equal(still[3], footage.at([0.99])[0])  # after the end the last one is held
+    assert torch.equal(still[3], footage.frames_at([0.99])[0])  # after the end the last one is held
 
 
 def test_films_from_the_cache_are_those_that_are_drawn(tmp_path: Path) -> None:
@@ -145,14 +145,14 @@ def test_films_from_the_cache_are_those_that_are_drawn(tmp_path: Path) -> None:
     assert folder.name.startswith("films-24px-4-")
     times = [0.9, 0.0, 0.26, 7.0]
     for index in range(4):
-        assert torch.equal(kept[index]["image"].at(times), drawn[index]["image"].at(times))
+        assert torch.equal(kept[index]["image"].frames_at(times), drawn[index]["image"].frames_at(times))
         assert kept[index]["label"] == drawn[index]["label"]
         assert (kept[index]["image"].duration, kept[index]["image"].rate) == (1.0, 8.0)
     again = copy.deepcopy(kept)  # by the state that goes to a loader's worker
     assert len(pickle.dumps(kept)) < 20_000
-    assert torch.equal(again[2]["image"].at(times), kept[2]["image"].at(times))
+    assert torch.equal(again[2]["image"].frames_at(times), kept[2]["image"].frames_at(times))
     other = films(cache_dir=tmp_path, world=MovingWorld(tempo=(0.1, 0.2)))("val")
-    assert not torch.equal(other[2]["image"].at(times), kept[2]["image"].at(times))
+    assert not torch.equal(other[2]["image"].frames_at(times), kept[2]["image"].frames_at(times))
     with pytest.raises(IndexError, match="film 4 of 4"):
         kept[4]
 
@@ -199,19 +199,19 @@ def test_one_decoded_video_gives_several_rows_of_a_batch() -> None:
     asked: list[list[float]] = []
 
     class Counted(Ramp):
-        def at(self, times: list[float]) -> torch.Tensor:
+        def frames_at(self, times: list[float]) -> torch.Tensor:
             asked.append(times)
-            return super().at(times)
+            return super().frames_at(times)
 
     view = RandomVideoCrop(DenseClip(frames=3, stride=2), RandomResizedCrop(8, (0.1, 0.3)), repeats=2)
-    numbers = np.random.default_rng(0).random(view.draws, np.float32)
-    video = view.encoded(Counted(), numbers)["video"]
+    numbers = np.random.default_rng(0).random(view.num_uniforms, np.float32)
+    video = view.from_video(Counted(), numbers)["video"]
     assert video.shape == (2, 3, 3, 8, 8)
     assert len(asked) == 1
     once = RandomVideoCrop(view.clip, view.crop)  # the rows are what the same numbers give alone
     parts = numbers[1:].reshape(2, -1)
     for row, part in zip(video, parts, strict=True):
-        assert torch.equal(row, once.encoded(Ramp(), np.concatenate([numbers[:1], part]))["video"])
+        assert torch.equal(row, once.from_video(Ramp(), np.concatenate([numbers[:1], part]))["video"])
     with pytest.raises(SettingError, match=r"data\.train_view\.repeats must be at least 1"):
         RandomVideoCrop(view.clip, view.crop, repeats=0)
 
@@ -237,7 +237,7 @@ class Corners:
 
     duration, rate = 1.0, 10.0
 
-    def at(self, times: list[float]) -> torch.Tensor:
+    def frames_at(self, times: list[float]) -> torch.Tensor:
         numbers = torch.tensor([int(time * 10 + 1e-6) for time in times])
         columns = torch.arange(60).expand(len(times), 3, 20, 60)
         return (columns + 20 * numbers.view(-1, 1, 1, 1)).to(torch.uint8)
@@ -245,19 +245,19 @@ class Corners:
 
 def test_segments_and_crops_of_a_test_at_hand_worked_places() -> None:
     view = CenterVideoCrop(DenseClip(frames=2, stride=2), size=20, share=1.0, segments=3, crops=3)
-    video = view.encoded(Corners(), np.zeros(0, np.float32))["video"]
+    video = view.from_video(Corners(), np.zeros(0, np.float32))["video"]
     assert view.rows == 9
     assert video.shape == (9, 2, 3, 20, 20)
     # clips from 0, 0.35 and 0.7 s on, so frames 0, 3 and 7 and those two later; columns from 0, 20 and 40 on
     first = [[int(frame[0, 10, 0]) for frame in clip] for clip in video]
     assert first == [[20 * n + c, 20 * (n + 2) + c] for n in (0, 3, 7) for c in (0, 20, 40)]
     tall = Corners()
-    tall.at = lambda times: Corners.at(tall, times).transpose(-1, -2)  # type: ignore[method-assign]
-    upright = view.encoded(tall, np.zeros(0, np.float32))["video"]
+    tall.frames_at = lambda times: Corners.frames_at(tall, times).transpose(-1, -2)  # type: ignore[method-assign]
+    upright = view.from_video(tall, np.zeros(0, np.float32))["video"]
     assert torch.equal(upright, video.transpose(-1, -2))
     # segments: all frames together are even steps
     segments = CenterVideoCrop(SegmentClip(frames=2), size=20, share=1.0, segments=2)
-    video = segments.encoded(Corners(), np.zeros(0, np.float32))["video"]
+    video = segments.from_video(Corners(), np.zeros(0, np.float32))["video"]
     assert [[int(frame[0, 0, 0]) // 20 - 1 for frame in clip] for clip in video] == [[0, 5], [2, 7]]
 
 
@@ -275,7 +275,7 @@ def test_several_clips_of_a_video_stay_together_and_are_averaged() -> None:
     found = extract({"it": Means()}, data.val_dataloader(), data, torch.device("cpu"))["it"]
     assert found.labels.tolist() == [data.val_source[index]["label"] for index in range(4)]
     for index, row in enumerate(found.features):
-        clips = view.encoded(data.val_source[index]["image"], np.zeros(0, np.float32))["video"]
+        clips = view.from_video(data.val_source[index]["image"], np.zeros(0, np.float32))["video"]
         normalized = data.on_after_batch_transfer({"video": clips}, 0)["video"]
         torch.testing.assert_close(row, normalized.mean(dim=(0, 1, 3, 4)))
 
@@ -294,25 +294,25 @@ def test_all_frames_change_alike_and_one_rectangle_is_erased() -> None:
     frames = torch.randint(0, 256, (1, 3, 24, 32), dtype=torch.uint8).expand(4, -1, -1, -1)
     strong = StrongFrames(24, erase=1.0)
     numbers = np.array([0.3, 0.6])
-    changed = strong.augmented(frames, numbers)
+    changed = strong.augment(frames, numbers)
     assert not torch.equal(changed[0], frames[0])
     assert all(torch.equal(frame, changed[0]) for frame in changed)
-    assert torch.equal(strong.augmented(frames, numbers), changed)
-    assert not torch.equal(strong.augmented(frames, np.array([0.31, 0.6])), changed)
-    erased = strong.erased(frames[..., :24], numbers)
+    assert torch.equal(strong.augment(frames, numbers), changed)
+    assert not torch.equal(strong.augment(frames, np.array([0.31, 0.6])), changed)
+    erased = strong.erase_rectangle(frames[..., :24], numbers)
     gone = (erased != frames[..., :24]).any(dim=1)  # [T, H, W]
     rows, columns = gone.any(dim=(0, 2)).nonzero().flatten(), gone.any(dim=(0, 1)).nonzero().flatten()
     height, width = int(rows[-1] - rows[0]) + 1, int(columns[-1] - columns[0]) + 1
     assert 0.9 * 4 * height * width < int(gone.sum()) < 4 * 24 * 24  # all of one rectangle in every frame
     assert not torch.equal(erased[0], erased[1])  # with noise of its own
     still = StrongFrames(24, policy=None, erase=0.0)
-    assert torch.equal(still.erased(still.augmented(frames, numbers), numbers), frames)
+    assert torch.equal(still.erase_rectangle(still.augment(frames, numbers), numbers), frames)
     view = RandomVideoCrop(DenseClip(frames=3), RandomResizedCrop(8, (0.5, 1.0)), repeats=2, strong=strong)
-    assert view.encoded(Ramp(), np.random.default_rng(0).random(view.draws))["video"].shape == (2, 3, 3, 8, 8)
+    assert view.from_video(Ramp(), np.random.default_rng(0).random(view.num_uniforms))["video"].shape == (2, 3, 3, 8, 8)
 
 
 def test_a_view_of_pictures_is_refused() -> None:
-    with pytest.raises(SettingError, match=r"data\.eval_view: a video needs a view of clips, not of a ImageBatch"):
+    with pytest.raises(SettingError, match=r"RandomVideoCrop is a view of videos, but data.eval_view, CenterCrop, is one of images"):
         module(films(), eval_view=CenterCrop(size=16)).batch_type  # noqa: B018
     with pytest.raises(SettingError, match="a clip needs frames"):
         DenseClip(frames=0)

@@ -36,7 +36,7 @@ def write(path: Path, times: list[float], *, keys: int = 12, base: int = 600) ->
 
 
 def levels(video: EncodedVideo, times: list[float]) -> list[int]:
-    frames = video.at(times)
+    frames = video.frames_at(times)
     return [round(float(frame[:, :, SIZE[1] * 3 // 4].float().mean()) / 10) for frame in frames]
 
 
@@ -48,7 +48,7 @@ def even(tmp_path_factory: pytest.TempPathFactory) -> EncodedVideo:
 
 def test_a_frame_is_shown_until_the_next_one_begins(even: EncodedVideo) -> None:
     assert levels(even, [0.0, 0.05, 0.0999, 0.1, 0.55, 1.9]) == [0, 0, 1, 1, 5, 19]
-    assert even.at([0.3]).shape == (1, 3, *SIZE)
+    assert even.frames_at([0.3]).shape == (1, 3, *SIZE)
     assert even.rate == pytest.approx(10, rel=0.1)
     assert even.duration == pytest.approx(2.0, abs=0.1)
 
@@ -65,7 +65,7 @@ def test_frames_of_a_variable_rate_are_found_by_their_times(tmp_path: Path) -> N
 def test_what_lies_far_ahead_is_jumped_to_and_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "long.mkv", [n / 4 for n in range(24)], keys=4)
     times = [0.3, 2.6, 5.5]
-    straight = EncodedVideo(path).at(times)
+    straight = EncodedVideo(path).frames_at(times)
     jumps: list[float] = []
     jump = footage._Reel._jump
 
@@ -75,7 +75,7 @@ def test_what_lies_far_ahead_is_jumped_to_and_the_same(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(footage._Reel, "_jump", counted)
     monkeypatch.setattr(footage, "_SEEK", 0.5)
-    assert torch.equal(EncodedVideo(path).at(times), straight)
+    assert torch.equal(EncodedVideo(path).frames_at(times), straight)
     assert jumps == [2.6, 5.5]
     assert levels(EncodedVideo(path), times) == [1, 10, 22]
 
@@ -89,7 +89,7 @@ def test_a_phones_video_is_turned_upright(tmp_path: Path) -> None:
         ">9i", 0, one, 0, -one, 0, 0, SIZE[0] * one, 0, 1 << 30
     )  # shown a quarter clockwise
     path.write_bytes(data)
-    frame = EncodedVideo(path).at([0.1])[0]
+    frame = EncodedVideo(path).frames_at([0.1])[0]
     assert frame.shape == (3, SIZE[1], SIZE[0])
     # what was at the left is now at the top
     assert frame[:, :8].float().mean() < 3 < 8 < frame[:, -8:].float().mean() < 12
@@ -104,14 +104,14 @@ def test_what_cannot_be_a_video_is_refused_with_a_reason(tmp_path: Path, even: E
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     with pytest.raises(BadSample, match="no picture in it"):
-        EncodedVideo(sound).at([0.0])
+        EncodedVideo(sound).frames_at([0.0])
     noise = tmp_path / "noise.mp4"
     noise.write_bytes(bytes(range(256)) * 20)
     with pytest.raises(BadSample, match="cannot be read"):
         EncodedVideo(noise).duration  # noqa: B018
     with pytest.raises(BadSample, match="cannot be read"):
-        EncodedVideo(tmp_path / "missing.mp4").at([0.0])
+        EncodedVideo(tmp_path / "missing.mp4").frames_at([0.0])
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(even.path.read_bytes()[:900])
     with pytest.raises(BadSample):
-        EncodedVideo(cut).at([0.0])
+        EncodedVideo(cut).frames_at([0.0])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from src import evaluate, trained
 from src.callbacks.online_image_text import OnlineImageText
 from src.configuration import CONFIGS
-from src.datamodules.image_text import ImageTextDataModule
+from src.datamodules.datamodule import DataModule
 from src.errors import SettingError, UserError
 from src.evaluation.captions import Captioner, CaptionEvaluation, bleu4, cider_d, words
 from src.evaluation.image_text import ImageTextEvaluation
@@ -79,7 +79,7 @@ def test_cider_of_perfect_captions_and_of_one_picture():
 class Teller(nn.Module):
     """Reads an image's grey value and says what such images are said to be."""
 
-    def __init__(self, made: ImageTextDataModule, mute: bool = False) -> None:
+    def __init__(self, made: DataModule, mute: bool = False) -> None:
         super().__init__()
         self.made, self.mute = made, mute
         self.dropout = nn.Dropout()
@@ -115,7 +115,7 @@ def test_what_is_said_is_compared_with_the_picture_s_own_texts(tmp_path):
 class Both(L.LightningModule):
     """Two towers, and one who tells."""
 
-    def __init__(self, made: ImageTextDataModule) -> None:
+    def __init__(self, made: DataModule) -> None:
         super().__init__()
         self.reader, self.teller = Reader(made), Teller(made)
         self.encode_image, self.encode_text, self.caption = (

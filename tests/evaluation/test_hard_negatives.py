@@ -8,8 +8,7 @@ import torch
 from src.datamodules.scenes import captions
 from src.datamodules.scenes.source import ScenesSource
 from src.datamodules.scenes.world import ObjectsWorld
-from src.datamodules.sources.source import HardNegativeSource
-from src.evaluation.hard_negatives import preference
+from src.evaluation.hard_negatives import HardNegativeSource, preference
 from tests.datamodules.test_image_text import Numbered
 
 SCENES = ScenesSource("val", count=60, resolution=16)

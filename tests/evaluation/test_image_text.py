@@ -10,9 +10,9 @@ from torch.nn.functional import one_hot
 
 from src import configuration, evaluate
 from src import trained as trained_runs
-from src.datamodules.image_text import ImageTextDataModule
-from src.datamodules.sources.source import HardNegative, Prompts
-from src.datamodules.text.tokenizing import TokenizingDataModule
+from src.datamodules.datamodule import DataModule
+from src.datamodules.extras.captions import Captions
+from src.datamodules.sources.source import HardNegative, Prompts, Source
 from src.datamodules.views.image import CenterCrop
 from src.errors import UserError
 from src.evaluation.image_text import ImageTextEvaluation
@@ -22,7 +22,7 @@ from tests.datamodules.test_image_text import NUMBERS, TOKENIZER, Numbered
 class Reader(nn.Module):
     """Counts: an image's grey value, and the number that a text names."""
 
-    def __init__(self, data: ImageTextDataModule, blind: bool = False) -> None:
+    def __init__(self, data: DataModule, blind: bool = False) -> None:
         super().__init__()
         self.data, self.blind = data, blind
         self.dropout = nn.Dropout()
@@ -61,9 +61,10 @@ class JudgedSource(Named):
         return [named, HardNegative("saying", f"{NUMBERS[index]} said once", f"{NUMBERS[index]} said twice")]
 
 
-def data(tmp_path, source: type = Named, **options) -> ImageTextDataModule:
+def data(tmp_path, source: type = Named, **options) -> DataModule:
     view = CenterCrop(8, share=1.0)
-    made = ImageTextDataModule(
+    made = DataModule(
+        extras=Captions(),
         source=partial(source, **options),
         train_view=view,
         eval_view=view,
@@ -73,7 +74,7 @@ def data(tmp_path, source: type = Named, **options) -> ImageTextDataModule:
         tokenizer_file=tmp_path / "tokenizer.json",
         text_length=12,
     )
-    made._tokenizer = TOKENIZER
+    made.tokenizer = TOKENIZER
     return made
 
 
@@ -94,7 +95,7 @@ def test_towers_that_say_nothing_are_at_chance(tmp_path):
     assert (scores["retrieval_i2t_r1"], scores["retrieval_t2i_r1"]) == (0.1, 0.1)
 
 
-class Untaught:
+class Untaught(Source):
     """Numbers without texts; training has gone without zero and one."""
 
     classes, held_out = tuple(NUMBERS), (0, 1)
@@ -112,13 +113,6 @@ class Untaught:
         return f"number/{index}"
 
 
-class Told(TokenizingDataModule):
-    """Images with names of classes alone."""
-
-    def texts_to_learn_from(self) -> list[str]:
-        return NUMBERS
-
-
 class Prejudiced(Reader):
     """Takes every number for two before it takes it for itself, and one for zero as well."""
 
@@ -131,8 +125,8 @@ class Prejudiced(Reader):
 
 def test_classes_that_training_has_not_seen_are_judged_among_themselves(tmp_path):
     view = CenterCrop(8, share=1.0)
-    made = Told(source=Untaught, train_view=view, eval_view=view, batch_size=2, num_workers=0, tokenizer="none")
-    made._tokenizer = TOKENIZER
+    made = DataModule(source=Untaught, train_view=view, eval_view=view, batch_size=2, num_workers=0, tokenizer="none")
+    made.tokenizer = TOKENIZER
     scores = ImageTextEvaluation(templates=["{}"])(Prejudiced(made), made, torch.device("cpu"))
     assert scores["zeroshot_top1"] == pytest.approx(1 / 10)  # two alone
     assert scores["zeroshot_seen_top1"] == pytest.approx(1 / 8)  # of two to nine the same

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from src.datamodules.datamodule import DataModule
 from src.datamodules.scenes import render
 from src.datamodules.scenes.films import FilmReader, FilmsSource
-from src.datamodules.sources.source import Sample, Split
-from src.datamodules.video import VideoDataModule
+from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.views.video import CenterVideoCrop, DenseClip
 from src.errors import SettingError
 from src.evaluation.features import BadFeatures
@@ -27,7 +27,7 @@ from tests.evaluation.toy import Squares, random_rows, squares
 CPU = torch.device("cpu")
 
 
-class Walkers:
+class Walkers(Source):
     """Films of 16 x 16 with a red square and a green one of 4 x 4, which walk 4 pixels a frame past each other."""
 
     classes = ("walks",)
@@ -140,7 +140,7 @@ def test_colors_follow_squares_and_blindness_does_not() -> None:
 def test_every_patch_of_the_right_color_gets_the_right_label() -> None:
     source = Walkers("val")
     masks = source.masks(0)
-    frames = source[0]["image"].at([frame / 5 for frame in range(4)])  # type: ignore[union-attr]
+    frames = source[0]["image"].frames_at([frame / 5 for frame in range(4)])  # type: ignore[union-attr]
     features = Patches()(frames.float()).patches
     found = LabelPropagation(Walkers, radius=30).follow(features, (4, 4), masks[0])
     middles = found[:, 2::4, 2::4]  # of patches
@@ -167,7 +167,7 @@ def test_the_first_and_the_last_frame_are_not_judged_and_things_count_alike(monk
 
 def test_encoders_of_videos_are_shown_frames_that_stand_still() -> None:
     view = CenterVideoCrop(DenseClip(frames=6, stride=1), 16)
-    data = VideoDataModule(
+    data = DataModule(
         source=partial(Squares, length=4),
         train_view=view,
         eval_view=view,
@@ -175,7 +175,7 @@ def test_encoders_of_videos_are_shown_frames_that_stand_still() -> None:
         num_workers=0,  # type: ignore[arg-type]
     )
     assert judged(Patches(), data) == pytest.approx(judged(Patches()))
-    still = data.as_seen(torch.randn(2, 3, 8, 8))
+    still = data.as_input(torch.randn(2, 3, 8, 8))
     assert still.shape == (2, 6, 3, 8, 8)
     assert torch.equal(still[:, 0], still[:, 5])
 

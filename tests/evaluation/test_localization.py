@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from src.datamodules.image_text import ImageTextDataModule
+from src.datamodules.datamodule import DataModule
+from src.datamodules.extras.captions import Captions
 from src.datamodules.scenes import captions
 from src.datamodules.scenes.source import ScenesSource
 from src.datamodules.sources.source import Grounding
@@ -44,7 +45,7 @@ class Grounded(Numbered):
 class Pixels(nn.Module):
     """Patches of 2 x 2 by what they show, one axis each; phrases by what they name."""
 
-    def __init__(self, data: ImageTextDataModule, wrong: bool = False) -> None:
+    def __init__(self, data: DataModule, wrong: bool = False) -> None:
         super().__init__()
         self.data, self.wrong = data, wrong
 
@@ -75,9 +76,10 @@ class Words(Pixels):
         return vectors
 
 
-def data(tmp_path, source=Grounded, **options) -> ImageTextDataModule:
+def data(tmp_path, source=Grounded, **options) -> DataModule:
     view = CenterCrop(8, share=1.0)
-    made = ImageTextDataModule(
+    made = DataModule(
+        extras=Captions(),
         source=partial(source, **options),
         train_view=view,
         eval_view=view,
@@ -87,7 +89,7 @@ def data(tmp_path, source=Grounded, **options) -> ImageTextDataModule:
         tokenizer_file=tmp_path / "tokenizer.json",
         text_length=12,
     )
-    made._tokenizer = TOKENIZER
+    made.tokenizer = TOKENIZER
     return made
 
 
@@ -142,7 +144,7 @@ def test_scenes_say_which_words_name_what(tmp_path):
 
 def test_a_token_s_place_is_found_in_its_text():
     texts = ["zero one", "two"]
-    places = TOKENIZER.places(texts)
+    places = TOKENIZER.character_spans(texts)
     ids, mask = TOKENIZER(texts)
     assert places.shape == (2, 12, 2)
     for row, text in enumerate(texts):

@@ -81,5 +81,5 @@ def test_data_of_one_class_a_picture_is_refused_and_others_are_judged() -> None:
     assert "knn_top1" in run_evaluators({"": PixelEncoder(1)}, squares(), [KNN()], CPU)
     with pytest.raises(SettingError, match="one class a picture at most"):
         run_evaluators({"": PixelEncoder(1)}, squares(), [KNN(), MultiLabelProbe()], CPU)
-    with pytest.raises(SettingError, match=r"data.source: Squares has no tags"):
+    with pytest.raises(SettingError, match=r"data.source: Squares knows at most one class an image"):
         squares().tags("val", torch.tensor([0]))

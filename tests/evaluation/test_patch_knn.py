@@ -13,9 +13,9 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from src.datamodules.image import ImageDataModule
+from src.datamodules.datamodule import DataModule
 from src.datamodules.scenes.source import ScenesSource
-from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.views.image import CenterCrop
 from src.errors import SettingError
 from src.evaluation.features import FeatureSet, FeatureSets
@@ -26,7 +26,7 @@ from tests.evaluation.toy import squares
 CPU = torch.device("cpu")
 
 
-class Bands:
+class Bands(Source):
     """Images of 8 x 8 whose left ``index % 8`` columns are red things (class 0) and whose rest is black."""
 
     classes = ("thing", "never seen")
@@ -59,11 +59,11 @@ class Colors(nn.Module):
         return Features(embedding=patches.mean(dim=1), patches=patches, grid=(image.shape[-2] // 4, 2))
 
 
-def bands(length: int = 16, **options: Any) -> ImageDataModule:
+def bands(length: int = 16, **options: Any) -> DataModule:
     settings: dict[str, Any] = {"batch_size": 4, "eval_batch_size": 5, "num_workers": 0, **options}
     view = CenterCrop(8, settings.pop("share", 1.0))
     source = partial(Bands, length=length)
-    return ImageDataModule(source=source, train_view=view, eval_view=view, **settings)
+    return DataModule(source=source, train_view=view, eval_view=view, **settings)
 
 
 def rows(features: list[list[float]], labels: list[int]) -> FeatureSet:
@@ -97,9 +97,9 @@ def test_masks_are_cropped_like_pictures() -> None:
     """The middle half of an image, enlarged: 3 red columns of 8 leave the first of 4, which fills 2 of 8 columns."""
     data = bands(share=0.5)
     index = torch.tensor([3])
-    shares = data.kind_shares("val", index)
+    shares = data.class_shares("val", index)
     assert shares.shape == (1, 3, 8, 8)
-    picture = data.eval_view.decoded(Bands("val", length=4)[3]["image"][None], np.zeros((1, 0), np.float32))["image"]
+    picture = data.eval_view.from_decoded(Bands("val", length=4)[3]["image"][None], np.zeros((1, 0), np.float32))["image"]
     assert torch.equal(shares[:, 1], picture[:, 0].float() / 255)
     assert shares[0, 1, :, 0].min() > 0.9
     assert shares[0, 1, :, 4:].max() < 0.05

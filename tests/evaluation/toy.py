@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from src.datamodules.batches.image import ImageBatch
-from src.datamodules.image import ImageDataModule
-from src.datamodules.sources.source import BadSample, Sample, Split
+from src.datamodules.datamodule import DataModule
+from src.datamodules.decoding import BadSample
+from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.views.image import CenterCrop
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder
@@ -24,7 +25,7 @@ from src.randomness import seeded
 SIZE = 32
 
 
-class Squares:
+class Squares(Source):
     """Noise whose red, green or blue channel is brighter, by class; in the order of the classes, as folders are."""
 
     def __init__(self, split: Split, *, length: int, labelled: bool = True) -> None:
@@ -46,7 +47,7 @@ class Squares:
         return f"square {index}"
 
 
-class PatchySquares:
+class PatchySquares(Source):
     """Squares read one at a time, some of which cannot be read and some of which have no label."""
 
     def __init__(self, split: Split, *, length: int, unreadable: set[int], unlabelled: set[int]) -> None:
@@ -67,13 +68,13 @@ class PatchySquares:
         return self.squares.name(index)
 
 
-def squares(length: int = 48, *, labelled: bool = True, **options: Any) -> ImageDataModule:
+def squares(length: int = 48, *, labelled: bool = True, **options: Any) -> DataModule:
     return make_data(partial(Squares, length=length, labelled=labelled), **options)
 
 
-def make_data(source: Any, **options: Any) -> ImageDataModule:
+def make_data(source: Any, **options: Any) -> DataModule:
     settings = {"batch_size": 16, "eval_batch_size": 10, "num_workers": 0, **options}
-    return ImageDataModule(source=source, train_view=CenterCrop(SIZE, 1.0), eval_view=CenterCrop(SIZE, 1.0), **settings)
+    return DataModule(source=source, train_view=CenterCrop(SIZE, 1.0), eval_view=CenterCrop(SIZE, 1.0), **settings)
 
 
 def tiny_vit(seed: int = 0, **options: Any) -> nn.Module:

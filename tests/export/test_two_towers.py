@@ -7,7 +7,7 @@ import timm
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, SiglipModel
 
-from src.datamodules.text.tokenizer import kept
+from src.datamodules.text.tokenizer import load_or_train
 from src.errors import UserError
 from src.export import hf_two_towers
 from src.export.__main__ import main
@@ -49,7 +49,7 @@ def run_of(folder: Path, module, experiment: str, backbone: dict):
     words += ["model.embed_dim=8"] if isinstance(module, CLIP) else ["model.text.embed_dim=16"]
     # before the run is stored: its configuration names the file
     words += [f"data.tokenizer_file={folder.parent / 'tokenizer.json'}"]
-    kept(folder.parent / "tokenizer.json", TEXTS, vocabulary=VOCABULARY, length=LENGTH)
+    load_or_train(folder.parent / "tokenizer.json", lambda: TEXTS, vocabulary=VOCABULARY, length=LENGTH)
     return make_run(folder, module, words, backbone)
 
 
@@ -97,7 +97,7 @@ def test_the_image_tower_exports_to_timm(tmp_path):
 
 
 def tokenizer(tmp_path: Path):
-    return kept(tmp_path / "tokenizer.json", TEXTS, vocabulary=VOCABULARY, length=LENGTH)
+    return load_or_train(tmp_path / "tokenizer.json", lambda: TEXTS, vocabulary=VOCABULARY, length=LENGTH)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import nn
 
 from src.callbacks.schedules import Schedules, horizon_of
 from src.datamodules.batches.image import ImageBatch
-from src.datamodules.image import ImageDataModule
+from src.datamodules.datamodule import DataModule
 from src.datamodules.views.image import CenterCrop, RandomResizedCrop
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder
@@ -43,7 +43,7 @@ def fit(
 ) -> tuple[Brightness, dict[str, torch.Tensor]]:
     torch.manual_seed(0)
     module = Brightness(OptimizerRecipe(partial(torch.optim.SGD, momentum=0.9), lr=0.1, rules=rules))
-    data = ImageDataModule(
+    data = DataModule(
         source=Arrays,
         train_view=RandomResizedCrop(size=8),
         eval_view=CenterCrop(size=8),

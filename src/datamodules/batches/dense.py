@@ -46,6 +46,6 @@ class DetectionBatch(ImageBatch):
 class RegionTextBatch(DetectionBatch):
     """Images with objects, and a text of each object."""
 
-    thing: Annotated[list[Tensor], Field("T", torch.int64)]  # position among the objects of the source's image
+    object_index: Annotated[list[Tensor], Field("T", torch.int64)]  # position among the objects of the source's image
     region_text: Annotated[list[Tensor], Field("T L", torch.int64)]  # token ids, padded to one length
     region_text_mask: Annotated[list[Tensor], Field("T L", torch.bool)]  # True for tokens that are not padding

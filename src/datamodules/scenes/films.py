@@ -8,7 +8,7 @@ from functools import partial
 from itertools import count as counting
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from src.datamodules.scenes import render
 from src.datamodules.scenes.cache import Array, RenderedSet, open_or_build, pictures
 from src.datamodules.scenes.motion import Film, MovingWorld, flow
 from src.datamodules.scenes.source import SPLITS
-from src.datamodules.sources.source import Prompts, Sample, Split
+from src.datamodules.sources.source import Prompts, Sample, Source, Split
 from src.errors import SettingError
 from src.randomness import fold
 
@@ -43,7 +43,7 @@ class FilmReader:
     def duration(self) -> float:
         return self.count / self.rate
 
-    def at(self, times: Sequence[float]) -> Tensor:
+    def frames_at(self, times: Sequence[float]) -> Tensor:
         numbers = self._numbers(times)
         frames = {number: self.frames(number) for number in set(numbers)}
         return torch.from_numpy(np.stack([frames[number] for number in numbers]))
@@ -100,7 +100,7 @@ class FilmFramesWithout(FilmFrames):
         return next(film for film in made if film.action not in self.held_out)
 
 
-class FilmsSource:
+class FilmsSource(Source):
     """``count`` films of one split (one number, or one a split); the label is what the main object does.
 
     The split is folded into the seed, so no two splits share a film, whatever their sizes.
@@ -121,6 +121,8 @@ class FilmsSource:
         SettingError: an unknown split or action, or a number out of range.
     """
 
+    input_key: ClassVar[Literal["image", "video"]] = "video"
+    has_flow = True
     prompts = Prompts(templates=("something {}.", "a thing that {}.", "it {}."), single="something {}.")
 
     def __init__(
@@ -176,11 +178,6 @@ class FilmsSource:
         footage = FilmReader(frames[index].__getitem__, self.films.frames, self.films.rate, flows)
         return {"image": footage, "label": int(labels[index])}
 
-    @property
-    def labels(self) -> np.ndarray | None:
-        """The actions of all films, int64 [N], where they are kept; None where each has to be drawn first."""
-        return None if self._cached is None else np.asarray(self._cached[1])
-
     def name(self, index: int) -> str:
         """Such as "films/train/123"."""
         return f"films/{self.split}/{index}"
@@ -203,7 +200,7 @@ class FilmsSource:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the mapped arrays: a pickled one would be a copy of all frames."""
-        return self.__dict__ | {"_cached": None}
+        return self.__dict__ | {"_cached": None, "labels": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -211,6 +208,7 @@ class FilmsSource:
 
     def _open(self) -> None:
         self._cached = None if self.cache_dir is None else open_or_build(self.films, self.cache_dir)
+        self.labels = None if self._cached is None else np.asarray(self._cached[1])
 
     def _check(self, index: int) -> None:
         if not 0 <= index < len(self):

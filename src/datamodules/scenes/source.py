@@ -15,7 +15,7 @@ from src.datamodules.scenes.cache import DepthMaps, ObjectMaps, SceneImages, map
 from src.datamodules.scenes.captions import Facts
 from src.datamodules.scenes.scene import Scene
 from src.datamodules.scenes.world import Combinations, ObjectsWorld
-from src.datamodules.sources.source import Grounding, HardNegative, Prompts, Sample, Split
+from src.datamodules.sources.source import Grounding, HardNegative, Prompts, Sample, Source, Split
 from src.errors import SettingError
 from src.randomness import fold
 
@@ -79,7 +79,7 @@ class SceneTexts:
             raise SettingError(f"training needs at least one text a picture, got variants={self.variants}")
 
 
-class ScenesSource:
+class ScenesSource(Source):
     """``count`` scenes of one split (one number, or one a split), with the ground truth that is asked for.
 
     The split is folded into the seed, so no two splits share a scene, whatever their sizes; a larger ``count`` adds
@@ -99,8 +99,6 @@ class ScenesSource:
     what was learned of kinds and of colors holds where they meet for the first time.
     """
 
-    images: np.ndarray | None
-    labels: np.ndarray | None
     prompts = PROMPTS
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from src.datamodules.batches.base import IGNORED
 from src.datamodules.decoding import FORMATS, MAX_PIXELS, BadSample, DataError, EncodedImage
 from src.datamodules.sources.image_folder import EXTENSIONS
-from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.sources.splits import PackedNames
 from src.errors import SettingError
 
@@ -23,7 +23,7 @@ _OFF_UNIT = 0.25  # a unit vector in 8 bits a channel is off by a hundredth
 _INDEXED = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # Pillow's modes of one number a pixel
 
 
-class PairedFiles(ABC):
+class PairedFiles(Source):
     """Images, each with one file of ground truth. No labels.
 
     Args:
@@ -40,7 +40,6 @@ class PairedFiles(ABC):
         DataError: a folder or list is missing or empty, or there is none for ``split``.
     """
 
-    classes: Sequence[str] = ()
     fields: tuple[str, ...]
 
     def __init__(
@@ -82,7 +81,7 @@ class PairedFiles(ABC):
                 f"its {self.fields[0]} has {value.shape[-2]}x{value.shape[-1]} pixels, the picture "
                 f"{image.size[0]}x{image.size[1]}"
             )
-        return {"image": image, "label": -1, "fields": {self.fields[0]: value}}
+        return {"image": image, "fields": {self.fields[0]: value}}
 
     def name(self, index: int) -> str:
         return os.path.join(self.root, self._images[index])

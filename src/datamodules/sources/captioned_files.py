@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from src.datamodules.decoding import DataError, EncodedImage
 from src.datamodules.sources.files import is_path, json_lists, opened, require_some
-from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.sources.splits import PackedNames, files_of, hashed_split
 from src.datamodules.sources.texts import PackedTexts, Problems, TextListSource, is_unicode, listed
 
@@ -22,7 +22,7 @@ _NO_PICTURE = "entries without a picture (left out)"
 _NO_TEXT = "pictures without a text (replaced when drawn)"
 
 
-class CaptionedFiles(TextListSource):
+class CaptionedFiles(TextListSource, Source):
     """Images in files below a folder, each with any number of texts; no classes.
 
     An image that is missing or unreadable, or has no text that can be used, is found out when it is drawn: it is a bad
@@ -38,8 +38,6 @@ class CaptionedFiles(TextListSource):
     Raises:
         DataError: there is no image, none has a text, or none of the first few looked for exists.
     """
-
-    classes: Sequence[str] = ()
 
     def __init__(
         self,
@@ -70,12 +68,12 @@ class CaptionedFiles(TextListSource):
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Sample:
-        return {"image": EncodedImage(self.name(index)), "label": -1}
+        return {"image": EncodedImage(self.name(index))}
 
     def name(self, index: int) -> str:
         return os.path.join(self._root, self._paths[index])
 
-    def told(self, index: int) -> Sequence[object]:
+    def raw_texts(self, index: int) -> Sequence[object]:
         return self._texts[index]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
 from src.datamodules.sources.files import is_path, json_lists, require_some
-from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.sources.splits import PackedNames, files_of, hashed_split
 from src.datamodules.sources.texts import Problems
 from src.datamodules.sources.things import clipped, ground_truth, known_fields
@@ -26,7 +26,7 @@ else:
     _missing = None
 
 
-class CocoDetectionSource:
+class CocoDetectionSource(Source):
     """COCO (Lin et al., 2014): 118,287 images to train on and 5,000 to validate, things of 80 classes with boxes and
     masks. Any file of that form will do: ``images`` with ``id``, ``file_name``, ``height`` and ``width``,
     ``annotations`` with ``image_id``, ``category_id``, ``bbox`` (x, y, width, height), ``iscrowd`` and ``segmentation``
@@ -128,7 +128,7 @@ class CocoDetectionSource:
                 mask[:] = decoded(outline, height, width)
         boxes = np.array([thing[:4] for thing in things], np.float32).reshape(-1, 4)
         labels, crowd = [thing[4] for thing in things], [bool(thing[5]) for thing in things]
-        return {"image": image, "label": -1, "fields": ground_truth(self.fields, boxes, labels, crowd, masks)}
+        return {"image": image, "fields": ground_truth(self.fields, boxes, labels, crowd, masks)}
 
     def name(self, index: int) -> str:
         return os.path.join(self._root, self._paths[index])

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from src.datamodules.decoding import DataError
-from src.datamodules.sources.source import Prompts, Sample, Split
+from src.datamodules.sources.source import Prompts, Sample, Source, Split
 from src.datamodules.sources.splits import hashed_split
 from src.datamodules.sources.texts import TextListSource
 from src.errors import SettingError
@@ -78,7 +78,7 @@ class Drawing(NamedTuple):
     label: int
 
 
-class EmojiSource(TextListSource):
+class EmojiSource(TextListSource, Source):
     """OpenMoji's drawings (CC BY-SA 4.0) of Unicode's emoji, on a plain background; classes are its nine groups.
 
     About 70 % of the families of emoji are in "train", 15 % each in "val" and "test", by a hash of the family's name.
@@ -123,7 +123,7 @@ class EmojiSource(TextListSource):
         codes = [drawing.code for drawing in self.drawings]
         self._names = _names(languages)
         if cache_dir is None:
-            self.images = _render(codes, resolution, background)
+            self.images: np.ndarray = _render(codes, resolution, background)
         else:
             self.images = _cached(Path(cache_dir), split, codes, resolution, background)
 
@@ -131,12 +131,12 @@ class EmojiSource(TextListSource):
         return len(self.drawings)
 
     def __getitem__(self, index: int) -> Sample:
-        return {"image": torch.from_numpy(self.images[index].copy()), "label": int(self.labels[index])}
+        return self.labeled(index, torch.from_numpy(self.images[index].copy()))
 
     def name(self, index: int) -> str:
         return f"{self.drawings[index].code} {self.drawings[index].name}"
 
-    def told(self, index: int) -> Sequence[str]:
+    def raw_texts(self, index: int) -> Sequence[str]:
         """The drawing's names and aliases, in all of the languages."""
         return self._names[_without_presentation(self.drawings[index].code)]
 

@@ -8,7 +8,7 @@ import os
 from typing import Any, TextIO, TypeGuard
 
 from src.datamodules.decoding import DataError
-from src.datamodules.sources.source import ImageSource
+from src.datamodules.sources.source import Source
 from src.datamodules.sources.splits import spread
 
 
@@ -57,7 +57,7 @@ def is_path(value: object) -> TypeGuard[str]:
     return True
 
 
-def require_some(source: ImageSource, root: object, what: str = "pictures") -> None:
+def require_some(source: Source, root: object, what: str = "pictures") -> None:
     """
     Raises:
         DataError: of the first few that are looked for in ``root`` none exists.

@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
-from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.sources.splits import hashed_split
 from src.datamodules.sources.texts import TextListSource, listed
 
@@ -24,7 +24,7 @@ _SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
 }
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(Source):
     """Images and labels of a table; the images stay encoded.
 
     Args:
@@ -83,7 +83,7 @@ class HuggingFaceSource:
             rows = np.array([row for row in rows if hashed_split(str(row), val_share=val_share) == split], np.int64)
         self._rows = rows
         self._split = title
-        self.labels = labels[rows]
+        self.labels = None if labels is None else labels[rows]
         self._table = table
         self._images = table.select_columns([image_key]).cast_column(image_key, datasets.Image(decode=False))
 
@@ -95,7 +95,7 @@ class HuggingFaceSource:
         if not cell or (not cell.get("bytes") and not cell.get("path")):
             raise BadSample(f"{self.name(index)}: the row has no picture")
         data = cell["bytes"] or Path(cell["path"])
-        return {"image": EncodedImage(data), "label": int(self.labels[index])}
+        return self.labeled(index, EncodedImage(data))
 
     def name(self, index: int) -> str:
         return f"{self._path} {self._split}[{int(self._rows[index])}]"
@@ -135,7 +135,7 @@ class CaptionedHuggingFaceSource(TextListSource, HuggingFaceSource):
                 raise DataError(f"the column data.source.text_key='{key}' of {path} holds {feature}, not strings")
         self._texts = self._table.select_columns(self._text_keys)
 
-    def told(self, index: int) -> Sequence[object]:
+    def raw_texts(self, index: int) -> Sequence[object]:
         try:
             row = self._texts[int(self._rows[index])]
         except UnicodeDecodeError as error:
@@ -156,12 +156,12 @@ def _load(path: str, **options: Any) -> dict[str, Any]:
     return dict(found) if isinstance(found, dict) else {"train": found}
 
 
-def _labels(table: Any, reference: Any, key: str | None, path: str) -> tuple[list[str], np.ndarray]:
+def _labels(table: Any, reference: Any, key: str | None, path: str) -> tuple[list[str], np.ndarray | None]:
     """Class names and int64 labels of all rows; strings are numbered in the order of ``reference``'s, sorted."""
     if key is None or key not in table.column_names:
         if key is not None:
             log.info("%s has no column label_key='%s': no labels", path, key)
-        return [], np.full(len(table), -1, np.int64)
+        return [], None
     feature = table.features[key]
     column = table.with_format(None)[key]
     values = list(column)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from src.datamodules.decoding import DataError, EncodedImage
-from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.sources.splits import PackedNames, hashed_split
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _EXPECTED = (
 )
 
 
-class ImageFolderSource:
+class ImageFolderSource(Source):
     """Images below a folder.
 
     Three layouts are understood:
@@ -89,15 +89,16 @@ class ImageFolderSource:
         if not files:
             raise DataError(f"no pictures for the split '{split}' below {self._folder}: {_EXPECTED}")
         self._paths = PackedNames(path for path, _ in files)
-        self.labels = np.array([label for _, label in files], np.int64)
-        if split == "train":
-            self._warn_of_empty_classes()
+        if self.classes:
+            self.labels = np.array([label for _, label in files], np.int64)
+            if split == "train":
+                self._warn_of_empty_classes(self.labels)
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Sample:
-        return {"image": EncodedImage(self.name(index)), "label": int(self.labels[index])}
+        return self.labeled(index, EncodedImage(self.name(index)))
 
     def name(self, index: int) -> str:
         return os.path.join(self._folder, self._paths[index])
@@ -145,8 +146,8 @@ class ImageFolderSource:
         label_of = {name: label for label, name in enumerate(classes)}
         return [(path, label if label < 0 else label_of[listing.classes[label]]) for path, label in listing.files]
 
-    def _warn_of_empty_classes(self) -> None:
-        filled = set(self.labels.tolist())
+    def _warn_of_empty_classes(self, labels: np.ndarray) -> None:
+        filled = set(labels.tolist())
         empty = [name for label, name in enumerate(self.classes) if label not in filled]
         if empty:
             log.warning("classes without a training picture in %s: %s", self._folder, ", ".join(empty))

@@ -1,205 +1,95 @@
-"""Where samples come from: the one interface behind every data set, embedded, on disk or streamed."""
+"""The interface of every data set: samples of one split, embedded, on disk or streamed."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
 
-from src.datamodules.decoding import BadSample, DataError, EncodedImage
+from src.datamodules.decoding import EncodedImage
 from src.datamodules.video_reader import VideoReader
-
-__all__ = [
-    "AnnotatedSource",
-    "BadSample",
-    "CaptionedSource",
-    "DataError",
-    "EncodedImage",
-    "GroundedSource",
-    "Grounding",
-    "HardNegative",
-    "HardNegativeSource",
-    "HeldOutClassSource",
-    "ImageSource",
-    "ListedTexts",
-    "OrderedSource",
-    "PromptedSource",
-    "Prompts",
-    "Sample",
-    "SegmentedSource",
-    "Split",
-    "TaggedSource",
-    "TrackedSource",
-]
 
 Split = Literal["train", "val", "test"]
 
 
 class Sample(TypedDict):
-    """One item of a source, before any view is made of it."""
+    """One item of a source, before a view is made of it."""
 
-    image: EncodedImage | VideoReader | torch.Tensor  # an image or video still in its file, or uint8 [3, H, W] RGB
-    label: int  # class, -1 where there is none
-    fields: NotRequired[dict[str, torch.Tensor]]  # further ground truth, by name (boxes, masks, depth …)
-
-
-class ImageSource(Protocol):
-    """A finite, randomly accessible set of images of one split."""
-
-    classes: Sequence[str]  # names by label; empty where there are no labels
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample:
-        """Raises BadSample where the sample cannot be read."""
-        ...
-
-    def name(self, index: int) -> str:
-        """What a person calls the sample: its path, or key."""
-        ...
-
-
-@runtime_checkable
-class AnnotatedSource(ImageSource, Protocol):
-    """A source whose samples carry ``fields``. Of the same names in all sources are ``segmentation`` (uint8 [H, W],
-    class of each pixel, 255 where it counts for nothing), ``depth`` (float32 [H, W], metres, 0 or NaN where it is not
-    known), ``normals`` (float32 [3, H, W], of unit length, x to the right, y down and z away from the camera, which is
-    on their side; nought where they are not known), ``boxes`` (float32 [T, 4], x0 y0 x1 y1 in pixels), ``box_labels``
-    (int64 [T]) and ``instance_masks`` (bool [T, H, W]). What the classes of ``segmentation`` are called is in an
-    attribute ``mask_classes``."""
-
-    fields: Sequence[str]
-
-
-@runtime_checkable
-class OrderedSource(ImageSource, Protocol):
-    """A source that cannot be read in any order at the same cost."""
-
-    def order(self, count: int, generator: np.random.Generator) -> np.ndarray:
-        """The positions of one epoch of the first ``count`` samples, int64 [count], drawn by ``generator`` alone."""
-        ...
-
-    def stand_in(self, index: int, number: int) -> int:
-        """A sample that costs little once the one at ``index`` was asked for; each ``number`` another one."""
-        ...
-
-
-@runtime_checkable
-class SegmentedSource(ImageSource, Protocol):
-    """A source that knows what each pixel shows."""
-
-    def segmentation(self, index: int) -> torch.Tensor:
-        """uint8 [H, W], the size of the image: 0 for background, 1 + class elsewhere."""
-        ...
-
-
-@runtime_checkable
-class TaggedSource(ImageSource, Protocol):
-    """A source that knows every class its images show, and not only the one that is their label."""
-
-    def tags(self, index: int) -> torch.Tensor:
-        """bool [K], by class; the same every time."""
-        ...
-
-
-@runtime_checkable
-class TrackedSource(ImageSource, Protocol):
-    """A source of videos that knows where each thing is in every frame."""
-
-    def masks(self, index: int) -> torch.Tensor:
-        """What is seen of each thing: bool [F, T, H, W], disjoint, in all F frames of the video, at `VideoReader.rate` from
-        its beginning on."""
-        ...
-
-
-@runtime_checkable
-class CaptionedSource(ImageSource, Protocol):
-    """A source that says what its images show."""
-
-    def caption(self, index: int, choice: float) -> str:
-        """One text of the image; ``choice`` in [0, 1) says which. Empty where there is none."""
-        ...
-
-    def captions(self, index: int) -> Sequence[str]:
-        """The texts of the image that retrieval is judged with, the same every time."""
-        ...
-
-
-@runtime_checkable
-class ListedTexts(CaptionedSource, Protocol):
-    """A source whose images have a finite list of texts each, all of which can be looked at beforehand."""
-
-    def all_texts(self, index: int) -> Sequence[str]:
-        """All that ``caption`` may say of the image.
-
-        Raises:
-            BadSample: they cannot be read.
-        """
-        ...
+    image: EncodedImage | VideoReader | torch.Tensor  # encoded image, video, or decoded image, uint8 [3, H, W] RGB
+    label: NotRequired[int]  # class, -1 for an unlabeled sample; absent if the source has no labels
+    fields: NotRequired[dict[str, torch.Tensor]]  # ground truth by name, such as boxes, masks and depth
 
 
 class Prompts(NamedTuple):
-    """How the name of a class is put in words, in place of ``{}``."""
+    """Prompt templates, in which ``{}`` stands for a class name."""
 
-    templates: tuple[str, ...]  # an ensemble
-    single: str  # what one would write without thinking of an ensemble
-
-
-@runtime_checkable
-class PromptedSource(ImageSource, Protocol):
-    """A source whose texts are no captions of photos, and which knows how they would name a class."""
-
-    prompts: Prompts
+    templates: tuple[str, ...]  # of a prompt ensemble
+    single: str  # the one prompt that is evaluated without an ensemble
 
 
-@runtime_checkable
-class HeldOutClassSource(ImageSource, Protocol):
-    """A source whose training split goes without some classes, which the other splits show."""
+class Source(ABC):
+    """A finite set of samples of one split that can be read in any order.
 
-    held_out: Sequence[int]  # their labels; empty where training sees all
+    Attributes:
+        input_key: kind of the samples, and name of the field of a batch that encoders read: "image" or "video".
+        classes: class names by label; empty if there are no labels, or if labels have no names.
+        labels: labels of all samples, int64 [N], -1 for unlabeled ones; None if they are unknown before samples are
+            read, or if there are none.
+        images: all images in memory, uint8 [N, 3, H, W], for sources of decoded images of one size; None otherwise.
+        fields: names of the ground truth that each sample has in ``fields``. The names mean the same in all sources:
+            ``segmentation`` (uint8 [H, W], class of each pixel, 255 for ignored ones), ``depth`` (float32 [H, W],
+            meters, 0 or NaN if unknown), ``normals`` (float32 [3, H, W], unit vectors toward the camera, x to the
+            right, y down, z away from the camera; zeros if unknown), ``boxes`` (float32 [T, 4], x0 y0 x1 y1 in
+            pixels), ``box_labels`` (int64 [T]), ``instance_masks`` (bool [T, H, W]), and ``crowd`` (bool [T], objects
+            that metrics leave out).
+        mask_classes: names of the classes of ``segmentation``.
+        prompts: prompt templates for the class names; None for those of natural images.
+        held_out: labels of classes that the training split does not contain and the other splits do.
+        has_flow: True if videos know their optical flow (`FlowFilmReader`).
+    """
 
+    input_key: ClassVar[Literal["image", "video"]] = "image"
 
-@runtime_checkable
-class RegionSource(AnnotatedSource, Protocol):
-    """A source that says what each thing of its images is."""
+    classes: Sequence[str] = ()
+    labels: np.ndarray | None = None
+    images: np.ndarray | None = None
+    fields: Sequence[str] = ()
+    mask_classes: Sequence[str] = ()
+    prompts: Prompts | None = None
+    held_out: Sequence[int] = ()
+    has_flow: bool = False
 
-    def regions(self, index: int, choice: float) -> Sequence[str]:
-        """A text of each thing alone, in the order of the field ``boxes``; ``choice`` in [0, 1) says which. Empty where
-        there is none."""
-        ...
+    @abstractmethod
+    def __len__(self) -> int:
+        """Returns the number of samples."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """Returns the sample at ``index``. Raises BadSample if it cannot be read."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Returns what identifies the sample for people: its path or key."""
+
+    def labeled(self, index: int, image: EncodedImage | VideoReader | torch.Tensor) -> Sample:
+        """Returns the sample of an image or video, with its label if the source has ``labels``."""
+        return {"image": image} if self.labels is None else {"image": image, "label": int(self.labels[index])}
 
 
 class HardNegative(NamedTuple):
-    """A text of an image beside one that is wrong in one thing and otherwise says the same."""
+    """A true text of an image, and a text that is wrong in one respect and otherwise the same."""
 
-    kind: str  # what is wrong, one word: "relation", "count" …
+    kind: str  # the respect, in one word: "relation", "count" …
     right: str
     wrong: str
 
 
-@runtime_checkable
-class HardNegativeSource(CaptionedSource, Protocol):
-    """A source that also says what its images do not show."""
-
-    def mistakes(self, index: int) -> Sequence[HardNegative]:
-        """What a model should not fall for, the same every time; any number of each kind, none where none can be."""
-        ...
-
-
 class Grounding(NamedTuple):
-    """A text of an image, and where the things are that it names."""
+    """A text of an image, and the objects that its words name."""
 
     text: str
-    spans: tuple[tuple[int, int, int], ...]  # first character, one past the last, and which of the masks they name
-    masks: torch.Tensor  # bool [T, H, W], the size of the image: what is seen of each thing
-
-
-@runtime_checkable
-class GroundedSource(CaptionedSource, Protocol):
-    """A source that also says which words of a text name what in the image."""
-
-    def grounding(self, index: int) -> Grounding:
-        """The same every time."""
-        ...
+    spans: tuple[tuple[int, int, int], ...]  # first character, one past the last, and the mask of the object they name
+    masks: torch.Tensor  # bool [T, H, W], the size of the image: visible part of each object

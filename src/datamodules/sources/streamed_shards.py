@@ -63,8 +63,6 @@ class StreamedShards(WebDatasetSource):
         SettingError: ``shuffle_shards`` or ``attempts`` is less than 1, or ``keep_gb`` is not above 0.
     """
 
-    labels: np.ndarray  # not known beforehand
-
     def __init__(
         self,
         split: Split,
@@ -90,6 +88,7 @@ class StreamedShards(WebDatasetSource):
         if shared and split == "val":
             raise DataError("streamed shards are not divided by their keys: say data.source.shards.val as well")
         self.classes = list(classes)
+        self._labeled = label is not None
         self.shuffle_shards = shuffle_shards
         self.resampled = resampled
         self._folder = Path(cache_dir) / "shards"
@@ -140,7 +139,7 @@ class StreamedShards(WebDatasetSource):
         turn = np.repeat(np.arange(len(drawn)), sizes[drawn])
         return positions[np.argsort(turn + self.shuffle_shards * generator.random(len(turn)), kind="stable")][:count]
 
-    def stand_in(self, index: int, number: int) -> int:
+    def replacement(self, index: int, number: int) -> int:
         """Another sample near the one at ``index``, whose shard is being read anyway."""
         return (index + 1 + number % max(1, int(self._sizes[self._of(index)[0]]))) % len(self)
 

@@ -7,14 +7,26 @@ import logging
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from src.datamodules.sources.source import BadSample, CaptionedSource, ListedTexts, OrderedSource, Sample
+from src.datamodules.dataset import OrderedSource
+from src.datamodules.decoding import BadSample
+from src.datamodules.sources.source import Sample, Source
 from src.datamodules.sources.texts import TextListSource
 from src.errors import SettingError
 
 log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class ListedTexts(Protocol):
+    """A source whose images have a finite list of texts each, all of which can be read beforehand."""
+
+    def all_texts(self, index: int) -> Sequence[str]:
+        """Returns all texts that ``caption`` may return for the image. Raises BadSample."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class TextFilter:
                 f"data.text_filter: no text has {self.min_words} words or more and {self.max_words} or fewer"
             )
 
-    def __call__(self, source: CaptionedSource) -> FilteredTexts:
+    def __call__(self, source: Source) -> FilteredTexts:
         """
         Raises:
             SettingError: the source does not list its texts, or none of them passes.
@@ -58,7 +70,7 @@ class TextFilter:
         return FilteredTexts(source, self)
 
 
-class FilteredTexts(TextListSource):
+class FilteredTexts(TextListSource, Source):
     """A source without the texts that a filter drops, and without the images that had none but those.
 
     All texts are read once, at the beginning. An image whose texts cannot be read stays and is replaced when it is
@@ -68,9 +80,12 @@ class FilteredTexts(TextListSource):
         problems: how many texts were dropped, by reason (a text may have several), and how many images with them.
     """
 
-    def __init__(self, source: ListedTexts, rules: TextFilter) -> None:
+    def __init__(self, source: Source, rules: TextFilter) -> None:
+        assert isinstance(source, ListedTexts)  # `TextFilter` has checked it
         self._source = source
-        self.classes: Sequence[str] = source.classes
+        self._all_texts = source.all_texts
+        self.classes, self.prompts = source.classes, source.prompts
+        self.fields, self.mask_classes = source.fields, source.mask_classes
         codes, words, first = array("Q"), array("q"), array("b")
         counts = np.zeros(len(source), np.int64)
         for index in range(len(source)):
@@ -100,6 +115,7 @@ class FilteredTexts(TextListSource):
         kept_before = np.concatenate([[0], np.cumsum(self._keep)])
         kept = kept_before[self._ends] - kept_before[self._begins]
         self._positions = np.flatnonzero((kept > 0) | (counts == 0))
+        self.labels = None if source.labels is None else source.labels[self._positions]
         self.problems = {reason: int(mask.sum()) for reason, mask in dropped.items() if mask.any()}
         if len(self._positions) < len(source):
             self.problems["pictures that have no other text"] = len(source) - len(self._positions)
@@ -118,10 +134,10 @@ class FilteredTexts(TextListSource):
     def name(self, index: int) -> str:
         return self._source.name(int(self._positions[index]))
 
-    def told(self, index: int) -> Sequence[object]:
+    def raw_texts(self, index: int) -> Sequence[object]:
         position = int(self._positions[index])
         keep = self._keep[self._begins[position] : self._ends[position]]
-        return [text for text, wanted in zip(self._source.all_texts(position), keep, strict=False) if wanted]
+        return [text for text, wanted in zip(self._all_texts(position), keep, strict=False) if wanted]
 
 
 def _code(text: str) -> int:

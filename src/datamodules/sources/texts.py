@@ -15,13 +15,13 @@ log = logging.getLogger(__name__)
 
 
 class TextListSource(ABC):
-    """What a source with a list of texts an image answers; ``told`` is all it has to know.
+    """What a source with a list of texts an image answers; ``raw_texts`` is all it has to know.
 
     Texts that are empty or not valid Unicode are never drawn. An image that has no other is one without text.
     """
 
     @abstractmethod
-    def told(self, index: int) -> Sequence[object]:
+    def raw_texts(self, index: int) -> Sequence[object]:
         """What the data set has for texts of the image, unusable ones too.
 
         Raises:
@@ -34,7 +34,7 @@ class TextListSource(ABC):
         Raises:
             BadSample: the only ones are broken.
         """
-        return usable(self.told(index))
+        return usable(self.raw_texts(index))
 
     def caption(self, index: int, choice: float) -> str:
         """One of the texts, each as likely as the others."""

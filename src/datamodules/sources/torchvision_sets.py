@@ -11,11 +11,11 @@ import torch
 from torchvision import datasets
 
 from src.datamodules.decoding import DataError, EncodedImage
-from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.sources.splits import hashed_split
 
 
-class ArraySource:
+class ArraySource(Source):
     """Images of one size, decoded in memory.
 
     Args:
@@ -26,7 +26,7 @@ class ArraySource:
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, classes: Sequence[str], names: Sequence[str]) -> None:
-        self.images = np.ascontiguousarray(images)
+        self.images: np.ndarray = np.ascontiguousarray(images)
         self.labels = labels.astype(np.int64)
         self.classes = list(classes)
         self._names = list(names)
@@ -35,13 +35,13 @@ class ArraySource:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        return {"image": torch.from_numpy(self.images[index].copy()), "label": int(self.labels[index])}
+        return self.labeled(index, torch.from_numpy(self.images[index].copy()))
 
     def name(self, index: int) -> str:
         return self._names[index]
 
 
-class FileSource:
+class FileSource(Source):
     """Images in files, by a list of paths."""
 
     def __init__(self, paths: Sequence[str], labels: Sequence[int], classes: Sequence[str]) -> None:
@@ -53,7 +53,7 @@ class FileSource:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Sample:
-        return {"image": EncodedImage(self._paths[index]), "label": int(self.labels[index])}
+        return self.labeled(index, EncodedImage(self._paths[index]))
 
     def name(self, index: int) -> str:
         return self._paths[index]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from src.datamodules.sources.image_folder import ImageFolderSource
 from src.datamodules.sources.source import Sample, Split
@@ -15,8 +15,10 @@ EXTENSIONS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", 
 class VideoFolderSource(ImageFolderSource):
     """Videos below a folder, in the layouts and with the options of `ImageFolderSource`."""
 
+    input_key: ClassVar[Literal["image", "video"]] = "video"
+
     def __init__(self, split: Split, *, root: str | Path, **options: Any) -> None:
         super().__init__(split, root=root, **{"extensions": EXTENSIONS, **options})
 
     def __getitem__(self, index: int) -> Sample:
-        return {"image": EncodedVideo(self.name(index)), "label": int(self.labels[index])}
+        return self.labeled(index, EncodedVideo(self.name(index)))

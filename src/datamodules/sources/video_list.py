@@ -8,13 +8,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
 from src.datamodules.decoding import DataError
 from src.datamodules.sources.files import require_some
-from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.sources.splits import PackedNames, hashed_split, spread
 from src.datamodules.video_reader import EncodedVideo
 from src.errors import SettingError, nearest
@@ -27,7 +27,7 @@ class Listed(NamedTuple):
     label: int  # -1 for none
 
 
-class ListedVideos:
+class ListedVideos(Source):
     """Videos in files below a folder. One that is missing or broken is found out when it is drawn, and replaced.
 
     Args:
@@ -39,6 +39,8 @@ class ListedVideos:
     Raises:
         DataError: nothing is listed, or none of the first few looked for exists.
     """
+
+    input_key: ClassVar[Literal["image", "video"]] = "video"
 
     def __init__(self, split: Split, *, root: str | Path, videos: Iterable[Listed], classes: Sequence[str]) -> None:
         videos = list(videos)
@@ -54,7 +56,7 @@ class ListedVideos:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Sample:
-        return {"image": EncodedVideo(self.name(index)), "label": int(self.labels[index])}
+        return self.labeled(index, EncodedVideo(self.name(index)))
 
     def name(self, index: int) -> str:
         return os.path.join(self._root, self._paths[index])

@@ -14,7 +14,7 @@ from PIL import Image
 
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
 from src.datamodules.sources.files import opened, require_some
-from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.sources.splits import PackedNames, files_of, hashed_split
 from src.datamodules.sources.things import clipped, ground_truth, known_fields
 
@@ -24,7 +24,7 @@ VOC_CLASSES = (
 )
 
 
-class VOCSource:
+class VOCSource(Source):
     """Pascal VOC (Everingham et al., 2010): things of 20 classes, with boxes, and in some images with masks.
 
     Fields: ``boxes``, ``box_labels``, ``instance_masks``, and ``crowd``, bool [T]: what is marked difficult, which a
@@ -93,7 +93,7 @@ class VOCSource:
             masks = numbers == np.array([thing.number for thing in things], np.uint8)[:, None, None]
         boxes = np.array([thing.box for thing in things], np.float32).reshape(-1, 4)
         labels, crowd = [thing.label for thing in things], [thing.difficult for thing in things]
-        return {"image": image, "label": -1, "fields": ground_truth(self.fields, boxes, labels, crowd, masks)}
+        return {"image": image, "fields": ground_truth(self.fields, boxes, labels, crowd, masks)}
 
     def name(self, index: int) -> str:
         return os.path.join(self._root, self._paths[index])

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
-from src.datamodules.sources.source import Sample, Split
+from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.sources.splits import PackedNames, files_of, hashed_split
 from src.datamodules.sources.texts import TextListSource, listed
 
@@ -43,7 +43,7 @@ class Place(NamedTuple):
     text: tuple[int, int]
 
 
-class WebDatasetSource:
+class WebDatasetSource(Source):
     """Samples of tar shards: members that follow each other and share a key (``a/0001`` of ``a/0001.jpg``).
 
     Random access gives what streaming cannot: exact resume, real shuffling, a length. It needs uncompressed shards on a
@@ -109,14 +109,17 @@ class WebDatasetSource:
             )
         self._keys = PackedNames(keys)
         self._places = np.array(places, np.int64)
-        self.labels = np.ascontiguousarray(self._places[:, 3])
+        self._labeled = label is not None
+        if self._labeled:
+            self.labels = np.ascontiguousarray(self._places[:, 3])
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, index: int) -> Sample:
         place = self.place(index)
-        return {"image": EncodedImage(self.member(index, place.shard, *place.image)), "label": place.label}
+        image = EncodedImage(self.member(index, place.shard, *place.image))
+        return {"image": image, "label": place.label} if self._labeled else {"image": image}
 
     def name(self, index: int) -> str:
         return f"{self._shards[int(self._places[index, 0])]}#{self._keys[index]}"
@@ -162,7 +165,7 @@ class TextsInShards(TextListSource):
     def __init__(self, text: str, text_key: str | Sequence[str]) -> None:
         self._text_keys = None if text != "json" else [text_key] if isinstance(text_key, str) else list(text_key)
 
-    def told(self, index: int) -> Sequence[object]:
+    def raw_texts(self, index: int) -> Sequence[object]:
         place = self.place(index)
         data = self.member(index, place.shard, *place.text) if place.text[1] > 0 else b""
         # what is no UTF-8 stays recognisable, and is refused as such

@@ -1,9 +1,9 @@
-"""Texts to token ids: a tokenizer by name, or one trained on the texts at hand where nothing can be downloaded."""
+"""Tokenizers: pretrained ones by name, or byte-pair encodings learned from the training texts."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,79 +15,84 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from src.errors import SettingError
 from src.files import write_atomically
 
-# the end is not 2: transformers' CLIP would then take the largest id for it, as in OpenAI's vocabulary
+# the end token must not have id 2: transformers' CLIP would then pool at the largest id, as in OpenAI's vocabulary
 _PAD, _END, _START = "<pad>", "<end>", "<start>"
 
 
 class Tokenizer:
-    """Texts to ids of one length.
+    """Converts texts to token ids of one length.
 
     Args:
         inner: a tokenizer of transformers.
-        length: tokens of a text, start and end included; a longer text loses what is before its end.
+        length: tokens of a text, start and end included; longer texts are truncated before their end token.
 
     Raises:
-        SettingError: the tokenizer has no padding, or the length leaves no room for a word.
+        SettingError: the tokenizer has no padding token, or the length leaves no room for a word.
     """
 
     def __init__(self, inner: PreTrainedTokenizerBase, *, length: int) -> None:
         if length < 3:
-            raise SettingError(f"data.text_length={length} leaves no room for a word between start and end")
+            raise SettingError(f"data.text_length={length} must be at least 3: start, a word, and end")
         if inner.pad_token_id is None:
-            raise SettingError(f"the tokenizer {inner.name_or_path} has no token to fill short texts up with")
+            raise SettingError(f"data.tokenizer: the tokenizer {inner.name_or_path} has no padding token")
         self.inner = inner
         self.length = length
 
     @property
     def vocabulary(self) -> int:
-        """How many ids there are, added ones included."""
+        """Number of token ids, added ones included."""
         return len(self.inner)
 
     @property
     def start(self) -> int | None:
+        """Id of the start token; None if there is none."""
         return self.inner.bos_token_id
 
     @property
     def end(self) -> int | None:
+        """Id of the end token; None if there is none."""
         return self.inner.eos_token_id
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids int64 [B, length] and which of them are no padding, bool [B, length]; B may be 0."""
+        """Returns token ids int64 [B, length] and the padding mask, bool [B, length], True for tokens that are not
+        padding; B may be 0."""
         if not texts:
             return torch.zeros(0, self.length, dtype=torch.int64), torch.zeros(0, self.length, dtype=torch.bool)
-        found = self.inner(
+        encoded = self.inner(
             list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
         )
-        return found["input_ids"], found["attention_mask"].bool()
+        return encoded["input_ids"], encoded["attention_mask"].bool()
 
-    def places(self, texts: Sequence[str]) -> Tensor:
-        """Which characters of its text each token stands for, the first and one past the last: int64 [B, length, 2].
-        Start, end and padding stand for none.
+    def character_spans(self, texts: Sequence[str]) -> Tensor:
+        """Returns the characters of its text that each token stands for, the first and one past the last: int64
+        [B, length, 2]. Start, end and padding stand for none (0, 0).
 
         Raises:
-            SettingError: a tokenizer that does not know, one of the slow ones of transformers.
+            SettingError: the tokenizer is one of transformers' slow ones, which do not know.
         """
         if not self.inner.is_fast:
-            raise SettingError(f"the tokenizer {self.inner.name_or_path} does not say where its tokens come from")
-        found = self.inner(
+            raise SettingError(
+                f"data.tokenizer: {self.inner.name_or_path} does not map tokens to characters; choose a fast tokenizer"
+            )
+        encoded = self.inner(
             list(texts), padding="max_length", truncation=True, max_length=self.length, return_offsets_mapping=True
         )
-        return torch.tensor(found["offset_mapping"])
+        return torch.tensor(encoded["offset_mapping"])
 
-    def longer(self, texts: Sequence[str]) -> Tensor:
-        """Which texts do not fit: bool [B]."""
+    def is_truncated(self, texts: Sequence[str]) -> Tensor:
+        """Returns which texts have more tokens than fit: bool [B]."""
         return torch.tensor([len(ids) > self.length for ids in self.inner(list(texts))["input_ids"]])
 
     def decode(self, ids: Tensor) -> list[str]:
-        """Back to texts, without start, end and padding: [B, L]."""
+        """Converts ids [B, L] back to texts, without start, end and padding."""
         return self.inner.batch_decode(ids, skip_special_tokens=True)
 
 
-def named(name: str, *, length: int) -> Tokenizer:
-    """A tokenizer of the Hugging Face hub, or of a folder.
+def load_pretrained(name: str, *, length: int) -> Tokenizer:
+    """Loads a tokenizer of the Hugging Face hub, or of a folder.
 
     Raises:
-        SettingError: there is none of that name, here or within reach.
+        SettingError: there is none of that name, or it cannot be downloaded.
     """
     try:
         return Tokenizer(AutoTokenizer.from_pretrained(name), length=length)
@@ -95,11 +100,13 @@ def named(name: str, *, length: int) -> Tokenizer:
         raise SettingError(f"data.tokenizer={name}: {str(problem).splitlines()[0]}") from problem
 
 
-def trained(texts: Iterable[str], *, vocabulary: int, length: int) -> Tokenizer:
-    """Byte-pair encoding over the bytes of lower-case texts, learned from ``texts``; any text can be written in it.
+def train_tokenizer(texts: Iterable[str], *, vocabulary: int, length: int) -> Tokenizer:
+    """Learns a byte-pair encoding over the bytes of lower-case texts; it can encode any text.
 
     Args:
-        vocabulary: ids at most; the 256 bytes and three marks are always among them.
+        texts: to learn from.
+        vocabulary: largest number of ids; the 256 bytes and three special tokens are always among them.
+        length: tokens of a text.
     """
     inner = FastTokenizer(models.BPE())
     inner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -112,17 +119,18 @@ def trained(texts: Iterable[str], *, vocabulary: int, length: int) -> Tokenizer:
         show_progress=False,
     )
     inner.train_from_iterator(texts, trainer)
-    marks = [(mark, inner.token_to_id(mark)) for mark in (_START, _END)]
-    inner.post_processor = processors.TemplateProcessing(single=f"{_START} $A {_END}", special_tokens=marks)
+    special_tokens = [(token, inner.token_to_id(token)) for token in (_START, _END)]
+    inner.post_processor = processors.TemplateProcessing(single=f"{_START} $A {_END}", special_tokens=special_tokens)
     fast = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=_PAD, bos_token=_START, eos_token=_END)
     return Tokenizer(fast, length=length)
 
 
-def kept(path: Path, texts: Iterable[str], *, vocabulary: int, length: int) -> Tokenizer:
-    """`trained`, once: the file at ``path`` is read where it exists. Several processes may ask at once."""
+def load_or_train(path: Path, texts: Callable[[], Iterable[str]], *, vocabulary: int, length: int) -> Tokenizer:
+    """Loads the tokenizer stored at ``path``; if there is none, learns it from ``texts()`` and stores it. Several
+    processes may call this at once."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        inner = trained(texts, vocabulary=vocabulary, length=length).inner
+        inner = train_tokenizer(texts(), vocabulary=vocabulary, length=length).inner
         write_atomically(path, inner.backend_tokenizer.to_str())
     fast = PreTrainedTokenizerFast(tokenizer_file=str(path), pad_token=_PAD, bos_token=_START, eos_token=_END)
     return Tokenizer(fast, length=length)

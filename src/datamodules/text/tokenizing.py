@@ -1,114 +1,101 @@
-"""A DataModule that also knows the tokens its method's text tower reads."""
+"""Where a DataModule's tokenizer comes from: a name, another run, or the training texts."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from src.datamodules.image import ImageDataModule
-from src.datamodules.sources.source import BadSample, ImageSource, OrderedSource
-from src.datamodules.text import tokenizer as tokenizers
-from src.datamodules.text.tokenizer import Tokenizer
+from src.datamodules.dataset import OrderedSource
+from src.datamodules.decoding import BadSample
+from src.datamodules.sources.source import Source
 from src.errors import SettingError
 from src.files import write_atomically
 
-_LEARNED_FROM = 20_000  # samples a tokenizer is learned from, at most
+if TYPE_CHECKING:
+    from src.datamodules.text.tokenizer import Tokenizer
+
+_MAX_SAMPLES = 20_000  # samples whose texts a tokenizer is learned from, at most
 
 
-class TokenizingDataModule(ImageDataModule, ABC):
-    """`ImageDataModule` with a tokenizer.
-
-    Args:
-        tokenizer: of the Hugging Face hub or a folder; None for one that is learned from the training texts.
-        tokenizer_file: where the learned one is kept, with the run.
-        tokenizer_from: another run, its folder or a checkpoint, whose learned tokenizer is taken in the place of one
-            of this run's own: towers that start from that run know its ids.
-        vocabulary: ids at most, what the text tower has vectors for.
-        text_length: tokens of a text, start and end included.
-        options: of `ImageDataModule`.
-
-    Raises:
-        SettingError: there is neither a tokenizer's name nor a file for a learned one, or the other run has kept none.
-    """
-
-    def __init__(
-        self,
-        *,
-        tokenizer: str | None = None,
-        tokenizer_file: str | Path | None = None,
-        tokenizer_from: str | Path | None = None,
-        vocabulary: int = 1024,
-        text_length: int = 77,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        if tokenizer is None and tokenizer_file is None:
-            raise SettingError("data.tokenizer: name one, or say in data.tokenizer_file where a learned one is kept")
-        self.tokenizer_name = tokenizer
-        self.tokenizer_file = None if tokenizer_file is None else Path(tokenizer_file)
-        self.tokenizer_from = None if tokenizer_from is None else Path(tokenizer_from)
-        self.vocabulary = vocabulary
-        self.text_length = text_length
-        self._tokenizer: Tokenizer | None = None
-
-    @abstractmethod
-    def texts_to_learn_from(self) -> Iterable[str]:
-        """What a tokenizer is learned from where none is named."""
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            if self.tokenizer_name is not None:
-                self._tokenizer = tokenizers.named(self.tokenizer_name, length=self.text_length)
-            else:
-                assert self.tokenizer_file is not None
-                if self.tokenizer_from is not None and not self.tokenizer_file.exists():
-                    _take_over(self.tokenizer_from, self.tokenizer_file)
-                self._tokenizer = tokenizers.kept(
-                    self.tokenizer_file,
-                    self.texts_to_learn_from(),
-                    vocabulary=self.vocabulary,
-                    length=self.text_length,
-                )
-            # once, here: a tower that looked at every batch's largest id would wait for the device at every step
-            if self._tokenizer.vocabulary > self.vocabulary:
-                raise SettingError(
-                    f"data.vocabulary={self.vocabulary}: the tokenizer has {self._tokenizer.vocabulary} ids, and the "
-                    "text tower would not know all of them"
-                )
-        return self._tokenizer
-
-    def prepare_data(self) -> None:
-        super().prepare_data()
-        self.tokenizer  # noqa: B018
-
-
-def learned_from(source: ImageSource, told: Callable[[int], Iterable[str]]) -> Iterator[str]:
-    """Texts that a tokenizer is learned from: of samples anywhere in the source, or the first where that is dear.
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """The tokenizer of a run.
 
     Args:
-        told: the texts of the sample at a position; one that raises BadSample is left out.
+        name: of a tokenizer on the Hugging Face hub, or its folder; None to learn one from the training texts.
+        file: where the learned tokenizer is stored, with the run.
+        other_run: folder or checkpoint of another run, whose learned tokenizer is copied instead of learning one, for
+            towers that start from that run.
+        vocabulary: largest number of token ids, the size of the text tower's embedding.
+        length: tokens of a text, start and end included.
     """
-    few = min(len(source), _LEARNED_FROM)
-    anywhere = np.linspace(0, len(source), few, endpoint=False).astype(int)
-    for position in range(few) if isinstance(source, OrderedSource) else anywhere.tolist():
+
+    name: str | None = None
+    file: Path | None = None
+    other_run: Path | None = None
+    vocabulary: int = 1024
+    length: int = 77
+
+    def load(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+        """Loads the tokenizer, or learns it once.
+
+        Args:
+            texts: returns the texts to learn from.
+
+        Raises:
+            SettingError: there is neither a name nor a file, the tokenizer does not exist, or it has more ids than the
+                vocabulary.
+        """
+        from src.datamodules.text.tokenizer import (  # transformers takes seconds to import
+            load_or_train,
+            load_pretrained,
+        )
+
+        if self.name is not None:
+            tokenizer = load_pretrained(self.name, length=self.length)
+        elif self.file is None:
+            raise SettingError("data.tokenizer: name a tokenizer, or set data.tokenizer_file to store a learned one")
+        else:
+            if self.other_run is not None and not self.file.exists():
+                _copy(self.other_run, self.file)
+            tokenizer = load_or_train(self.file, texts, vocabulary=self.vocabulary, length=self.length)
+        # checked here, once: comparing the largest id of every batch would wait for the device at every step
+        if tokenizer.vocabulary > self.vocabulary:
+            raise SettingError(
+                f"data.vocabulary={self.vocabulary}: the tokenizer has {tokenizer.vocabulary} ids, more than the text "
+                f"tower has embeddings for: set data.vocabulary={tokenizer.vocabulary}"
+            )
+        return tokenizer
+
+
+def texts_of_samples(source: Source, texts_at: Callable[[int], Iterable[str]]) -> Iterator[str]:
+    """Yields the texts that a tokenizer is learned from: of at most 20,000 samples, evenly spread over the source, or
+    the first ones if the source is expensive to read in any order.
+
+    Args:
+        source: the training split.
+        texts_at: returns the texts of the sample at a position; a sample for which it raises BadSample is skipped.
+    """
+    count = min(len(source), _MAX_SAMPLES)
+    spread = np.linspace(0, len(source), count, endpoint=False).astype(int).tolist()
+    for position in range(count) if isinstance(source, OrderedSource) else spread:
         try:
-            yield from told(position)
+            yield from texts_at(position)
         except BadSample:
-            continue  # it is replaced, and reported, when it is drawn
+            continue  # reported and replaced when it is drawn
 
 
-def _take_over(run: Path, file: Path) -> None:
-    """The tokenizer that ``run`` (or the run of this checkpoint) has learned, to ``file``."""
+def _copy(run: Path, file: Path) -> None:
+    """Copies the learned tokenizer of ``run``, its folder or one of its checkpoints, to ``file``."""
     places = [run / file.name] if run.is_dir() else [run.parent / file.name, run.parent.parent / file.name]
-    there = next((place for place in places if place.is_file()), None)
-    if there is None:
+    learned = next((place for place in places if place.is_file()), None)
+    if learned is None:
         raise SettingError(
-            f"data.tokenizer_from={run}: no {file.name} was learned there; data.tokenizer names the one its towers know"
+            f"data.tokenizer_from={run}: that run has no {file.name}; name the tokenizer of its towers in data.tokenizer"
         )
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, there.read_text())
+    write_atomically(file, learned.read_text())

@@ -1,4 +1,4 @@
-"""The view supervised training uses: strong augmentation of single images."""
+"""Strong augmentation for supervised training: timm's RandAugment, AutoAugment and random erasing."""
 
 from __future__ import annotations
 
@@ -19,26 +19,31 @@ from torch import Tensor
 from src.datamodules.batches.image import ImageBatch
 from src.datamodules.decoding import EncodedImage
 from src.datamodules.views.image import RandomResizedCrop, to_tensor
+from src.datamodules.views.view import ImageView
 from src.errors import SettingError
 from src.randomness import seeded
 
-_AUTO_AUGMENT = ("original", "originalr", "v0", "v0r")  # AutoAugment's policies, as timm calls them
+_AUTO_AUGMENT = ("original", "originalr", "v0", "v0r")  # timm's names of AutoAugment's policies
+_CROP = RandomResizedCrop.num_uniforms
 
 
 @dataclass(frozen=True)
-class RandAugmentCrop:
-    """Random resized crop and mirror, then timm's RandAugment or AutoAugment and random erasing.
+class RandAugmentCrop(ImageView):
+    """Random resized crop and mirror, then RandAugment or AutoAugment, then random erasing.
 
-    Erased pixels are filled with noise that is normal after the DataModule's normalization; since the view's result is
-    8-bit, that noise is cut at black and white.
+    Erased pixels are noise that is normally distributed after the DataModule's normalization, clipped at black and
+    white, since views are 8-bit.
 
     Args:
         size: side of the result in pixels.
         scale: smallest and largest share of the image's area.
-        policy: of RandAugment ("rand-…") or AutoAugment ("original", "v0" …), as timm writes it; None for none.
+        policy: of RandAugment ("rand-…") or AutoAugment ("original", "v0" …), in timm's notation; None for none.
         flip: probability of a left-right mirror.
         erase: probability that a rectangle of the image is erased.
-        mean, std: the DataModule's.
+        mean, std: of the DataModule.
+
+    Raises:
+        SettingError: ``erase`` is no probability, or timm has no such policy.
     """
 
     size: int
@@ -50,7 +55,7 @@ class RandAugmentCrop:
     std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
 
     batch_type: ClassVar[type] = ImageBatch
-    draws: ClassVar[int] = RandomResizedCrop.draws + 2
+    num_uniforms: ClassVar[int] = _CROP + 2
 
     _crop: RandomResizedCrop = field(init=False, repr=False)
     _augment: Any = field(init=False, repr=False, compare=False)
@@ -58,45 +63,48 @@ class RandAugmentCrop:
 
     def __post_init__(self) -> None:
         if not 0 <= self.erase <= 1:
-            raise ValueError(f"RandAugmentCrop: erase is a probability, got {self.erase}")
+            raise SettingError(f"RandAugmentCrop: erase is a probability, got {self.erase}")
         _check_policy(self.policy)
-        # timm's crop and mirror are left out: ours cut only what is needed out of a file still to be decoded
+        # not timm's crop and mirror: RandomResizedCrop decodes only the box of a file
         augment, finish = _transforms(self.size, self.policy, self.erase, self.mean, self.std)
         object.__setattr__(self, "_crop", RandomResizedCrop(self.size, scale=self.scale, flip=self.flip))
         object.__setattr__(self, "_augment", augment)
         object.__setattr__(self, "_finish", finish)
 
-    def encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
-        cropped = self._crop.encoded(image, uniform[: RandomResizedCrop.draws])["image"]
+    def from_encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
+        cropped = self._crop.from_encoded(image, uniform[:_CROP])["image"]
         return {"image": self._strong(cropped, uniform)}
 
-    def decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
-        cropped = self._crop.decoded(images, uniform[:, : RandomResizedCrop.draws])["image"]
-        return {"image": torch.stack([self._strong(each, row) for each, row in zip(cropped, uniform, strict=True)])}
+    def from_decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
+        cropped = self._crop.from_decoded(images, uniform[:, :_CROP])["image"]
+        return {"image": torch.stack([self._strong(*drawn) for drawn in zip(cropped, uniform, strict=True)])}
 
     def _strong(self, cropped: Tensor, uniform: np.ndarray) -> Tensor:
-        picture = Image.fromarray(cropped.permute(1, 2, 0).numpy())
-        with seeded(*map(_bits, uniform[RandomResizedCrop.draws :])):
-            augmented = self._augment(picture)
+        image = Image.fromarray(cropped.permute(1, 2, 0).numpy())
+        with seeded(*map(_bits, uniform[_CROP:])):
+            augmented = self._augment(image)
             if not self.erase:
                 return to_tensor(augmented)
             normalized = self._finish(augmented)
-        mean, std = (torch.tensor(each).view(3, 1, 1) for each in (self.mean, self.std))
+        mean, std = (torch.tensor(channels).view(3, 1, 1) for channels in (self.mean, self.std))
         return ((normalized * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 @dataclass(frozen=True)
 class StrongFrames:
-    """Timm's RandAugment and random erasing for the frames of a clip, all of which change alike: the same operations at
-    the same strengths, and the same rectangle erased, with noise of its own in each frame.
+    """RandAugment and random erasing for clips: the same operations at the same strengths in all frames, and the same
+    rectangle erased, with different noise in each frame.
 
-    As VideoMAE's authors have it, RandAugment sees whole frames and erasing what was cropped of them.
+    As in VideoMAE's code, RandAugment changes whole frames, before the crop, and erasing comes after it.
 
     Args:
-        policy: as of `RandAugmentCrop`.
+        size: side of the cropped frames; translations are a share of it.
+        policy: as for `RandAugmentCrop`.
         erase: probability that a rectangle is erased in all frames.
-        size: side of what the frames become; translations are a share of it.
-        mean, std: the DataModule's.
+        mean, std: of the DataModule.
+
+    Raises:
+        SettingError: ``erase`` is no probability, or timm has no such policy.
     """
 
     size: int
@@ -105,7 +113,7 @@ class StrongFrames:
     mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
 
-    draws: ClassVar[int] = 2
+    num_uniforms: ClassVar[int] = 2
 
     _augment: Any = field(init=False, repr=False, compare=False)
     _erase: Any = field(init=False, repr=False, compare=False)
@@ -118,25 +126,25 @@ class StrongFrames:
         object.__setattr__(self, "_augment", augment)
         object.__setattr__(self, "_erase", RandomErasing(self.erase, mode="pixel", max_count=1, device="cpu"))
 
-    def augmented(self, frames: Tensor, uniform: np.ndarray) -> Tensor:
-        """Whole frames, uint8 [T, 3, H, W] of any size, uniform [draws] -> the same shape."""
+    def augment(self, frames: Tensor, uniform: np.ndarray) -> Tensor:
+        """Applies RandAugment to whole frames, uint8 [T, 3, H, W]; uniform [num_uniforms]."""
         if self.policy is None:
             return frames
-        found = []
+        changed = []
         for frame in frames:
-            # every frame begins with the same numbers, and so draws the same operations
+            # the same seed for every frame draws the same operations
             with seeded(_bits(uniform[0])):
-                found.append(to_tensor(self._augment(Image.fromarray(frame.permute(1, 2, 0).numpy()))))
-        return torch.stack(found)
+                changed.append(to_tensor(self._augment(Image.fromarray(frame.permute(1, 2, 0).numpy()))))
+        return torch.stack(changed)
 
-    def erased(self, frames: Tensor, uniform: np.ndarray) -> Tensor:
-        """Cropped frames, uint8 [T, 3, S, S], uniform [draws] -> the same shape."""
+    def erase_rectangle(self, frames: Tensor, uniform: np.ndarray) -> Tensor:
+        """Erases a rectangle of cropped frames, uint8 [T, 3, S, S]; uniform [num_uniforms]."""
         if not self.erase:
             return frames
-        mean, std = (torch.tensor(each).view(3, 1, 1) for each in (self.mean, self.std))
+        mean, std = (torch.tensor(channels).view(3, 1, 1) for channels in (self.mean, self.std))
         normalized = (frames / 255 - mean) / std
         with seeded(_bits(uniform[1])):
-            # to timm one image of 3 T channels: one rectangle
+            # one image of 3 T channels for timm, so that all frames lose the same rectangle
             erased = self._erase(normalized.flatten(0, 1)).view_as(normalized)
         return ((erased * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
 
@@ -144,7 +152,7 @@ class StrongFrames:
 def _transforms(
     size: int, policy: str | None, erase: float, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[Any, Any]:
-    """Timm's augmentation of an image, and what makes a tensor of it and erases a part."""
+    """Returns timm's augmentation of PIL images, and its conversion to a tensor with random erasing."""
     _, augment, finish = transforms_imagenet_train(
         size,
         auto_augment=policy,
@@ -166,12 +174,13 @@ def _transforms(
 def _check_policy(policy: str | None) -> None:
     if policy is not None and policy.split("-")[0] not in ("rand", *_AUTO_AUGMENT):
         raise SettingError(
-            f"an augmentation's policy must be one of {', '.join(_AUTO_AUGMENT)}, or of timm's 'rand-…', got '{policy}'"
+            f"data.train_view: an augmentation's policy must be one of {', '.join(_AUTO_AUGMENT)}, or timm's 'rand-…', "
+            f"got '{policy}'"
         )
 
 
 def _bits(number: float) -> int:
-    """A uniform number, which has 24 bits, as an integer."""
+    """Converts a uniform number, which has 24 bits, to an integer."""
     return int(number * 2**24)
 
 
@@ -182,5 +191,5 @@ def _operations(transform: RandAugment | AutoAugment) -> list[AugmentOp]:
 
 
 def _at_least_one_bit(level_fn: Callable[..., tuple[int, ...]], level: float, settings: dict[str, Any]) -> tuple[int]:
-    # at the strongest levels timm asks for 0 bits a channel: a black image, which newer Pillow refuses to make
+    # at the strongest levels timm asks for 0 bits a channel, a black image, which newer Pillow refuses
     return (max(1, level_fn(level, settings)[0]),)

@@ -1,7 +1,7 @@
-"""Color augmentation of whole batches, every image with numbers of its own.
+"""Color augmentation of whole batches, with random numbers of its own for every image.
 
-The functions follow torchvision's on float images in [0, 1], with one factor an image instead of one for all; they
-are pure, and cheap enough for two cores: a batch costs a few passes over its pixels.
+The functions follow torchvision's for float images in [0, 1], with one factor an image instead of one for all. They are
+pure, and cost a few passes over the pixels of a batch.
 """
 
 from __future__ import annotations
@@ -14,24 +14,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_CHUNK = 64 * 3 * 64 * 64  # values worked on at a time: more leave the cache, fewer pay for each call
+from src.errors import SettingError
+
+_CHUNK = 64 * 3 * 64 * 64  # values changed at a time: more do not fit the cache, fewer cost more calls
 
 
 @dataclass(frozen=True)
 class Color:
-    """Jitter, greyscale, blur and solarization, in this order, each with a probability of its own.
+    """Color jitter, grayscale, Gaussian blur and solarization, in this order, each with a probability of its own.
 
-    Jitter draws a factor from [1 - x, 1 + x] for brightness, contrast and saturation (not below 0) and a turn of the
+    Jitter draws factors from [1 - x, 1 + x] for brightness, contrast and saturation (not below 0) and a rotation of the
     hue from [-x, x], and applies the four in random order, as torchvision's ``ColorJitter``. The blur's kernel is as
     wide as a tenth of the image, as in SimCLR's code: 23 pixels of 224, 7 of 64.
 
     Args:
         brightness, contrast, saturation, hue: strength of the jitter; 0 leaves it out.
         jitter: probability of the jitter as a whole.
-        grey: probability of losing all color.
+        grey: probability of grayscale.
         blur: probability of a Gaussian blur.
-        sigma: smallest and largest width of the blur, in pixels.
+        sigma: smallest and largest standard deviation of the blur, in pixels.
         solarize: probability of inverting all values from 0.5 on.
+
+    Raises:
+        SettingError: a probability or strength is out of range.
     """
 
     brightness: float = 0.0
@@ -44,26 +49,26 @@ class Color:
     sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.0
 
-    draws: ClassVar[int] = 13  # four decisions, four factors, four places in the order, one width
+    num_uniforms: ClassVar[int] = 13  # four decisions, four factors, four places in the order, one sigma
 
     def __post_init__(self) -> None:
         for name in ("jitter", "grey", "blur", "solarize"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"Color: {name} is a probability, got {getattr(self, name)}")
+                raise SettingError(f"Color: {name} is a probability, got {getattr(self, name)}")
         if min(self.brightness, self.contrast, self.saturation, self.hue) < 0 or self.hue > 0.5:
-            raise ValueError(
+            raise SettingError(
                 f"Color: brightness={self.brightness}, contrast={self.contrast}, saturation={self.saturation} must be "
                 f"at least 0 and hue={self.hue} within [0, 0.5]"
             )
         if not 0 < self.sigma[0] <= self.sigma[1]:
-            raise ValueError(f"Color: sigma must be 0 < low <= high, got {tuple(self.sigma)}")
+            raise SettingError(f"Color: sigma must be 0 < low <= high, got {tuple(self.sigma)}")
 
     def __call__(self, images: Tensor, uniform: np.ndarray) -> Tensor:
-        """uint8 [B, 3, H, W] and numbers in [0, 1) [B, draws] -> uint8 [B, 3, H, W]."""
+        """Changes images uint8 [B, 3, H, W] by uniform [B, num_uniforms] in [0, 1) -> uint8 [B, 3, H, W]."""
         rows = max(1, _CHUNK // images[0].numel())
         numbers = torch.from_numpy(np.ascontiguousarray(uniform, dtype=np.float32))
         parts = zip(images.split(rows), numbers.split(rows), strict=True)
-        return torch.cat([self._augment(part, each) for part, each in parts])
+        return torch.cat([self._augment(*part) for part in parts])
 
     def _augment(self, images: Tensor, uniform: Tensor) -> Tensor:
         decide, strength, place, width = uniform[:, :4], uniform[:, 4:8], uniform[:, 8:12], uniform[:, 12]
@@ -80,7 +85,7 @@ class Color:
         return x.mul_(255).round_().to(torch.uint8)
 
     def _jitters(self, uniform: Tensor) -> list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor | None]]:
-        """The four changes, and how much each image is changed [B]; None where the recipe has none of it."""
+        """Returns the four changes, each with its factors [B], or None if its strength is 0."""
         spans = (self.brightness, self.contrast, self.saturation)
         factors: list[Tensor | None] = [
             (low := max(0.0, 1 - x)) + uniform[:, i] * (1 + x - low) if x else None for i, x in enumerate(spans)
@@ -90,7 +95,7 @@ class Color:
 
 
 def _apply(x: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor], amount: Tensor) -> None:
-    """Change the chosen images of a batch in place."""
+    """Changes the chosen images of a batch in place."""
     index = chosen.nonzero().flatten()
     if len(index) == len(x):
         x.copy_(change(x, amount))
@@ -99,32 +104,32 @@ def _apply(x: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor]
 
 
 def luma(x: Tensor) -> Tensor:
-    """Brightness as torchvision weighs the colors: [B, 3, H, W] -> [B, 1, H, W]."""
+    """Returns the brightness with torchvision's weights of the colors: [B, 3, H, W] -> [B, 1, H, W]."""
     return (0.2989 * x[:, 0:1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """Times ``factor`` [B]; 0 is black."""
+    """Multiplies by ``factor`` [B]; 0 is black."""
     return (x * factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Away from the image's mean brightness; 0 is that grey, 1 the image."""
+    """Interpolates between the image's mean brightness (0) and the image (1) by ``factor`` [B]."""
     mean = luma(x).mean(dim=(-3, -2, -1), keepdim=True)
     return torch.lerp(mean, x, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Away from each pixel's own grey; 0 is grey, 1 the image."""
+    """Interpolates between grayscale (0) and the image (1) by ``factor`` [B]."""
     return torch.lerp(luma(x), x, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
 def adjust_hue(x: Tensor, turn: Tensor) -> Tensor:
-    """Turn the hue by ``turn`` [B] of a full circle, at constant value and saturation."""
+    """Rotates the hue by ``turn`` [B] of a full circle, at constant value and saturation."""
     red, green, blue = x.unbind(dim=1)
     high, low = (pick(pick(red, green), blue) for pick in (torch.maximum, torch.minimum))
     chroma = high - low
-    scale = chroma.clamp(min=1e-8).reciprocal_()  # a grey pixel has no hue, and no chroma to show it by
+    scale = chroma.clamp(min=1e-8).reciprocal_()  # gray pixels have chroma 0, so any hue will do
     hue = torch.where(
         high == red,
         (green - blue) * scale,
@@ -133,7 +138,7 @@ def adjust_hue(x: Tensor, turn: Tensor) -> Tensor:
     hue += 6 * turn.view(-1, 1, 1)  # in sixths of the circle
     result = torch.empty_like(x)
     for channel, phase in enumerate((5.0, 3.0, 1.0)):
-        # how far the channel lies below the highest, from the place on the circle; (h + phase) mod 6, but faster
+        # distance of the channel below the highest one: (hue + phase) mod 6, computed faster
         k = hue + phase
         k = k.sub_((k / 6).floor_(), alpha=6)
         k = torch.minimum(k, 4 - k).clamp_(0, 1)
@@ -142,14 +147,14 @@ def adjust_hue(x: Tensor, turn: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, radius: int | None = None) -> Tensor:
-    """Blur by a Gaussian of width ``sigma`` [B] pixels, cut at ``radius`` (a tenth of the height, halved, if None);
-    borders are mirrored."""
+    """Blurs with a Gaussian of standard deviation ``sigma`` [B] pixels, cut off at ``radius`` (a twentieth of the height if
+    None); borders are mirrored."""
     if radius is None:
         radius = max(1, x.shape[-2] // 10 // 2)
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)
-    # one banded matrix an image and axis holds kernel and borders: a blur is two matrix products
+    # one banded matrix an image and axis holds kernel and borders, so that a blur is two matrix products
     batch, channels, height, width = x.shape
     rows, columns = _bands(kernel, height, radius), _bands(kernel, width, radius)
     x = torch.bmm(x.reshape(batch, channels * height, width), columns.transpose(1, 2))
@@ -158,16 +163,16 @@ def gaussian_blur(x: Tensor, sigma: Tensor, radius: int | None = None) -> Tensor
 
 
 def _bands(kernel: Tensor, size: int, radius: int) -> Tensor:
-    """kernel [B, 2 * radius + 1] -> [B, size, size], row o holding the weights of the pixels seen by pixel o."""
+    """Returns matrices [B, size, size] for kernels [B, 2 * radius + 1]; row o weighs the pixels around pixel o."""
     if radius >= size:
         raise ValueError(f"a blur of radius {radius} does not fit into {size} pixels")
-    seen = torch.arange(size, device=kernel.device)[:, None] + torch.arange(-radius, radius + 1, device=kernel.device)
-    seen = seen.abs()
-    seen = torch.where(seen >= size, 2 * (size - 1) - seen, seen)
+    pixels = torch.arange(size, device=kernel.device)[:, None] + torch.arange(-radius, radius + 1, device=kernel.device)
+    pixels = pixels.abs()
+    pixels = torch.where(pixels >= size, 2 * (size - 1) - pixels, pixels)
     bands = kernel.new_zeros(len(kernel), size, size)
-    return bands.scatter_add_(2, seen.expand(len(kernel), -1, -1), kernel[:, None].expand(-1, size, -1))
+    return bands.scatter_add_(2, pixels.expand(len(kernel), -1, -1), kernel[:, None].expand(-1, size, -1))
 
 
 def solarize(x: Tensor, threshold: float = 0.5) -> Tensor:
-    """Invert what is at least ``threshold``."""
+    """Inverts values of at least ``threshold``."""
     return torch.where(x >= threshold, 1 - x, x)

@@ -1,4 +1,4 @@
-"""Views that make an `ImageBatch`: one image, cropped."""
+"""Views that make an `ImageBatch`: one crop of each image."""
 
 from __future__ import annotations
 
@@ -13,19 +13,24 @@ from torch import Tensor
 from src.datamodules.batches.image import ImageBatch
 from src.datamodules.decoding import EncodedImage
 from src.datamodules.views.resample import resample_boxes
+from src.datamodules.views.view import ImageView
+from src.errors import SettingError
 
 _TRIES = 10
 
 
 @dataclass(frozen=True)
-class RandomResizedCrop:
-    """A random box of the image, resized, mirrored with probability ``flip``; torchvision's distribution of boxes.
+class RandomResizedCrop(ImageView):
+    """Crops a random box, resizes it and mirrors it with probability ``flip``; boxes are distributed as torchvision's.
 
     Args:
         size: side of the result in pixels.
         scale: smallest and largest share of the image's area.
-        ratio: smallest and largest width over height.
+        ratio: smallest and largest aspect ratio, width over height.
         flip: probability of a left-right mirror.
+
+    Raises:
+        SettingError: the scale is not 0 < low <= high <= 1.
     """
 
     size: int
@@ -34,32 +39,36 @@ class RandomResizedCrop:
     flip: float = 0.5
 
     batch_type: ClassVar[type] = ImageBatch
-    draws: ClassVar[int] = 4 * _TRIES + 1
+    num_uniforms: ClassVar[int] = 4 * _TRIES + 1
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"RandomResizedCrop: scale must be 0 < low <= high <= 1, got {tuple(self.scale)}")
+            raise SettingError(f"RandomResizedCrop: scale must be 0 < low <= high <= 1, got {tuple(self.scale)}")
 
-    def encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
+    def from_encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
         height, width = image.size
         top, left, rows, columns = self.boxes(height, width, uniform[None])[0]
         pixels = to_tensor(image.decode(box=(top, left, rows, columns), size=(self.size, self.size)))
-        return {"image": pixels.flip(-1) if uniform[-1] < self.flip else pixels}
+        return {"image": pixels.flip(-1) if self.flipped(uniform) else pixels}
 
-    def decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
+    def from_decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
         boxes = self.boxes(images.shape[-2], images.shape[-1], uniform)
-        return {"image": resample_boxes(images, boxes, self.size, flip=uniform[:, -1] < self.flip)}
+        return {"image": resample_boxes(images, boxes, self.size, flip=self.flipped(uniform))}
 
-    def of_picture(self, picture: Image, uniform: np.ndarray) -> Tensor:
-        """An image that is decoded already and of which more is wanted, uniform [draws] -> uint8 [3, size, size]."""
-        top, left, rows, columns = self.boxes(picture.height, picture.width, uniform[None])[0]
+    def from_pil(self, image: Image, uniform: np.ndarray) -> Tensor:
+        """Makes one of several views of an image that is decoded once: uniform [num_uniforms] -> uint8 [3, S, S]."""
+        top, left, rows, columns = self.boxes(image.height, image.width, uniform[None])[0]
         box = (left, top, left + columns, top + rows)
-        pixels = to_tensor(picture.resize((self.size, self.size), Resampling.BICUBIC, box=box))
-        return pixels.flip(-1) if uniform[-1] < self.flip else pixels
+        pixels = to_tensor(image.resize((self.size, self.size), Resampling.BICUBIC, box=box))
+        return pixels.flip(-1) if self.flipped(uniform) else pixels
+
+    def flipped(self, uniform: np.ndarray) -> np.ndarray:
+        """Returns which crops are mirrored: uniform [..., num_uniforms] -> bool [...]."""
+        return uniform[..., -1] < self.flip
 
     def boxes(self, height: int, width: int, uniform: np.ndarray) -> np.ndarray:
-        """Integer boxes [B, 4] (top, left, height, width): the first of ten tries that fits, else the largest centered
-        box of an allowed ratio."""
+        """Returns integer boxes [B, 4] (top, left, height, width): the first of ten tries that fits into the image, else
+        the largest centered box of an allowed aspect ratio."""
         tries = uniform[:, : 4 * _TRIES].reshape(-1, _TRIES, 4).astype(np.float64)
         area = height * width * (self.scale[0] + tries[..., 0] * (self.scale[1] - self.scale[0]))
         log_low, log_high = np.log(self.ratio[0]), np.log(self.ratio[1])
@@ -77,10 +86,10 @@ class RandomResizedCrop:
 
 
 @dataclass(frozen=True)
-class CenterCrop:
-    """The image's middle: the largest centered square shrunk by ``share``, resized. No randomness.
+class CenterCrop(ImageView):
+    """Crops the center, the largest square of the image times ``share``, and resizes it. Takes no random numbers.
 
-    ``share`` 0.875 is the usual resize to 256, crop 224, done in one resampling.
+    ``share`` 0.875 is the usual resize to 256 and crop to 224, in one resampling.
 
     Args:
         size: side of the result in pixels.
@@ -91,12 +100,12 @@ class CenterCrop:
     share: float = 0.875
 
     batch_type: ClassVar[type] = ImageBatch
-    draws: ClassVar[int] = 0
+    num_uniforms: ClassVar[int] = 0
 
-    def encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
+    def from_encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
         return {"image": to_tensor(image.decode(box=self._box(*image.size), size=(self.size, self.size)))}
 
-    def decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
+    def from_decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
         if images.shape[-2:] == (self.size, self.size) and self.share == 1:
             return {"image": images}
         box = self._box(images.shape[-2], images.shape[-1])
@@ -108,5 +117,5 @@ class CenterCrop:
 
 
 def to_tensor(image: Image) -> Tensor:
-    """A PIL RGB image as uint8 [3, H, W]."""
+    """Converts a PIL RGB image to uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)

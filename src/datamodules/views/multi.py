@@ -1,8 +1,8 @@
-"""Views for joint embedding: one image, augmented several times over."""
+"""Views for joint embedding methods: several augmentations of each image."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -15,16 +15,23 @@ from src.datamodules.batches.image import ImageBatch, MultiViewBatch
 from src.datamodules.decoding import EncodedImage
 from src.datamodules.views.color import Color
 from src.datamodules.views.image import RandomResizedCrop
+from src.datamodules.views.view import ImageView
+from src.errors import SettingError
+
+_CROP = RandomResizedCrop.num_uniforms
 
 
 @dataclass(frozen=True)
-class Augmented:
-    """A random crop whose colors are changed. Alone it makes an `ImageBatch`; in a `MultiView` it is one kind of view.
+class Augmented(ImageView):
+    """A random crop with changed colors. Alone it makes an `ImageBatch`; in a `MultiView` it is one kind of view.
 
     Args:
-        crop: which part of the image, and how large it becomes.
-        color: what happens to its colors.
-        count: how many views of this kind a `MultiView` takes of each image.
+        crop: region of the image, and the size it is resized to.
+        color: color augmentation.
+        count: number of views of this kind in a `MultiView`.
+
+    Raises:
+        SettingError: the count is below 1.
     """
 
     crop: RandomResizedCrop
@@ -32,75 +39,102 @@ class Augmented:
     count: int = 1
 
     batch_type: ClassVar[type] = ImageBatch
-    draws: ClassVar[int] = RandomResizedCrop.draws + Color.draws
+    num_uniforms: ClassVar[int] = _CROP + Color.num_uniforms
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise ValueError(f"Augmented: count must be at least 1, got {self.count}")
+            raise SettingError(f"Augmented: count must be at least 1, got {self.count}")
 
-    def encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
-        cropped = self.crop.encoded(image, uniform[: RandomResizedCrop.draws])["image"]
-        return {"image": self.color(cropped[None], uniform[None, RandomResizedCrop.draws :])[0]}
+    def from_encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
+        cropped = self.crop.from_encoded(image, uniform[:_CROP])["image"]
+        return {"image": self.color(cropped[None], uniform[None, _CROP:])[0]}
 
-    def decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
-        cropped = self.crop.decoded(images, uniform[:, : RandomResizedCrop.draws])["image"]
-        return {"image": self.color(cropped, uniform[:, RandomResizedCrop.draws :])}
+    def from_decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
+        cropped = self.crop.from_decoded(images, uniform[:, :_CROP])["image"]
+        return {"image": self.color(cropped, uniform[:, _CROP:])}
 
-    def of_picture(self, picture: Image.Image, uniform: np.ndarray) -> Tensor:
-        """An image that is decoded already, uniform [draws] -> uint8 [3, size, size]."""
-        cropped = self.crop.of_picture(picture, uniform[: RandomResizedCrop.draws])
-        return self.color(cropped[None], uniform[None, RandomResizedCrop.draws :])[0]
+    def from_pil(self, image: Image.Image, uniform: np.ndarray) -> Tensor:
+        """Makes one of several views of an image that is decoded once: uniform [num_uniforms] -> uint8 [3, S, S]."""
+        cropped = self.crop.from_pil(image, uniform[:_CROP])
+        return self.color(cropped[None], uniform[None, _CROP:])[0]
+
+    def crops(self, height: int, width: int, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the crops that uniform [B, num_uniforms] selects in images of one size: boxes float32 [B, 4], x0 y0
+        x1 y1 in pixels of the image, and which of them are mirrored, bool [B]."""
+        top, left, rows, columns = self.crop.boxes(height, width, uniform[:, :_CROP]).T
+        boxes = np.stack([left, top, left + columns, top + rows], axis=1).astype(np.float32)
+        return boxes, self.crop.flipped(uniform[:, :_CROP])
 
 
 @dataclass(frozen=True)
-class MultiView:
+class MultiView(ImageView):
     """Several independent views of each image, in the order they are listed.
 
-    A file is decoded once, in full, whatever the number of views.
+    A file is decoded once, in full, for all of its views.
 
     Args:
-        views: kinds of views by name, all of one size. A method that compares two views takes ``count: 2`` of one kind,
-            or one each of two kinds.
-        local_views: multi-crop's small views, all of one size; None for none.
+        views: kinds of views by name, all of one size. For two views of one kind its ``count`` is 2.
+        local_views: kinds of multi-crop's small views, all of one size; None for none.
+        record_crops: adds ``boxes`` and ``flipped`` (and ``local_boxes``, ``local_flipped``) to the batch, for methods
+            that compare positions between views; see `MultiViewBatch`.
 
     Raises:
-        ValueError: views of one group differ in size, or there are none.
+        SettingError: a group has no views, or its views differ in size.
     """
 
     views: Mapping[str, Augmented]
     local_views: Mapping[str, Augmented] | None = None
+    record_crops: bool = False
 
     batch_type: ClassVar[type] = MultiViewBatch
 
     def __post_init__(self) -> None:
-        for name, group in self._groups().items():
-            sizes = {kind.crop.size for kind in group.values()}
+        for name, kinds in self._groups().items():
+            sizes = {kind.crop.size for kind in kinds}
             if len(sizes) != 1:
-                raise ValueError(f"MultiView: {name} must be views of one size, got {sorted(sizes) or 'none'}")
+                raise SettingError(f"MultiView: {name} must be views of one size, got {sorted(sizes) or 'none'}")
 
     @property
-    def draws(self) -> int:
-        return Augmented.draws * sum(kind.count for group in self._groups().values() for kind in group.values())
+    def num_uniforms(self) -> int:
+        return Augmented.num_uniforms * sum(len(kinds) for kinds in self._groups().values())
 
-    def encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
-        picture = image.decode()
-        rows = iter(uniform.reshape(-1, Augmented.draws))
-        return {
-            name: torch.stack([kind.of_picture(picture, next(rows)) for kind in _each(group)])
-            for name, group in self._groups().items()
-        }
+    def from_encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
+        decoded = image.decode()
+        numbers = iter(uniform.reshape(-1, Augmented.num_uniforms))
+        row: dict[str, Tensor] = {}
+        for name, kinds in self._groups().items():
+            group = [next(numbers) for _ in kinds]
+            row[name] = torch.stack([kind.from_pil(decoded, drawn) for kind, drawn in zip(kinds, group, strict=True)])
+            if self.record_crops:
+                crops = _crops(name, kinds, decoded.height, decoded.width, [drawn[None] for drawn in group])
+                row |= {key: value[0] for key, value in crops.items()}
+        return row
 
-    def decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
-        rows = iter(uniform.reshape(len(images), -1, Augmented.draws).swapaxes(0, 1))
-        return {
-            name: torch.stack([kind.decoded(images, next(rows))["image"] for kind in _each(group)], dim=1)
-            for name, group in self._groups().items()
-        }
+    def from_decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
+        height, width = images.shape[-2:]
+        numbers = iter(uniform.reshape(len(images), -1, Augmented.num_uniforms).swapaxes(0, 1))
+        batch: dict[str, Tensor] = {}
+        for name, kinds in self._groups().items():
+            group = [next(numbers) for _ in kinds]
+            views = [kind.from_decoded(images, drawn)["image"] for kind, drawn in zip(kinds, group, strict=True)]
+            batch[name] = torch.stack(views, dim=1)
+            if self.record_crops:
+                batch |= _crops(name, kinds, height, width, group)
+        return batch
 
-    def _groups(self) -> dict[str, Mapping[str, Augmented]]:
-        groups = {"views": self.views}
-        return groups if self.local_views is None else {**groups, "local_views": self.local_views}
+    def _groups(self) -> dict[str, list[Augmented]]:
+        """Returns the views by field of the batch, in order, each kind as often as its count."""
+        groups = {"views": self.views} | ({} if self.local_views is None else {"local_views": self.local_views})
+        return {name: [kind for kind in group.values() for _ in range(kind.count)] for name, group in groups.items()}
 
 
-def _each(group: Mapping[str, Augmented]) -> list[Augmented]:
-    return [kind for kind in group.values() for _ in range(kind.count)]
+def _crops(
+    group: str, kinds: Sequence[Augmented], height: int, width: int, uniform: Sequence[np.ndarray]
+) -> dict[str, Tensor]:
+    """Returns the boxes [B, V, 4] and flips [B, V] of a group's views, for uniform [B, num_uniforms] of each view."""
+    prefix = group.removesuffix("views")
+    crops = [kind.crops(height, width, drawn) for kind, drawn in zip(kinds, uniform, strict=True)]
+    return {
+        f"{prefix}boxes": torch.from_numpy(np.stack([boxes for boxes, _ in crops], axis=1)),
+        f"{prefix}flipped": torch.from_numpy(np.stack([flipped for _, flipped in crops], axis=1)),
+    }

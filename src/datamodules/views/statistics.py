@@ -1,4 +1,4 @@
-"""Statistics of motion and appearance that a network can be asked for: what Wang et al. (2021) label clips with."""
+"""Statistics of motion and appearance, the pretext labels of Wang et al. (2021)."""
 
 from __future__ import annotations
 
@@ -13,33 +13,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.datamodules.batches.video import StatisticsBatch
-from src.datamodules.video_reader import FlowFilmReader
+from src.datamodules.video_reader import FlowFilmReader, VideoReader
 from src.datamodules.views.resample import resample_box, whole_pixels
-from src.datamodules.views.video import Boxes, Clip
+from src.datamodules.views.video import Clip, FrameCrop, VideoView
 from src.errors import SettingError
 
-_ACROSS = np.array([[[-1, 0, 1]] * 3])  # [1, 3, 3]: a frame has nothing to do with the next
+_ACROSS = np.array([[[-1, 0, 1]] * 3])  # [1, 3, 3]: each frame is filtered alone
 _DOWN = _ACROSS.transpose(0, 2, 1)
 _DIRECTIONS = 8
-_STILL = 1e-4  # pixels: what interpolation leaves of a flow that is the same everywhere
+_STILL = 1e-4  # pixels: interpolation error of a constant flow
 
 
 @dataclass(frozen=True)
-class StatisticsCrop:
-    """A random clip in a random box, and 27 numbers that its pixels and its flow say of it: see `motion_statistics` and
-    `appearance_statistics`. They are taken after crop and mirror, of what the network sees.
+class StatisticsCrop(VideoView):
+    """A random clip in a random box, with 27 statistics of its flow and its pixels after crop and mirror; see
+    `motion_statistics` and `appearance_statistics`.
 
     Args:
-        clip: which frames.
-        crop: which part of them, and what becomes of it; its size must be a multiple of 8.
+        clip: selects the frames.
+        crop: selects the region of the frames, and the size it is resized to, a multiple of 8.
+
+    Raises:
+        SettingError: the size is no multiple of 8.
     """
 
     clip: Clip
-    crop: Boxes
+    crop: FrameCrop
 
     batch_type: ClassVar[type] = StatisticsBatch
     needs_flow: ClassVar[bool] = True
-    rows: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if self.crop.size % 8:
@@ -48,31 +50,32 @@ class StatisticsCrop:
             )
 
     @property
-    def draws(self) -> int:
-        return self.clip.draws + self.crop.draws
+    def num_uniforms(self) -> int:
+        return self.clip.num_uniforms + self.crop.num_uniforms
 
-    def encoded(self, image: FlowFilmReader, uniform: np.ndarray) -> dict[str, Tensor]:
-        times = self.clip.times(image.duration, image.rate, uniform).tolist()
-        frames, flow = image.at(times), image.flow(times)
-        own = uniform[self.clip.draws :]
-        (box,) = self.crop.boxes(frames.shape[-2], frames.shape[-1], own[None])
-        flip = bool(own[-1] < self.crop.flip)
-        video = resample_box(frames, box, self.crop.size, flip)
+    def from_video(self, video: VideoReader, uniform: np.ndarray) -> dict[str, Tensor]:
+        with_flow: FlowFilmReader = video  # type: ignore[assignment]  # the DataModule refuses videos without flow
+        times = self.clip.times(video.duration, video.rate, uniform).tolist()
+        frames, flow = with_flow.frames_at(times), with_flow.flow(times)
+        of_crop = uniform[self.clip.num_uniforms :]
+        (box,) = self.crop.boxes(frames.shape[-2], frames.shape[-1], of_crop[None])
+        flip = bool(of_crop[-1] < self.crop.flip)
+        cropped = resample_box(frames, box, self.crop.size, flip)
         return {
-            "video": video,
+            "video": cropped,
             "motion": motion_statistics(crop_flow(flow, box, self.crop.size, flip).numpy()),
-            "appearance": appearance_statistics(video.numpy()),
+            "appearance": appearance_statistics(cropped.numpy()),
         }
 
 
 def crop_flow(flow: Tensor, box: np.ndarray, size: int, flip: bool) -> Tensor:
-    """What of a flow is seen in a box of its frames, in pixels of what the box becomes.
+    """Crops a flow as `resample_box` crops its frames, and converts it to pixels of the resized crop.
 
     Args:
         flow: float32 [N, 2, H, W], pixels to the right and down.
         box: top, left, height, width.
         size: side of the result.
-        flip: whether it is mirrored left to right: what went to the right then goes to the left.
+        flip: mirrors left to right, which also negates the horizontal flow.
 
     Returns:
         float32 [N, 2, size, size].
@@ -88,17 +91,17 @@ def crop_flow(flow: Tensor, box: np.ndarray, size: int, flip: bool) -> Tensor:
         ]
     )
     grid = F.affine_grid(theta[None], [1, 2, size, size], align_corners=False)
-    seen = F.grid_sample(flow, grid.expand(len(flow), -1, -1, -1), padding_mode="border", align_corners=False)
-    return seen * torch.tensor([sign * size / columns, size / rows]).view(2, 1, 1)
+    cropped = F.grid_sample(flow, grid.expand(len(flow), -1, -1, -1), padding_mode="border", align_corners=False)
+    return cropped * torch.tensor([sign * size / columns, size / rows]).view(2, 1, 1)
 
 
 def motion_statistics(flow: np.ndarray) -> Tensor:
-    """Where motion changes most, into which direction, and when: 14 numbers.
+    """Returns the place, direction and time of the strongest motion boundaries: 14 numbers.
 
-    A camera's motion is the same everywhere and has no boundaries, so boundaries are looked at: the derivatives of the
-    flow's horizontal part u and of its vertical part v. For each of the `partitions` there are four: the region of the
-    strongest boundaries of u, summed over time, and their direction; the same of v. The last two are the frame with the
-    strongest boundaries of u, and of v. All count from 1; where nothing moves against anything else they are 0.
+    Motion boundaries are derivatives of the flow's horizontal part u and vertical part v; the camera's motion, the same
+    everywhere, has none. Each of the `partitions` gives four numbers: the region with the strongest boundaries of u,
+    summed over time, and their direction, then the same of v. The last two are the frame with the strongest boundaries
+    of u, and of v. Numbers start at 1; 0 stands for no boundary.
 
     Args:
         flow: float [N, 2, S, S], S a multiple of 8.
@@ -106,21 +109,21 @@ def motion_statistics(flow: np.ndarray) -> Tensor:
     Returns:
         float32 [14].
     """
-    found = [_boundaries(flow[:, part]) for part in range(2)]
+    boundaries = [_boundaries(flow[:, part]) for part in range(2)]
     numbers: list[int] = []
     for regions in partitions(flow.shape[-1]):
-        for boundary in found:
+        for boundary in boundaries:
             numbers += _strongest(boundary, regions)
-    numbers += [boundary.frame for boundary in found]
+    numbers += [boundary.frame for boundary in boundaries]
     return torch.tensor(numbers, dtype=torch.float32)
 
 
 class _Boundaries(NamedTuple):
-    """Of one part of the flow."""
+    """Motion boundaries of one part of the flow."""
 
-    strength: np.ndarray  # [S, S], of the derivatives' sum over time
-    angle: np.ndarray  # [S, S], in [0, 8), eighths of a turn
-    frame: int  # of the strongest, from 1
+    strength: np.ndarray  # [S, S], magnitude of the derivatives' sum over time
+    angle: np.ndarray  # [S, S], in eighths of a turn, [0, 8)
+    frame: int  # with the strongest boundaries, from 1; 0 for none
 
 
 def _boundaries(part: np.ndarray) -> _Boundaries:
@@ -136,7 +139,7 @@ def _boundaries(part: np.ndarray) -> _Boundaries:
 
 
 def _strongest(boundary: _Boundaries, regions: Regions) -> tuple[int, int]:
-    """The region with the strongest boundaries, and their direction there; both from 1, 0 for none."""
+    """Returns the region with the strongest boundaries, and their direction there; both from 1, 0 for none."""
     if not boundary.strength.any():
         return 0, 0
     strength = regions.masks.reshape(len(regions.masks), -1) @ boundary.strength.ravel()
@@ -153,11 +156,11 @@ def _strongest(boundary: _Boundaries, regions: Regions) -> tuple[int, int]:
 
 
 def appearance_statistics(video: np.ndarray) -> Tensor:
-    """Where colors change most and least over time, and which they are: 13 numbers.
+    """Returns the places where colors change most and least over time, and these colors: 13 numbers.
 
-    For each of the `partitions`: the region whose histograms of color overlap least from frame to frame, and the
-    color that is most frequent there; the same of the region whose histograms overlap most. The last is the most
-    frequent color of all. Colors are octants of the tubelet of red, green and blue. All count from 1.
+    Each of the `partitions` gives four numbers: the region whose color histograms overlap least between frames and its
+    most frequent color, then the same of the region whose histograms overlap most. The last number is the most frequent
+    color of the whole clip. Colors are the eight octants of the RGB cube. Numbers start at 1.
 
     Args:
         video: uint8 [T, 3, S, S], S a multiple of 8.
@@ -175,7 +178,7 @@ def appearance_statistics(video: np.ndarray) -> Tensor:
 
 
 def _overlap(pixels: np.ndarray) -> float:
-    """Of the 256-bin histograms of each frame, intersection over union, averaged over channels: uint8 [T, 3, N]."""
+    """Returns intersection over union of the frames' 256-bin histograms, averaged over channels: uint8 [T, 3, N]."""
     frames, channels, _ = pixels.shape
     row = 256 * np.arange(frames * channels).reshape(frames, channels, 1)
     counts = np.bincount((row + pixels).ravel(), minlength=256 * frames * channels).reshape(frames, channels, 256)
@@ -183,8 +186,8 @@ def _overlap(pixels: np.ndarray) -> float:
 
 
 def _dominant(pixels: np.ndarray) -> int:
-    """The octant, from 1, of the one color that is most frequent: uint8 [T, 3, N]. Of several that are, the darkest in
-    blue counts, then in green."""
+    """Returns the octant, from 1, of the most frequent color of uint8 [T, 3, N]. Ties go to the color with the least
+    blue, then the least green."""
     red, green, blue = (pixels[:, channel].astype(np.int32) for channel in range(3))
     colors, counts = np.unique(blue << 16 | green << 8 | red, return_counts=True)
     color = int(colors[counts.argmax()])
@@ -193,16 +196,16 @@ def _dominant(pixels: np.ndarray) -> int:
 
 
 class Regions(NamedTuple):
-    """A division of a frame."""
+    """A partition of a frame."""
 
     masks: np.ndarray  # bool [R, S, S]
-    unequal: bool  # regions of different size are compared by their means
+    unequal: bool  # True if the regions differ in size, and are compared by their means
 
 
 @cache
 def partitions(size: int) -> tuple[Regions, Regions, Regions]:
-    """Sixteen blocks, row by row; four rings, from the middle; eight triangles, halves of the quarters along the
-    diagonals through the middle. A diagonal belongs to both of its triangles."""
+    """Returns three partitions: sixteen blocks, row by row; four rings, from the center; eight triangles, halves of the
+    quarters along the diagonals through the center. A diagonal belongs to both of its triangles."""
     rows, columns = np.indices((size, size))
     blocks = rows // (size // 4) * 4 + columns // (size // 4)
     border = np.minimum(np.minimum(rows, columns), size - 1 - np.maximum(rows, columns))

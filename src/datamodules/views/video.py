@@ -1,7 +1,8 @@
-"""Views that make a `VideoBatch`: some of a video's frames, all cropped alike."""
+"""Views that make a `VideoBatch`: clips of a video, whose frames are all cropped alike."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -10,51 +11,62 @@ import torch
 from torch import Tensor
 
 from src.datamodules.batches.video import VideoBatch
+from src.datamodules.sources.source import Sample
 from src.datamodules.video_reader import VideoReader
 from src.datamodules.views.augment import StrongFrames
 from src.datamodules.views.color import Color
 from src.datamodules.views.resample import resample_box
+from src.datamodules.views.view import View
 from src.errors import SettingError
 
 
 class Clip(Protocol):
-    """Which frames of a video are taken."""
+    """Selects frames of a video."""
 
     @property
-    def draws(self) -> int:
+    def frames(self) -> int:
+        """Frames of a clip."""
+        ...
+
+    @property
+    def num_uniforms(self) -> int:
         """Random numbers needed for one clip."""
         ...
 
     def times(self, duration: float, rate: float, uniform: np.ndarray) -> np.ndarray:
-        """Seconds from the beginning, in order: [T].
+        """Returns the times of the frames, seconds from the beginning in order: [T].
 
         Args:
             duration: of the video, seconds.
-            rate: its frames a second.
-            uniform: [draws] in [0, 1]; the middle of a video at 0.5.
+            rate: of the video, frames a second.
+            uniform: [num_uniforms] in [0, 1]; 0.5 selects the middle of the video.
         """
         ...
 
-    def places(self, count: int) -> np.ndarray:
-        """``count`` clips that cover a video evenly: what all of a clip's draws are for each, [count]."""
+    def even_positions(self, count: int) -> np.ndarray:
+        """Returns the random number that selects each of ``count`` clips which cover a video evenly: [count]. It stands
+        for all of a clip's random numbers."""
         ...
 
 
 @dataclass(frozen=True)
 class DenseClip:
-    """Frames in even steps from a random beginning. A clip that is longer than its video ends with the last frame held.
+    """Frames in even steps from a random start. If the clip is longer than the video, the last frame is repeated.
 
     Args:
         frames: of a clip.
-        stride: frames of the video from one to the next.
-        rate: instead of the stride, frames a second, whatever the video's own rate.
+        stride: step in frames of the video.
+        rate: frames a second, whatever the video's own rate; None for the stride.
+
+    Raises:
+        SettingError: frames or stride are below 1, or the rate is not above 0.
     """
 
     frames: int = 16
     stride: int = 4
     rate: float | None = None
 
-    draws: ClassVar[int] = 1
+    num_uniforms: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.stride < 1 or (self.rate is not None and self.rate <= 0):
@@ -68,15 +80,22 @@ class DenseClip:
         room = max(0.0, duration - 1 / rate - (self.frames - 1) * step)
         return room * float(uniform[0]) + step * np.arange(self.frames)
 
-    def places(self, count: int) -> np.ndarray:
-        """From the first clip there is to the last one; of one clip the middle."""
+    def even_positions(self, count: int) -> np.ndarray:
+        """Returns positions from the first clip to the last one, the middle for one clip."""
         return np.linspace(0.0, 1.0, count) if count > 1 else np.array([0.5])
 
 
 @dataclass(frozen=True)
 class SegmentClip:
-    """One random time in each of ``frames`` equal parts of the video: the sampling of temporal segment networks (Wang
-    et al., 2016)."""
+    """One frame at a random time in each of ``frames`` equal parts of the video, as in temporal segment networks (Wang et
+    al., 2016).
+
+    Args:
+        frames: of a clip.
+
+    Raises:
+        SettingError: there are fewer than one.
+    """
 
     frames: int = 8
 
@@ -85,19 +104,20 @@ class SegmentClip:
             raise SettingError(f"a clip needs at least one frame, got {self.frames}")
 
     @property
-    def draws(self) -> int:
+    def num_uniforms(self) -> int:
         return self.frames
 
     def times(self, duration: float, rate: float, uniform: np.ndarray) -> np.ndarray:
         return (np.arange(self.frames) + uniform[: self.frames]) * (duration / self.frames)
 
-    def places(self, count: int) -> np.ndarray:
-        """So that the frames of all clips together are even steps; of one clip each part's middle."""
+    def even_positions(self, count: int) -> np.ndarray:
+        """Returns positions at which the frames of all clips together are in even steps; for one clip each part's
+        middle."""
         return np.arange(count) / count if count > 1 else np.array([0.5])
 
 
-class Boxes(Protocol):
-    """Which part of a frame is taken, such as `RandomResizedCrop` or `MultiScaleCrop`."""
+class FrameCrop(Protocol):
+    """Selects the region of all frames of a clip, such as `RandomResizedCrop` or `MultiScaleCrop`."""
 
     @property
     def size(self) -> int:
@@ -106,35 +126,52 @@ class Boxes(Protocol):
 
     @property
     def flip(self) -> float:
-        """Probability of a left-right mirror, which the last number decides."""
+        """Probability of a left-right mirror, decided by the last random number."""
         ...
 
     @property
-    def draws(self) -> int:
+    def num_uniforms(self) -> int:
         """Random numbers needed for one box."""
         ...
 
     def boxes(self, height: int, width: int, uniform: np.ndarray) -> np.ndarray:
-        """Boxes [B, 4] (top, left, height, width) for uniform [B, draws]."""
+        """Returns boxes [B, 4] (top, left, height, width) for uniform [B, num_uniforms]."""
         ...
+
+
+class VideoView(View):
+    """A view of clips."""
+
+    clip: Clip
+
+    @abstractmethod
+    def from_video(self, video: VideoReader, uniform: np.ndarray) -> dict[str, Tensor]:
+        """Makes the clips of a video, ``video`` uint8 [T, 3, S, S], or [rows, T, 3, S, S] if there are several. Raises
+        BadSample."""
+
+    def from_sample(self, sample: Sample, uniform: np.ndarray) -> dict[str, Tensor]:
+        return self.from_video(sample["image"], uniform)  # type: ignore[arg-type]  # the DataModule refuses images
 
 
 @dataclass(frozen=True)
 class MultiScaleCrop:
-    """A box whose sides are the frame's shorter side times two neighbors of ``scales``, at one of 13 places: the
-    augmentation of temporal segment networks (Wang et al., 2016).
+    """A box whose sides are the frame's shorter side times two neighboring ``scales``, at one of 13 places, as in temporal
+    segment networks (Wang et al., 2016).
 
     Args:
         size: side of the result in pixels.
-        scales: in falling order.
-        flip: probability of a left-right mirror; 0 where left and right are a part of the label.
+        scales: in descending order.
+        flip: probability of a left-right mirror; 0 if labels distinguish left and right.
+
+    Raises:
+        SettingError: a scale is not in (0, 1].
     """
 
     size: int
     scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
     flip: float = 0.5
 
-    draws: ClassVar[int] = 3
+    num_uniforms: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         if not self.scales or not 0 < min(self.scales) <= max(self.scales) <= 1:
@@ -144,7 +181,7 @@ class MultiScaleCrop:
         sides = [int(min(height, width) * scale) for scale in self.scales]
         pairs = np.array([(a, b) for i, a in enumerate(sides) for j, b in enumerate(sides) if abs(i - j) <= 1])
         rows, columns = pairs[(uniform[:, 0] * len(pairs)).astype(int)].T
-        # quarters of the room above and to the left: corners, middles of sides, the middle, and between them
+        # in quarters of the free space: corners, centers of sides, the center, and points between them
         top, left = _PLACES[(uniform[:, 1] * len(_PLACES)).astype(int)].T
         return np.stack([(height - rows) // 4 * top, (width - columns) // 4 * left, rows, columns], axis=1).astype(
             float
@@ -158,19 +195,22 @@ _PLACES = np.array(
 
 @dataclass(frozen=True)
 class RandomSquare:
-    """A square anywhere in the frame.
+    """A square at a random place of the frame.
 
     Args:
         size: side of the result in pixels.
         share: side of the square over the frame's shorter side.
-        flip: probability of a left-right mirror; 0 where left and right are a part of the label.
+        flip: probability of a left-right mirror; 0 if labels distinguish left and right.
+
+    Raises:
+        SettingError: the share is not in (0, 1].
     """
 
     size: int
     share: float = 0.875
     flip: float = 0.5
 
-    draws: ClassVar[int] = 3
+    num_uniforms: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
@@ -182,20 +222,23 @@ class RandomSquare:
 
 
 @dataclass(frozen=True)
-class RandomVideoCrop:
-    """A random clip in a random box, the same for all of its frames.
+class RandomVideoCrop(VideoView):
+    """A random clip, cropped to the same random box in all of its frames.
 
     Args:
-        clip: which frames.
-        crop: which part of them, and what becomes of it.
-        repeats: how often the same frames are seen, each time in a box and with changes of their own: repeated
+        clip: selects the frames.
+        crop: selects the region of the frames, and the size it is resized to.
+        repeats: number of augmentations of the same frames, each with a box and changes of its own: repeated
             augmentation (Hoffer et al., 2020), which decodes a video once for several rows of a batch.
-        strong: what else happens to the frames; None for nothing.
-        color: what happens to their colors, in all of them alike; None for nothing.
+        strong: RandAugment and random erasing of the frames; None for neither.
+        color: color augmentation, the same for all frames; None for none.
+
+    Raises:
+        SettingError: ``repeats`` is below 1.
     """
 
     clip: Clip
-    crop: Boxes
+    crop: FrameCrop
     repeats: int = 1
     strong: StrongFrames | None = None
     color: Color | None = None
@@ -207,47 +250,51 @@ class RandomVideoCrop:
             raise SettingError(f"data.train_view.repeats must be at least 1, got {self.repeats}")
 
     @property
-    def draws(self) -> int:
-        return self.clip.draws + self.repeats * self._draws_of_one
+    def num_uniforms(self) -> int:
+        return self.clip.num_uniforms + self.repeats * self._uniforms_of_one
 
     @property
     def rows(self) -> int:
-        """How many clips a video becomes."""
         return self.repeats
 
-    def encoded(self, image: VideoReader, uniform: np.ndarray) -> dict[str, Tensor]:
-        """``video`` [T, 3, size, size], or [rows, T, 3, size, size] of more than one row."""
-        frames = image.at(self.clip.times(image.duration, image.rate, uniform).tolist())
-        each = uniform[self.clip.draws :].reshape(self.repeats, self._draws_of_one)
-        clips = [self._cropped(frames, numbers) for numbers in each]
+    def from_video(self, video: VideoReader, uniform: np.ndarray) -> dict[str, Tensor]:
+        frames = video.frames_at(self.clip.times(video.duration, video.rate, uniform).tolist())
+        repeats = uniform[self.clip.num_uniforms :].reshape(self.repeats, self._uniforms_of_one)
+        clips = [self._cropped(frames, numbers) for numbers in repeats]
         return {"video": clips[0] if self.repeats == 1 else torch.stack(clips)}
 
     @property
-    def _draws_of_one(self) -> int:
-        return self.crop.draws + sum(each.draws for each in (self.strong, self.color) if each is not None)
+    def _uniforms_of_one(self) -> int:
+        changes = (change for change in (self.strong, self.color) if change is not None)
+        return self.crop.num_uniforms + sum(change.num_uniforms for change in changes)
 
     def _cropped(self, frames: Tensor, uniform: np.ndarray) -> Tensor:
-        own, further = uniform[: self.crop.draws], uniform[self.crop.draws :]
+        of_crop, of_changes = uniform[: self.crop.num_uniforms], uniform[self.crop.num_uniforms :]
         if self.strong is not None:
-            frames = self.strong.augmented(frames, further)
-        (box,) = self.crop.boxes(frames.shape[-2], frames.shape[-1], own[None])
-        cropped = resample_box(frames, box, self.crop.size, flip=bool(own[-1] < self.crop.flip))
+            frames = self.strong.augment(frames, of_changes)
+        (box,) = self.crop.boxes(frames.shape[-2], frames.shape[-1], of_crop[None])
+        cropped = resample_box(frames, box, self.crop.size, flip=bool(of_crop[-1] < self.crop.flip))
         if self.color is not None:
-            cropped = self.color(cropped, np.tile(further[-Color.draws :], (len(frames), 1)))
-        return cropped if self.strong is None else self.strong.erased(cropped, further)
+            cropped = self.color(cropped, np.tile(of_changes[-Color.num_uniforms :], (len(frames), 1)))
+        return cropped if self.strong is None else self.strong.erase_rectangle(cropped, of_changes)
 
 
 @dataclass(frozen=True)
-class CenterVideoCrop:
-    """Clips at even places of the video, and squares at even places along the frames' longer side: of one the middle.
-    No randomness, and no frame is decoded twice.
+class CenterVideoCrop(VideoView):
+    """Clips at even times of the video, and squares at even places along the frames' longer side; a single one is in the
+    middle. Takes no random numbers, and decodes no frame twice.
+
+    The rows are ordered by clip, then by square.
 
     Args:
-        clip: which frames.
+        clip: selects the frames.
         size: side of the result in pixels.
         share: side of the square over the frame's shorter side.
         segments: clips of a video.
         crops: squares of each clip.
+
+    Raises:
+        SettingError: segments or crops are below 1.
     """
 
     clip: Clip
@@ -257,7 +304,7 @@ class CenterVideoCrop:
     crops: int = 1
 
     batch_type: ClassVar[type] = VideoBatch
-    draws: ClassVar[int] = 0
+    num_uniforms: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         if self.segments < 1 or self.crops < 1:
@@ -267,26 +314,26 @@ class CenterVideoCrop:
 
     @property
     def rows(self) -> int:
-        """How many clips a video becomes."""
         return self.segments * self.crops
 
-    def encoded(self, image: VideoReader, uniform: np.ndarray) -> dict[str, Tensor]:
-        """``video`` [T, 3, size, size], or [rows, T, 3, size, size] of more than one row: clip by clip, each with its
-        squares."""
-        places = self.clip.places(self.segments)
-        times = [self.clip.times(image.duration, image.rate, np.full(self.clip.draws, place)) for place in places]
-        frames = image.at(np.concatenate(times).tolist())
-        crops = torch.stack([self._square(frames, place) for place in _along(self.crops)], dim=1)
+    def from_video(self, video: VideoReader, uniform: np.ndarray) -> dict[str, Tensor]:
+        positions = self.clip.even_positions(self.segments)
+        times = [
+            self.clip.times(video.duration, video.rate, np.full(self.clip.num_uniforms, position))
+            for position in positions
+        ]
+        frames = video.frames_at(np.concatenate(times).tolist())
+        crops = torch.stack([self._square(frames, place) for place in _even_places(self.crops)], dim=1)
         clips = crops.unflatten(0, (self.segments, -1)).transpose(1, 2).flatten(0, 1)
         return {"video": clips[0] if self.rows == 1 else clips}
 
     def _square(self, frames: Tensor, place: float) -> Tensor:
-        """``place`` in [0, 1] along the longer side, in the middle of the shorter one."""
+        """Crops a square at ``place`` in [0, 1] along the longer side, in the middle of the shorter one."""
         height, width = frames.shape[-2:]
         side = min(height, width) * self.share
         down, right = (place, 0.5) if height > width else (0.5, place)
         return resample_box(frames, np.array([(height - side) * down, (width - side) * right, side, side]), self.size)
 
 
-def _along(count: int) -> np.ndarray:
+def _even_places(count: int) -> np.ndarray:
     return np.linspace(0.0, 1.0, count) if count > 1 else np.array([0.5])

@@ -1,45 +1,80 @@
-"""What a sample becomes: the interface between a source's images and a method's batch."""
+"""Views: what samples of a source become in a batch."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from src.datamodules.decoding import EncodedImage
+from src.datamodules.sources.source import Sample
 
-class EncodedView(Protocol):
-    """Turns what is still in its file's bytes into the tensors of a batch, image fields still uint8 (the DataModule
-    normalizes on the device).
 
-    All randomness comes in as ``uniform``, one row of ``draws`` numbers in [0, 1) a sample: a view is a pure function.
+class View(ABC):
+    """Turns samples into rows of a batch.
+
+    All randomness comes in as ``uniform``, ``num_uniforms`` numbers in [0, 1) for each sample, so a view is a pure
+    function. Image tensors leave it as uint8; the DataModule normalizes them on the device.
     """
 
-    @property
-    def batch_type(self) -> type:
-        """The TypedDict of src.datamodules.batch this view makes."""
-        ...
+    batch_type: ClassVar[type]  # TypedDict of src.datamodules.batches
+    needs_flow: ClassVar[bool] = False  # reads the optical flow of videos
 
     @property
-    def draws(self) -> int:
+    @abstractmethod
+    def num_uniforms(self) -> int:
         """Random numbers needed for one sample."""
-        ...
 
-    def encoded(self, image: Any, uniform: np.ndarray) -> dict[str, Tensor]:
-        """One image (`EncodedImage`) or video (`VideoReader`), uniform [draws]. Raises BadSample."""
-        ...
+    @property
+    def rows(self) -> int:
+        """Rows of a batch that one sample becomes."""
+        return 1
+
+    @property
+    def fields(self) -> Sequence[str]:
+        """Ground truth that samples must have in ``fields``."""
+        return ()
+
+    @abstractmethod
+    def from_sample(self, sample: Sample, uniform: np.ndarray) -> dict[str, Tensor]:
+        """Makes the rows of one sample: fields without batch axis, or with one of size ``rows`` if that is above 1.
+
+        Args:
+            sample: of a source.
+            uniform: [num_uniforms] in [0, 1).
+
+        Raises:
+            BadSample: the image or video cannot be read, or its ground truth does not fit it.
+        """
+
+    def collate(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """Stacks samples to a batch."""
+        return stack(rows)
 
 
-class View(EncodedView, Protocol):
-    """An `EncodedView` of images, which may also be decoded already."""
+class ImageView(View):
+    """A view of images, encoded or decoded."""
 
-    def decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
-        """Images of one size at once: uint8 [B, 3, H, W], uniform [B, draws]."""
-        ...
+    @abstractmethod
+    def from_encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
+        """Makes the row of one encoded image, uniform [num_uniforms]. Raises BadSample."""
+
+    @abstractmethod
+    def from_decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
+        """Makes the batch of images of one size, uint8 [B, 3, H, W], uniform [B, num_uniforms]."""
+
+    def from_sample(self, sample: Sample, uniform: np.ndarray) -> dict[str, Tensor]:
+        image = sample["image"]
+        if isinstance(image, EncodedImage):
+            return self.from_encoded(image, uniform)
+        assert isinstance(image, Tensor)  # the DataModule refuses videos
+        return {name: value[0] for name, value in self.from_decoded(image[None], uniform[None]).items()}
 
 
 def stack(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Rows of one image each as one batch."""
+    """Stacks the fields of samples along a new first axis."""
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

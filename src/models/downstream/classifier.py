@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from src.datamodules.batches.base import labels_of, mean_of_samples
+from src.datamodules.batches.base import labels_of, mean_of_samples, optional_labels
 from src.datamodules.batches.image import ImageBatch
 from src.datamodules.batches.video import VideoBatch
 from src.models.downstream.class_head import ClassHeadModule
@@ -47,8 +47,9 @@ class Classifier(ClassHeadModule):
                 self.metrics[name] = MulticlassAccuracy(num_classes, top_k=k, average="micro", validate_args=False)
 
     def validation_step(self, batch: ImageBatch | VideoBatch, batch_idx: int) -> None:
-        keep = (batch["label"] >= 0) & ~batch["replaced"]
-        label = batch["label"][keep]
+        labels = optional_labels(batch)
+        keep = (labels >= 0) & ~batch["replaced"]
+        label = labels[keep]
         if len(label) == 0:
             return
         logits = self(batch[self.input_field][keep]).float()  # type: ignore[literal-required]

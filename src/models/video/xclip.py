@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from src.collectives import rank
 from src.datamodules.batches.base import labels_of
 from src.datamodules.batches.video import VideoBatch
-from src.datamodules.named_video import NamedVideoDataModule
 from src.datamodules.text.tokenizer import Tokenizer
 from src.errors import SettingError
 from src.models.backbones.cross_frame_encoder import CrossFrameEncoder
@@ -226,8 +225,6 @@ class XCLIP(ImageTextModule):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(datamodule, NamedVideoDataModule):
-            raise SettingError("data._target_: X-CLIP needs the names of the classes: use a NamedVideoDataModule")
         self.set_classes(datamodule.tokenizer, datamodule.class_texts(self.template), datamodule.held_out)
 
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from src.datamodules.annotated import AnnotatedDataModule
 from src.datamodules.batches.base import IGNORED, validate
 from src.datamodules.batches.dense import DepthBatch, SegmentationBatch
+from src.datamodules.datamodule import DataModule
 from src.datamodules.decoding import BadSample, DataError
 from src.datamodules.sources.annotated_files import DepthFiles, NormalFiles, SegmentationFiles
-from src.datamodules.views.joint import DepthView, FilledCrop, RandomRescale, SegmentationView
+from src.datamodules.views.depth import DepthView
+from src.datamodules.views.segmentation import SegmentationView
+from src.datamodules.views.transforms import PaddedCrop, RandomRescale
 from src.errors import SettingError
 
 ADE = {"classes": 3, "shift": 1, "ignored": [0]}
@@ -47,7 +49,7 @@ def test_numbers_become_classes_and_what_is_none_counts_for_nothing(ade: Path) -
     assert (len(source), source.name(0), source.classes) == (2, str(ade / "images/training/a.png"), ())
     assert source.mask_classes == ["class 0", "class 1", "class 2"]
     sample = source[0]
-    assert sample["label"] == -1
+    assert "label" not in sample
     assert sample["fields"]["segmentation"].tolist() == [[IGNORED, 0, 1], [2, 2, 0]]
     assert len(SegmentationFiles("val", root=ade, **ADE)) == 1
     # without a shift the numbers are the classes, and 255 is still none
@@ -100,9 +102,9 @@ def test_a_folder_that_is_not_there_is_named(ade: Path) -> None:
 
 def test_masks_of_files_become_batches(ade: Path) -> None:
     (ade / "annotations/training/a.png").unlink()
-    data = AnnotatedDataModule(
+    data = DataModule(
         source=partial(SegmentationFiles, root=ade, **ADE),
-        train_view=SegmentationView((RandomRescale(8, ratio=(0.5, 2.0)), FilledCrop(8, max_share=0.75))),
+        train_view=SegmentationView((RandomRescale(8, ratio=(0.5, 2.0)), PaddedCrop(8, max_share=0.75))),
         eval_view=SegmentationView((RandomRescale(8),), move_truth=False),
         batch_size=2,
         eval_batch_size=1,
@@ -199,9 +201,9 @@ def test_lists_and_settings_that_make_no_sense_are_refused(nyu: Path) -> None:
 
 
 def test_depths_of_files_become_batches(nyu: Path) -> None:
-    data = AnnotatedDataModule(
+    data = DataModule(
         source=partial(DepthFiles, root=nyu, images={"train": "train.txt", "val": "train.txt"}),
-        train_view=DepthView((FilledCrop(4),)),
+        train_view=DepthView((PaddedCrop(4),)),
         eval_view=DepthView(),
         batch_size=2,
         num_workers=0,

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from src.datamodules.decoding import BadSample, EncodedImage
+from src.datamodules.decoding import BadSample, DataError, EncodedImage
+from src.datamodules.extras.captions import CaptionedSource
 from src.datamodules.sources.captioned_files import CaptionListSource, CocoCaptionsSource, KarpathySource
-from src.datamodules.sources.source import CaptionedSource, DataError, ListedTexts
+from src.datamodules.sources.text_filter import ListedTexts
 from src.datamodules.sources.texts import PackedTexts
 
 PINNED_VAL = ["03.png", "06.png", "08.png", "15.png", "16.png", "19.png"]
@@ -49,7 +50,7 @@ class TestRows:
         image = source[0]["image"]
         assert isinstance(image, EncodedImage)
         assert np.asarray(image.decode())[0, 0, 0] == 3
-        assert source[0]["label"] == -1
+        assert "label" not in source[0]
         assert source.classes == ()
         assert source.problems == {}
         assert [source.caption(0, choice) for choice in (0.0, 0.49, 0.5, 0.999)] == ["a ring, red"] * 2 + [

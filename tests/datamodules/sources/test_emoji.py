@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from src.datamodules.decoding import DataError
 from src.datamodules.sources import emoji
 from src.datamodules.sources.emoji import CLASSES, Drawing, EmojiSource, family_of, list_drawings, split_of
-from src.datamodules.sources.source import DataError
 
 SPLITS = ("train", "val", "test")
 

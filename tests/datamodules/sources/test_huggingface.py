@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from src.datamodules.decoding import BadSample, EncodedImage
+from src.datamodules.decoding import BadSample, DataError, EncodedImage
+from src.datamodules.extras.captions import CaptionedSource
 from src.datamodules.sources.huggingface import CaptionedHuggingFaceSource, HuggingFaceSource
-from src.datamodules.sources.source import CaptionedSource, DataError
 
 PINNED_VAL = [2, 6, 17, 18, 23, 29]  # rows
 
@@ -94,7 +94,8 @@ class TestFormats:
         assert numbered.classes == ["0", "1", "2", "3", "4"]
         for key in (None, "category"):
             bare = HuggingFaceSource("train", path=tmp_path / "saved", label_key=key, val_share=0.0)
-            assert bare.labels.tolist() == [-1, -1, -1]
+            assert bare.labels is None
+            assert "label" not in bare[0]
             assert bare.classes == []
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from src.datamodules.dataset import TrainSampler, ViewedDataset
-from src.datamodules.image_text import ImageTextDataModule
-from src.datamodules.sources.source import BadSample, CaptionedSource, DataError, OrderedSource
+from src.datamodules.datamodule import DataModule
+from src.datamodules.dataset import OrderedSource, TrainSampler, ViewedDataset
+from src.datamodules.decoding import BadSample, DataError
+from src.datamodules.extras.captions import CaptionedSource, Captions
 from src.datamodules.sources.streamed_shards import CaptionedStreamedShards, StreamedShards
 from src.datamodules.sources.text_filter import TextFilter
 from src.datamodules.sources.webdataset import CaptionedWebDatasetSource
@@ -87,7 +88,7 @@ def test_samples_are_those_of_local_shards(server: Server, tmp_path: Path) -> No
     assert (len(source), server.shards_asked()) == (18, [])  # counted without a shard
     for index in range(18):
         ours, theirs = source[index], local[index]
-        assert (grey_of(ours["image"]), ours["label"]) == (grey_of(theirs["image"]), theirs["label"])
+        assert (grey_of(ours["image"]), ours.get("label")) == (grey_of(theirs["image"]), theirs.get("label"))
         assert source.caption(index, 0.5) == local.caption(index, 0.5) == f"grey number {index}"
     assert source.name(9) == f"{server.address}/00002.tar#0"
     assert server.shards_asked() == [f"{shard:05d}.tar" for shard in range(4)]  # each once
@@ -195,16 +196,17 @@ def test_a_shard_that_cannot_be_had_does_not_end_the_run(
     dataset = ViewedDataset(source, CenterCrop(size=4), seed=0)
     batch = dataset[next(iter(TrainSampler(18, batch_size=18, seed=0)))]
     assert batch["replaced"].tolist().count(True) == 5
-    near = {int(source.stand_in(position, number)) for position in range(4, 9) for number in range(50)}
+    near = {int(source.replacement(position, number)) for position in range(4, 9) for number in range(50)}
     assert near == set(range(5, 14))  # of the shard itself or the next one
 
 
 def test_texts_are_learned_from_and_limits_taken_where_the_data_begins(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("src.datamodules.text.tokenizing._LEARNED_FROM", 6)
+    monkeypatch.setattr("src.datamodules.text.tokenizing._MAX_SAMPLES", 6)
     view = CenterCrop(size=4)
-    data = ImageTextDataModule(
+    data = DataModule(
+        extras=Captions(),
         source=lambda split: streamed(server, tmp_path, shuffle_shards=1),
         train_view=view,
         eval_view=view,
@@ -213,7 +215,7 @@ def test_texts_are_learned_from_and_limits_taken_where_the_data_begins(
         num_workers=0,
         tokenizer_file=tmp_path / "tokenizer.json",
     )
-    assert list(data.texts_to_learn_from()) == [f"grey number {index}" for index in range(6)]
+    assert list(data.extras.vocabulary_texts(data.train_source)) == [f"grey number {index}" for index in range(6)]
     batches = list(data.train_dataloader())
     assert sorted(index for batch in batches for index in batch["index"].tolist()) == list(range(6))
     assert server.shards_asked() == ["00000.tar", "00001.tar"]

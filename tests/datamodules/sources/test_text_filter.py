@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from src.datamodules.decoding import BadSample
 from src.datamodules.scenes.source import ScenesSource, SceneTexts
-from src.datamodules.sources.source import BadSample, Sample
+from src.datamodules.sources.source import Sample, Source
 from src.datamodules.sources.text_filter import TextFilter
 from src.datamodules.sources.texts import TextListSource
 from src.errors import SettingError
 
 
-class Told(TextListSource):
+class Told(TextListSource, Source):
     classes = ("thing",)
 
     def __init__(self, texts: list[list[str]], broken: tuple[int, ...] = ()) -> None:
@@ -30,7 +31,7 @@ class Told(TextListSource):
     def name(self, index: int) -> str:
         return f"told/{index}"
 
-    def told(self, index: int) -> list[str]:
+    def raw_texts(self, index: int) -> list[str]:
         if index in self.broken:
             raise BadSample("cut")
         return self.lists[index]
@@ -109,7 +110,7 @@ def test_what_cannot_be_is_refused_by_its_key() -> None:
     with pytest.raises(SettingError, match="at least one text a picture, got variants=0"):
         SceneTexts(variants=0)
 
-    class Endless:
+    class Endless(Source):
         classes = ()
 
         def __len__(self) -> int:

@@ -14,8 +14,7 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
 
-from src.datamodules.decoding import EncodedImage
-from src.datamodules.sources.source import DataError
+from src.datamodules.decoding import DataError, EncodedImage
 from src.datamodules.sources.torchvision_sets import (
     CIFAR10Source,
     CIFAR100Source,

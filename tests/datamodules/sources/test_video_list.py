@@ -39,7 +39,7 @@ def test_paths_and_labels_by_spaces_and_commas(tmp_path: Path) -> None:
     assert labelled(held_out) == {f"{tmp_path}/a/one.mp4": 1, f"{tmp_path}/a/gone.mp4": 0}
     assert held_out.classes == source.classes
     with pytest.raises(BadSample, match="cannot be read"):  # a missing video costs nothing but itself
-        held_out[1]["image"].at([0.0])
+        held_out[1]["image"].frames_at([0.0])
     (tmp_path / "names.txt").write_text("dive\nrun\njump\n")
     named = VideoListSource("train", root=tmp_path, files={"train": "train.txt"}, names="names.txt")
     assert named.classes == ["dive", "run", "jump"]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from src.datamodules.sources.source import AnnotatedSource, BadSample, DataError
+from src.datamodules.decoding import BadSample, DataError
+from src.datamodules.sources.source import Source
 from src.datamodules.sources.voc import VOC_CLASSES, VOCSource
 
 YEAR = "VOCdevkit/VOC2007"
@@ -41,7 +42,7 @@ def source(root: Path, split: str = "train", **options: Any) -> VOCSource:
 
 def test_boxes_begin_at_zero_and_end_behind_their_last_pixel(tmp_path):
     made = source(write(tmp_path, a=[thing("dog", (1, 1, 20, 10)), thing("aeroplane", (3, "4.0", 3, 5))], b=[]))
-    assert isinstance(made, AnnotatedSource)
+    assert isinstance(made, Source)
     fields = made[0]["fields"]
     assert fields["boxes"].tolist() == [[0.0, 0.0, 20.0, 10.0], [2.0, 3.0, 3.0, 5.0]]
     assert [made.classes[label] for label in fields["box_labels"]] == ["dog", "aeroplane"]

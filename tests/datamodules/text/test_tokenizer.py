@@ -4,15 +4,15 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from src.datamodules.text.tokenizer import Tokenizer, kept, named, trained
+from src.datamodules.text.tokenizer import Tokenizer, load_or_train, load_pretrained, train_tokenizer
 
 TEXTS = ["a photo of a red star", "a blue ring above a red star", "a red star below a blue ring"] * 4
 
 
 def test_any_text_comes_back_in_lower_case():
-    tokenizer = trained(TEXTS, vocabulary=300, length=24)
+    tokenizer = train_tokenizer(TEXTS, vocabulary=300, length=24)
     texts = ["A photo of a red STAR", "Grüße, 世界", "tab\tand \\ and emoji 🦊"]
-    ids, mask = trained(TEXTS, vocabulary=300, length=64)(texts)
+    ids, mask = train_tokenizer(TEXTS, vocabulary=300, length=64)(texts)
     assert tokenizer.decode(ids) == [text.lower() for text in texts]
     assert ids.dtype == torch.int64
     assert torch.equal(mask, ids != 0)
@@ -20,7 +20,7 @@ def test_any_text_comes_back_in_lower_case():
 
 
 def test_what_was_seen_often_becomes_one_token():
-    tokenizer = trained(TEXTS, vocabulary=340, length=24)
+    tokenizer = train_tokenizer(TEXTS, vocabulary=340, length=24)
     assert [tokenizer.inner.decode([i]) for i in tokenizer.inner("a red star")["input_ids"]] == [
         "<start>",
         "a",
@@ -31,31 +31,31 @@ def test_what_was_seen_often_becomes_one_token():
 
 
 def test_a_long_text_keeps_start_and_end():
-    tokenizer = trained(TEXTS, vocabulary=340, length=5)
+    tokenizer = train_tokenizer(TEXTS, vocabulary=340, length=5)
     ids, mask = tokenizer([TEXTS[1], "a"])
     assert ids.shape == (2, 5)
     assert ids[0, 0] == ids[1, 0] == tokenizer.inner.bos_token_id
     assert ids[0, 4] == ids[1, 2] == tokenizer.end
     assert mask[1].tolist() == [True, True, True, False, False]
-    assert tokenizer.longer([TEXTS[1], "a"]).tolist() == [True, False]
+    assert tokenizer.is_truncated([TEXTS[1], "a"]).tolist() == [True, False]
 
 
 def test_it_is_trained_once_and_read_the_second_time(tmp_path):
     path = tmp_path / "run" / "tokenizer.json"
-    first = kept(path, TEXTS, vocabulary=300, length=16)
+    first = load_or_train(path, lambda: TEXTS, vocabulary=300, length=16)
 
     def never():
         raise AssertionError("the file is there")
         yield ""
 
-    second = kept(path, never(), vocabulary=300, length=16)
+    second = load_or_train(path, never, vocabulary=300, length=16)
     for a, b in zip(first(TEXTS[:3]), second(TEXTS[:3]), strict=True):
         assert torch.equal(a, b)
 
 
 def test_clip_of_transformers_finds_the_end():
     """It reads the text's feature where the end token stands, by a rule that depends on that token's id."""
-    tokenizer = trained(TEXTS, vocabulary=300, length=12)
+    tokenizer = train_tokenizer(TEXTS, vocabulary=300, length=12)
     torch.manual_seed(0)
     config = CLIPTextConfig(
         vocab_size=300,
@@ -76,11 +76,11 @@ def test_clip_of_transformers_finds_the_end():
 
 
 def test_what_cannot_be_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="text_length=2 leaves no room"):
-        trained(TEXTS, vocabulary=300, length=2)
-    inner = trained(TEXTS, vocabulary=300, length=8).inner
+    with pytest.raises(ValueError, match="text_length=2 must be at least 3"):
+        train_tokenizer(TEXTS, vocabulary=300, length=2)
+    inner = train_tokenizer(TEXTS, vocabulary=300, length=8).inner
     inner.pad_token = None
-    with pytest.raises(ValueError, match="no token to fill"):
+    with pytest.raises(ValueError, match="has no padding token"):
         Tokenizer(inner, length=8)
     with pytest.raises(ValueError, match=r"data.tokenizer=.*nothing_here"):
-        named(str(tmp_path / "nothing_here"), length=8)
+        load_pretrained(str(tmp_path / "nothing_here"), length=8)

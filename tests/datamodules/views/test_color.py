@@ -32,7 +32,7 @@ def eight_bit(count: int, size: int = 16) -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, 3, size, size), dtype=np.uint8))
 
 
-def numbers(count: int, draws: int = Color.draws, seed: int = 0) -> np.ndarray:
+def numbers(count: int, draws: int = Color.num_uniforms, seed: int = 0) -> np.ndarray:
     return uniform(seed, [0] * count, range(count), draws)
 
 

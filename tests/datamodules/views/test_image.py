@@ -40,7 +40,7 @@ def test_flipping_mirrors_the_result():
 
 def test_boxes_have_torchvision_s_distribution():
     view = RandomResizedCrop(size=8, scale=(0.2, 1.0))
-    boxes = view.boxes(60, 90, uniform(0, [0] * 20_000, range(20_000), view.draws))
+    boxes = view.boxes(60, 90, uniform(0, [0] * 20_000, range(20_000), view.num_uniforms))
     assert (boxes[:, :2] >= 0).all()
     assert (boxes[:, 0] + boxes[:, 2] <= 60).all()
     assert (boxes[:, 1] + boxes[:, 3] <= 90).all()
@@ -58,14 +58,14 @@ def test_boxes_have_torchvision_s_distribution():
 
 def test_a_picture_too_narrow_for_any_ratio_falls_back_to_its_center():
     view = RandomResizedCrop(size=8, scale=(0.9, 1.0))
-    assert view.boxes(10, 100, uniform(0, [0], [0], view.draws)).tolist() == [[0, 43, 10, 13]]
+    assert view.boxes(10, 100, uniform(0, [0], [0], view.num_uniforms)).tolist() == [[0, 43, 10, 13]]
 
 
 def test_flips_happen_with_their_probability_and_follow_the_numbers():
     view = RandomResizedCrop(size=8, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.25)
     images = pictures(400, 8, 8)
-    numbers = uniform(0, [0] * 400, range(400), view.draws)
-    made = view.decoded(images, numbers)["image"]
+    numbers = uniform(0, [0] * 400, range(400), view.num_uniforms)
+    made = view.from_decoded(images, numbers)["image"]
     mirrored = torch.tensor(
         [torch.equal(a, b.flip(-1)) and not torch.equal(a, b) for a, b in zip(made, images, strict=True)]
     )
@@ -76,18 +76,18 @@ def test_flips_happen_with_their_probability_and_follow_the_numbers():
 def test_a_picture_of_its_own_gets_what_it_gets_in_a_batch():
     view = RandomResizedCrop(size=16)
     images = pictures(4, 32, 32)
-    numbers = uniform(0, [3] * 4, range(4), view.draws)
-    together = view.decoded(images, numbers)["image"]
-    assert torch.equal(view.decoded(images[2:3], numbers[2:3])["image"][0], together[2])
+    numbers = uniform(0, [3] * 4, range(4), view.num_uniforms)
+    together = view.from_decoded(images, numbers)["image"]
+    assert torch.equal(view.from_decoded(images[2:3], numbers[2:3])["image"][0], together[2])
 
 
 def test_center_crop_is_the_resized_middle():
     images = pictures(1, 64, 96)
-    found = CenterCrop(size=28, share=0.875).decoded(images, np.zeros((1, 0)))["image"][0]
+    found = CenterCrop(size=28, share=0.875).from_decoded(images, np.zeros((1, 0)))["image"][0]
     pil = Image.fromarray(images[0].permute(1, 2, 0).numpy())
     expected = np.asarray(pil.resize((28, 28), Image.Resampling.BICUBIC, box=(20, 4, 76, 60)))
     assert np.abs(found.permute(1, 2, 0).numpy().astype(int) - expected.astype(int)).max() <= 1
-    untouched = CenterCrop(size=64, share=1.0).decoded(pictures(1, 64, 64), np.zeros((1, 0)))["image"]
+    untouched = CenterCrop(size=64, share=1.0).from_decoded(pictures(1, 64, 64), np.zeros((1, 0)))["image"]
     assert torch.equal(untouched, pictures(1, 64, 64))
 
 

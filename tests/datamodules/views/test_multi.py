@@ -8,8 +8,9 @@ from PIL import Image
 
 from src.datamodules.batches.base import BatchError, validate
 from src.datamodules.batches.image import MultiViewBatch
+from src.datamodules.datamodule import DataModule
 from src.datamodules.decoding import EncodedImage
-from src.datamodules.image import ImageDataModule
+from src.datamodules.sources.source import Source
 from src.datamodules.views.color import Color
 from src.datamodules.views.image import CenterCrop, RandomResizedCrop
 from src.datamodules.views.multi import Augmented, MultiView
@@ -28,26 +29,26 @@ def pictures(count: int, size: int = 40) -> torch.Tensor:
 
 
 def draws(view, epoch: int, indices: list[int], seed: int = 0) -> np.ndarray:
-    return uniform(seed, [epoch] * len(indices), indices, view.draws)
+    return uniform(seed, [epoch] * len(indices), indices, view.num_uniforms)
 
 
 def test_views_come_by_size_and_each_as_its_kind_alone_would_be():
     rows = draws(MIXED, 0, [0, 1, 2, 3])
-    batch = MIXED.decoded(pictures(4), rows)
+    batch = MIXED.from_decoded(pictures(4), rows)
     assert batch["views"].shape == (4, 2, 3, 24, 24)
     assert batch["local_views"].shape == (4, 3, 3, 12, 12)
     kinds = [*MIXED.views.values(), *[MIXED.local_views["small"]] * 3]
     views = [*batch["views"].unbind(1), *batch["local_views"].unbind(1)]
     for place, (kind, view) in enumerate(zip(kinds, views, strict=True)):
-        own = rows[:, place * Augmented.draws : (place + 1) * Augmented.draws]
-        assert torch.equal(view, kind.decoded(pictures(4), own)["image"])
+        own = rows[:, place * Augmented.num_uniforms : (place + 1) * Augmented.num_uniforms]
+        assert torch.equal(view, kind.from_decoded(pictures(4), own)["image"])
 
 
 def test_views_of_one_kind_are_independent():
     """Flips agree half the time, and boxes do not follow each other."""
     view = MultiView({"both": Augmented(RandomResizedCrop(8, scale=(0.2, 0.5)), PLAIN, count=2)})
     ramp = torch.arange(40, dtype=torch.uint8).mul(6).expand(600, 3, 40, 40).contiguous()  # brighter to the right
-    both = view.decoded(ramp, draws(view, 0, list(range(600))))["views"].float()
+    both = view.from_decoded(ramp, draws(view, 0, list(range(600))))["views"].float()
     flipped = both[:, :, 0, 0, 0] > both[:, :, 0, 0, -1]
     agree = (flipped[:, 0] == flipped[:, 1]).float().mean().item()
     assert abs(agree - 0.5) < 4 * (0.25 / 600) ** 0.5
@@ -59,14 +60,14 @@ def test_views_of_one_kind_are_independent():
 
 def test_a_sample_s_views_depend_on_seed_epoch_and_index_alone():
     images = pictures(6)
-    whole = MIXED.decoded(images, draws(MIXED, 3, [0, 1, 2, 3, 4, 5]))
+    whole = MIXED.from_decoded(images, draws(MIXED, 3, [0, 1, 2, 3, 4, 5]))
     torch.manual_seed(1), np.random.seed(1)
     copied = pickle.loads(pickle.dumps(MIXED))
-    part = copied.decoded(images[[4, 1]], draws(MIXED, 3, [4, 1]))
+    part = copied.from_decoded(images[[4, 1]], draws(MIXED, 3, [4, 1]))
     for name in ("views", "local_views"):
         assert (part[name].int() - whole[name][[4, 1]].int()).abs().max() <= 1
-    later = MIXED.decoded(images, draws(MIXED, 4, [0, 1, 2, 3, 4, 5]))["views"]
-    reseeded = MIXED.decoded(images, draws(MIXED, 3, [0, 1, 2, 3, 4, 5], seed=1))["views"]
+    later = MIXED.from_decoded(images, draws(MIXED, 4, [0, 1, 2, 3, 4, 5]))["views"]
+    reseeded = MIXED.from_decoded(images, draws(MIXED, 3, [0, 1, 2, 3, 4, 5], seed=1))["views"]
     for other in (later, reseeded):
         assert all(not torch.equal(a, b) for a, b in zip(whole["views"][:, 0], other[:, 0], strict=True))
 
@@ -81,17 +82,17 @@ def test_a_file_and_its_pixels_give_the_same_views_but_for_rounding():
         {"small": Augmented(RandomResizedCrop(12), mild, count=2)},
     )
     row = draws(view, 0, [2])
-    encoded = view.encoded(EncodedImage(buffer.getvalue()), row[0])
-    decoded = view.decoded(torch.from_numpy(pixels).permute(2, 0, 1)[None], row)
+    encoded = view.from_encoded(EncodedImage(buffer.getvalue()), row[0])
+    decoded = view.from_decoded(torch.from_numpy(pixels).permute(2, 0, 1)[None], row)
     for name in ("views", "local_views"):
         # PIL keeps 8 bits between its passes, and brightness multiplies the difference by at most 1.4
         assert (encoded[name].int() - decoded[name][0].int()).abs().max() <= 3
-    alone = view.views["both"].encoded(EncodedImage(buffer.getvalue()), row[0, : Augmented.draws])["image"]
+    alone = view.views["both"].from_encoded(EncodedImage(buffer.getvalue()), row[0, : Augmented.num_uniforms])["image"]
     assert (alone.int() - encoded["views"][0].int()).abs().max() <= 3
 
 
 def test_views_reach_the_method_normalized_with_label_and_index():
-    class Source:
+    class Eight(Source):
         classes = ("a",)
         images = pictures(8).numpy()
         labels = np.arange(8)
@@ -99,11 +100,14 @@ def test_views_reach_the_method_normalized_with_label_and_index():
         def __len__(self):
             return 8
 
+        def __getitem__(self, index):
+            raise AssertionError("images are in memory")
+
         def name(self, index):
             return str(index)
 
-    data = ImageDataModule(
-        source=lambda split: Source(),
+    data = DataModule(
+        source=lambda split: Eight(),
         train_view=MIXED,
         eval_view=CenterCrop(24),
         batch_size=4,

@@ -217,9 +217,9 @@ def test_numbers_are_those_of_what_is_seen_after_crop_and_mirror() -> None:
     view = StatisticsCrop(DenseClip(frames=4, stride=2), RandomSquare(16, share=0.75))
     footage = source[1]["image"]
     numbers = np.array([0.0, 0.25, 0.75, 0.9], np.float32)
-    plain = view.encoded(footage, numbers)
+    plain = view.from_video(footage, numbers)
     numbers[-1] = 0.1
-    mirrored = view.encoded(footage, numbers)
+    mirrored = view.from_video(footage, numbers)
     torch.testing.assert_close(mirrored["video"], plain["video"].flip(-1))
     times = view.clip.times(1.0, 8.0, numbers).tolist()
     moved = crop_flow(footage.flow(times), np.array([2.0, 4.0, 18.0, 18.0]), 16, flip=False)

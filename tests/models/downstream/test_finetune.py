@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from src.datamodules.batches.base import BatchError
-from src.datamodules.image import ImageDataModule
+from src.datamodules.datamodule import DataModule
 from src.datamodules.views.augment import RandAugmentCrop
 from src.datamodules.views.image import CenterCrop
 from src.models.downstream.finetune import FineTune, layer_rules, layer_rules_below
@@ -209,7 +209,7 @@ def test_wrong_values_are_refused(bad):
 
 
 def test_it_classifies_validation_images():
-    data = ImageDataModule(
+    data = DataModule(
         source=partial(Squares, length=180),
         train_view=RandAugmentCrop(SIZE, scale=(0.5, 1.0), policy=None, erase=0.25),
         eval_view=CenterCrop(SIZE, share=1.0),

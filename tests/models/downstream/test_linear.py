@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from src.datamodules.batches.base import BatchError
-from src.datamodules.image import ImageDataModule
+from src.datamodules.datamodule import DataModule
 from src.datamodules.views.image import CenterCrop, RandomResizedCrop
 from src.models.backbones.image_encoder import mean_patch
 from src.models.downstream.linear import LinearProtocol
@@ -35,8 +35,8 @@ def protocol(optimizer: OptimizerRecipe | None = None, **kwargs) -> LinearProtoc
     return LinearProtocol(backbone(), optimizer or OptimizerRecipe(lars, lr=1.0), **kwargs)
 
 
-def data(labelled: bool = True, length: int = 36, batch_size: int = 12) -> ImageDataModule:
-    return ImageDataModule(
+def data(labelled: bool = True, length: int = 36, batch_size: int = 12) -> DataModule:
+    return DataModule(
         source=partial(Squares, length=length, labelled=labelled),
         train_view=RandomResizedCrop(SIZE, scale=(0.5, 1.0)),
         eval_view=CenterCrop(SIZE, share=1.0),

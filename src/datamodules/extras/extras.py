@@ -1,0 +1,61 @@
+"""The interface of extras: fields of a batch besides the views of its images."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from src.datamodules.sources.source import Source
+from src.datamodules.views.view import View
+
+if TYPE_CHECKING:
+    from src.datamodules.text.tokenizer import Tokenizer
+
+
+class Extras(ABC):
+    """Texts that accompany the samples of a source."""
+
+    @abstractmethod
+    def batch_type(self, train_view: View, eval_view: View) -> type:
+        """Returns the TypedDict of training batches.
+
+        Raises:
+            SettingError: the extras cannot accompany these views.
+        """
+
+    @abstractmethod
+    def check(self, source: Source) -> None:
+        """Checks that the source has the texts.
+
+        Raises:
+            SettingError: it does not.
+        """
+
+    @abstractmethod
+    def vocabulary_texts(self, source: Source) -> Iterable[str]:
+        """Returns the texts of the training split that a tokenizer is learned from."""
+
+    def read(self, source: Source, position: int, choice: float, seed: int) -> Any:
+        """Reads the texts of one sample.
+
+        Args:
+            source: the samples.
+            position: of the sample in the source.
+            choice: random number in [0, 1) that selects one of several texts.
+            seed: of the run.
+
+        Raises:
+            BadSample: the sample has no usable text, and is replaced.
+        """
+        return None
+
+    def collate(self, texts: Sequence[Any], fields: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+        """Returns further fields of a batch.
+
+        Args:
+            texts: of each sample, as returned by `read`.
+            fields: of the batch, as made by the view.
+            tokenizer: of the DataModule.
+        """
+        return {}

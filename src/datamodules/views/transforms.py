@@ -1,0 +1,114 @@
+"""Transforms of images with ground truth that torchvision does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from src.datamodules.batches.base import IGNORED
+from src.errors import SettingError
+
+MEAN_COLOR = (124, 116, 104)
+"""ImageNet's mean color, which becomes 0 by normalization."""
+
+_TRIES = 10
+
+
+class RandomRescale(v2.Transform):
+    """Resizes an image to the largest size at which its shorter side is at most ``shorter`` times a random number, and
+    its longer side at most ``longer`` times the same number. Images are interpolated bilinearly with antialiasing; masks
+    and depths take the nearest pixel.
+
+    Args:
+        shorter: side in pixels.
+        longer: side in pixels; None for no limit.
+        ratio: smallest and largest random number; (1, 1) for none.
+
+    Raises:
+        SettingError: an argument is out of range.
+    """
+
+    def __init__(self, shorter: int, longer: int | None = None, ratio: tuple[float, float] = (1.0, 1.0)) -> None:
+        super().__init__()
+        if shorter < 1 or (longer is not None and longer < shorter) or not 0 < ratio[0] <= ratio[1]:
+            raise SettingError(
+                "RandomRescale: 1 <= shorter <= longer and 0 < low <= high ratio are needed, got "
+                f"{shorter}, {longer} and {tuple(ratio)}"
+            )
+        self.shorter, self.longer, self.ratio = shorter, longer, (float(ratio[0]), float(ratio[1]))
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = _size_of(flat_inputs)
+        low, high = self.ratio
+        factor = low + (high - low) * float(torch.rand(()))
+        scale = factor * self.shorter / min(height, width)
+        if self.longer is not None:
+            scale = min(scale, factor * self.longer / max(height, width))
+        return {"size": [max(1, int(side * scale + 0.5)) for side in (height, width)]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        nearest = isinstance(inpt, tv_tensors.Mask)
+        mode = v2.InterpolationMode.NEAREST_EXACT if nearest else v2.InterpolationMode.BILINEAR
+        return F.resize(inpt, size=params["size"], interpolation=mode, antialias=True)
+
+
+class PaddedCrop(v2.Transform):
+    """Crops a random part of an image. A smaller image is padded at the right and at the bottom: images with ``fill``,
+    segmentation masks with IGNORED, depths and instance masks with 0.
+
+    Args:
+        size: side of the part, or its height and width, in pixels.
+        max_share: a crop is drawn again, up to ten times, until no class of the segmentation mask covers a larger share
+            of its pixels that count.
+        fill: color of the padding; the default becomes 0 by normalization.
+
+    Raises:
+        SettingError: an argument is out of range.
+    """
+
+    def __init__(
+        self, size: int | Sequence[int], max_share: float = 1.0, fill: tuple[int, int, int] = MEAN_COLOR
+    ) -> None:
+        super().__init__()
+        self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        if min(self.size) < 1 or not 0 < max_share <= 1:
+            raise SettingError(f"PaddedCrop: size >= 1 and max_share in (0, 1] are needed, got {size} and {max_share}")
+        self.max_share = max_share
+        self.fill = [float(channel) for channel in fill]
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = _size_of(flat_inputs)
+        rows, columns = min(self.size[0], height), min(self.size[1], width)
+        mask = next((part for part in flat_inputs if isinstance(part, tv_tensors.Mask) and part.ndim == 2), None)
+        tries = _TRIES if self.max_share < 1 and mask is not None and mask.dtype == torch.uint8 else 1
+        for _ in range(tries):
+            top = int(torch.randint(0, height - rows + 1, ()))
+            left = int(torch.randint(0, width - columns + 1, ()))
+            if mask is None or tries == 1:
+                break
+            cropped = mask[top : top + rows, left : left + columns].flatten()
+            counts = torch.bincount(cropped[cropped != IGNORED].long())
+            if (counts > 0).sum() > 1 and counts.max() < self.max_share * counts.sum():
+                break
+        return {"top": top, "left": left, "height": rows, "width": columns}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        part = F.crop(inpt, **params)
+        bottom, right = self.size[0] - params["height"], self.size[1] - params["width"]
+        if not bottom and not right:
+            return part
+        fill: Any = self.fill
+        if isinstance(inpt, tv_tensors.Mask):
+            fill = IGNORED if inpt.ndim == 2 and inpt.dtype == torch.uint8 else 0
+        return F.pad(part, [0, 0, right, bottom], fill=fill)
+
+
+def _size_of(inputs: list[Any]) -> tuple[int, int]:
+    """Returns height and width of the image among the inputs of a transform."""
+    height, width = next(part for part in inputs if isinstance(part, tv_tensors.Image)).shape[-2:]
+    return int(height), int(width)
