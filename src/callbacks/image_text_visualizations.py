@@ -184,7 +184,7 @@ class ImageTextVisualizations(VisualizationCallback):
             torch.cat([outputs.image, outputs.text]),
             metadata=[[modality, *row] for modality in ("image", "text") for row in columns],
             metadata_header=["modality", "class", "text", "name"],
-            label_img=torch.from_numpy(np.stack([np.asarray(each) for each in tiles])).permute(0, 3, 1, 2) / 255,
+            label_img=torch.from_numpy(np.stack([np.asarray(point) for point in tiles])).permute(0, 3, 1, 2) / 255,
             global_step=outputs.step,
             tag="images_and_texts",
         )
@@ -235,7 +235,7 @@ def _gallery_set(datamodule: Any, count: int) -> GallerySet:
         image=image,
         text=ids,
         mask=mask,
-        thumbnails=[_thumbnail(each) for each in image],
+        thumbnails=[_thumbnail(pixels) for pixels in image],
         texts=texts,
         names=[dataset.source.name(position) for position in positions],
         classes=[classes[label] if 0 <= label < len(classes) else "" for label in labels],

@@ -1,4 +1,4 @@
-"""A whole training run in some milliseconds, for the tests of what happens around one."""
+"""Training runs of some milliseconds, for tests of callbacks and checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = 4
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Numbered random rows, given by lists of draws as the real data set gives images."""
+    """Random rows that are read by lists of `SampleKey`, as the real dataset reads images."""
 
     def __init__(self, length: int, bad: Sequence[int] = ()) -> None:
         self.image = torch.randn(length, SIZE, generator=torch.Generator().manual_seed(0))
@@ -34,7 +34,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 class SmallData(L.LightningDataModule):
-    """``length`` rows, dealt as the real data are, in micro-batches where the trainer accumulates."""
+    """``length`` rows, sampled as by the real DataModule, in micro-batches for gradient accumulation."""
 
     def __init__(self, length: int = 16, batch_size: int = 4, num_workers: int = 0, bad: Sequence[int] = ()) -> None:
         super().__init__()
@@ -115,9 +115,9 @@ def fit(
             "logger": list(loggers),
             "callbacks": [StepSeed(5), *callbacks],
             "plugins": [AtomicCheckpointIO()],
-            "enable_checkpointing": any(isinstance(each, L.pytorch.callbacks.Checkpoint) for each in callbacks),
+            "enable_checkpointing": any(isinstance(callback, L.pytorch.callbacks.Checkpoint) for callback in callbacks),
             "enable_model_summary": False,
-            "enable_progress_bar": any(isinstance(each, L.pytorch.callbacks.ProgressBar) for each in callbacks),
+            "enable_progress_bar": any(isinstance(callback, L.pytorch.callbacks.ProgressBar) for callback in callbacks),
             "num_sanity_val_steps": 0,
             "log_every_n_steps": 1,
             "use_distributed_sampler": False,

@@ -38,7 +38,7 @@ class Counting(PretrainModule):
         super().__init__(OptimizerRecipe(partial(torch.optim.SGD), lr=0.1))
         self.datamodule = datamodule
         self.layer = nn.Linear(3, 1)
-        self.asked = 0
+        self.calls = 0
 
     def encoders(self) -> dict[str, Encoder]:
         return {}
@@ -48,7 +48,7 @@ class Counting(PretrainModule):
 
     def encode_image(self, image: Tensor) -> Tensor:
         assert not self.training
-        self.asked += 1
+        self.calls += 1
         return one_hot((self.datamodule.denormalize(image)[:, 0, 0, 0] * 255).round().long(), 12).float()
 
     def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def test_sheets_are_written_at_the_start_at_epochs_and_at_the_end(tmp_path: Path
         drawn = Image.open(io.BytesIO(shown[0].encoded_image_string)).convert("RGB")
         assert pixels(drawn, GREEN) > 50  # correct retrievals
         assert pixels(drawn, RED) > 50  # wrong retrievals
-    assert module.asked == 3 * 3  # ten images in batches of four, three times; the projector reuses the last outputs
+    assert module.calls == 3 * 3  # ten images in batches of four, three times; the projector reuses the last outputs
 
 
 def test_the_projector_holds_a_point_for_each_image_and_text(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_generators_are_restored(tmp_path: Path) -> None:
     module = Counting(data(tmp_path))
     fit(tmp_path, around, ImageTextVisualizations(), around, module=module, data=module.datamodule, max_epochs=1)
     assert torch.equal(states[0], states[1])
-    assert module.asked > 0
+    assert module.calls > 0
 
 
 def test_best_and_worst_retrievals_by_hand() -> None:

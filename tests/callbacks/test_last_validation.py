@@ -1,4 +1,4 @@
-"""What a run ends with is validated, once, wherever it ends."""
+"""Tests that the final weights of a run are validated once."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class ValidatedData(SmallData):
 class ValidatedModule(SmallModule):
     def __init__(self) -> None:
         super().__init__()
-        self.judged: list[tuple[int, float]] = []
+        self.validated: list[tuple[int, float]] = []
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.judged.append((self.trainer.global_step, float(self.layer.weight.detach().sum())))
+        self.validated.append((self.trainer.global_step, float(self.layer.weight.detach().sum())))
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,9 @@ def test_validation_after_the_last_step_and_at_the_usual_epochs(
 ) -> None:
     module = ValidatedModule()
     trainer = fit(tmp_path, LastValidation(), module=module, data=ValidatedData(), limit_val_batches=1.0, **options)
-    assert [step for step, _ in module.judged] == at
+    assert [step for step, _ in module.validated] == at
     assert trainer.global_step == at[-1]
-    assert module.judged[-1][1] == float(module.layer.weight.detach().sum())
+    assert module.validated[-1][1] == float(module.layer.weight.detach().sum())
 
 
 def test_a_method_without_validation_trains(tmp_path: Path) -> None:

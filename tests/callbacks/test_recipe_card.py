@@ -20,10 +20,10 @@ SUMMARY = {"paper": "He et al. | 2022", "deviations": "none", "learning rate": "
 def test_the_card_describes_the_run(tmp_path: Path) -> None:
     module = SmallModule()
     module.layer.bias.requires_grad_(False)
-    run_dir = tmp_path / "mine"
+    run_dir = tmp_path / "my_run"
     fit(run_dir, RecipeCard(run_dir, CONFIG, SUMMARY), module=module, loggers=[OrderedTensorBoardLogger(run_dir)])
     card = (run_dir / "card.md").read_text()
-    assert card.startswith("# mine\n")
+    assert card.startswith("# my_run\n")
     assert "| paper | He et al. \\| 2022 |\n| deviations | none |\n| learning rate | 1.5e-4 x batch / 256 |" in card
     assert "| layer | 20 | 16 |\n| all | 20 | 16 |" in card  # 4 x 4 weights are trainable, 4 biases are not
     assert f"| torch | {torch.__version__} |" in card

@@ -119,9 +119,9 @@ def test_a_single_direction_with_both_signs_is_a_collapse(caplog: pytest.LogCapt
 
 def test_a_random_encoder_is_not_called_collapsed(caplog: pytest.LogCaptureFixture) -> None:
     data = squares(length=48)
-    found = extract({"": tiny_encoder()}, data.val_dataloader(), data, torch.device("cpu"))[""]
+    bank = extract({"": tiny_encoder()}, data.val_dataloader(), data, torch.device("cpu"))[""]
     health, steps = RepresentationHealth(every_n_steps=1), Steps()
-    steps.run(health, found.features)
+    steps.run(health, bank.features)
     assert len(steps.written) == 1
     assert caplog.text == ""
 

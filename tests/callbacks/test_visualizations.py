@@ -206,7 +206,7 @@ def test_a_method_without_visualizations_needs_no_batch(tmp_path: Path, monkeypa
     class Plain(Method):
         visualize = PretrainModule.visualize
 
-    monkeypatch.setattr(DataModule, "val_dataloader", lambda self: pytest.fail("a batch was made"))
+    monkeypatch.setattr(DataModule, "val_dataloader", lambda self: pytest.fail("a batch was loaded"))
     assert train(tmp_path, Plain(), Visualizations(), max_epochs=1).Tags()["images"] == []
 
 
@@ -232,9 +232,7 @@ class Comparison(JointEmbedding):
 def test_a_multi_view_method_gets_training_views_of_validation_images(tmp_path: Path) -> None:
     """The training split has no red, the validation split is all red."""
     view = MultiView({"both": Augmented(RandomResizedCrop(SIDE), Color(brightness=0.5, jitter=1.0), count=2)})
-    views = DataModule(
-        source=Colors, train_view=view, eval_view=CenterCrop(SIDE, share=1), batch_size=4, num_workers=0
-    )
+    views = DataModule(source=Colors, train_view=view, eval_view=CenterCrop(SIDE, share=1), batch_size=4, num_workers=0)
     module = Comparison()
     fit(tmp_path, Visualizations(count=3), module=module, data=views, max_epochs=2)
     assert len(module.shown) >= 2

@@ -175,8 +175,8 @@ class Detection(ClassHeadModule):
         if "masks" in objects:
             image = draw_segmentation_masks(image, objects["masks"], alpha=0.4, colors=colors)
         names = [self.classes[label] if label < len(self.classes) else str(label) for label in labels]
-        labels = names if image.shape[-1] >= _MIN_WIDTH_FOR_NAMES else None
-        return draw_bounding_boxes(image, objects["boxes"], labels=labels, colors=colors)
+        shown_names = names if image.shape[-1] >= _MIN_WIDTH_FOR_NAMES else None
+        return draw_bounding_boxes(image, objects["boxes"], labels=shown_names, colors=colors)
 
     def encoders(self) -> dict[str, Encoder]:
         return {"encoder": ImageEncoder(self.pyramid.backbone, pool=mean_patch)}

@@ -98,7 +98,7 @@ class TestHead:
     def test_patches_of_16_pixels_are_reassembled_at_strides_4_to_32(self) -> None:
         module = dpt(vit(patch_size=16, img_size=64)).eval()
         maps = module.reassemble_maps(torch.randn(1, 3, 64, 96))
-        assert [tuple(each.shape[1:]) for each in maps] == [(4, 16, 24), (6, 8, 12), (8, 4, 6), (10, 2, 3)]
+        assert [tuple(values.shape[1:]) for values in maps] == [(4, 16, 24), (6, 8, 12), (8, 4, 6), (10, 2, 3)]
 
     def test_the_class_token_is_concatenated_with_each_patch_token(self) -> None:
         torch.manual_seed(0)

@@ -72,9 +72,7 @@ def batch(*boxes: list[tuple[int, int, int, int]]) -> dict:
 
 
 def scenes_batch(count: int = 8) -> dict:
-    samples = ViewedDataset(SCENES("train"), DetectionView(masks=True), seed=0)[
-        [SampleKey(0, n) for n in range(count)]
-    ]
+    samples = ViewedDataset(SCENES("train"), DetectionView(masks=True), seed=0)[[SampleKey(0, n) for n in range(count)]]
     return {**samples, "image": (samples["image"].float() / 255 - 0.45) / 0.225}
 
 
@@ -142,9 +140,9 @@ def test_a_frozen_backbone_has_no_gradient_and_stays_in_evaluation_mode(make):
     module = detection(make(), frozen=True).train()
     before = {name: value.clone() for name, value in module.pyramid.backbone.state_dict().items()}
     module.training_step(batch([(4, 4, 20, 20)]), 0)["loss"].backward()
-    assert all(each.grad is None for each in module.pyramid.backbone.parameters())
-    assert not any(each.training for each in module.pyramid.backbone.modules())
-    assert all(each.grad is not None for each in module.parameters() if each.requires_grad)
+    assert all(parameter.grad is None for parameter in module.pyramid.backbone.parameters())
+    assert not any(child.training for child in module.pyramid.backbone.modules())
+    assert all(parameter.grad is not None for parameter in module.parameters() if parameter.requires_grad)
     assert all(torch.equal(value, before[name]) for name, value in module.pyramid.backbone.state_dict().items())
     names = [name for group in module.configure_optimizers().param_groups for name in group["names"]]
     assert names
@@ -213,10 +211,11 @@ def test_a_run_logs_scores_and_its_checkpoint_restores_encoder_and_heads(tmp_pat
     other.on_load_checkpoint(content)
     other.load_state_dict(content["state_dict"])
     image = batch([])["image"]
-    ours, theirs = (each.eval()(image, [(64, 64)])[0] for each in (module, other))
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    taken = load_backbone(timm.create_model("resnet18", num_classes=0, channels=[8, 8, 16, 16]), tmp_path / "last.ckpt")
-    assert torch.equal(taken.conv1.weight, module.pyramid.backbone.conv1.weight)
+    detections, restored = (network.eval()(image, [(64, 64)])[0] for network in (module, other))
+    assert all(torch.equal(value, restored[name]) for name, value in detections.items())
+    small = timm.create_model("resnet18", num_classes=0, channels=[8, 8, 16, 16])
+    backbone = load_backbone(small, tmp_path / "last.ckpt")
+    assert torch.equal(backbone.conv1.weight, module.pyramid.backbone.conv1.weight)
 
 
 def test_a_wrong_layer_decay_is_refused():

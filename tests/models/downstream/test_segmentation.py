@@ -95,10 +95,10 @@ class TestParts:
     def test_maps_of_a_vit_are_resized_to_a_pyramid_and_those_of_a_convnet_are_not(self) -> None:
         maps = [torch.randn(2, 6, 4, 4) for _ in range(4)]
         head = UPerNetHead((6,) * 4, (16,) * 4, 3, width=5)
-        assert [rescale(each).shape[-1] for rescale, each in zip(head.rescale, maps, strict=True)] == [16, 8, 4, 2]
+        assert [rescale(values).shape[-1] for rescale, values in zip(head.rescale, maps, strict=True)] == [16, 8, 4, 2]
         assert head(maps).shape == (2, 3, 16, 16)
         staged = UPerNetHead((2, 4, 6, 8), (4, 8, 16, 32), 3, width=5)
-        assert all(isinstance(each, nn.Identity) for each in staged.rescale)
+        assert all(isinstance(layer, nn.Identity) for layer in staged.rescale)
         sizes = ((2, 16), (4, 8), (6, 4), (8, 2))
         assert staged([torch.randn(2, width, side, side) for width, side in sizes]).shape == (2, 3, 16, 16)
 
@@ -109,7 +109,7 @@ class TestParts:
         head.smooth[0].register_forward_pre_hook(lambda _module, inputs: layer_inputs.append(inputs[0]))
         head(maps)
         layer_inputs[0].sum().backward()
-        assert all(each.grad is not None and each.grad.abs().sum() > 0 for each in maps)
+        assert all(values.grad is not None and values.grad.abs().sum() > 0 for values in maps)
 
     def test_a_single_training_image_is_refused(self) -> None:
         with pytest.raises(SettingError, match=r"data.batch_size: .* at least 2 images, got 1"):
