@@ -1,4 +1,4 @@
-"""What crosses processes. Every function is the identity in a single process.
+"""Communication between processes. Every function is the identity in a single process.
 
 The contract for losses over gathered features: if each process computes the mean loss of its own rows against all
 gathered rows, then after DDP has averaged the gradients every parameter has the gradient a single process would have
@@ -27,9 +27,10 @@ def world_size() -> int:
 
 
 def gather(local: Tensor) -> tuple[Tensor, int]:
-    """Rows of all processes in rank order, with exact gradients, and where this process's own rows begin.
+    """Gathers the rows of all processes in rank order, with exact gradients, and returns the index of this process's
+    first row.
 
-    Every process must hold as many rows as the others (training batches do).
+    Every process must have the same number of rows (training batches do).
     """
     if not is_distributed():
         return local, 0
@@ -37,18 +38,18 @@ def gather(local: Tensor) -> tuple[Tensor, int]:
 
 
 def all_reduce(local: Tensor) -> Tensor:
-    """The sum over processes, with exact gradients: for losses on sums that every process computes in whole."""
+    """Sums over processes, with exact gradients: for losses of a sum that every process computes."""
     return _AllReduce.apply(local) if is_distributed() else local
 
 
 def shift(local: Tensor) -> Tensor:
-    """What the process before this one holds, the last one's for the first; gradients go the way back. After as many
-    shifts as there are other processes each has seen what all others hold. Every shape must be the same."""
+    """Passes ``local`` to the next process and returns that of the one before, in a ring; gradients go back the other
+    way. After world_size - 1 shifts every process has received the tensors of all others. Shapes must be equal."""
     return _Shift.apply(local, 1) if is_distributed() else local
 
 
 def gather_rows(local: Tensor) -> Tensor:
-    """Rows of all processes in rank order, without gradient; the number of rows may differ between processes."""
+    """Gathers the rows of all processes in rank order, without gradient; their number may differ between processes."""
     if not is_distributed():
         return local
     count = torch.tensor([len(local)], device=local.device)
@@ -63,7 +64,7 @@ def gather_rows(local: Tensor) -> Tensor:
 
 
 def reduce_sum(value: Tensor) -> Tensor:
-    """The sum over processes, without gradient; ``value`` itself is left alone."""
+    """Sums over processes, without gradient; ``value`` itself stays unchanged."""
     total = value.detach().clone()
     if is_distributed():
         dist.all_reduce(total)
@@ -81,7 +82,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 class _Gather(torch.autograd.Function):
-    """All processes differentiate through all rows, so a row's gradient is the sum of what each process found."""
+    """The loss of every process depends on all rows, so the gradient of a row is the sum over processes."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _AllReduce(torch.autograd.Function):
-    """Each process's part enters the loss of all, so its gradient is the sum of what each process found."""
+    """The loss of every process depends on each part, so the gradient of a part is the sum over processes."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class _AllReduce(torch.autograd.Function):
 
 
 class _Shift(torch.autograd.Function):
-    """To the process ``by`` places on, from the one as many places before."""
+    """Sends to the process ``by`` places further in the ring, receives from that ``by`` places before."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, by: int) -> Tensor:
@@ -124,8 +125,8 @@ class _Shift(torch.autograd.Function):
 
 def _exchange(local: Tensor, by: int) -> Tensor:
     local, received = local.contiguous(), torch.empty_like(local, memory_format=torch.contiguous_format)
-    onto, before = ((rank() + step) % world_size() for step in (by, -by))
-    work = dist.batch_isend_irecv([dist.P2POp(dist.isend, local, onto), dist.P2POp(dist.irecv, received, before)])
-    for each in work:
-        each.wait()
+    after, before = ((rank() + step) % world_size() for step in (by, -by))
+    work = dist.batch_isend_irecv([dist.P2POp(dist.isend, local, after), dist.P2POp(dist.irecv, received, before)])
+    for operation in work:
+        operation.wait()
     return received

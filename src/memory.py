@@ -1,4 +1,4 @@
-"""What a process does with the memory it frees."""
+"""Reuse of freed memory on CPUs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """Keep freed buffers for the next step instead of giving them back; True where that can be asked for.
+    """Makes the process keep freed buffers for the next step instead of returning them to the system. Returns False if
+    the C library cannot.
 
-    glibc maps every buffer of more than 32 MB afresh and unmaps it when it is freed. On a CPU that is each activation
-    of each step, and the system clears and maps it again page by page: the tiny ViT's step on 256 images took 1.09 s
-    so and 0.74 s without (two cores, medians of three). Costs the peak: a process never shrinks again.
+    glibc maps every buffer of more than 32 MB anew and unmaps it when it is freed. On a CPU these are the activations
+    of each step, and the system clears and maps them page by page: a step of the tiny ViT on 256 images took 1.09 s
+    with and 0.74 s without (two cores, medians of three). The price is that a process's memory never shrinks.
     """
     if not sys.platform.startswith("linux"):
         return False

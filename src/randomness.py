@@ -1,7 +1,7 @@
-"""Randomness that depends on what is drawn, not on who draws it.
+"""Random numbers as functions of seeds.
 
-A sample's augmentation is a function of (seed, epoch, index) and a step's masks and dropout of (seed, step): the run is
-then the same for every number of workers, and a resumed run needs no generator state.
+A sample's augmentation is a function of (seed, epoch, index), a step's masks and dropout of (seed, process, epoch,
+batch). A run is then the same for any number of workers, and a resumed run needs no generator state.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 
 
 def fold(*parts: int) -> int:
-    """Mix non-negative integers into one 63-bit seed; any change of any part gives an unrelated seed."""
-    words = np.random.SeedSequence(list(parts)).generate_state(2, np.uint32)
-    return (int(words[0]) << 31) ^ int(words[1])
+    """Mixes non-negative integers into one 63-bit seed; a change of any of them gives an unrelated seed."""
+    state = np.random.SeedSequence(list(parts)).generate_state(2, np.uint32)
+    return (int(state[0]) << 31) ^ int(state[1])
 
 
 @contextmanager
 def seeded(*parts: int) -> Iterator[None]:
-    """Inside the block torch (CPU), numpy and `random` are seeded by ``parts``; afterwards they are as they were."""
+    """Seeds torch (CPU), numpy and `random` by ``parts`` while active; afterwards their states are restored."""
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     seed = fold(*parts)
     torch.default_generator.manual_seed(seed)
@@ -37,10 +37,10 @@ def seeded(*parts: int) -> Iterator[None]:
 
 
 def uniform(seed: int, epochs: Sequence[int], indices: Sequence[int], count: int) -> np.ndarray:
-    """``count`` numbers in [0, 1) for every (epoch, index), vectorized: float32 [B, count].
+    """Draws ``count`` numbers in [0, 1) for every (epoch, index): float32 [B, count].
 
-    Row b depends on (seed, epochs[b], indices[b]) alone. A counter-based generator (two rounds of the splitmix64
-    finalizer), for augmentations of whole batches where seeding a generator per sample would cost more than the work.
+    Row b is a function of (seed, epochs[b], indices[b]). The generator is counter-based (two rounds of the splitmix64
+    finalizer) and vectorized, because seeding a generator for each sample would cost more than the augmentation.
     """
     with np.errstate(over="ignore"):
         key = _splitmix64(np.uint64(fold(seed)) + np.asarray(epochs, np.uint64) * np.uint64(0x9E3779B97F4A7C15))

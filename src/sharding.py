@@ -1,4 +1,4 @@
-"""Models too large for one device: FSDP2 deals out parameters, gradients and the optimizer's state."""
+"""Models too large for one device: FSDP2 shards parameters, gradients and optimizer state over processes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 
 class FullySharded(ModelParallelStrategy):
-    """``trainer=fsdp``: every process keeps its part of each tensor and has a block whole only while it is at work.
+    """``trainer=fsdp``: every process keeps its shard of each parameter, and a block's whole parameters only while it
+    computes.
 
-    Teachers are dealt out as their students are, so that the moving average needs no communication. Checkpoints are
+    Teachers are sharded as their students are, so that the moving average needs no communication. Checkpoints are
     single files of whole tensors, as those of any other run: they resume, evaluate and export on other hardware.
     """
 
@@ -28,40 +29,40 @@ class FullySharded(ModelParallelStrategy):
         super().setup_environment()
 
     def shard(self, module: L.LightningModule) -> None:
-        """Called once the module is built, before its optimizer is."""
-        if self._layer_sync is not None:  # Lightning leaves it to the strategies, and this one forgets
+        """Shards ``module`` in place, before its optimizer is built."""
+        if self._layer_sync is not None:  # Lightning's ModelParallelStrategy does not apply it
             self._layer_sync.apply(module)
-        deal(module, self.device_mesh["data_parallel"])
+        shard(module, self.device_mesh["data_parallel"])
 
 
-def deal(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard ``module`` in place over ``mesh``: each of its `blocks` is gathered on its own, the rest at once."""
-    for block in blocks(module):
+def shard(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Shards ``module`` in place over ``mesh``: each of its `repeated_blocks` on its own, the rest together."""
+    for block in repeated_blocks(module):
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(module, "training_step")
 
 
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """The layers that a network repeats, students' and teachers': what stands in a list or a sequence and has parts of
-    its own. Those of a ViT are its blocks, those of a ResNet the residual blocks of each stage."""
-    found = []
+def repeated_blocks(module: nn.Module) -> list[nn.Module]:
+    """Returns the blocks that a network repeats, of students and teachers: elements of lists and sequences that have
+    submodules with parameters. For a ViT these are its blocks, for a ResNet the residual blocks of each stage."""
+    blocks = []
     for parent in module.modules():
         if isinstance(parent, nn.Sequential | nn.ModuleList):
-            found += [child for child in parent.children() if _has_parts(child)]
-    return found
+            blocks += [child for child in parent.children() if _has_submodules(child)]
+    return blocks
 
 
-def _has_parts(module: nn.Module) -> bool:
+def _has_submodules(module: nn.Module) -> bool:
     return any(True for child in module.children() for _ in child.parameters()) and not isinstance(
         module, nn.Sequential | nn.ModuleList
     )
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """Have what is not in a block whole, to run a part of ``module`` outside of its training step, in every process.
-    Nothing happens to a module that is not sharded."""
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """While active, parameters outside of blocks are whole in every process, so that a part of ``module`` can run
+    outside of its training step. Does nothing to a module that is not sharded."""
     if not isinstance(module, FSDPModule):
         yield
         return

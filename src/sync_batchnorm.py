@@ -1,4 +1,4 @@
-"""Batch norm over all processes, on GPUs and on CPUs."""
+"""Batch norm with statistics over all processes, on GPUs and on CPUs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from src.collectives import all_reduce, is_distributed, world_size
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """torch's, which refuses tensors on the CPU: there mean and variance are summed over processes here.
+    """torch's SyncBatchNorm, which does not take tensors on the CPU; for those mean and variance are computed here.
 
-    Every process must hold as many values as the others (training batches do).
+    Every process must have the same number of samples (training batches do).
     """
 
     process_group: Any
@@ -26,7 +26,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         nn.SyncBatchNorm._check_non_zero_input_channels(cast(nn.SyncBatchNorm, self), input)
 
     def forward(self, input: Tensor) -> Tensor:
-        # no subclass of torch's: for those DistributedDataParallel refuses modules on the CPU
+        # not a subclass of torch's SyncBatchNorm, which DistributedDataParallel does not take on the CPU
         if input.device.type != "cpu":
             return nn.SyncBatchNorm.forward(cast(nn.SyncBatchNorm, self), input)
         if not (self.training and is_distributed()):
@@ -38,14 +38,14 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         mean = all_reduce(x.sum(dim=axes)) / count
         centered = x - mean.view(shape)
         variance = all_reduce(centered.square().sum(dim=axes)) / count
-        self._follow(mean.detach(), variance.detach() * count / (count - 1))
+        self._update_running_statistics(mean.detach(), variance.detach() * count / (count - 1))
         result = centered * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             result = result * self.weight.view(shape) + self.bias.view(shape)
         return result.to(input.dtype)
 
     @torch.no_grad()
-    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor) -> None:
         if not self.track_running_stats or self.running_mean is None or self.running_var is None:
             return
         assert self.num_batches_tracked is not None
@@ -56,7 +56,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class SyncBatchNormPlugin(TorchSyncBatchNorm):
-    """Lightning's ``sync_batchnorm``, with the layer above in the place of torch's."""
+    """Lightning's ``sync_batchnorm`` with the layer above in the place of torch's."""
 
     def apply(self, model: nn.Module) -> nn.Module:
         model = super().apply(model)

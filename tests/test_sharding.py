@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from src import runs
-from src.sharding import blocks
+from src.sharding import repeated_blocks
 from tests.commands import SECONDS, run
 
 WORDS = [word for word in SECONDS if not word.startswith(("model.", "experiment="))]
@@ -70,5 +70,5 @@ def test_dealt_out_parameters_are_trained_saved_and_taken_up_as_whole_ones(tmp_p
 def test_what_is_gathered_on_its_own_are_the_blocks(name, expected):
     model = timm.create_model(name)
     names = {id(module): name for name, module in model.named_modules()}
-    assert [names[id(block)] for block in blocks(model)] == expected
-    assert blocks(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))) == []
+    assert [names[id(block)] for block in repeated_blocks(model)] == expected
+    assert repeated_blocks(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))) == []

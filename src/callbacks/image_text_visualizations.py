@@ -30,7 +30,7 @@ from src.evaluation.image_text import TwoTowers
 from src.evaluation.retrieval import ranks
 from src.evaluation.similarity import Similarity, dot, similarity_of
 from src.models.functional import inference
-from src.sharding import gathered
+from src.sharding import unsharded
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +253,7 @@ def _tower_outputs(pl_module: L.LightningModule, datamodule: Any, gallery: Galle
         inference(pl_module),
         seeded_everywhere(0, device),
         pl_module.trainer.precision_plugin.forward_context(),
-        gathered(pl_module),
+        unsharded(pl_module),
     ):
         parts = zip(gallery.image.split(size), gallery.text.split(size), gallery.mask.split(size), strict=True)
         for image, text, mask in parts:

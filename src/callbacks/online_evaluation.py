@@ -17,7 +17,7 @@ from src.evaluation.knn import KNN
 from src.evaluation.run import BANK_SAMPLES, QUERY_SAMPLES, EncoderEvaluation, Evaluator, feature_sets, named, score
 from src.models.logging import publish
 from src.models.pretrain_module import PretrainModule
-from src.sharding import gathered
+from src.sharding import unsharded
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class OnlineEvaluation(L.Callback):
             return {}
         begin = time.perf_counter()
         try:
-            with gathered(pl_module):
+            with unsharded(pl_module):
                 encoders = cast(PretrainModule, pl_module).encoders()
                 sets = feature_sets(
                     encoders,

@@ -12,7 +12,7 @@ from src.evaluation.captions import CaptionEvaluation
 from src.evaluation.image_text import ImageTextEvaluation
 from src.evaluation.localization import Localization
 from src.models.pretrain_module import PretrainModule
-from src.sharding import gathered
+from src.sharding import unsharded
 
 
 class OnlineImageText(L.Callback):
@@ -47,7 +47,7 @@ class OnlineImageText(L.Callback):
             begin = time.perf_counter()
             datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
             module, precision = cast(PretrainModule, pl_module), str(trainer.precision)
-            with gathered(pl_module):
+            with unsharded(pl_module):
                 asked = [each for each in (self.evaluation, self.localization, self.captions) if each is not None]
                 scores: dict[str, float] = {}
                 for each in asked:

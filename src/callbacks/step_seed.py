@@ -1,4 +1,4 @@
-"""What is drawn inside a step depends on the step alone."""
+"""Random numbers of a training step as a function of the step."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from src.randomness import fold
 
 
 class StepSeed(L.Callback):
-    """Seeds torch before every batch from (seed, process, epoch, batch): masks and dropout are the same in a run that
-    was continued as in one that never stopped, without any generator's state in the checkpoint.
+    """Seeds torch before every batch from (seed, process, epoch, batch): masks and dropout are the same in a resumed
+    run as in one that never stopped, without generator state in the checkpoint.
 
-    Comes first of the callbacks, so that what the others draw follows too. Python's and numpy's generators are left
-    alone: nothing in a step draws from them (a sample's randomness has its own seed), and set anew at every step they
-    would make whatever else in the process uses them, such as names of temporary files, repeat itself.
+    The first of the callbacks, so that the others' random numbers are seeded too. Python's and numpy's generators are
+    not seeded: nothing in a step draws from them (samples have their own seeds), and other users of them, such as names
+    of temporary files, would repeat themselves.
 
     Args:
-        seed: the run's.
+        seed: the run's seed.
     """
 
     def __init__(self, seed: int) -> None:
@@ -30,6 +30,6 @@ class StepSeed(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         seed = fold(self.seed, rank(), trainer.current_epoch, batch_idx)
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for every kind of device, at every step
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would probe every kind of device at every step
         if pl_module.device.type != "cpu":
             torch.get_device_module(pl_module.device).manual_seed(seed)

@@ -21,7 +21,7 @@ from src.errors import SettingError
 from src.models.functional import inference
 from src.models.pretrain_module import PretrainModule
 from src.randomness import fold, seeded
-from src.sharding import gathered
+from src.sharding import unsharded
 
 
 class VisualizationCallback(L.Callback, ABC):
@@ -111,7 +111,7 @@ class Visualizations(VisualizationCallback):
         batch = datamodule.transfer_batch_to_device(self._fixed_batch(datamodule), pl_module.device, 0)
         batch = datamodule.on_after_batch_transfer(batch, 0)
         results = []
-        with inference(pl_module), pl_module.trainer.precision_plugin.forward_context(), gathered(pl_module):
+        with inference(pl_module), pl_module.trainer.precision_plugin.forward_context(), unsharded(pl_module):
             for visualize in (pl_module.visualize, pl_module.visualize_video):
                 with seeded_everywhere(self.seed, pl_module.device):
                     results.append(dict(visualize(batch)))

@@ -1,4 +1,4 @@
-"""Losses are computed in full precision, whatever the rest of a run uses."""
+"""Functions that methods and losses share: full precision, normalization, evaluation mode."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ R = TypeVar("R")
 
 
 def full_precision(loss: Callable[P, R]) -> Callable[P, R]:
-    """Runs ``loss`` outside of autocast, half-precision tensors among its arguments as float32; float64 stays.
+    """Decorator that runs ``loss`` in float32 or float64 under any precision of a run: outside of autocast, with
+    half-precision arguments cast to float32.
 
-    A cast alone would not do: autocast takes the operands of a product back to half precision. Temperatures of 0.05
-    make differences of exponents out of a similarity's last bits.
+    A cast alone is not enough, because autocast casts the operands of a product back to half precision. A temperature
+    of 0.05 amplifies the rounding errors of a similarity 20 times.
     """
 
     @wraps(loss)
@@ -32,7 +33,7 @@ def full_precision(loss: Callable[P, R]) -> Callable[P, R]:
 
 
 def at_least_float32(value: Tensor) -> Tensor:
-    """Half-precision numbers as float32; everything else as it is."""
+    """Casts half-precision tensors to float32 and leaves others as they are."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
@@ -42,21 +43,21 @@ def _widen(value: object) -> object:
 
 @full_precision
 def l2_normalize(x: Tensor) -> Tensor:
-    """Rows of unit length, [..., D], in float32 at least."""
+    """Normalizes vectors to unit length, [..., D], in float32 at least."""
     return F.normalize(x, dim=-1)
 
 
 @torch.no_grad()
 @full_precision
 def feature_std(z: Tensor) -> Tensor:
-    """For the log: standard deviation over images, mean over views and dimensions: [B, V, D] -> scalar. 0: collapsed.
-    Rows of unit length that point everywhere alike have 1 / sqrt(D)."""
+    """Standard deviation over images, mean over views and dimensions, for the log: [B, V, D] -> scalar. 0 for collapsed
+    embeddings, 1 / sqrt(D) for vectors spread evenly over the unit sphere."""
     return z.std(dim=0, correction=0).mean()
 
 
 @contextmanager
 def inference(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every submodule is in the mode it was in."""
+    """Evaluation mode without gradients while active; afterwards every submodule is in its former mode."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:

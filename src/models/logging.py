@@ -1,4 +1,4 @@
-"""Scalars that belong to one moment, written at that moment."""
+"""Logging of scalars at the step they belong to."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 
 def publish(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
-    """Write ``metrics`` to every logger now, and to the trainer's own records.
+    """Writes ``metrics`` to every logger at the current step, and to the trainer's records.
 
-    For values that are not there at every step and for hooks without ``self.log``: what goes through ``self.log`` waits
-    for the next step that is logged, and is repeated at those that follow, which a resumed run could not do alike.
+    For values that do not exist at every step, and for hooks without ``self.log``: Lightning would log values of
+    ``self.log`` at the next logged step and repeat them at those that follow, which a resumed run could not reproduce.
     """
-    # the step Lightning would name, which counts from zero
+    # Lightning counts the steps of loggers from zero
     step = max(0, trainer.global_step - 1)
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=step)
@@ -24,6 +24,6 @@ def publish(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
 
 
 def logs_now(trainer: L.Trainer) -> bool:
-    """Whether this step is one of every ``log_every_n_steps``, or the last of an epoch, which callbacks may look at:
-    what is logged at others costs a millisecond and is not written."""
+    """Returns True every ``log_every_n_steps`` and at the last batch of an epoch. At other steps ``self.log`` would
+    cost a millisecond and write nothing."""
     return bool(trainer._logger_connector.should_update_logs or trainer.is_last_batch)

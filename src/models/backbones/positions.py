@@ -1,4 +1,4 @@
-"""Positions of patches: fixed tables, and images of other sizes."""
+"""Positional embeddings: fixed sine-cosine tables, and interpolation for images of other sizes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def accept_any_image_size(backbone: M) -> M:
-    """``backbone`` itself, made to take images of other sizes than its own, of whole patches: a ViT of timm
-    interpolates its positions, as it does where it is built with ``dynamic_img_size``. A ConvNet does so anyway.
+    """Makes ``backbone`` take images of other sizes than its own, and returns it.
 
-    A method says so, not a recipe, because the method knows its views, and only a ViT would know the option. An image
-    that is no whole number of patches is then a SettingError.
+    A timm ViT then interpolates its positional embeddings, as if built with ``dynamic_img_size``; a ConvNet takes any
+    size anyway. Methods call this, so that recipes need no option that only a ViT has. An image that is not a whole
+    number of patches raises a SettingError.
     """
     if hasattr(backbone, "dynamic_img_size"):
         vit: Any = backbone
@@ -34,22 +34,22 @@ def _whole_patches(patch_embed: nn.Module, arguments: tuple[Tensor, ...]) -> Non
     size, patch = tuple(arguments[0].shape[-2:]), tuple(patch_embed.patch_size)  # type: ignore[arg-type]
     if size[0] % patch[0] or size[1] % patch[1]:
         raise SettingError(
-            f"image_size, local_image_size: a view of {size[0]}x{size[1]} pixels is no whole number of patches of "
+            f"image_size, local_image_size: a view of {size[0]}x{size[1]} pixels is not a whole number of patches of "
             f"{patch[0]}x{patch[1]} (backbone.patch_size)"
         )
 
 
 def sincos_2d(dim: int, grid: tuple[int, int], *, prefix_tokens: int = 0) -> Tensor:
-    """The 2D sine-cosine table of MAE: float32 [prefix_tokens + rows * columns, dim], prefix rows zero.
+    """MAE's 2D sine-cosine positional embedding: float32 [prefix_tokens + rows * columns, dim], zero for prefix tokens.
 
-    The first half of the channels codes the column, the second the row; each half is the sines, then the cosines, of
+    The first half of the channels encodes the column, the second the row; each half has the sines, then the cosines, of
     the coordinate times 10000^(-k / (dim / 4)), k = 0 ... dim / 4 - 1.
 
     Raises:
         SettingError: ``dim`` is not a multiple of 4.
     """
     if dim % 4:
-        raise SettingError(f"a 2D sine-cosine table needs a width that is a multiple of 4, not {dim}")
+        raise SettingError(f"backbone: a 2D sine-cosine embedding needs a width that is a multiple of 4, not {dim}")
     frequency = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, columns = torch.meshgrid(
         torch.arange(grid[0], dtype=torch.float64), torch.arange(grid[1], dtype=torch.float64), indexing="ij"
@@ -63,6 +63,6 @@ def sincos_2d(dim: int, grid: tuple[int, int], *, prefix_tokens: int = 0) -> Ten
 
 
 def fixed_positions(dim: int, grid: tuple[int, int]) -> nn.Parameter:
-    """`sincos_2d` for a ViT with a class token, [1, 1 + rows * columns, dim]."""
-    # a parameter without gradient, not a buffer: timm's checkpoints hold the table under this name
+    """`sincos_2d` for a ViT with a class token, without gradient: [1, 1 + rows * columns, dim]."""
+    # a parameter, not a buffer, as in timm's checkpoints
     return nn.Parameter(sincos_2d(dim, grid, prefix_tokens=1).unsqueeze(0), requires_grad=False)

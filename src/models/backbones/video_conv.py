@@ -13,13 +13,13 @@ from src.errors import SettingError
 
 class VideoConvNet(VideoResNet):
     """A ResNet of A Closer Look at Spatiotemporal Convolutions for Action Recognition (Tran et al., 2018), with the
-    interface that timm's models have. With 64 channels its parameters have the names of torchvision's.
+    interface of timm's models. Its parameters have the names and, with a width of 64, the shapes of torchvision's.
 
     Args:
         convolution: `Conv3DSimple` for R3D, `Conv2Plus1D` for R(2+1)D.
-        layers: blocks of each of the four stages.
+        layers: number of blocks in each of the four stages.
         width: channels of the first stage; each further one has twice as many.
-        num_classes: 0 for no classifier.
+        num_classes: number of classes of the classifier; 0 for none.
 
     Raises:
         SettingError: there are not four stages.
@@ -38,8 +38,8 @@ class VideoConvNet(VideoResNet):
         nn.Module.__init__(self)
         if len(layers) != 4 or min(layers) < 1 or width < 1:
             raise SettingError(
-                f"backbone.layers are the blocks of four stages, and backbone.width their channels; got {list(layers)} "
-                f"and {width}"
+                f"backbone.layers={list(layers)} must be the numbers of blocks in four stages, and "
+                f"backbone.width={width} at least 1"
             )
         self.inplanes = width
         self.stem = _stem(width, factored=convolution is Conv2Plus1D)
@@ -73,7 +73,7 @@ class VideoConvNet(VideoResNet):
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The stem, then block by block."""
+        """Groups of parameters for layer-wise learning-rate decay: the stem, then each block."""
         return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
 
@@ -93,10 +93,10 @@ def _stem(width: int, *, factored: bool) -> nn.Sequential:
 
 
 def r3d(**options: Any) -> VideoConvNet:
-    """R3D: `VideoConvNet` of whole convolutions."""
+    """R3D: `VideoConvNet` with 3D convolutions."""
     return VideoConvNet(Conv3DSimple, **options)
 
 
 def r2plus1d(**options: Any) -> VideoConvNet:
-    """R(2+1)D: `VideoConvNet` of convolutions over space, then over time."""
+    """R(2+1)D: `VideoConvNet` with convolutions over space, then over time."""
     return VideoConvNet(Conv2Plus1D, **options)

@@ -1,4 +1,4 @@
-"""A plain ViT on images so large that most of its blocks had better look at a window only."""
+"""A plain ViT for large images: most blocks attend within windows."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from src.models.backbones.positions import accept_any_image_size
 
 
 class WindowedViT(nn.Module):
-    """The last block's map of a ViT, as Exploring Plain Vision Transformer Backbones for Object Detection (Li et al.,
-    2022) takes it: patches without a class token, no final norm, and attention in windows that do not overlap, except
-    in ``global_blocks`` blocks, the last of as many equal parts of the depth. Deviations: no relative positions.
+    """The last feature map of a ViT, as in Exploring Plain Vision Transformer Backbones for Object Detection (Li et
+    al., 2022): patches without class token or final norm, with attention in windows that do not overlap, except in
+    ``global_blocks`` blocks, the last of as many equal parts of the depth. Deviations: no relative positional
+    embeddings.
 
-    The weights are the ViT's own under their own names; positions are interpolated to the image's size.
+    The weights are the ViT's, under the same names; positional embeddings are interpolated to the image's size.
 
     Args:
-        backbone: a ViT of timm, changed in place: it takes images of any size, and what the map does not depend on
-            (class token, final norm, head) takes no gradient.
-        window: side of a window in patches; None for global attention everywhere. The paper's is 14.
-        global_blocks: how many blocks attend globally all the same.
+        backbone: a timm ViT, changed in place: it takes images of any size, and parameters that the map does not depend
+            on (class token, final norm, head) take no gradient.
+        window: side of a window in patches; None for global attention in all blocks. The paper's is 14.
+        global_blocks: number of blocks with global attention.
 
     Raises:
-        SettingError: another kind of backbone, or numbers that cannot be.
+        SettingError: not a plain ViT, or a bad number.
     """
 
     def __init__(self, backbone: nn.Module, *, window: int | None = 14, global_blocks: int = 4) -> None:
         super().__init__()
         if not isinstance(backbone, VisionTransformer) or not hasattr(backbone.blocks[0], "attn"):
             raise SettingError(
-                f"backbone: a plain ViT of timm is needed, not {type(backbone).__name__}; a ConvNet goes with "
-                "model.pyramid=ConvPyramid"
+                f"backbone: model.pyramid=SimplePyramid needs a plain timm ViT, not a {type(backbone).__name__}; for a "
+                "ConvNet use model.pyramid=ConvPyramid"
             )
         depth = len(backbone.blocks)
         if window is not None and (window < 1 or not 0 <= global_blocks <= depth):
@@ -51,7 +52,7 @@ class WindowedViT(nn.Module):
         used = ("patch_embed.", "pos_embed", "norm_pre.", "blocks.")
         for name, parameter in backbone.named_parameters():
             if not name.startswith(used):
-                parameter.requires_grad_(False)  # DDP waits for the gradient of whatever takes one
+                parameter.requires_grad_(False)  # DDP would wait for its gradient
 
     @property
     def patch_size(self) -> int:
@@ -80,19 +81,19 @@ def _run(block: nn.Module, tokens: Tensor, grid: tuple[int, int], window: int | 
 
 @contextmanager
 def in_windows(attention: nn.Module, grid: tuple[int, int], window: int) -> Iterator[None]:
-    """While this lasts, ``attention`` of tokens [B, h * w, D] works in each window of ``window`` x ``window`` alone.
+    """While active, ``attention`` of tokens [B, h * w, D] is restricted to windows of ``window`` x ``window``.
 
-    Windows that reach over the border are filled up with zeros, which are attended to like any token, as in the
-    authors' code: the block's norm comes before.
+    Windows that reach over the border are padded with zeros, which are attended to like any token, as in the authors'
+    code.
     """
 
-    def apart(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def partition(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return windows_of(arguments[0], grid, window), *arguments[1:]
 
-    def together(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def merge(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return tokens_of(output, grid, window)
 
-    hooks = [attention.register_forward_pre_hook(apart), attention.register_forward_hook(together)]
+    hooks = [attention.register_forward_pre_hook(partition), attention.register_forward_hook(merge)]
     try:
         yield
     finally:
@@ -101,14 +102,15 @@ def in_windows(attention: nn.Module, grid: tuple[int, int], window: int) -> Iter
 
 
 def windows_of(tokens: Tensor, grid: tuple[int, int], window: int) -> Tensor:
-    """[B, h * w, D] in raster order -> [B * windows, window * window, D], filled up with zeros right and below."""
+    """Partitions tokens into windows: [B, h * w, D] in raster order -> [B * windows, window * window, D], padded with
+    zeros at the right and at the bottom."""
     tokens = tokens.unflatten(1, grid)
     tokens = F.pad(tokens, (0, 0, 0, -grid[1] % window, 0, -grid[0] % window))
     return rearrange(tokens, "b (i r) (j c) d -> (b i j) (r c) d", r=window, c=window)
 
 
 def tokens_of(windows: Tensor, grid: tuple[int, int], window: int) -> Tensor:
-    """The inverse of `windows_of`, without what was filled up."""
+    """The inverse of `windows_of`; removes the padding."""
     down, across = -(-grid[0] // window), -(-grid[1] // window)
     tokens = rearrange(windows, "(b i j) (r c) d -> b (i r) (j c) d", i=down, j=across, r=window, c=window)
     return tokens[:, : grid[0], : grid[1]].flatten(1, 2)

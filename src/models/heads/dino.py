@@ -1,4 +1,4 @@
-"""The head of DINO and of methods that grew out of it."""
+"""The projection head of DINO and iBOT."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from src.models.functional import full_precision
 
 
 class DINOHead(nn.Module):
-    """Three linear layers with GELU, unit length, then one score for each of many prototypes (Caron et al., 2021).
+    """Three linear layers with GELU, l2 normalization, then the scores of K prototypes (Caron et al., 2021).
 
-    It takes any leading axes, so that one head may serve class tokens and patches, as in iBOT.
+    Takes any leading axes, so that class tokens and patches can share it, as in iBOT.
 
     Args:
         in_dim: width of the features.
-        out_dim: K, the number of prototypes.
-        hidden_dim, bottleneck_dim: widths within.
-        train_gain: let the prototypes' lengths be learned; fixed to 1 otherwise, which is steadier.
+        out_dim: K, number of prototypes.
+        hidden_dim: width of the two hidden layers.
+        bottleneck_dim: width of the normalized vectors.
+        train_gain: learn the prototypes' norms; otherwise they are fixed to 1, which is more stable.
     """
 
     def __init__(
@@ -47,15 +48,15 @@ class DINOHead(nn.Module):
 
     @full_precision
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_dim] -> [..., K], in float32 at least: a temperature of 0.04 makes much of little."""
+        """[..., in_dim] -> [..., K], in float32 at least: a temperature of 0.04 amplifies rounding errors."""
         return self.last_layer(normalize(self.mlp(x), dim=-1))
 
 
 class WeightNormLinear(nn.Module):
-    """A linear layer without bias whose rows have the length ``gain``.
+    """A linear layer without bias whose rows have the norm ``gain`` (weight normalization).
 
-    The normalization is written out rather than hung on `nn.Linear`: the parameters keep plain names for the teacher,
-    for checkpoints and for sharding. Rows start as `nn.Linear`'s do, lengths at 1.
+    Not `nn.utils.parametrizations.weight_norm`, which renames parameters: teacher, checkpoints and sharding keep plain
+    names. Rows are initialized as in `nn.Linear`, norms with 1.
     """
 
     def __init__(self, in_dim: int, out_dim: int, *, train_gain: bool) -> None:

@@ -1,4 +1,4 @@
-"""The heads of Mask R-CNN on a feature pyramid: where something may be, what it is, and which pixels are its own."""
+"""The heads of Mask R-CNN on a feature pyramid: region proposals, bounding boxes, and masks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from src.errors import SettingError
 from src.models.functional import at_least_float32
 
 _RATIOS = (0.5, 1.0, 2.0)  # height over width of the anchors
-_BOX_SIDE, _MASK_SIDE = 7, 14  # positions of a region that the heads see
+_BOX_SIDE, _MASK_SIDE = 7, 14  # positions per side of a region that box and mask heads read
 _NAMES = {
     "loss_objectness": "objectness",
     "loss_rpn_box_reg": "proposals",
@@ -34,32 +34,33 @@ _NAMES = {
 
 
 class MaskRCNNOnMaps(nn.Module):
-    """Mask R-CNN (He et al., 2017) as torchvision has it, behind the backbone: region proposals, then boxes and masks
-    of the regions. As there, and not in Detectron2, boxes have a smooth L1 loss, and regions are cut half a position
-    further to the right and below.
+    """The part of torchvision's Mask R-CNN (He et al., 2017) after the backbone: region proposals, then boxes and masks
+    of the regions. As in torchvision, unlike in Detectron2, boxes have a smooth L1 loss, and RoIAlign is not shifted by
+    half a position.
 
-    torchvision's own model also resizes and normalizes images; here they are what the DataModule made of them, and
-    boxes are in their pixels. Scores, box coordinates and what is compared with anchors stay in float32 under autocast:
-    in bfloat16 a coordinate of 1000 is good to 4 pixels.
+    torchvision's model also resizes and normalizes images; here the DataModule does, and boxes are in pixels of its
+    images. Scores, box coordinates and regression targets stay in float32 under autocast: bfloat16 rounds a coordinate
+    of 1000 to 4 pixels.
 
     Args:
         channels: width of the pyramid's maps.
-        strides: of the maps that regions are cut from; there is one map more, for anchors only.
-        num_classes: without the background.
-        anchor_sizes: side of a square anchor in pixels, one a level and one for "pool".
-        conv_heads: ViTDet's: two convolutions for proposals, four with layer norm before one layer for boxes, layer
-            norm in the mask's; else torchvision's one, none before two layers, and no norm.
-        masks: whether things have masks; without it is Faster R-CNN.
-        width: of the heads' convolutions.
+        strides: strides of the maps from which regions are pooled; the pyramid has one map more, for anchors only.
+        num_classes: number of classes without the background.
+        anchor_sizes: side of a square anchor in pixels, for each map and for "pool".
+        conv_heads: the heads of ViTDet: two convolutions for proposals, four with layer norm and one linear layer for
+            boxes, layer norm in the mask head; otherwise torchvision's, with one convolution, two linear layers, no
+            norm.
+        masks: predict masks; False for Faster R-CNN.
+        width: channels of the heads' convolutions.
         hidden: width of the box head's layers.
-        proposals: regions kept for training, and for evaluation, of each level and of all.
-        regions: how many of them an image learns from.
-        anchors: how many anchors an image learns from.
-        detections: at most so many things in an image.
-        min_score: what is less certain is no detection.
+        proposals: number of regions kept in training and in evaluation, per map and in all.
+        regions: number of regions per image in the loss of boxes and masks.
+        anchors: number of anchors per image in the loss of proposals.
+        detections: largest number of objects detected in an image.
+        min_score: lowest score of a detection.
 
     Raises:
-        SettingError: not as many anchor sizes as there are maps.
+        SettingError: not an anchor size for each map.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class MaskRCNNOnMaps(nn.Module):
         super().__init__()
         if len(anchor_sizes) != len(strides) + 1:
             raise SettingError(
-                f"model.heads.anchor_sizes needs a size for each of the pyramid's {len(strides) + 1} maps, got "
+                f"model.heads.anchor_sizes must have a size for each of the pyramid's {len(strides) + 1} maps, got "
                 f"{list(anchor_sizes)}"
             )
         sizes = tuple((size,) for size in anchor_sizes)
@@ -125,12 +126,12 @@ class MaskRCNNOnMaps(nn.Module):
     def losses(
         self, maps: dict[str, Tensor], sizes: list[tuple[int, int]], targets: list[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """The parts of the loss, by name; in training mode only.
+        """Computes the parts of the loss, by name; in training mode only.
 
         Args:
-            maps: of the pyramid.
-            sizes: rows and columns of each image; what lies beyond is padding.
-            targets: of each image ``boxes`` [T, 4] of more than no area, ``labels`` int64 [T] from 1 and ``masks``
+            maps: the maps of the pyramid.
+            sizes: rows and columns of each image; the rest of the batch's images is padding.
+            targets: for each image ``boxes`` [T, 4] with an area above 0, ``labels`` int64 [T] from 1 and ``masks``
                 [T, H, W]; T may be 0.
         """
         _, losses = self._regions(maps, sizes, targets)
@@ -139,34 +140,34 @@ class MaskRCNNOnMaps(nn.Module):
     def forward(
         self, maps: dict[str, Tensor], sizes: list[tuple[int, int]], size: tuple[int, int]
     ) -> list[dict[str, Tensor]]:
-        """What is found in each image, the surest first: ``boxes`` [T, 4], ``scores`` [T], ``labels`` int64 [T] from
-        0, and ``masks`` bool [T, H, W] of ``size``; in evaluation mode only."""
-        found, _ = self._regions(maps, sizes)
-        for each in found:
-            each["labels"] = each["labels"] - 1
+        """Detects objects in each image, highest score first: ``boxes`` [T, 4], ``scores`` [T], ``labels`` int64 [T]
+        from 0, and ``masks`` bool [T, H, W] of ``size``; in evaluation mode only."""
+        detections, _ = self._regions(maps, sizes)
+        for image in detections:
+            image["labels"] = image["labels"] - 1
             if self.has_masks:
-                each["masks"] = paste_masks_in_image(each["masks"], each["boxes"], size)[:, 0] >= 0.5
-        return found
+                image["masks"] = paste_masks_in_image(image["masks"], image["boxes"], size)[:, 0] >= 0.5
+        return detections
 
     def _regions(
         self, maps: dict[str, Tensor], sizes: list[tuple[int, int]], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        maps = {name: at_least_float32(each) for name, each in maps.items()}
+        maps = {name: at_least_float32(feature_map) for name, feature_map in maps.items()}
         proposals, proposal_losses = self.rpn(self._canvas(maps, sizes), maps, targets)
-        found, losses = self.roi_heads(maps, proposals, sizes, targets)
-        return found, {**proposal_losses, **losses}
+        detections, losses = self.roi_heads(maps, proposals, sizes, targets)
+        return detections, {**proposal_losses, **losses}
 
     def _canvas(self, maps: dict[str, Tensor], sizes: list[tuple[int, int]]) -> ImageList:
-        """Images for torchvision's anchors, which need no more of them than their shape."""
+        """Images for torchvision's anchor generator, which reads only their shape."""
         finest = maps["0"]
         rows, columns = (side * self.strides[0] for side in finest.shape[-2:])
         return ImageList(finest.new_empty(()).expand(len(finest), 3, rows, columns), sizes)
 
 
 def _regions_of(strides: Sequence[int], side: int) -> MultiScaleRoIAlign:
-    """Regions of ``side`` x ``side`` positions, from the map that suits their size."""
+    """RoIAlign to ``side`` x ``side`` positions, from the map that fits a region's size."""
     pool = MultiScaleRoIAlign([str(level) for level in range(len(strides))], output_size=side, sampling_ratio=2)
-    # else it guesses the strides from the first batch, and wrongly where all its images are smaller than the canvas
+    # otherwise it infers the strides from the first batch, wrongly if all its images are smaller than the padded size
     pool.scales = [1 / stride for stride in strides]
     pool.map_levels = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
     return pool
@@ -175,4 +176,4 @@ def _regions_of(strides: Sequence[int], side: int) -> MultiScaleRoIAlign:
 def _in_float32(_: nn.Module, __: Any, output: Any) -> Any:
     if isinstance(output, torch.Tensor):
         return at_least_float32(output)
-    return type(output)(_in_float32(_, __, each) for each in output)
+    return type(output)(_in_float32(_, __, part) for part in output)

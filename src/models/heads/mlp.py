@@ -1,4 +1,4 @@
-"""The multi-layer perceptrons between an encoder and a loss."""
+"""Projectors and predictors: multi-layer perceptrons between encoder and loss."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from src.errors import SettingError
+
 
 class MlpHead(nn.Module):
-    """A projector or a predictor: linear layers with a norm and an activation after each but the last.
+    """A projector (projection head) or predictor: linear layers, with a norm and an activation after each but the last.
 
     The heads of the papers, on features of width ``d`` (``plain = partial(nn.BatchNorm1d, affine=False)``):
 
@@ -26,14 +28,14 @@ class MlpHead(nn.Module):
 
     Args:
         dims: widths from the input to the output; two make a single linear layer.
-        hidden_norm: makes the norm after each hidden layer from its width; None for no norm.
-        hidden_bias: of the hidden linear layers. None: only where no norm follows, which would take it out again.
-        activation: makes the activation after each hidden layer.
-        last_bias: of the last linear layer.
-        last_norm: makes the norm after the last layer; None for no norm.
+        hidden_norm: builds the norm after each hidden layer from its width; None for no norm.
+        hidden_bias: biases of the hidden linear layers. None for biases only without a norm, which cancels them.
+        activation: builds the activation after each hidden layer.
+        last_bias: bias of the last linear layer.
+        last_norm: builds the norm after the last layer from its width; None for no norm.
 
     Raises:
-        ValueError: fewer than two widths, or one that is not positive.
+        SettingError: fewer than two widths, or one that is not positive.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class MlpHead(nn.Module):
     ) -> None:
         super().__init__()
         if len(dims) < 2 or min(dims) < 1:
-            raise ValueError(f"dims must name at least an input and an output width, all positive; got {list(dims)}")
+            raise SettingError(
+                f"model: a projector's dims={list(dims)} must be an input and an output width at least, all positive"
+            )
         layers: list[nn.Module] = []
         for width_in, width in pairwise(dims[:-1]):
             layers.append(nn.Linear(width_in, width, bias=hidden_norm is None if hidden_bias is None else hidden_bias))

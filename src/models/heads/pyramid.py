@@ -1,5 +1,4 @@
-"""Feature pyramids on any backbone: maps of one width at several strides, for heads that look for things large and
-small."""
+"""Feature pyramids on any backbone: maps of one width at several strides, for detection of large and small objects."""
 
 from __future__ import annotations
 
@@ -19,17 +18,17 @@ from src.models.backbones.feature_maps import FeatureMaps
 from src.models.backbones.windowed_vit import WindowedViT
 
 STRIDES = (4, 8, 16, 32)
-POOLED = "pool"  # the level behind the last, every other position of it: for anchors, not for regions
+POOLED = "pool"  # the last map subsampled by 2: for anchors, not for regions
 
 
 class Pyramid(nn.Module, ABC):
-    """A backbone and what makes a pyramid of its maps.
+    """A feature pyramid on a backbone.
 
-    Maps go by the position of their stride, "0" first, as torchvision's heads know them; behind them comes "pool", at
+    Maps are named "0", "1", … in the order of their strides, as in torchvision's heads; after them comes "pool", at
     twice the last stride.
 
     Args:
-        strides: of the maps, pixels from one position to the next, each twice the one before.
+        strides: pixels per position of each map, each twice the one before.
         channels: width of every map.
 
     Raises:
@@ -40,15 +39,16 @@ class Pyramid(nn.Module, ABC):
         super().__init__()
         doubled = all(after == 2 * before for before, after in pairwise(strides))
         if not strides or not doubled or not math.log2(strides[0]).is_integer():
-            raise SettingError(f"model.pyramid.strides are powers of two, each twice the one before; got {strides}")
+            raise SettingError(
+                f"model.pyramid.strides={list(strides)} must be powers of two, each twice the one before"
+            )
         self.strides = tuple(strides)
         self.channels = channels
 
     @property
     @abstractmethod
     def backbone(self) -> nn.Module:
-        """The timm model below."""
-        ...
+        """The timm model."""
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """image: [B, 3, H, W] -> maps [B, channels, H / stride, W / stride] by name, the finest first.
@@ -58,7 +58,7 @@ class Pyramid(nn.Module, ABC):
         """
         if any(side % self.strides[-1] for side in image.shape[-2:]):
             raise SettingError(
-                f"image_size: pictures of {image.shape[-2]}x{image.shape[-1]} pixels are no multiple of "
+                f"image_size: images of {image.shape[-2]}x{image.shape[-1]} pixels are not a multiple of "
                 f"{self.strides[-1]}, the last of model.pyramid.strides"
             )
         return self.levels_of(image)
@@ -77,7 +77,7 @@ class SimplePyramid(Pyramid):
         strides, channels: see `Pyramid`.
 
     Raises:
-        SettingError: patches of a side that is no power of two, such as 14.
+        SettingError: a patch size that is not a power of two, such as 14.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class SimplePyramid(Pyramid):
         patch = self.vit.patch_size
         if not math.log2(patch).is_integer():
             raise SettingError(
-                f"backbone: patches of {patch} pixels make no strides of {', '.join(map(str, self.strides))}: "
-                "model.pyramid needs a ViT whose patch size is a power of two"
+                f"backbone.patch_size={patch} must be a power of two for the strides "
+                f"{', '.join(map(str, self.strides))} of model.pyramid"
             )
         width = int(self.vit.backbone.embed_dim)
         self.levels = nn.ModuleList(_level(width, patch, stride, channels) for stride in self.strides)
@@ -112,7 +112,7 @@ class SimplePyramid(Pyramid):
 
 def _level(width: int, patch: int, stride: int, channels: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    while stride < patch:  # halved in width each time, as the number of positions grows
+    while stride < patch:  # each transposed convolution doubles the resolution and halves the width
         if layers:
             layers += [LayerNorm2d(width), nn.GELU()]
         layers.append(nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2))
@@ -137,7 +137,7 @@ class ConvPyramid(Pyramid):
         strides, channels: see `Pyramid`.
 
     Raises:
-        SettingError: its last maps are at other strides, such as all those of a plain ViT.
+        SettingError: its last maps have other strides, as those of a plain ViT.
     """
 
     def __init__(self, backbone: nn.Module, *, strides: Sequence[int] = STRIDES, channels: int = 256) -> None:
@@ -145,8 +145,8 @@ class ConvPyramid(Pyramid):
         self.maps = FeatureMaps(backbone, count=len(self.strides))
         if self.maps.strides != self.strides:
             raise SettingError(
-                f"backbone: {type(backbone).__name__} has maps at the strides {', '.join(map(str, self.maps.strides))}"
-                f", and model.pyramid wants {', '.join(map(str, self.strides))}"
+                f"backbone: {type(backbone).__name__} has maps at the strides {', '.join(map(str, self.maps.strides))}; "
+                f"model.pyramid needs {', '.join(map(str, self.strides))}"
             )
         self.fpn = FeaturePyramidNetwork(list(self.maps.channels), channels, extra_blocks=LastLevelMaxPool())
 
@@ -155,4 +155,4 @@ class ConvPyramid(Pyramid):
         return self.maps.backbone
 
     def levels_of(self, image: Tensor) -> dict[str, Tensor]:
-        return self.fpn({str(number): each for number, each in enumerate(self.maps(image))})
+        return self.fpn({str(number): feature_map for number, feature_map in enumerate(self.maps(image))})

@@ -83,7 +83,7 @@ def test_pictures_of_other_sizes_are_taken() -> None:
     maps = FeatureMaps(vit(), count=1).eval()
     image = torch.randn(1, 3, 24, 48)
     assert maps(image)[0].shape == (1, 24, 3, 6)
-    with pytest.raises(SettingError, match="no whole number of patches"):
+    with pytest.raises(SettingError, match="not a whole number of patches"):
         maps(torch.randn(1, 3, 20, 32))
 
 
@@ -123,12 +123,12 @@ def test_a_frozen_backbone_stays_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FeatureMaps(resnet(), blocks=[1]), r"model.blocks=\[1\]: only a ViT has them"),
+        (lambda: FeatureMaps(resnet(), blocks=[1]), r"model.blocks=\[1\]: a ConvNet has stages, not blocks"),
         (lambda: FeatureMaps(vit(), blocks=[3, 6]), r"model.blocks=\[3, 6\]: in rising order, from 0 to 5"),
         (lambda: FeatureMaps(vit(), blocks=[3, 1]), "in rising order"),
-        (lambda: FeatureMaps(vit(depth=2), count=4), "the backbone has 2 blocks and cannot give 4 maps"),
+        (lambda: FeatureMaps(vit(depth=2), count=4), "a ViT of 2 blocks cannot give 4 maps"),
         (lambda: FeatureMaps(vit(), count=0), "at least one map"),
-        (lambda: FeatureMaps(nn.Linear(2, 2)), "Linear gives no maps"),
+        (lambda: FeatureMaps(nn.Linear(2, 2)), "Linear has no feature maps"),
     ],
 )
 def test_what_cannot_be_had_is_said(make: Any, message: str) -> None:

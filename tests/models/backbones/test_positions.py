@@ -31,6 +31,6 @@ def test_a_view_of_parts_of_patches_is_refused_by_its_keys():
     vit = accept_any_image_size(timm.create_model("vit_tiny_patch16_224", **small))
     assert vit.forward_features(torch.zeros(1, 3, 16, 24)).shape == (1, 1 + 2 * 3, 16)
     with pytest.raises(
-        ValueError, match=r"local_image_size: a view of 16x20 pixels is no whole number of patches of 8x8"
+        ValueError, match=r"local_image_size: a view of 16x20 pixels is not a whole number of patches of 8x8"
     ):
         vit.forward_features(torch.zeros(1, 3, 16, 20))

@@ -45,5 +45,5 @@ def test_layers_are_counted_from_the_stem_to_the_classifier() -> None:
 
 
 def test_stages_that_cannot_be_are_refused() -> None:
-    with pytest.raises(SettingError, match=r"backbone\.layers are the blocks of four stages"):
+    with pytest.raises(SettingError, match=r"backbone\.layers=.* must be the numbers of blocks in four stages"):
         r3d(layers=(1, 1))

@@ -123,7 +123,7 @@ def test_what_the_map_does_not_depend_on_takes_no_gradient():
 
 
 def test_other_backbones_and_impossible_numbers_are_refused():
-    with pytest.raises(SettingError, match=r"backbone: a plain ViT .* not ResNet; .*ConvPyramid"):
+    with pytest.raises(SettingError, match=r"backbone: .* needs a plain timm ViT, not a ResNet; .*ConvPyramid"):
         WindowedViT(timm.create_model("resnet18", num_classes=0))
     with pytest.raises(SettingError, match="window=0"):
         WindowedViT(vit(), window=0)

@@ -117,5 +117,5 @@ def test_an_empty_picture_teaches_that_there_is_nothing_and_a_full_one_reaches_e
 
 
 def test_as_many_anchor_sizes_as_maps_are_needed():
-    with pytest.raises(SettingError, match=r"model.heads.anchor_sizes needs .* 3 maps, got \[8, 16\]"):
+    with pytest.raises(SettingError, match=r"model.heads.anchor_sizes must have .* 3 maps, got \[8, 16\]"):
         heads(anchor_sizes=(8, 16))

@@ -96,7 +96,7 @@ def test_the_backbone_ends_with_its_last_block():
     features = encoder(image)
     torch.testing.assert_close(features.patches, plain.blocks(plain.bn1(plain.conv_stem(image))).flatten(2).mT)
     assert (encoder.dim, features.grid) == (64, (2, 2))
-    with pytest.raises(SettingError, match=r"backbone.model_name=test_resnet: an EfficientNet is needed, not ResNet"):
+    with pytest.raises(SettingError, match=r"backbone.model_name=test_resnet must be an EfficientNet, not a ResNet"):
         headless_efficientnet("test_resnet", num_classes=0)
 
 
