@@ -145,7 +145,7 @@ class ConvPyramid(Pyramid):
         self.maps = FeatureMaps(backbone, count=len(self.strides))
         if self.maps.strides != self.strides:
             raise SettingError(
-                f"backbone: {type(backbone).__name__} has maps at the strides {', '.join(map(str, self.maps.strides))}; "
+                f"backbone: {type(backbone).__name__} has maps at strides {', '.join(map(str, self.maps.strides))}; "
                 f"model.pyramid needs {', '.join(map(str, self.strides))}"
             )
         self.fpn = FeaturePyramidNetwork(list(self.maps.channels), channels, extra_blocks=LastLevelMaxPool())

@@ -124,7 +124,10 @@ def test_a_frozen_backbone_stays_as_it_is() -> None:
     ("make", "message"),
     [
         (lambda: FeatureMaps(resnet(), blocks=[1]), r"model.blocks=\[1\]: a ConvNet has stages, not blocks"),
-        (lambda: FeatureMaps(vit(), blocks=[3, 6]), r"model.blocks=\[3, 6\]: in rising order, from 0 to 5"),
+        (
+            lambda: FeatureMaps(vit(), blocks=[3, 6]),
+            r"model.blocks=\[3, 6\]: indices of blocks in rising order, from 0 to 5",
+        ),
         (lambda: FeatureMaps(vit(), blocks=[3, 1]), "in rising order"),
         (lambda: FeatureMaps(vit(depth=2), count=4), "a ViT of 2 blocks cannot give 4 maps"),
         (lambda: FeatureMaps(vit(), count=0), "at least one map"),

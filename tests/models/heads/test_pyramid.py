@@ -78,13 +78,11 @@ def test_the_pyramid_of_a_resnet_stands_on_what_its_stages_give():
 
 
 def test_what_cannot_be_is_refused_by_its_key():
-    with pytest.raises(SettingError, match=r"backbone.patch_size=14 must be a power of two for the strides 4, 8, 16, 32"):
+    with pytest.raises(SettingError, match=r"backbone.patch_size=14 must be a power of two .* 4, 8, 16, 32"):
         SimplePyramid(vit(14, img_size=56), global_blocks=1)
     with pytest.raises(SettingError, match=r"model.pyramid.strides=\[4, 12\] must be powers of two"):
         SimplePyramid(vit(), strides=[4, 12])
-    with pytest.raises(
-        SettingError, match=r"VisionTransformer has maps at the strides 16, 16, 16, 16; .* 4, 8, 16, 32"
-    ):
+    with pytest.raises(SettingError, match=r"VisionTransformer has maps at strides 16, 16, 16, 16; .* 4, 8, 16, 32"):
         ConvPyramid(vit(depth=4))
     with pytest.raises(SettingError, match=r"image_size: images of 48x64 pixels are not a multiple of 32"):
         SimplePyramid(vit(), global_blocks=1)(torch.randn(1, 3, 48, 64))
