@@ -16,7 +16,7 @@ class JointEmbedding(PretrainModule):
     """A method that compares several views of each image. Visualizations show the views side by side."""
 
     def visualize(self, batch: MultiViewBatch) -> Mapping[str, Tensor]:
-        return {name: batch[name] for name in ("views", "local_views") if name in batch}  # type: ignore[literal-required]
+        return {name: batch[name] for name in ("views", "local_views") if name in batch}
 
 
 def two_views(batch: MultiViewBatch) -> Tensor:

@@ -135,7 +135,7 @@ class DINO(JointEmbedding):
         """The views and, for a ViT, the attention of the teacher's class token in the first of them, head by head."""
         visualizations = dict(super().visualize(batch))
         first = batch["views"][:, 0]
-        attention = class_attention(self.teacher["encoder"].backbone, first)
+        attention = class_attention(self.teacher["encoder"].backbone, first)  # type: ignore[arg-type]
         if attention is not None:
             maps = F.interpolate(attention, size=first.shape[-2:], mode="nearest").unsqueeze(2)
             maps = maps / maps.amax(dim=(-2, -1), keepdim=True)
