@@ -32,8 +32,8 @@ class MoCHi(MoCoV2):
         queue_size, temperature, hidden_dim, projection_dim, teacher_momentum, pool: as in `MoCoV2`.
 
     Raises:
-        SettingError: ``hardest`` is not between 1 and the queue's size, or a number of negatives is below 0; at start,
-            where a query's own keys could be all that is left of the queue; else as `MoCoV2`.
+        SettingError: ``hardest`` is not between 1 and the queue's size, or a number of negatives is negative; at start,
+            fewer than ``hardest`` keys could remain once those of the query's own image are excluded; and as `MoCoV2`.
     """
 
     def __init__(
@@ -79,30 +79,30 @@ class MoCHi(MoCoV2):
         super().on_train_start()
         batch = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
         images = int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches * batch
-        own = -(-self.queue.size // images) + 1  # an image is at most so often in the queue, as epochs are shuffled
-        if self.exclude_own and self.hardest + own > self.queue.size:
+        copies = -(-self.queue.size // images) + 1  # an image is at most so often in the queue, as epochs are shuffled
+        if self.exclude_own and self.hardest + copies > self.queue.size:
             raise SettingError(
                 f"model.hardest={self.hardest} must be at most model.queue_size={self.queue.size} minus the up to "
-                f"{own} keys of a query's own image, which model.exclude_own excludes"
+                f"{copies} keys of a query's own image, which model.exclude_own excludes"
             )
 
     def compare(self, query: Tensor, key: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         queue = self.queue.features
-        own = batch["index"][:, None] == self.queue.column("index") if self.exclude_own else None
-        synthetic = self.mix(query, own) if self.mixing and self.queue.full else None
-        loss = queue_info_nce(query, key, queue, temperature=self.temperature, synthetic=synthetic, excluded=own)
-        accuracy = partial(contrastive_accuracy, query, key, queue, excluded=own)
+        excluded = batch["index"][:, None] == self.queue.column("index") if self.exclude_own else None
+        synthetic = self.mix(query, excluded) if self.mixing and self.queue.full else None
+        loss = queue_info_nce(query, key, queue, temperature=self.temperature, synthetic=synthetic, excluded=excluded)
+        accuracy = partial(contrastive_accuracy, query, key, queue, excluded=excluded)
         logs: dict[str, Tensor | float] = {
             "proxy_accuracy": accuracy(),
             "proxy_accuracy_mixed": accuracy(synthetic=synthetic),
         }
         label = labels_or_none(batch)
         if self.queue.full and (label >= 0).all():
-            logs["false_negatives"] = self.false_negatives(query, own, label)
+            logs["false_negatives"] = self.false_negatives(query, excluded, label)
         return loss, logs
 
     @torch.no_grad()
-    def mix(self, query: Tensor, own: Tensor | None) -> Tensor:
+    def mix(self, query: Tensor, excluded: Tensor | None) -> Tensor:
         """Mixes the synthetic negatives of each query, of unit length: [B, s + s', D]."""
         uniform = torch.rand(len(query), 3 * self.pairs + 2 * self.with_query, device=query.device)
         return mix_hard_negatives(
@@ -112,12 +112,14 @@ class MoCHi(MoCoV2):
             hardest=self.hardest,
             pairs=self.pairs,
             with_query=self.with_query,
-            excluded=own,
+            excluded=excluded,
         )
 
     @torch.no_grad()
-    def false_negatives(self, query: Tensor, own: Tensor | None, label: Tensor) -> Tensor:
+    def false_negatives(self, query: Tensor, excluded: Tensor | None, label: Tensor) -> Tensor:
         """Returns the share of the hardest negatives that have the query's class, for the log."""
         similarity = query.detach() @ self.queue.features.to(query.dtype).T
-        nearest = (similarity if own is None else similarity.masked_fill(own, -torch.inf)).topk(self.hardest).indices
+        if excluded is not None:
+            similarity = similarity.masked_fill(excluded, -torch.inf)
+        nearest = similarity.topk(self.hardest).indices
         return (self.queue.column("label")[nearest] == label[:, None]).float().mean()
