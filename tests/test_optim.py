@@ -143,7 +143,7 @@ def test_adamw_leaves_unscaling_to_the_scaler():
     torch.testing.assert_close(weight.detach(), torch.tensor([0.899, -1.898]))
 
 
-def test_lamb_steps_as_far_as_a_weight_is_long_and_is_adam_for_what_is_not_decayed():
+def test_lamb_scales_updates_to_the_norm_of_decayed_weights_and_is_adam_for_others():
     """A first step of Adam is the gradient's sign; the decay adds 0.5 of the weight, whose length is 4."""
     module = nn.Linear(2, 2)
     nn.init.constant_(module.weight, 2.0)

@@ -40,7 +40,7 @@ def test_durations_in_every_unit(duration, steps):
 
 
 @pytest.mark.parametrize("wrong", ["forty epochs", "40 epoch s", "-3 epochs", -1, "40", "", "10 percent"])
-def test_what_is_not_a_duration_is_refused(wrong):
+def test_bad_durations_are_refused(wrong):
     with pytest.raises(ValueError, match="duration"):
         RUN.steps(wrong)
 

@@ -67,7 +67,7 @@ def test_dealt_out_parameters_are_trained_saved_and_taken_up_as_whole_ones(tmp_p
         ("resnet18", [f"layer{stage}.{level}" for stage in range(1, 5) for level in range(2)]),
     ],
 )
-def test_what_is_gathered_on_its_own_are_the_blocks(name, expected):
+def test_repeated_blocks_are_the_blocks_of_vits_and_resnets(name, expected):
     model = timm.create_model(name)
     names = {id(module): name for name, module in model.named_modules()}
     assert [names[id(block)] for block in repeated_blocks(model)] == expected

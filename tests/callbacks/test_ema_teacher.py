@@ -186,7 +186,7 @@ def test_pairs_that_do_not_match_are_refused_by_the_parameter_s_name(tmp_path):
             run(tmp_path, module, EMATeacher())
 
 
-def test_what_cannot_be_chosen_is_named():
+def test_bad_options_are_refused_by_their_key():
     with pytest.raises(ValueError, match=r"callbacks\.teacher\.when must be 'before' or 'after'.*'never'"):
         EMATeacher(when="never")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"callbacks\.teacher\.buffers must be 'keep' or 'copy', got 'mean'"):

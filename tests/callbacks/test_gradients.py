@@ -30,7 +30,7 @@ class Watch(L.Callback):
         self.weights.append(pl_module.layer.weight.detach().clone())
 
 
-def test_what_is_frozen_at_first_moves_from_then_on(tmp_path: Path):
+def test_parameters_frozen_at_first_learn_from_then_on(tmp_path: Path):
     watch, module = Watch(), SmallModule()
     begun = module.layer.weight.detach().clone()
     bias = module.layer.bias.detach().clone()
@@ -56,7 +56,7 @@ def test_a_freeze_is_capped_as_warmups_are(tmp_path: Path):
     assert not torch.equal(watch.weights[2], start)
 
 
-def test_refuses_what_makes_no_sense(tmp_path: Path):
+def test_bad_values_are_refused(tmp_path: Path):
     with pytest.raises(SettingError, match=r"callbacks\.gradient_clip\.max_norm=0 must be above 0"):
         ClipEachParameter(0)
     with pytest.raises(SettingError, match=r"callbacks\.freeze\.pattern: no parameter that learns matches 'hed'"):

@@ -30,7 +30,7 @@ class Draws(L.Callback):
             torch.rand(7)
 
 
-def test_every_step_draws_its_own_numbers_whatever_was_drawn_before(tmp_path: Path) -> None:
+def test_every_step_draws_its_own_numbers_independent_of_earlier_draws(tmp_path: Path) -> None:
     torch.manual_seed(1)
     once, again = Draws(), Draws(disturb=True)
     fit(tmp_path, once)

@@ -66,14 +66,14 @@ def fit(
     return module, trainer.callback_metrics
 
 
-def test_four_micro_batches_learn_what_one_batch_does():
+def test_four_micro_batches_train_the_same_weights_as_one_batch():
     whole, _ = fit(1)
     parts, _ = fit(4)
     assert torch.allclose(whole.linear.weight, parts.linear.weight, atol=1e-6)
     assert torch.allclose(whole.linear.bias, parts.linear.bias, atol=1e-6)
 
 
-def test_the_logged_loss_is_the_step_s_own_whatever_the_micro_batches():
+def test_the_logged_loss_does_not_depend_on_the_number_of_micro_batches():
     class Own(L.Callback):
         """The loss as the method computed it, before Lightning divides it."""
 

@@ -88,7 +88,7 @@ def test_pictures_of_other_sizes_are_taken() -> None:
 
 
 @pytest.mark.parametrize("backbone", [vit, resnet, lambda: timm.create_model("convnext_atto", num_classes=0)])
-def test_exactly_what_the_maps_depend_on_learns(backbone: Any) -> None:
+def test_only_parameters_that_maps_depend_on_take_gradients(backbone: Any) -> None:
     """What takes a gradient and gets none would stop a run on several devices."""
     model = backbone()
     maps = FeatureMaps(model, count=2).train()
@@ -100,7 +100,7 @@ def test_exactly_what_the_maps_depend_on_learns(backbone: Any) -> None:
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-def test_what_lies_behind_the_last_map_is_left_alone() -> None:
+def test_parameters_after_the_last_map_take_no_gradient() -> None:
     model = vit()
     maps = FeatureMaps(model, blocks=[0, 2]).train()
     assert len(maps(pictures())) == 2
@@ -134,6 +134,6 @@ def test_a_frozen_backbone_stays_as_it_is() -> None:
         (lambda: FeatureMaps(nn.Linear(2, 2)), "Linear has no feature maps"),
     ],
 )
-def test_what_cannot_be_had_is_said(make: Any, message: str) -> None:
+def test_bad_backbones_and_blocks_are_refused(make: Any, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         make()

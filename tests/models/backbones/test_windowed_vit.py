@@ -59,7 +59,7 @@ def test_windows_do_not_see_each_other_without_a_global_block(size):
     assert torch.equal(differs, expected)
 
 
-def test_a_global_block_carries_over_what_windows_keep_apart():
+def test_a_global_block_passes_information_between_windows():
     model = WindowedViT(vit(), window=2, global_blocks=1)
     image = picture(64, 64)
     changed = image.clone()
@@ -113,7 +113,7 @@ def test_recomputed_activations_are_in_the_same_windows():
     torch.testing.assert_close(*gradients)
 
 
-def test_what_the_map_does_not_depend_on_takes_no_gradient():
+def test_parameters_that_the_map_does_not_depend_on_take_no_gradient():
     model = WindowedViT(vit(reg_tokens=2), window=2, global_blocks=1)
     model(picture()).sum().backward()
     learned = {name for name, parameter in model.backbone.named_parameters() if parameter.requires_grad}

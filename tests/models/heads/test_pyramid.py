@@ -18,7 +18,7 @@ def vit(patch: int = 16, **kwargs) -> nn.Module:
 
 
 @pytest.mark.parametrize("patch", [8, 16, 32])
-def test_every_level_of_the_simple_pyramid_has_its_stride_whatever_the_patches(patch):
+def test_every_level_of_the_simple_pyramid_has_its_stride_for_any_patch_size(patch):
     pyramid = SimplePyramid(vit(patch), channels=10, global_blocks=1)
     maps = pyramid(torch.randn(2, 3, 64, 128))
     assert {name: tuple(each.shape) for name, each in maps.items()} == {
@@ -69,7 +69,7 @@ def test_the_pyramid_of_a_convnet_reads_its_stages_and_nothing_behind_them(name)
     assert all((p.grad is not None) == p.requires_grad for p in pyramid.parameters())
 
 
-def test_the_pyramid_of_a_resnet_stands_on_what_its_stages_give():
+def test_the_pyramid_of_a_resnet_reads_its_stages():
     backbone = timm.create_model("resnet18", num_classes=0).eval()
     x = backbone.maxpool(backbone.act1(backbone.bn1(backbone.conv1(torch.ones(1, 3, 64, 64)))))
     expected = [x := getattr(backbone, f"layer{stage}")(x) for stage in (1, 2, 3, 4)]
@@ -77,7 +77,7 @@ def test_the_pyramid_of_a_resnet_stands_on_what_its_stages_give():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_what_cannot_be_is_refused_by_its_key():
+def test_bad_values_are_refused_by_their_key():
     with pytest.raises(SettingError, match=r"backbone.patch_size=14 must be a power of two .* 4, 8, 16, 32"):
         SimplePyramid(vit(14, img_size=56), global_blocks=1)
     with pytest.raises(SettingError, match=r"model.pyramid.strides=\[4, 12\] must be powers of two"):

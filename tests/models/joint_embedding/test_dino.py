@@ -123,7 +123,7 @@ def test_a_local_view_gets_the_positions_in_between():
     assert accept_any_image_size(resnet) is resnet
 
 
-def test_attention_is_what_the_last_block_computes():
+def test_class_attention_is_that_of_the_last_block():
     method, x = build(), toy.batch()["views"][:, 0]
     backbone = method.teacher["encoder"].backbone
     attn, weights = backbone.blocks[-1].attn, class_attention(backbone, x)
@@ -143,7 +143,7 @@ def test_attention_is_what_the_last_block_computes():
         ({"center_momentum": 1.5}, r"center_momentum=1.5 must lie in \[0, 1\]"),
     ],
 )
-def test_refuses_what_makes_no_sense(options, message):
+def test_bad_values_are_refused(options, message):
     with pytest.raises(SettingError, match=message):
         build(**options)
 

@@ -89,7 +89,7 @@ def test_masks_are_the_steps_and_of_the_share_that_is_drawn():
     assert all(6 <= count < 33 for count in counts[counts > 0].tolist())  # int(0.1 * 64) to half
 
 
-def test_what_is_hidden_cannot_be_seen_and_is_put_back():
+def test_masked_patches_do_not_reach_the_backbone_and_the_hook_is_removed():
     backbone = build(iBOT).student["encoder"].backbone
     x, y = (torch.randn(1, 3, 16, 16, dtype=torch.float64) for _ in range(2))
     y[..., :8] = x[..., :8]  # the left half, patches 0 and 2
@@ -122,7 +122,7 @@ def test_pictures_show_views_and_masks_at_work():
         ({"patch_teacher_temperature": 0}, r"model\.patch_teacher_temperature=0 must be above 0"),
     ],
 )
-def test_refuses_what_makes_no_sense(options, message):
+def test_bad_values_are_refused(options, message):
     with pytest.raises(SettingError, match=message):
         build(iBOT, **options)
 

@@ -147,7 +147,7 @@ def test_before_it_mixes_mochi_is_moco_v2():
     assert mochi().training_step(batch, 0)["loss"] > loss  # more negatives
 
 
-def test_without_labels_no_share_of_false_negatives_is_said():
+def test_without_labels_no_false_negatives_are_logged():
     batch = toy.batch() | {"label": torch.tensor([0, 1, 0, -1])}
     assert "false_negatives" not in mochi().training_step(batch, 0)["logs"]
 
@@ -177,7 +177,7 @@ def test_a_step_of_moco_v3_is_the_paper_written_as_loops(layers, predictor_norm)
     assert method.training_step(batch, 0)["loss"].item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_gradients_reach_the_student_and_neither_teacher_nor_queue_nor_what_is_mixed():
+def test_gradients_reach_the_student_and_neither_teacher_queue_nor_synthetic_negatives():
     for method in (moco_v2(), mochi(), moco_v3()):
         drawn = []
         if isinstance(method, MoCHi):
@@ -341,7 +341,5 @@ def test_numbers_of_negatives_that_cannot_be_are_refused_by_their_keys(options, 
 
 
 def test_a_queue_that_own_keys_could_use_up_is_refused_at_start(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"model\.hardest=21 .* model\.queue_size=24 minus the up to 4 keys"
-    ):
+    with pytest.raises(ValueError, match=r"model\.hardest=21 .* model\.queue_size=24 minus the up to 4 keys"):
         train(tmp_path, mochi(hardest=21, exclude_own=True), EMATeacher(when="before"), data=ViewData(length=8))

@@ -56,7 +56,7 @@ def test_a_restored_queue_goes_on_where_the_other_was():
     assert int(queue.filled) == 4
 
 
-def test_what_is_held_is_a_copy_without_gradient():
+def test_staged_features_are_copies_without_gradient():
     queue, keys = FeatureQueue(2, 2), torch.ones(2, 2, requires_grad=True)
     queue.stage(keys)
     with torch.no_grad():

@@ -100,7 +100,7 @@ def test_half_precision_stops_before_the_statistics(make):
 
 
 @pytest.mark.parametrize("make", [barlow_twins, vicreg])
-def test_what_does_not_suit_is_refused_by_its_key(make):
+def test_bad_batches_and_values_are_refused_by_their_key(make):
     with pytest.raises(ValueError, match=r"data\.train_view: .* 4 in train_view\.local_views"):
         make().training_step(toy.batch(local_views=4), 0)
     with pytest.raises(ValueError, match=r"data\.batch_size: .* at least 2 images"):

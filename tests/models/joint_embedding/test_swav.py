@@ -75,7 +75,7 @@ def test_a_step_written_as_loops(local_views):
     assert output["logs"]["std"].item() == pytest.approx(spread, rel=1e-9)
 
 
-def test_prototypes_have_unit_length_in_the_forward_pass_whatever_theirs_is():
+def test_prototypes_are_normalized_in_the_forward_pass():
     method, longer = swav(), swav()
     longer.prototypes.weight.data.mul_(7.0)
     losses = [each.training_step(toy.batch(), 0)["loss"].item() for each in (method, longer)]
@@ -99,7 +99,7 @@ def test_local_crops_are_predicted_from_and_never_assigned():
     assert torch.allclose(method.queue.features, large)  # the two large crops, side by side
 
 
-def test_what_is_queued_takes_part_in_the_assignment_and_not_in_the_loss():
+def test_queued_features_take_part_in_the_assignment_and_not_in_the_loss():
     method, batch = swav(queue_size=8), toy.batch()
     alone = by_loops(swav(), batch)[0]
     rows = torch.nn.functional.normalize(torch.randn(8, 2, 6, dtype=torch.float64), dim=-1).flatten(1)
@@ -158,7 +158,7 @@ class Watch(L.Callback):
         self.queues.append((trainer.global_step, int(pl_module.queue.filled)))
 
 
-def test_the_queue_moves_once_a_step_whatever_the_micro_batches(tmp_path):
+def test_features_are_enqueued_once_a_step_for_any_number_of_micro_batches(tmp_path):
     watch = Watch()
     train(tmp_path, swav(queue_size=16), watch, steps=2, micro_batches=2)
     assert watch.queues == [(0, 0), (1, 8), (1, 8), (2, 16)]
@@ -248,7 +248,7 @@ def test_half_precision_stops_before_the_cosines():
     loss.backward()
 
 
-def test_what_does_not_suit_is_refused_by_its_key():
+def test_bad_batches_and_values_are_refused_by_their_key():
     with pytest.raises(ValueError, match=r"data\.train_view: SwAV assigns 2 views .* has 3 in train_view\.views"):
         swav().training_step(toy.batch(views=3), 0)
     with pytest.raises(ValueError, match=r"model\.prototypes=5 .* 4 samples.*data\.batch_size.*model\.queue_size"):

@@ -55,7 +55,7 @@ def test_targets_without_other_views_are_refused(targets, views):
         cross_view_cross_entropy(torch.zeros(1, targets, 2), torch.zeros(1, views, 2), 0.1)
 
 
-def test_hidden_patches_count_within_their_image_first():
+def test_masked_patches_are_averaged_within_their_image_first():
     mask = torch.tensor([[True, False, True, True], [False] * 4, [False, False, False, True]])
     targets, logits = randn(3, 4, 5).softmax(dim=-1), randn(3, 4, 5, seed=1)
     expected = 0.0
@@ -66,7 +66,7 @@ def test_hidden_patches_count_within_their_image_first():
     assert loss.item() == pytest.approx(expected, rel=1e-6)  # the weights come from a boolean mask in float32
 
 
-def test_no_hidden_patch_at_all_is_zero_with_a_gradient():
+def test_without_masked_patches_the_loss_is_zero_with_a_gradient():
     logits = randn(2, 3, 5).requires_grad_(True)
     mask = torch.zeros(2, 3, dtype=torch.bool)
     loss = masked_patch_cross_entropy(logits.detach()[mask], logits[mask], mask, 0.1)
@@ -75,7 +75,7 @@ def test_no_hidden_patch_at_all_is_zero_with_a_gradient():
     assert logits.grad.abs().max() == 0
 
 
-def test_what_the_log_shows_of_distributions():
+def test_entropy_divergence_and_effective_prototypes_by_hand():
     one_hot, even = torch.eye(4), torch.full((3, 4), 0.25)
     assert entropy(one_hot).item() == 0.0
     assert entropy(even).item() == pytest.approx(math.log(4))

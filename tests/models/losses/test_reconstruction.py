@@ -35,7 +35,7 @@ def test_patches_are_normalized_by_the_unbiased_variance_of_all_their_values():
     assert normalize_patches(torch.ones(1, 1, 4))[0].abs().max() == 0  # a flat patch gives zeros, not NaN
 
 
-def test_normalization_and_loss_are_in_float32_whatever_comes_in():
+def test_normalization_and_loss_are_in_float32_for_any_input():
     patches = torch.full((1, 1, 768), 100.0, dtype=torch.bfloat16)
     patches[..., ::2] = 101.0
     assert normalize_patches(patches)[0].dtype == torch.float32

@@ -47,6 +47,6 @@ def test_small_grids_get_their_count_too(grid):
 
 
 @pytest.mark.parametrize("wrong", [{"probability": 1.5}, {"share": (0.5, 0.1)}, {"share": (0.5, 1.0)}])
-def test_what_cannot_be_is_refused(wrong):
+def test_a_bad_probability_or_share_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         block_masks(draws(1), (4, 4), **wrong)

@@ -47,7 +47,7 @@ def test_a_mask_that_leaves_all_or_none_is_refused(ratio):
         random_masking(1, 16, ratio, torch.device("cpu"))
 
 
-def test_what_the_encoder_says_of_visible_patches_does_not_depend_on_hidden_pixels(mae, batch):
+def test_features_of_visible_patches_do_not_depend_on_masked_pixels(mae, batch):
     masking = random_masking(3, 16, 0.75, torch.device("cpu"))
     hidden = masking.mask.reshape(3, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3).bool()
     other = torch.where(hidden, torch.randn_like(batch["image"]), batch["image"])
@@ -136,7 +136,7 @@ def test_initialization_is_the_paper_s():
     assert model.decoder.mask_token.std().item() == pytest.approx(0.02, rel=0.25)
 
 
-def test_pictures_show_the_image_what_was_seen_and_a_filled_in_whole(mae, batch):
+def test_visualizations_show_the_image_its_visible_patches_and_the_reconstruction(mae, batch):
     torch.manual_seed(4)
     rows = mae.visualize(batch)["reconstruction"]
     torch.manual_seed(4)

@@ -37,7 +37,7 @@ def test_the_loss_is_the_cross_entropy_of_the_pooled_features(smoothing):
     assert method.encoder.backbone.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
-def test_what_cannot_be_learned_from_is_refused():
+def test_missing_labels_and_bad_smoothing_are_refused():
     with pytest.raises(BatchError, match="2 of 4 samples of a batch have none"):
         supervised().training_step(batch([0, -1, 2, -1]), 0)
     with pytest.raises(ValueError, match=r"model\.smoothing=.* must lie in"):
