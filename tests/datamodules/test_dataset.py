@@ -1,15 +1,19 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from src.datamodules.batches.base import BatchError, validate
+from src.datamodules.batches.base import BatchError, labels_of, optional_labels, validate
 from src.datamodules.batches.image import ImageBatch
 from src.datamodules.datamodule import DataModule
 from src.datamodules.dataset import EvalSampler, ResumableLoader, SampleKey, TrainSampler, ViewedDataset
 from src.datamodules.decoding import BadSample
+from src.datamodules.scenes.films import FilmsSource
 from src.datamodules.sources.source import Source
 from src.datamodules.sources.splits import of_each_class
 from src.datamodules.views.image import CenterCrop, RandomResizedCrop
+from src.datamodules.views.video import CenterVideoCrop, DenseClip, RandomVideoCrop
 from src.errors import SettingError
 
 
@@ -55,6 +59,24 @@ VIEW = RandomResizedCrop(size=8)
 
 def draws(epoch: int, indices) -> list[SampleKey]:
     return [SampleKey(epoch, index) for index in indices]
+
+
+class Unlabeled(OneByOne):
+    """The same images without labels."""
+
+    classes = ()
+
+    def __init__(self, split: str = "train", **options) -> None:
+        super().__init__(split, **options)
+        self.labels = None
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int):
+        if index in self.bad:
+            raise BadSample("cut off")
+        return {"image": torch.from_numpy(self.pictures[index])}
 
 
 def order_of(sampler: TrainSampler) -> list[list[int]]:
@@ -226,7 +248,7 @@ def test_training_on_few_of_each_class_takes_others_with_another_seed() -> None:
     assert few == seen(0)
     assert few != seen(1)
     assert set(seen(0, train_samples=4)) < set(few)
-    with pytest.raises(SettingError, match=r"data.train_shots=13 must be at least 1 and at most 12, the samples of the smallest class"):
+    with pytest.raises(SettingError, match=r"data.train_shots=13 must be at least 1 and at most 12"):
         datamodule(train_shots=13).train_dataloader()
     unlabelled = datamodule(train_shots=1)
     unlabelled.train_source.labels = None
@@ -308,3 +330,40 @@ def test_settings_that_cannot_be_are_refused_by_their_key(change, message):
 def test_a_step_of_no_micro_batches_is_refused_by_its_key():
     with pytest.raises(SettingError, match=r"trainer\.accumulate_grad_batches must be at least 1, got 0"):
         TrainSampler(8, batch_size=4, seed=0, micro_batches=0)
+
+
+def test_a_source_without_labels_makes_batches_without_the_field():
+    labeled = ViewedDataset(OneByOne(), VIEW, seed=0)[draws(1, [4, 9, 2])]
+    batch = ViewedDataset(Unlabeled(bad=(9,)), VIEW, seed=0)[draws(1, [4, 9, 2])]
+    assert batch.keys() == labeled.keys() - {"label"}
+    assert torch.equal(batch["image"][[0, 2]], labeled["image"][[0, 2]])
+    assert batch["replaced"].tolist() == [False, True, False]
+    in_memory = Arrays()
+    in_memory.labels = None
+    assert "label" not in ViewedDataset(in_memory, VIEW, seed=0)[draws(1, [4])]
+    module = datamodule(source=Unlabeled)
+    assert len(module.classes) == 0
+    validate(module.on_after_batch_transfer(next(iter(module.train_dataloader())), 0), ImageBatch)
+    assert optional_labels(batch).tolist() == [-1, -1, -1]
+    assert optional_labels(labeled).tolist() == [0, 1, 0]
+
+
+def test_a_method_that_learns_from_labels_refuses_a_batch_without_them():
+    batch = ViewedDataset(Unlabeled(), VIEW, seed=0)[draws(1, [4, 9])]
+    with pytest.raises(BatchError, match="Supervised learns from labels, and the batch has no field 'label'"):
+        labels_of(batch, "Supervised")
+    with pytest.raises(BatchError, match="Supervised learns from labels; 1 of 2 samples of a batch have none"):
+        labels_of({**batch, "label": torch.tensor([0, -1])}, "Supervised")
+    assert labels_of({**batch, "label": torch.tensor([0, 1])}, "Supervised").tolist() == [0, 1]
+
+
+def test_views_and_source_must_be_of_one_kind():
+    clip = DenseClip(frames=2)
+    films = partial(FilmsSource, count=4, resolution=8, duration=0.5, rate=4.0)
+    video = {"train_view": RandomVideoCrop(clip, VIEW), "eval_view": CenterVideoCrop(clip, 8)}
+    assert datamodule().input_key == "image"
+    assert datamodule(source=films, **video).input_key == "video"
+    with pytest.raises(SettingError, match=r"FilmsSource holds videos, and RandomResizedCrop is a view of images"):
+        datamodule(source=films).train_dataloader()
+    with pytest.raises(SettingError, match=r"Arrays holds images, and RandomVideoCrop is a view of videos"):
+        datamodule(**video).train_dataloader()

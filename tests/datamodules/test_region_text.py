@@ -114,7 +114,7 @@ def module(folder: Path, **options: Any) -> DataModule:
     known: dict[str, Any] = {"source": Told, "train_view": PART, "eval_view": RegionView(), "batch_size": 6}
     return DataModule(
         extras=RegionTexts(),
-        **{**known, "num_workers": 0, "text_length": 8, "tokenizer_file": folder / "tokenizer.json", **options}
+        **{**known, "num_workers": 0, "text_length": 8, "tokenizer_file": folder / "tokenizer.json", **options},
     )
 
 

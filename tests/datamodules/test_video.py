@@ -312,7 +312,7 @@ def test_all_frames_change_alike_and_one_rectangle_is_erased() -> None:
 
 
 def test_a_view_of_pictures_is_refused() -> None:
-    with pytest.raises(SettingError, match=r"RandomVideoCrop is a view of videos, but data.eval_view, CenterCrop, is one of images"):
+    with pytest.raises(SettingError, match=r"is a view of videos, but data.eval_view, CenterCrop, is one of images"):
         module(films(), eval_view=CenterCrop(size=16)).batch_type  # noqa: B018
     with pytest.raises(SettingError, match="a clip needs frames"):
         DenseClip(frames=0)

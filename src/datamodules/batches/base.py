@@ -17,7 +17,7 @@ class Field(NamedTuple):
     """Shape and dtype of one tensor of a batch.
 
     ``shape`` names the axes ("B 3 H W"). A digit is an exact size; a name stands for the same size in all fields of the
-    batch. A field annotated as a list holds one tensor for each of the B images. An axis name that only lists use may
+    batch. A field annotated as a list holds one tensor for each of the B samples. An axis name that only lists use may
     differ from image to image, but not between the lists of one image.
     """
 
@@ -39,7 +39,7 @@ class BatchError(ValueError):
 
 
 class ListField(NamedTuple):
-    """A field that is a list with one tensor an image."""
+    """A field that is a list with one tensor a sample."""
 
     field: Field
 
@@ -106,7 +106,7 @@ def validate(batch: Any, kind: type, floats: torch.dtype = torch.float32) -> Non
     if not isinstance(batch, dict):
         raise BatchError(f"a batch must be a dict as declared by {kind.__name__}, not {type(batch).__name__}")
     sizes: dict[str, int] = {}
-    image_sizes: dict[int, dict[str, int]] = defaultdict(dict)  # sizes that may differ from image to image
+    image_sizes: dict[int, dict[str, int]] = defaultdict(dict)  # sizes that may differ from sample to sample
     lists: dict[str, Field] = {}
     for name, (declared, required) in _declared(kind).items():
         if name not in batch:
@@ -117,11 +117,11 @@ def validate(batch: Any, kind: type, floats: torch.dtype = torch.float32) -> Non
             lists[name] = _computed_in(declared.field, floats)
         else:
             _check(name, batch[name], _computed_in(declared, floats), sizes)
-    for name, field in lists.items():  # last: the stacked fields define the number and size of images
+    for name, field in lists.items():  # last: the stacked fields define the number of samples and common sizes
         values = batch[name]
         if not isinstance(values, list) or len(values) != sizes["B"]:
             got = f"{len(values)}" if isinstance(values, list) else type(values).__name__
-            raise BatchError(f"batch['{name}'] must be a list of {sizes['B']} tensors, one an image; got {got}")
+            raise BatchError(f"batch['{name}'] must be a list of {sizes['B']} tensors, one a sample; got {got}")
         for image, value in enumerate(values):
             _check(f"{name}'][{image}", value, field, ChainMap(image_sizes[image], sizes), quote="")
 

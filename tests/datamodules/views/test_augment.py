@@ -110,9 +110,13 @@ def test_autoaugment_is_drawn_from_the_sample_s_own_numbers_and_mirrors_where_as
     assert torch.equal(found, view.from_decoded(given, numbers)["image"])
     one = view.from_decoded(given[3:4], numbers[3:4])["image"]
     assert torch.equal(found[3:4], one)
-    plain = RandAugmentCrop(16, scale=(1.0, 1.0), policy=None, erase=0.0, flip=0.0).from_decoded(given, numbers)["image"]
+    plain = RandAugmentCrop(16, scale=(1.0, 1.0), policy=None, erase=0.0, flip=0.0).from_decoded(given, numbers)[
+        "image"
+    ]
     assert 8 < sum(not torch.equal(*pair) for pair in zip(found, plain, strict=True)) < 32
-    mirrored = RandAugmentCrop(16, scale=(1.0, 1.0), policy=None, erase=0.0, flip=1.0).from_decoded(given, numbers)["image"]
+    mirrored = RandAugmentCrop(16, scale=(1.0, 1.0), policy=None, erase=0.0, flip=1.0).from_decoded(given, numbers)[
+        "image"
+    ]
     assert torch.equal(mirrored, plain.flip(-1))
 
 
@@ -120,7 +124,9 @@ def test_a_worker_process_gets_the_same_view():
     view = RandAugmentCrop(24)
     numbers = draws(view, 1, [0, 1])
     copied = pickle.loads(pickle.dumps(view))
-    assert torch.equal(copied.from_decoded(pictures(2), numbers)["image"], view.from_decoded(pictures(2), numbers)["image"])
+    assert torch.equal(
+        copied.from_decoded(pictures(2), numbers)["image"], view.from_decoded(pictures(2), numbers)["image"]
+    )
 
 
 def test_nonsense_is_refused():

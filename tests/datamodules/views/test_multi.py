@@ -159,3 +159,100 @@ def test_sizes_that_do_not_agree_and_no_views_at_all_are_refused():
         MultiView({"a": Augmented(RandomResizedCrop(24))}, {})
     with pytest.raises(ValueError, match="count must be at least 1, got 0"):
         Augmented(RandomResizedCrop(24), count=0)
+
+
+def coordinates(height: int, width: int) -> torch.Tensor:
+    """An image whose red channel is the column and whose green channel is the row."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([columns, rows, torch.zeros_like(rows)]).to(torch.uint8)
+
+
+def recording(flip: float = 0.5) -> MultiView:
+    return MultiView(
+        {"both": Augmented(RandomResizedCrop(8, scale=(0.1, 0.9), flip=flip), count=2)},
+        {"small": Augmented(RandomResizedCrop(4, scale=(0.05, 0.2), flip=flip), count=3)},
+        record_crops=True,
+    )
+
+
+def test_recorded_crops_at_hand_worked_numbers():
+    """Half the area of 20 x 20 at ratio 1 is a square of 14; the numbers 0.5 and 0 put it at x = 3, y = 0."""
+    view = MultiView({"one": Augmented(RandomResizedCrop(14, scale=(0.4, 0.6), ratio=(1.0, 1.0)))}, record_crops=True)
+    row = np.zeros(view.num_uniforms, np.float32)
+    row[[0, 3]] = 0.5  # area and place from the left
+    row[RandomResizedCrop.num_uniforms - 1] = 0.7
+    made = view.from_decoded(coordinates(20, 20)[None], row[None])
+    assert made["boxes"].tolist() == [[[3.0, 0.0, 17.0, 14.0]]]
+    assert made["flipped"].tolist() == [[False]]
+    assert torch.equal(made["views"][0, 0], coordinates(20, 20)[:, :14, 3:17])
+    row[RandomResizedCrop.num_uniforms - 1] = 0.2
+    mirrored = view.from_decoded(coordinates(20, 20)[None], row[None])
+    assert mirrored["flipped"].tolist() == [[True]]
+    assert mirrored["boxes"].tolist() == [[[3.0, 0.0, 17.0, 14.0]]]  # a mirror does not move the box
+    assert torch.equal(mirrored["views"][0, 0], coordinates(20, 20)[:, :14, 3:17].flip(-1))
+
+
+@pytest.mark.parametrize("kind", ["decoded", "encoded"])
+def test_recorded_boxes_and_flips_are_those_of_the_pixels(kind):
+    """The means of a crop's columns and rows are the center of its box, and mirrored columns decrease."""
+    view, image = recording(), coordinates(48, 72)
+    if kind == "decoded":
+        rows = draws(view, 0, list(range(40)))
+        batch = view.from_decoded(image.expand(40, -1, -1, -1).contiguous(), rows)
+    else:
+        buffer = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+        made = [view.from_encoded(EncodedImage(buffer.getvalue()), row) for row in draws(view, 0, list(range(40)))]
+        batch = view.collate(made)
+    for prefix, count in (("", 2), ("local_", 3)):
+        views, boxes, flipped = (batch[f"{prefix}{name}"] for name in ("views", "boxes", "flipped"))
+        assert boxes.shape == (40, count, 4)
+        assert flipped.shape == (40, count)
+        assert 0.2 < flipped.float().mean() < 0.8
+        pixels = views.float().mean(dim=(3, 4))
+        center = (boxes[..., :2] + boxes[..., 2:] - 1) / 2
+        assert (pixels[..., :2] - center).abs().max() < 0.75
+        falls = views[:, :, 0, :, 0].float().mean(dim=2) > views[:, :, 0, :, -1].float().mean(dim=2)
+        assert torch.equal(falls, flipped)
+        assert (boxes[..., :2] >= 0).all()
+        assert (boxes[..., 2:] <= torch.tensor([72.0, 48.0])).all()
+
+
+class Wide(Source):
+    """Images of two sizes, read one at a time; without labels."""
+
+    def __init__(self, split="train"):
+        self.split = split
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return {"image": coordinates(20 + index % 2, 30)}
+
+    def name(self, index):
+        return str(index)
+
+
+def test_recording_changes_no_pixel_and_no_number_of_workers_a_box():
+    def batches(view, workers):
+        data = DataModule(
+            source=Wide, train_view=view, eval_view=CenterCrop(8), batch_size=4, seed=2, num_workers=workers
+        )
+        return data, list(data.train_dataloader())
+
+    data, alone = batches(recording(), 0)
+    _, shared = batches(recording(), 2)
+    plain = MultiView(recording().views, recording().local_views)
+    _, without = batches(plain, 0)
+    for one, two, three in zip(alone, shared, without, strict=True):
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        assert not {"boxes", "flipped", "local_boxes", "local_flipped", "label"} & three.keys()
+        assert all(torch.equal(one[name], three[name]) for name in three)
+        batch = data.on_after_batch_transfer(one, 0)
+        validate(batch, MultiViewBatch)
+        half = {name: batch[name].half() for name in ("views", "local_views")}
+        validate({**batch, **half}, MultiViewBatch, torch.float16)  # boxes stay exact
+        with pytest.raises(BatchError, match=r"batch\['boxes'\] has V = 1 where 2 is expected"):
+            validate({**batch, "boxes": batch["boxes"][:, :1]}, MultiViewBatch)
