@@ -83,7 +83,9 @@ def _text(number: int) -> str:
 def _passes(source: CaptionedSource, folder: Path) -> Callable[[int], None]:
     texts = [source.caption(index, 0.0) for index in range(len(source))]
     learned = tokenizers.kept(folder / "tokenizer.json", texts, vocabulary=512, length=32)
-    data = ViewedDataset(source, RandomResizedCrop(size=224, scale=(0.2, 1.0)), extras=Captions(), tokenizer=learned, seed=0)
+    data = ViewedDataset(
+        source, RandomResizedCrop(size=224, scale=(0.2, 1.0)), extras=Captions(), tokenizer=learned, seed=0
+    )
 
     def run(epoch: int) -> None:
         order = torch.randperm(len(source), generator=torch.Generator().manual_seed(epoch)).tolist()

@@ -91,8 +91,6 @@ class TestReport:
         busy = run(0.6, 0.3, 0.2) | {"about": ABOUT | {"others": 1.4}}
         body = learning.report(runs_of("scenes", run(0.6, 0.3, 0.2), busy)).body
         assert "Other processes kept 1.4 cores busy" in body
-            "Other processes kept 1.4 cores busy" in learning.report(runs_of("scenes", run(0.6, 0.3, 0.2), busy)).body
-        )
 
 
 def test_a_small_run_from_the_command_to_its_scores(tmp_path: Path) -> None:
