@@ -73,8 +73,8 @@ class Horizon:
         return amount
 
     def warmup_steps(self, duration: int | float | str) -> float:
-        """Converts the duration of a warm-up to optimizer steps, at most ``max_warmup`` of the run. A duration in percent
-        scales with the run by itself and is not capped.
+        """Converts the duration of a warm-up to optimizer steps, at most ``max_warmup`` of the run. Durations in percent
+        scale with the run and are not capped.
 
         Raises:
             SettingError: see `steps`.
