@@ -73,7 +73,7 @@ class Horizon:
         return amount
 
     def warmup_steps(self, duration: int | float | str) -> float:
-        """Converts the duration of a warm-up to optimizer steps, at most ``max_warmup`` of the run. Durations in percent
+        """Converts a warm-up to optimizer steps, at most ``max_warmup`` of the run. Durations in percent
         scale with the run and are not capped.
 
         Raises:
