@@ -78,7 +78,7 @@ def test_the_recipe_composes(scale):
     view = configuration.instantiate(config.data.train_view)
     images = torch.randint(256, (2, 3, 40, 40), dtype=torch.uint8)
     numbers = torch.rand(2, view.num_uniforms).numpy()
-    assert view.decoded(images, numbers)["image"].shape == (2, 3, config.image_size, config.image_size)
+    assert view.from_decoded(images, numbers)["image"].shape == (2, 3, config.image_size, config.image_size)
     if scale == "paper":
         assert config.optimizer.lr == pytest.approx(2e-3 * (40960 / 512) ** 0.5)
         assert (config.model.embed_dim, config.model.token_keep_ratio, config.optimizer.weight_decay) == (

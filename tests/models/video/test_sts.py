@@ -79,7 +79,7 @@ def test_videos_without_flow_raise_and_name_data_with_flow(tmp_path: Path) -> No
     for number in range(12):
         (tmp_path / "run" / f"{number}.mp4").touch()
     message = (
-        r"data\.train_view: StatisticsCrop needs the flow of a video, which VideoFolderSource does not have; films"
+        r"data\.train_view: StatisticsCrop needs the optical flow .* VideoFolderSource does not have: .*data=films"
     )
     with pytest.raises(SettingError, match=message):
         data(partial(VideoFolderSource, root=tmp_path, val_share=0.3)).train_dataloader()

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from transformers import XCLIPConfig, XCLIPModel
 
 from src.datamodules.batches.base import BatchError
+from src.datamodules.datamodule import DataModule
+from src.datamodules.scenes.films import FilmsSource
+from src.datamodules.views.video import CenterVideoCrop, DenseClip
 from src.errors import SettingError
 from src.export.hf_two_towers import vision_weights
 from src.models.backbones.cross_frame_encoder import CrossFrameEncoder
@@ -335,9 +338,17 @@ def test_it_can_memorize_a_few_clips() -> None:
 
 
 def test_data_without_class_names_raises() -> None:
+    clip = DenseClip(frames=FRAMES, stride=1)
+    films = DataModule(
+        source=partial(FilmsSource, count=8, resolution=16),
+        train_view=CenterVideoCrop(clip, size=16),
+        eval_view=CenterVideoCrop(clip, size=16),
+        batch_size=4,
+        num_workers=0,
+    )
     ours = method()
-    ours._trainer = SimpleNamespace(datamodule=object(), callbacks=[])  # type: ignore[assignment]
-    with pytest.raises(SettingError, match="_target_: X-CLIP needs the names of the classes"):
+    ours._trainer = SimpleNamespace(datamodule=films, callbacks=[])  # type: ignore[assignment]
+    with pytest.raises(SettingError, match=r"data\.extras: without texts no tokenizer can be learned"):
         ours.on_fit_start()
 
 
