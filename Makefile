@@ -12,7 +12,7 @@ TRAIN  := $(if $(EXP),experiment=$(EXP)) $(if $(SCALE),scale=$(SCALE)) $(if $(DA
           $(if $(DATA_DIR),paths.data='"$(DATA_DIR)"') $(if $(CKPT),checkpoint='"$(CKPT)"') \
           $(if $(TYPED_NAME),run.name='"$(TYPED_NAME)"') $(COMMON)
 
-.PHONY: help setup train submit resume evaluate gauntlet export config list new bench claim claims tensorboard test lint format clean
+.PHONY: help setup train submit resume evaluate gauntlet export config list pages new bench claim claims tensorboard test lint format clean
 
 help: ## this text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -47,7 +47,10 @@ config: setup ## every value of an experiment and its file: EXP=mae_vitb [SCALE=
 	@$(PY) -m src.show_config $(TRAIN) $(if $(VS),vs=$(VS)) $(ARGS)
 
 list: setup ## every experiment: name, family, data, paper
-	@$(PY) -m src.listing $(ARGS)
+	@$(PY) -m src.listing
+
+pages: setup ## bring docs/methods.md and the README's families up to date
+	@$(PY) -m src.methods_page
 
 new: setup ## start a method of your own from one that is here: METHOD=mine FROM=mae
 	@$(PY) -m src.new method='$(METHOD)' from='$(FROM)'

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from src import configuration, listing
+from src import configuration, methods_page
 from src.configuration import PROJECT
 from src.errors import UserError, nearest
 
@@ -85,7 +85,7 @@ def create(project: Path, *, method: str, source: str) -> list[Path]:
         for path, text in files.items():
             (project / path).write_text(text)
             written.append(project / path)
-        listing.write(project)
+        methods_page.write(project)
     except BaseException:
         for path in written:
             path.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from src import configuration, listing
+from src import configuration, methods_page
 from src.configuration import PROJECT
 from src.errors import UserError
 from src.new import create
@@ -74,7 +74,7 @@ def test_a_method_whose_tests_are_elsewhere_comes_with_a_test_of_its_own(copy):
 @pytest.mark.parametrize("source", configuration.names("recipe"))
 def test_every_method_can_be_the_start_of_a_new_one(source, plain, monkeypatch):
     """Every new file composes, and nothing else changes."""
-    monkeypatch.setattr(listing, "write", lambda project: None)
+    monkeypatch.setattr(methods_page, "write", lambda project: None)
     before = files(plain)
     created = create(plain, method="mine", source=source)
     try:
@@ -93,7 +93,7 @@ def test_a_failure_leaves_nothing_behind(plain, monkeypatch):
     def fail(project):
         raise OSError("disk full")
 
-    monkeypatch.setattr(listing, "write", fail)
+    monkeypatch.setattr(methods_page, "write", fail)
     before = files(plain)
     with pytest.raises(OSError, match="disk full"):
         create(plain, method="mine", source="dino")
