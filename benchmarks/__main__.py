@@ -22,14 +22,14 @@ from src.configuration import PROJECT, run_main
 from src.errors import UserError, nearest
 from src.files import write_atomically
 from src.measure import machine
-from src.trained import words_of
+from src.trained import split_arguments
 
 OPTIONS = ("only", "quick", "again", "out", "data")
 LONG = {"learning": learning, "methods": methods, "gauntlet": gauntlet}
 
 
 def main(argv: Sequence[str]) -> int:
-    options, rest = words_of([word for word in argv if word != "--write"], OPTIONS)
+    options, rest = split_arguments([word for word in argv if word != "--write"], OPTIONS)
     if rest:
         raise UserError(f"make bench has no option '{rest[0]}'{nearest(rest[0].partition('=')[0], OPTIONS)}")
     quick, again = (_flag(options, name) for name in ("quick", "again"))

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.precision import SMALL, vit_b_loop
 from src import configuration
-from src.evaluation.cost import evaluation_share, evaluator_seconds, feature_images_per_second
+from src.evaluation.cost import evaluation_share, feature_images_per_second, scoring_seconds
 from src.measure.report import Check, Section, percent, table
 
 WANTED = 0.03
@@ -37,7 +37,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
         batches=1 if quick else 6,
         precision=precision,
     )
-    seconds = evaluator_seconds(
+    seconds = scoring_seconds(
         encoder.dim,
         CLASSES,
         loop.device,
@@ -47,7 +47,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
     share = evaluation_share(
         train_images_per_second=train_rate,
         feature_images_per_second=feature_rate,
-        evaluator_seconds=seconds,
+        scoring_seconds=seconds,
         train_images=TRAIN_IMAGES,
         **settings,
     )

@@ -13,11 +13,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from src import evaluate, runs
-from src.gauntlet.measuring import Failures, cells_of, chosen, frozen_of
+from src import runs
+from src.evaluation_config import evaluation_config
+from src.gauntlet.measuring import Failures, frozen_evaluations, task_runs, tasks_named
 from src.gauntlet.measuring import measure as put_through
 from src.gauntlet.ranking import Ranking
-from src.gauntlet.report import ranking
+from src.gauntlet.report import ranking_table
 from src.gauntlet.tasks import FineTuned, GauntletEntry, Task
 from src.measure import machine, result_cache
 from src.measure.report import Check, Section, table
@@ -126,20 +127,20 @@ def measure(
         for task, each in names.items()
     }
     task_of = {repr(each): {task: each} for task, each in names.items()}
-    with _Entries(fine, frozen_of(names)) as contenders:
+    with _Entries(fine, frozen_evaluations(names)) as entries:
         results = result_cache.measure_missing(
             jobs,
-            lambda job, config: run_tasks(*contenders.of(job, config), task_of[job.extra["task"]]),
+            lambda job, config: run_tasks(*entries.of(job, config), task_of[job.extra["task"]]),
             stored=(stored or {}).get("runs", {}),
             save=lambda each: save({"runs": each}),
         )
     return {"runs": results}
 
 
-def run_tasks(contender: GauntletEntry, training: Mapping[str, Any], tasks: Mapping[str, Task]) -> dict[str, Any]:
+def run_tasks(entry: GauntletEntry, training: Mapping[str, Any], tasks: Mapping[str, Task]) -> dict[str, Any]:
     """Returns the facts of an encoder's training, its scores in the tasks, and the reasons of failed tasks."""
     failures: Failures = {}
-    rows = put_through(cells_of(contender, tasks, failures), {}, failures, keep=lambda rows: None)
+    rows = put_through(task_runs(entry, tasks, failures), {}, failures, save=lambda rows: None)
     columns = ("setting", "metric", "kind", "adaptation", "lower_is_better", "parameters", "value")
     return {**training, "scores": [{name: row[name] for name in columns} for row in rows], "failures": failures}
 
@@ -163,11 +164,11 @@ class _Entries(ExitStack):
             self.close()
             self._overrides = ()  # in case the training fails
             run, checkpoint, self._training = self._begin(job, config)
-            settled = evaluate.settle(run, None, JUDGED)
+            settled = evaluation_config(run, None, JUDGED)
             folder = run.dir / "finetuned"
-            self._contender = GauntletEntry(run, settled, DATA, checkpoint, self.frozen, folder, self.finetuned)
+            self._entry = GauntletEntry(run, settled, DATA, checkpoint, self.frozen, folder, self.finetuned)
             self._overrides = job.overrides
-        return self._contender, self._training
+        return self._entry, self._training
 
     def _begin(self, job: result_cache.TrainingJob, config: DictConfig) -> tuple[runs.Run, Path | None, dict[str, Any]]:
         if job.extra["trained"]:
@@ -181,7 +182,7 @@ class _Entries(ExitStack):
 
 def _tasks(names: str | None) -> dict[str, Task]:
     """Returns the tasks of configs/gauntlet.yaml, with few images and epochs for fine-tuning."""
-    tasks = chosen(names)
+    tasks = tasks_named(names)
     for name, task in tasks.items():
         if isinstance(task, FineTuned):
             tasks[name] = replace(task, overrides=[*task.overrides, *FINETUNED, *SHORTER.get(name, ())])
@@ -190,9 +191,8 @@ def _tasks(names: str | None) -> dict[str, Task]:
 
 def report(result: dict[str, Any]) -> Section:
     rows = _rows(result)
-    standing = Ranking(rows)
-    order = [standing.backbones[place] for place in standing.order]
-    head, ranks = ranking(standing)
+    ranking = Ranking(rows)
+    head, ranks = ranking_table(ranking)
     floor = ENCODERS[FLOOR].title
     body = [
         f"Encoders of one small ViT on {DATA} of 64 pixels, each trained with every seed and then evaluated by all "
@@ -204,14 +204,15 @@ def report(result: dict[str, Any]) -> Section:
         f"Scores, mean and standard deviation over seeds. Above the {floor}: how much better the mean of the best "
         "other encoder is, and with how many seeds it is better.",
         table(
-            ["", "metric", *order, f"above the {floor}"], [_line(rows, setting, order) for setting in standing.settings]
+            ["", "metric", *ranking.order, f"above the {floor}"],
+            [_line(rows, setting, ranking.order) for setting in ranking.settings],
         ),
     ]
     failures = {key: why for key, run in result["runs"].items() for why in run["failures"].values()}
     if failures:
         body.append("Not measured:\n\n" + "\n".join(f"- {name}: {why}" for name, why in failures.items()))
     body.append("\n".join(f"- {each}" for each in machine.lines([run["about"] for run in result["runs"].values()])))
-    return Section("The gauntlet", [_check(result, rows, standing.settings)], "\n\n".join(body))
+    return Section("The gauntlet", [_check(result, rows, ranking.settings)], "\n\n".join(body))
 
 
 def _rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -283,7 +284,7 @@ def _line(rows: Sequence[Mapping[str, Any]], setting: str, order: Sequence[str])
 
 def _wanted() -> set[str]:
     """Returns the keys of a complete result."""
-    return {"/".join(key) for key in itertools.product(ENCODERS, map(str, SEEDS), chosen(None))}
+    return {"/".join(key) for key in itertools.product(ENCODERS, map(str, SEEDS), tasks_named(None))}
 
 
 def _check(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], settings: Sequence[str]) -> Check:

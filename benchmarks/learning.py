@@ -10,7 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from src import evaluate
+from src.evaluate import evaluate
+from src.evaluation_config import evaluation_config
 from src.measure import machine, result_cache
 from src.measure.report import Check, Section, table
 
@@ -70,9 +71,9 @@ def train_and_evaluate(overrides: Sequence[str], config: DictConfig) -> dict[str
     with result_cache.train_once(overrides, config) as trained:
         run, steps = trained.run, trained.steps
         whole_splits = ["evaluate.bank_samples=null", "evaluate.query_samples=null"]
-        settled = evaluate.settle(run, None, whole_splits)
+        settled = evaluation_config(run, None, whole_splits)
         # the last checkpoint, because the best one was chosen on the evaluated images
-        scores = evaluate.evaluate(settled, run.last, ["knn", "linear", "random", "pixels"])
+        scores = evaluate(settled, run.last, ["knn", "linear", "random", "pixels"])
     top1 = {encoder: {metric: values[metric] for metric in METRICS} for encoder, values in scores.items()}
     epochs = int(config.trainer.max_epochs)
     return {"minutes": trained.seconds / 60, "epochs": epochs, "steps": steps, "scores": top1}

@@ -10,7 +10,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from benchmarks.learning import DATA
-from src import evaluate
+from src.evaluate import evaluate
+from src.evaluation_config import evaluation_config
 from src.measure import machine, result_cache
 from src.measure.report import Check, Section, table
 
@@ -185,7 +186,7 @@ def train_and_evaluate(
     with result_cache.train_once([*overrides, f"trainer.max_steps={steps}"], config) as trained:
         run = trained.run
         settings = ["evaluate.bank_samples=null", "evaluate.query_samples=null", "evaluate.split=test"]
-        scores = evaluate.evaluate(evaluate.settle(run, None, settings), run.last, evaluations)
+        scores = evaluate(evaluation_config(run, None, settings), run.last, evaluations)
     return {
         "scores": {encoder: {metric: values[metric] for metric in METRICS} for encoder, values in scores.items()},
         "steps": steps,

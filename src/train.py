@@ -31,7 +31,7 @@ from src.checkpoint_io import AtomicCheckpointIO, CheckpointError
 from src.datamodules.batches.base import BatchError
 from src.datamodules.decoding import BadSample
 from src.errors import SettingError, UserError
-from src.evaluation.features import BadFeatures
+from src.evaluation.errors import BadFeatures
 from src.listing import print_experiments
 from src.models.pretrain_module import PretrainModule
 from src.sync_batchnorm import SyncBatchNormPlugin

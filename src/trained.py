@@ -1,8 +1,9 @@
-"""What a run has learned, put back into its method: the ground under `make evaluate` and `make export`."""
+"""Trained runs: their checkpoints, and their methods with the trained weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -10,53 +11,99 @@ from omegaconf import DictConfig
 
 from src import configuration, runs
 from src.checkpoint_io import CheckpointError, load_checkpoint
+from src.datamodules.datamodule import DataModule
+from src.datamodules.sources.source import Split
 from src.errors import UserError
+from src.evaluation.subject import Subject
 from src.models.pretrain_module import PretrainModule
 
 
-def words_of(argv: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """A command's own ``key=value`` words, and the rest."""
-    own, rest = {}, []
-    for word in argv:
-        key, equals, value = word.partition("=")
+class RunSubject(Subject):
+    """A run as the `Subject` of evaluations. Weights and data are loaded when an evaluation needs them.
+
+    Args:
+        config: of the run.
+        checkpoint: its weights; None for those before the first step, the random baseline.
+        split, bank_samples, query_samples, logged: see `Subject`.
+    """
+
+    def __init__(
+        self,
+        config: DictConfig,
+        checkpoint: Path | None,
+        *,
+        split: Split = "val",
+        bank_samples: int | None = None,
+        query_samples: int | None = None,
+        logged: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(None, None, split=split, bank_samples=bank_samples, query_samples=query_samples, logged=logged)
+        self.config = config
+        self.checkpoint = checkpoint
+
+    @cached_property
+    def device(self) -> torch.device:
+        return device_of(self.config)
+
+    @cached_property
+    def precision(self) -> str:
+        return precision_of(self.config, self.device)
+
+    @cached_property
+    def module(self) -> PretrainModule:
+        module = fresh(self.config) if self.checkpoint is None else load(self.config, self.checkpoint)
+        return module.to(self.device)
+
+    @cached_property
+    def datamodule(self) -> DataModule:
+        datamodule: DataModule = configuration.instantiate(self.config.data)
+        datamodule.prepare_data()
+        return datamodule
+
+
+def split_arguments(argv: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Splits a command line into the command's own ``key=value`` arguments and all others."""
+    arguments, others = {}, []
+    for argument in argv:
+        key, equals, value = argument.partition("=")
         if equals and key in keys:
-            own[key] = value
+            arguments[key] = value
         else:
-            rest.append(word)
-    return own, rest
+            others.append(argument)
+    return arguments, others
 
 
-def run_of(words: Mapping[str, str], command: str) -> runs.Run:
-    """The run that the word ``run=`` names.
+def run_of(arguments: Mapping[str, str], command: str) -> runs.Run:
+    """Returns the run that the argument ``run=`` names.
 
     Raises:
-        UserError: it names none.
+        UserError: there is none.
     """
-    if not words.get("run"):
-        raise UserError(f"say which run: {command} RUN=runs/<experiment>/<name>")
-    return runs.find(words["run"])
+    if not arguments.get("run"):
+        raise UserError(f"missing value: run; type {command} RUN=runs/<experiment>/<name>")
+    return runs.find(arguments["run"])
 
 
-def checkpoint_of(run: runs.Run, word: str | None) -> Path:
-    """The checkpoint meant by "best", "last" or a path; without a word the best there is, else the last.
+def checkpoint_of(run: runs.Run, name: str | None) -> Path:
+    """Returns the checkpoint called "best" or "last", or at a path; for None the best one, else the last.
 
     Raises:
         UserError: there is no such file.
     """
-    if word is None:
+    if name is None:
         return run.checkpoint()
-    path = {"best": run.best, "last": run.last}.get(word, Path(word))
+    path = {"best": run.best, "last": run.last}.get(name, Path(name))
     if not path.is_file():
-        there = [name for name, file in (("best", run.best), ("last", run.last)) if file.is_file()]
-        raise UserError(f"{run.title} has no checkpoint '{word}'; there are: {', '.join(there) or 'none'}")
+        existing = [key for key, file in (("best", run.best), ("last", run.last)) if file.is_file()]
+        raise UserError(f"{run.title} has no checkpoint '{name}'; there are: {', '.join(existing) or 'none'}")
     return path
 
 
 def load(config: DictConfig, checkpoint: Path) -> PretrainModule:
-    """The method of ``config`` with the weights of ``checkpoint``, in evaluation mode, on the CPU.
+    """Returns the method of ``config`` with the weights of ``checkpoint``, in evaluation mode, on the CPU.
 
     Raises:
-        UserError: the file is not a plain checkpoint, or one of another method.
+        UserError: the file is not a plain checkpoint, or belongs to another method.
     """
     module = fresh(config)
     try:
@@ -72,13 +119,14 @@ def load(config: DictConfig, checkpoint: Path) -> PretrainModule:
 
 
 def fresh(config: DictConfig) -> PretrainModule:
-    """The method of ``config`` as it was before its first step, had nothing been loaded into it."""
+    """Returns the method of ``config`` with the random weights its training would start from if nothing was loaded."""
     torch.manual_seed(config.seed)
     return configuration.instantiate(without_source(config).model).eval()
 
 
 def without_source(config: DictConfig) -> DictConfig:
-    """The configuration of a run whose weights are its own by now: what it started from may be gone, or far away."""
+    """Returns the configuration without the weights it starts from, which a trained run no longer needs and which may
+    be gone."""
     config = config.copy()
     config.checkpoint = None
     if "text_checkpoint" in config:
@@ -86,3 +134,22 @@ def without_source(config: DictConfig) -> DictConfig:
     if config.get("backbone") is not None and "pretrained" in config.backbone:
         config.backbone.pretrained = False
     return config
+
+
+def device_of(config: DictConfig) -> torch.device:
+    """Returns the device of ``trainer.accelerator``, or of what is there for "auto"."""
+    accelerator = config.trainer.accelerator
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda")
+    if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def precision_of(config: DictConfig, device: torch.device) -> str:
+    """Returns the precision the run was trained in, which online evaluation uses, or float32 if the device does not
+    have it."""
+    precision = str(config.trainer.precision)
+    if precision == "auto":
+        precision = configuration.default_precision()
+    return "32-true" if precision == "16-mixed" and device.type == "cpu" else precision

@@ -22,14 +22,14 @@ FLOORS = (
     ("src.evaluation",),
     ("src.callbacks",),
     ("src.runs", "src.trained", "src.train", "src.resume", "src.submit", "src.show_config", "src.listing"),
-    ("src.finetuning", "src.evaluate", "src.export"),
+    ("src.finetuning", "src.evaluation_config", "src.evaluation_results", "src.evaluate", "src.export"),
     ("src.measure",),
     ("src.claims", "src.gauntlet"),
     ("src.methods_page", "src.new"),
     ("benchmarks",),
 )
 # what never needs a configuration file or a run
-NO_CONFIGURATION = ("src.datamodules", "src.models", "src.evaluation", "src.callbacks")
+NO_CONFIGURATION = ("src.datamodules.", "src.models.", "src.evaluation.", "src.callbacks.")
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:

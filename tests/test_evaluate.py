@@ -3,15 +3,20 @@ import sys
 
 import pytest
 import torch
+from omegaconf import open_dict
 
 from src import configuration, evaluate, runs, train, trained
 from src.errors import UserError
+from src.evaluation.evaluation import run_evaluations
 from src.evaluation.knn import KNN
 from src.evaluation.linear import LinearProbe
 from src.evaluation.pixels import PixelEncoder
 from src.evaluation.retrieval import Instances
-from src.evaluation.run import feature_sets, run_evaluators
+from src.evaluation.subject import Subject
+from src.evaluation_config import evaluation_config, evaluation_of
+from src.finetuning import FineTuning
 from tests.commands import SECONDS
+from tests.evaluation.toy import subject
 
 WORDS = [
     *SECONDS,
@@ -66,7 +71,7 @@ def test_every_encoder_and_floor_is_judged_by_the_shared_protocol(run):
     }
     datamodule = configuration.instantiate(config.data)
     for name, encoder in encoders.items():
-        alone = run_evaluators({name: encoder}, datamodule, [KNN(), LinearProbe()], torch.device("cpu"))
+        alone = run_evaluations(subject({name: encoder}, datamodule), [KNN(), LinearProbe()])
         assert {metric: found[name][metric] for metric in alone} == pytest.approx(alone)
     trained_weight, random_weight = (encoders[name].backbone.cls_token for name in ("encoder", "random"))
     assert not torch.equal(trained_weight, random_weight)
@@ -88,11 +93,46 @@ def test_the_same_data_named_anew_gives_the_same_numbers(run):
 
 
 def test_other_data_comes_with_its_own_source_and_keeps_the_runs_batch(run):
-    config = evaluate.settle(run, "scenes", [*DATA, "data.num_workers=0"])
+    config = evaluation_config(run, "scenes", [*DATA, "data.num_workers=0"])
     assert config.data.train_view == run.config().data.train_view
     assert config.data.batch_size == run.config().data.batch_size
     assert config.data.source.count == {"train": 64, "val": 16, "test": 16}
     assert config.image_size == 32
+
+
+def test_other_data_keeps_the_runs_normalization(tmp_path):
+    """The encoder was trained with it, whatever the other data set's own is."""
+    config = train.compose([*WORDS, f"paths.runs={tmp_path}", "+data.mean=[0.1,0.2,0.3]", "+data.std=[0.4,0.5,0.6]"])
+    run = runs.Run(tmp_path)
+    runs.store(run, config)
+    for data in ("scenes", "cifar10"):
+        other = evaluation_config(run, data, []).data
+        assert (list(other.mean), list(other.std)) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+        assert other.batch_size == config.data.batch_size
+    # a run with the defaults of the code keeps them, whatever the other data's file sets
+    with open_dict(config):
+        del config.data.mean, config.data.std
+    runs.store(run, config)
+    assert not {"mean", "std"} & set(evaluation_config(run, "cifar10", []).data)
+
+
+def test_an_evaluation_keeps_the_settings_it_had_during_training(tmp_path):
+    config = train.compose([*WORDS, f"paths.runs={tmp_path}", "callbacks.evaluation.evaluations.knn.k=7"])
+    run = runs.Run(tmp_path)
+    runs.store(run, config)
+    assert evaluation_config(run, None, [], as_online=True).evaluation.knn.k == 7
+    assert evaluation_config(run, None, []).evaluation.knn.k == 20
+    assert evaluation_config(run, None, ["evaluation.knn.k=3"], as_online=True).evaluation.knn.k == 3
+
+
+def test_every_file_of_configs_evaluation_is_an_evaluation(run):
+    config = evaluation_config(run, None, [])
+    names = configuration.names("evaluation")
+    assert {"knn", "linear", "zeroshot", "captions", "labelpropagation"} <= set(names)
+    for name in names:
+        assert callable(evaluation_of(config, name))
+    with pytest.raises(UserError, match="there is no evaluation 'kn'; did you mean knn"):
+        evaluation_of(config, "kn")
 
 
 def test_fine_tuning_is_a_run_of_its_own_on_the_runs_encoder(run):
@@ -113,7 +153,7 @@ def test_fine_tuning_is_a_run_of_its_own_on_the_runs_encoder(run):
 
 
 def test_fine_tuning_judges_on_the_split_that_is_asked_for(run):
-    recipes = {split: evaluate.finetune_config(run.config(), run.last, split=split) for split in ("val", "test")}
+    recipes = {split: FineTuning().recipe(run.config(), run.last, split=split) for split in ("val", "test")}
     assert "eval_split" not in recipes["val"].data
     judged = {split: configuration.instantiate(recipe.data).val_dataloader() for split, recipe in recipes.items()}
     assert [judged[split].dataset.source.split for split in ("val", "test")] == ["val", "test"]
@@ -130,7 +170,7 @@ def test_a_fine_tuned_run_can_be_judged_too(run):
     ("words", "message"),
     [
         (["eval=kn,linear"], "there is no evaluation 'kn'; did you mean knn?"),
-        (["evla=knn"], "knows no 'evla'; did you mean eval"),
+        (["evla=knn"], "there is no argument or key 'evla'; did you mean eval"),
         (["data=scene"], "there is no data 'scene'; did you mean scenes?"),
         (["data.batchsize=3"], "there is no key 'data.batchsize'; did you mean data.batch_size"),
         (["checkpoint=bset"], "has no checkpoint 'bset'; there are: best, last"),
@@ -151,44 +191,49 @@ def test_typos_end_with_the_nearest_names_and_exit_code_2(run, words, message, m
 
 
 def test_no_run_or_no_such_run_is_said(run):
-    with pytest.raises(UserError, match="say which run: make evaluate RUN="):
+    with pytest.raises(UserError, match="missing value: run; type make evaluate RUN="):
         evaluate.main(["eval=knn"])
     with pytest.raises(UserError, match="is not a run's folder"):
         evaluate.main([f"run={run.dir}x"])
 
 
 SHORT_FILMS = [
-    "evaluate.encoders.labelpropagation.films.count=1",
-    "+evaluate.encoders.labelpropagation.films.duration=0.4",
+    "evaluation.labelpropagation.films.count=1",
+    "+evaluation.labelpropagation.films.duration=0.4",
 ]
 
 
 def test_further_protocols_are_words_and_the_data_is_read_once(run, monkeypatch):
-    read = []
-    monkeypatch.setattr(evaluate, "feature_sets", lambda *a, **k: read.append(1) or feature_sets(*a, **k))
+    read, read_features = [], Subject._read
+    monkeypatch.setattr(Subject, "_read", lambda self, needs: read.append(needs) or read_features(self, needs))
     words = "lineargrid,lowshot,multilabel,instances,patchknn,labelpropagation"
     found = scores(run, f"eval={words}", "checkpoint=last", *SHORT_FILMS)["encoder"]
-    assert read == [1]
+    assert len(read) == 1
+    assert (read[0].tags, read[0].accepts_shards, len(read[0].readouts)) == (True, False, 4)
     for name in ("lineargrid_top1", "lineargrid_pool", "lowshot10_top1", "multilabel_map", "instances_r5"):
         assert 0 <= found[name] <= 5
     for name in ("patch_miou", "patch_accuracy", "labelpropagation_jf"):
         assert 0 < found[name] < 1
     config = run.config()
     encoder = trained.load(config, run.last).encoders()["encoder"]
-    alone = run_evaluators({"": encoder}, configuration.instantiate(config.data), [Instances()], torch.device("cpu"))
+    alone = run_evaluations(subject({"": encoder}, configuration.instantiate(config.data)), [Instances()])
     assert {name: found[name] for name in alone} == pytest.approx(alone)
 
 
 def test_what_the_data_cannot_be_asked_for_is_said(run):
-    with pytest.raises(UserError, match=r"fewshot: the bank has . samples of class .* raise evaluate.bank_samples"):
+    with pytest.raises(
+        UserError,
+        match=r"EVAL=fewshot is not applicable: .* has . samples of class .* raise evaluate.bank",
+    ):
         scores(run, "eval=fewshot")
 
 
 def test_floors_alone_are_judged_by_all_evaluators():
-    assert evaluate.protocols("pixels", ["knn", "linear"]) == ["pixels", "knn", "linear"]
-    assert evaluate.protocols("pixels knn", ["knn", "linear"]) == ["pixels", "knn"]
-    assert evaluate.protocols("pixels", ["knn"], ["fewshot"]) == ["pixels", "knn"]
-    assert evaluate.protocols("fewshot", ["knn"], ["fewshot"]) == ["fewshot"]
+    evaluations, default = ["fewshot", "knn", "linear"], ["knn", "linear"]
+    assert evaluate.requested("pixels", default, evaluations) == ["pixels", "knn", "linear"]
+    assert evaluate.requested(None, default, evaluations) == ["knn", "linear"]
+    assert evaluate.requested("pixels knn", default, evaluations) == ["pixels", "knn"]
+    assert evaluate.requested("[fewshot,finetune]", default, evaluations) == ["fewshot", "finetune"]
 
 
 def test_a_file_that_is_no_checkpoint_is_refused_by_name(run, tmp_path):

@@ -12,7 +12,9 @@ from src import configuration, evaluate, runs, train, trained
 from src.datamodules.datamodule import DataModule
 from src.datamodules.scenes.motion import ACTIONS
 from src.errors import UserError
+from src.evaluation_config import evaluation_config
 from src.export.__main__ import main as export
+from src.finetuning import FineTuning
 
 SMALL = [
     "scale=tiny",
@@ -84,7 +86,7 @@ def test_it_goes_on_from_the_start_and_knows_its_words(start: runs.Run, run: run
 
 @torch.no_grad()
 def test_of_several_clips_a_videos_scores_are_averaged(run: runs.Run) -> None:
-    config = evaluate.settle(run, None, ["data.eval_view.segments=2"])
+    config = evaluation_config(run, None, ["data.eval_view.segments=2"], as_online=True)
     module, data = trained.load(config, run.last), configuration.instantiate(config.data)
     names = module.encode_text(*data.tokenizer(data.class_texts()))
     right = 0
@@ -92,12 +94,12 @@ def test_of_several_clips_a_videos_scores_are_averaged(run: runs.Run) -> None:
         batch = data.on_after_batch_transfer(loaded, 0)
         each = module.similarity(module.encode_image(batch["video"]), names).unflatten(0, (-1, 2)).mean(dim=1)
         right += int((each.argmax(dim=1) == batch["label"][::2]).sum())
-    scores = evaluate.evaluate_pairs(config, run.last, ["zeroshot"])
+    scores = evaluate.evaluate(config, run.last, ["zeroshot"])["pairs"]
     assert scores["zeroshot_top1"] == pytest.approx(right / 12)
 
 
 def test_fine_tuning_takes_the_videos_and_leaves_the_words(run: runs.Run) -> None:
-    recipe = evaluate.finetune_config(evaluate.settle(run, None, []), run.last)
+    recipe = FineTuning().recipe(evaluation_config(run, None, []), run.last)
     data = configuration.instantiate(recipe.data)
     assert type(data) is DataModule
     assert tuple(data.train_source.held_out) == tuple(sorted(list(ACTIONS).index(name) for name in UNSEEN))

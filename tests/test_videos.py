@@ -61,15 +61,15 @@ def test_films_are_trained_on_and_judged(run: runs.Run, monkeypatch: pytest.Monk
 
 def test_films_are_judged_by_the_protocols_of_pictures(run: runs.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRETEXT_RUN_DIR", "")
-    films = "evaluate.encoders.labelpropagation.films"
+    films = "evaluation.labelpropagation.films"
     words = [f"{films}.count=1", f"+{films}.duration=0.4"]
     assert evaluate.main([f"run={run.dir}", "eval=linear,lowshot,instances,labelpropagation", *words]) == 0
     found = json.loads((run.dir / "evaluate" / "films.json").read_text())["encoder"]
     for name in ("linear_top1", "lowshot10_top1", "instances_map", "labelpropagation_jf"):
         assert 0 <= found[name] <= 1
-    with pytest.raises(UserError, match="one class a picture at most"):
+    with pytest.raises(UserError, match="all classes of an image are needed"):
         evaluate.main([f"run={run.dir}", "eval=multilabel"])
-    with pytest.raises(UserError, match="FilmsSource has no masks; scenes have"):
+    with pytest.raises(UserError, match=r"masks are needed, which scenes have and FilmsSource"):
         evaluate.main([f"run={run.dir}", "eval=patchknn"])
 
 

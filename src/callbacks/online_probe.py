@@ -1,4 +1,4 @@
-"""A linear probe that learns along with the encoder, from what the training step hands out."""
+"""A linear probe that is trained along with the encoder, on the embeddings of the training step."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _UNLABELED = "the data has no labels"
 
 
 class OnlineProbe(L.Callback):
-    """Affine-free batch norm and a linear classifier on ``StepOutput["embedding"]``, with an AdamW of their own.
+    """Trains affine-free batch norm and a linear classifier on ``StepOutput["embedding"]``, with an AdamW of their own.
 
-    They see detached embeddings, so the method learns as if they were not there. One update for each optimizer step, on
-    the rows of all its micro-batches and processes; rows with label -1 are left out. ``eval/probe_train_top1`` is the
-    accuracy on training rows before they were learned from, over an epoch; `OnlineEvaluation` judges the probe on its
-    queries (``eval/probe_top1``), whose embeddings come from the method's first encoder.
+    Embeddings are detached, so the method is trained as without the probe. There is one update for each optimizer step,
+    on the rows of all its micro-batches and processes; rows with label -1 are left out. ``eval/probe_train_top1`` is
+    the accuracy on training rows before they are learned from, over an epoch; `OnlineEvaluation` evaluates the probe on
+    its queries (``eval/probe_top1``), whose embeddings come from the method's first encoder.
 
-    Everything is in the callback's state: a resumed run continues with the same bits.
+    The state of the callback is complete: a resumed run continues with the same bits.
 
     Args:
-        lr, weight_decay: of AdamW, constant, since what the probe reads keeps moving.
+        lr, weight_decay: of AdamW, constant, since the features keep changing.
         seed: of the initial weights.
     """
 
@@ -47,7 +47,7 @@ class OnlineProbe(L.Callback):
         self._restored: Mapping[str, Any] | None = None
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._stepped_at = 0
-        self._told = False
+        self._warned = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stepped_at = trainer.global_step
@@ -58,7 +58,7 @@ class OnlineProbe(L.Callback):
     ) -> None:
         classes = len(trainer.datamodule.classes)  # type: ignore[attr-defined]
         if "embedding" not in outputs or "label" not in batch or classes == 0:
-            self._tell("the method hands out no embedding" if classes and "embedding" not in outputs else _UNLABELED)
+            self._warn("the method returns no embedding" if classes and "embedding" not in outputs else _UNLABELED)
             return
         embedding, label = outputs["embedding"].detach().float(), batch["label"]
         if embedding.ndim != 2 or len(embedding) != len(label):
@@ -83,11 +83,11 @@ class OnlineProbe(L.Callback):
         pl_module.log("eval/probe_train_top1", accuracy, batch_size=1, sync_dist=True)
 
     @torch.no_grad()
-    def __call__(self, sets: FeatureSets, device: torch.device) -> dict[str, float]:
-        """Top-1 on the queries, as an evaluator; nothing before the first update.
+    def score(self, sets: FeatureSets, device: torch.device) -> dict[str, float]:
+        """Returns top-1 on the queries; nothing before the first update.
 
         Raises:
-            ValueError: the queries' features are not as wide as the embeddings the probe learned from.
+            SettingError: the width of the queries' features is not that of the embeddings of training.
         """
         if self._probe is None:
             return {}
@@ -108,7 +108,7 @@ class OnlineProbe(L.Callback):
         return self._probe.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # the probe is made when the first embedding says where it lives
+        # the probe is created with the first embedding, whose device and width it takes
         self._restored = state_dict or None
         self._probe = None
 
@@ -121,14 +121,14 @@ class OnlineProbe(L.Callback):
                 self._probe.restore(self._restored)
         return self._probe
 
-    def _tell(self, reason: str) -> None:
-        if not self._told and rank() == 0:
+    def _warn(self, reason: str) -> None:
+        if not self._warned and rank() == 0:
             log.warning("%s: no online probe", reason)
-        self._told = True
+        self._warned = True
 
 
 class _Probe:
-    """The classifier, its optimizer and its accuracy over the epoch."""
+    """Classifier, optimizer and accuracy over the epoch."""
 
     def __init__(self, dim: int, classes: int, *, lr: float, weight_decay: float) -> None:
         self.norm = nn.BatchNorm1d(dim, affine=False, eps=_EPS)
@@ -146,14 +146,15 @@ class _Probe:
 
     @torch.no_grad()
     def learn(self, embeddings: Tensor, labels: Tensor) -> None:
-        """One update; embeddings [n, D] float32, labels [n]. Fewer than two rows cannot be normalized: no update."""
+        """Makes one update from embeddings [n, D], float32, and labels [n]; none from fewer than two rows, which batch
+        norm cannot normalize."""
         if len(labels) < 2:
             return
         x = self.norm.train()(embeddings)
         logits = self.linear(x)
         self.accuracy.update(logits.argmax(dim=1), labels)
         self.seen += len(labels)
-        # the gradient of the mean cross-entropy, by hand: the loop pays for this at every step
+        # the gradient of the mean cross-entropy in closed form, as autograd would cost more at every step
         error = F.softmax(logits, dim=1)
         error[torch.arange(len(labels), device=labels.device), labels] -= 1
         error /= len(labels)
@@ -162,7 +163,7 @@ class _Probe:
         self.optimizer.step()
 
     def predict(self, embeddings: Tensor) -> Tensor:
-        """Classes [n]."""
+        """Predicts classes [n]."""
         return self.linear(self.norm.eval()(embeddings.float())).argmax(dim=1)
 
     def state(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from src.claims.claim import Claim, load
 from src.configuration import PROJECT, run_main
 from src.errors import UserError, nearest
 from src.files import write_atomically
-from src.trained import words_of
+from src.trained import split_arguments
 
 RUN_FOLDER = PROJECT / "cache" / "claims"
 OPTIONS = ("claim", "all", "again", "out", "data")
@@ -33,7 +33,7 @@ REPEATED: dict[str, tuple[str, ...]] = {"failed": ("failed",), "all": ("failed",
 
 
 def main(argv: Sequence[str]) -> int:
-    options, rest = words_of([word for word in argv if word != "--write"], OPTIONS)
+    options, rest = split_arguments([word for word in argv if word != "--write"], OPTIONS)
     if rest:
         raise UserError(f"make claim has no option '{rest[0]}'{nearest(rest[0].partition('=')[0], OPTIONS)}")
     folder = Path(options.get("out") or PROJECT / "docs")

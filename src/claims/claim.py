@@ -67,7 +67,7 @@ class Claim:
         claim: the claimed sentence.
         arms: the baseline, then the arm that is claimed to be better.
         differs: keys in which the arms' configurations may differ; a key includes everything below it.
-        metric: `_target_` of a metric (see `src.claims.metrics`) and its arguments.
+        metric: an evaluation, one of its values and an encoder, see `src.claims.metrics.Metric`.
         measured: name of the metric on the page.
         direction: "higher" or "lower": where the second arm should end.
         least: smallest difference that counts, in the metric's unit.
@@ -230,8 +230,8 @@ def _check(claim: Claim) -> None:
     if not claim.seeds or min(claim.seeds) < 0 or len(set(claim.seeds)) < len(claim.seeds):
         raise SettingError(f"seeds must be different whole numbers from 0, not {claim.seeds}")
     for metric in map(claim.metric_of, claim.arms):
-        if "_target_" not in metric:
-            raise SettingError("metric needs a _target_, such as src.claims.metrics.Logged")
+        if "evaluation" not in metric and "_target_" not in metric:  # results of older versions have a _target_
+            raise SettingError("metric needs an evaluation of configs/evaluation and one of its values")
 
 
 def as_dict(claim: Claim) -> dict[str, Any]:

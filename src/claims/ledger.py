@@ -7,19 +7,21 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig
 
-from src import configuration, train
+from src import train
 from src.claims.claim import Claim, as_dict
-from src.claims.metrics import Metric, Subject
+from src.claims.metrics import Metric, subject_of
 from src.claims.run_cache import RunCache
 from src.claims.verdict import PairedDifference, paired_difference, verdict
+from src.datamodules.sources.source import Split
 from src.errors import UserError
 from src.measure import result_cache
 from src.measure.result_cache import TrainedRun, TrainingJob
 from src.measure.train_command import TrainingFailed
+from src.trained import RunSubject
 
 STOPPED_CODES = (143, -15, 130, -2)  # exit codes of a training that a person or a scheduler stopped: not a failure
 COUNT_FLOPS = "+callbacks.throughput.count_flops=true"  # in both arms, so that their costs can be compared
@@ -58,7 +60,7 @@ def measure(
         raise UserError(f"data={data}: claim '{claim.name}' is measured on {', '.join(claim.data)}")
     # both checks come before any training
     differences = {source: claim.difference(source) for source in claim.data}
-    metrics = [_metric(claim.metric_of(arm)) for arm in claim.arms]
+    metrics = [Metric.parse(claim.metric_of(arm)) for arm in claim.arms]
     for metric in metrics:
         if claim.split not in metric.splits:
             raise UserError(
@@ -106,13 +108,13 @@ def measure(
 
         runs = result_cache.measure_missing(
             chosen(jobs),
-            lambda job, config: _measure_run(job, config, claim.split, trained_run),
+            lambda job, config: _measure_run(job, config, cast(Split, claim.split), trained_run),
             stored=(stored or {}).get("runs", {}),
             save=lambda runs: save(entry(runs, stored_floors)),
         )
     floors = result_cache.measure_missing(
         chosen(floor_jobs),
-        lambda job, config: _measure_floor(job, config, claim.split),
+        lambda job, config: _measure_floor(job, config, cast(Split, claim.split)),
         stored=stored_floors,
         save=lambda floors: save(entry(runs, floors)),
     )
@@ -125,17 +127,13 @@ def key_of(data: str, seed: int, arm: str) -> str:
     return f"{data}/{seed}/{arm}"
 
 
-def _metric(config: Mapping[str, Any]) -> Metric:
-    return configuration.instantiate(dict(config))
-
-
 def _measure_run(
-    job: TrainingJob, config: DictConfig, split: str, trained_run: Callable[[Sequence[str], DictConfig], TrainedRun]
+    job: TrainingJob, config: DictConfig, split: Split, trained_run: Callable[[Sequence[str], DictConfig], TrainedRun]
 ) -> dict[str, Any]:
     """Returns the ``value`` of one run and what was ``spent``, or why it ``failed``."""
     try:
         trained = trained_run(job.overrides, config)
-        value = _metric(job.extra["metric"])(Subject.of(trained.run, split))  # type: ignore[arg-type]
+        value = Metric.parse(job.extra["metric"])(subject_of(trained.run, split))
         metrics = trained.run.metrics()["train"]
         spent: dict[str, Any] = {
             "steps": trained.steps,
@@ -155,14 +153,14 @@ def _measure_run(
     return {"failed": _shortened(reason)}
 
 
-def _measure_floor(job: TrainingJob, config: DictConfig, split: str) -> dict[str, Any]:
+def _measure_floor(job: TrainingJob, config: DictConfig, split: Split) -> dict[str, Any]:
     """Returns the ``value`` of an untrained network, or why it ``failed``."""
     print(f"  {' '.join(job.overrides)}, before its first step …", flush=True)
     try:
         with tempfile.TemporaryDirectory() as folder:
             config = config.copy()
             config.run.dir = folder  # a tokenizer may be learned here
-            return {"value": _metric(job.extra["metric"])(Subject(config, split))}  # type: ignore[arg-type]
+            return {"value": Metric.parse(job.extra["metric"])(RunSubject(config, None, split=split))}
     except Exception as problem:
         return {"failed": _shortened(_reason(problem))}
 

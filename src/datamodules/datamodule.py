@@ -28,6 +28,21 @@ from src.errors import SettingError
 if TYPE_CHECKING:
     from src.datamodules.text.tokenizer import Tokenizer
 
+# Keys of `data` that belong to a method: they stay as they are when a run is evaluated on other data, and are the
+# experiment's own when an encoder is fine-tuned on the data of another run.
+METHOD_KEYS = (
+    "train_view",
+    "batch_size",
+    "tokenizer",
+    "tokenizer_file",
+    "tokenizer_from",
+    "vocabulary",
+    "text_length",
+    "text_filter",
+    "extras",
+)
+NORMALIZATION_KEYS = ("mean", "std")  # what an encoder was trained with, whatever data it is evaluated or fine-tuned on
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

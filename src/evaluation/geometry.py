@@ -1,39 +1,67 @@
-"""How images and texts lie on the sphere that they share: near their partners, spread out, or apart from each other."""
+"""Geometry of the space of images and texts: alignment of pairs, uniformity, and the gap between the modalities."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from src.errors import SettingError
+from src.evaluation.errors import NotApplicable
 from src.evaluation.features import FeatureSet, FeatureSets
+from src.evaluation.image_text import encoded_captions, encoded_images
 from src.evaluation.linear import LinearProbe
+from src.evaluation.similarity import CustomSimilarity, take_rows
+from src.evaluation.subject import Subject, exact_products
 from src.randomness import fold
 
-_HELD_OUT = 0.2  # share of the pairs that separability is judged on
+_HELD_OUT = 0.2  # share of the pairs that separability is evaluated on
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Reports ``gap``, the distance between the mean image and the mean caption, and ``geometry_<name>``, see
+    `geometry`, of each image with its first caption."""
+
+    def __call__(self, subject: Subject) -> dict[str, float]:
+        if isinstance(subject.module, CustomSimilarity):
+            raise NotApplicable(
+                f"geometry needs images and texts as vectors, which {type(subject.module).__name__} lacks"
+            )
+        images, captions = encoded_images(subject), encoded_captions(subject)
+        image, text = cast(Tensor, images.rows), cast(Tensor, captions.rows)
+        if len(image) < 2:
+            raise NotApplicable("geometry needs at least two images with captions")
+        with exact_products():
+            values = geometry(image, cast(Tensor, take_rows(text, captions.first)))
+        gap = (image.mean(dim=0) - text.mean(dim=0)).norm().item()
+        return {"gap": gap, **{f"geometry_{name}": value for name, value in values.items()}}
 
 
 @torch.no_grad()
 def geometry(image: Tensor, text: Tensor, *, chunk: int = 512) -> dict[str, float]:
-    """What is said of a two-tower model's space, row i of both being a pair: [N, D], unit length, at least two pairs.
+    """Measures the space of images and texts, of which row i of both is a pair: [N, D], unit length, at least two
+    pairs.
 
     - ``alignment``: mean squared distance of a pair (Wang and Isola, 2020), and ``positive_cosine``, its mean cosine
     - ``uniformity_image``, ``uniformity_text``: log of the mean of exp(-2 d^2) over pairs of images, or of texts; lower
       is more spread out
-    - ``cross_uniformity``: the same of an image and a text that do not belong together (Fahim et al., 2024)
-    - ``separability``: share of held-out pairs' vectors that a linear classifier takes for what they are, image or
-      text: 0.5 where the two are mixed, 1 where they lie apart (Shi et al., 2023)
+    - ``cross_uniformity``: the same of an image and a text of different pairs (Fahim et al., 2024)
+    - ``separability``: accuracy of a linear classifier of image against text on held-out pairs: 0.5 if the two are
+      mixed, 1 if they are apart (Shi et al., 2023)
 
     Args:
-        chunk: rows compared with all at a time.
+        chunk: rows compared with all others at a time, which bounds memory.
 
     Raises:
-        ValueError: images and texts are not as many, or fewer than two.
+        SettingError: the numbers of images and texts differ, or there are fewer than two.
     """
     if image.shape != text.shape or len(image) < 2:
-        raise ValueError(f"geometry needs pairs, at least two; got {list(image.shape)} and {list(text.shape)}")
+        raise SettingError(f"geometry needs at least two pairs; got {list(image.shape)} and {list(text.shape)}")
     cosine = (image * text).sum(dim=1).mean().item()
     return {
         "alignment": (image - text).square().sum(dim=1).mean().item(),
@@ -47,21 +75,21 @@ def geometry(image: Tensor, text: Tensor, *, chunk: int = 512) -> dict[str, floa
 
 @torch.no_grad()
 def uniformity(one: Tensor, other: Tensor, *, chunk: int = 512) -> float:
-    """log mean of exp(-2 |x_i - y_j|^2) over i != j, of unit vectors [N, D]. Of a set with itself every pair counts
-    twice, which changes no mean."""
+    """Returns the log of the mean of exp(-2 |x_i - y_j|^2) over i != j, of unit vectors [N, D]. If both are the same
+    set every pair counts twice, which does not change the mean."""
     count, total = len(one), 0.0
     for start in range(0, count, chunk):
         cosine = one[start : start + chunk] @ other.T
         rows = torch.arange(len(cosine), device=cosine.device)
-        cosine[rows, rows + start] = -torch.inf  # what belongs together, or is the same, does not count
+        cosine[rows, rows + start] = -torch.inf  # pairs, or a vector with itself, do not count
         total += (4 * cosine - 4).exp_().sum().item()  # |x - y|^2 is 2 - 2 cos
     return math.log(total / (count * (count - 1)))
 
 
 @torch.no_grad()
 def separability(image: Tensor, text: Tensor) -> float:
-    """Accuracy of logistic regression, image against text, on a fifth of the pairs that it was not fitted to: [N, D]
-    each."""
+    """Returns the accuracy of logistic regression, image against text, on a fifth of the pairs, which it is not fitted
+    to: [N, D] each."""
     count = len(image)
     order = torch.from_numpy(np.random.default_rng(fold(count)).permutation(count)).to(image.device)
     held_out, fitted = order.tensor_split([max(1, round(_HELD_OUT * count))])
@@ -71,4 +99,4 @@ def separability(image: Tensor, text: Tensor) -> float:
         return FeatureSet(features, torch.arange(2).repeat_interleave(len(rows)))
 
     probe = LinearProbe(l2=[1e-3])
-    return probe(FeatureSets(bank=labelled(fitted), query=labelled(held_out)), image.device)["linear_top1"]
+    return probe.score(FeatureSets(bank=labelled(fitted), query=labelled(held_out)), image.device)["linear_top1"]

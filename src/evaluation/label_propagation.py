@@ -1,8 +1,8 @@
-"""Following things through a film by the patches that resemble them, without training."""
+"""Video object segmentation without training: masks are propagated to similar patches of later frames."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.collectives import gather_rows, rank, world_size
-from src.datamodules.datamodule import DataModule
 from src.datamodules.sources.source import Sample, Split
 from src.datamodules.video_reader import VideoReader
 from src.errors import SettingError
-from src.evaluation.features import BadFeatures, autocast, weight_dtype
+from src.evaluation.errors import BadFeatures, NotApplicable
+from src.evaluation.evaluation import EncoderEvaluation
+from src.evaluation.features import autocast, weight_dtype
 from src.evaluation.masks import boundary_f, jaccard
-from src.evaluation.run import exact_products
+from src.evaluation.subject import Subject, exact_products
 from src.models.functional import inference
 
-_ROWS = 30  # of patches of 16 in DAVIS at 480 pixels, where the neighborhood's size comes from
+_ROWS = 30  # rows of patches of 16 pixels in DAVIS at 480 pixels, for which the default radius was chosen
 _TARGETS = 1024  # patches compared at a time
 
 
@@ -42,26 +43,34 @@ class TrackedSource(Protocol):
 
 
 @dataclass(frozen=True)
-class LabelPropagation:
+class LabelPropagation(EncoderEvaluation):
     """Video object segmentation as in Emerging Properties in Self-Supervised Vision Transformers (Caron et al., 2021),
-    after Jabri et al. (2020), on films whose masks are known.
+    after Jabri et al. (2020), on videos with masks.
 
-    The first frame's masks are carried on from frame to frame: every patch takes the labels of the ``neighbors``
-    patches most similar to it in the first frame and in the ``context`` frames before it, of those that are near its
-    own place, with weight exp(cosine / temperature). Masks are enlarged bilinearly, each stretched to [0, 1], and a
-    pixel goes to the greatest.
+    The masks of the first frame are propagated from frame to frame: every patch takes the labels of the ``neighbors``
+    most similar patches in the first frame and in the ``context`` frames before it, among those near its own position,
+    with weight exp(cosine / temperature). Masks are enlarged bilinearly and each is scaled to [0, 1]; a pixel takes the
+    label of the greatest.
 
-    Reports as DAVIS does, the first and the last frame left out: ``labelpropagation_j``, the mean over things of the
+    Reports as DAVIS does, without the first and the last frame: ``labelpropagation_j``, the mean over objects of the
     mean over frames of the intersection over union, ``labelpropagation_f``, the same of boundaries (see `boundary_f`),
-    and their mean ``labelpropagation_jf``. A thing is followed if it is seen in the first frame.
+    and their mean ``labelpropagation_jf``. Objects that are visible in the first frame are followed.
+
+    An encoder of videos reads clips that repeat one frame. Each process takes its share of the videos, and all return
+    the same.
 
     Args:
         films: makes the source of a split.
-        context: frames before the one to be labelled, besides the first.
-        neighbors: of each patch, in all of these frames together.
-        radius: of the square neighborhood in patches, on a grid of 30 rows; on others in proportion. 0 for all.
+        context: number of frames before the current one, besides the first.
+        neighbors: number of patches, in all of these frames together.
+        radius: of the square neighborhood in patches, on a grid of 30 rows; on other grids in proportion. 0 for no
+            limit.
         temperature: of the weights.
-        batch_size: frames in a forward pass.
+        batch_size: frames of a forward pass.
+
+    Raises:
+        NotApplicable: the source has no masks of videos, a video is too short, or no object is visible in a first
+        frame.
     """
 
     films: Callable[[Split], TrackedSource]
@@ -79,71 +88,52 @@ class LabelPropagation:
                 f"{self.temperature}"
             )
 
-    def __call__(
-        self,
-        encoders: Mapping[str, nn.Module],
-        datamodule: DataModule,
-        device: torch.device,
-        *,
-        split: Split = "val",
-        precision: str = "32-true",
-    ) -> dict[str, dict[str, float]]:
-        """Each process takes its share of the films, and all return the same.
-
-        Args:
-            encoders: by name, on ``device``; one that reads videos is shown clips in which the frame stands still.
-            datamodule: whose normalization the encoders know.
-
-        Raises:
-            SettingError: the source has no masks of videos, a film is too short, or nothing is to be followed.
-            BadFeatures: NaN or infinite features.
-        """
-        source = self.films(split)
+    def by_encoder(self, subject: Subject) -> dict[str, dict[str, float]]:
+        source = self.films(subject.split)
         if not isinstance(source, TrackedSource):
-            raise SettingError(f"label propagation: {type(source).__name__} has no masks of videos; films have")
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in encoders}
+            raise NotApplicable(f"videos with masks are needed, which films have and {type(source).__name__} does not")
+        scores: dict[str, list[tuple[float, float]]] = {name: [] for name in subject.encoders}
         for index in range(rank(), len(source), world_size()):
             masks = source.masks(index)
             masks = masks[:, masks[0].any(dim=(1, 2))]
             if len(masks) < 3:
-                raise SettingError(
-                    f"label propagation: the first and the last frame are not judged, and {source.name(index)} has "
-                    f"{len(masks)}"
+                raise NotApplicable(
+                    f"videos of at least 3 frames are needed, and {source.name(index)} has {len(masks)}"
                 )
             if masks.shape[1] == 0:
                 continue
             frames = _frames(source[index]["image"], len(masks))
-            for name, encoder in encoders.items():
-                features, grid = self._features(encoder, frames, datamodule, device, precision)
+            for name, encoder in subject.encoders.items():
+                features, grid = self._features(encoder, frames, subject)
                 if not torch.isfinite(features).all():
-                    raise BadFeatures(f"the encoder '{name}' gives NaN or infinite features of {source.name(index)}")
-                found[name] += _fit(self.follow(features, grid, masks[0].to(device)).cpu(), masks)
-        return {name: _means(each, device) for name, each in found.items()}
+                    raise BadFeatures(f"the encoder '{name}' gives NaN or infinite features for {source.name(index)}")
+                scores[name] += _scores(self.follow(features, grid, masks[0].to(subject.device)).cpu(), masks)
+        return {name: _means(of_objects, subject.device) for name, of_objects in scores.items()}
 
     @torch.no_grad()
     def follow(self, features: Tensor, grid: tuple[int, int], masks: Tensor) -> Tensor:
-        """What each pixel of every frame belongs to: int64 [F, H, W], 0 for nothing, 1 + t for thing t.
+        """Labels each pixel of every frame: int64 [F, H, W], 0 for background, 1 + t for object t.
 
         Args:
             features: of patches, float32 [F, N, D].
-            grid: rows and columns of patches; N is their product.
+            grid: rows and columns of patches, N in all.
             masks: of the first frame, bool [T, H, W], disjoint.
         """
-        things, height, width = masks.shape
-        segments = (masks * torch.arange(1, things + 1, device=masks.device)[:, None, None]).sum(dim=0)
-        # a patch of the first frame is what its middle shows
+        objects, height, width = masks.shape
+        segments = (masks * torch.arange(1, objects + 1, device=masks.device)[:, None, None]).sum(dim=0)
+        # a patch of the first frame has the label of its center
         small = F.interpolate(segments[None, None].float(), grid, mode="nearest-exact")[0, 0].long()
-        first = F.one_hot(small.flatten(), 1 + things).to(features.dtype)
+        first = F.one_hot(small.flatten(), 1 + objects).to(features.dtype)
         with exact_products():
             labels = self.propagate(F.normalize(features, dim=2), grid, first)
-        found = [segments]
-        for each in labels[1:]:  # a frame at a time: whole films of large masks need not fit
-            soft = F.interpolate(each.T.unflatten(1, grid)[None], (height, width), mode="bilinear")[0]
-            found.append(_stretched(soft).argmax(dim=0))
-        return torch.stack(found)
+        frames = [segments]
+        for label in labels[1:]:  # a frame at a time, which bounds memory
+            soft = F.interpolate(label.T.unflatten(1, grid)[None], (height, width), mode="bilinear")[0]
+            frames.append(_scaled(soft).argmax(dim=0))
+        return torch.stack(frames)
 
     def propagate(self, features: Tensor, grid: tuple[int, int], first: Tensor) -> Tensor:
-        """Shares of labels of all patches of all frames: [F, N, C].
+        """Propagates the shares of labels to the patches of all frames: [F, N, C].
 
         Args:
             features: of unit length, [F, N, D].
@@ -154,71 +144,69 @@ class LabelPropagation:
         near = neighborhood(grid, radius, features.device)
         labels = [first]
         for frame in range(1, len(features)):
-            seen = [0, *range(max(1, frame - self.context), frame)]
-            keys, known = features[seen].flatten(0, 1), torch.cat([labels[each] for each in seen])
+            context = [0, *range(max(1, frame - self.context), frame)]
+            keys, key_labels = features[context].flatten(0, 1), torch.cat([labels[number] for number in context])
             parts = []
-            for target, places in zip(features[frame].split(_TARGETS), near.split(_TARGETS), strict=True):
-                similarity = (target @ keys.T).masked_fill(~places.repeat(1, len(seen)), -torch.inf)
-                # what ties with the last neighbor is one too, so that no order decides
+            for target, allowed in zip(features[frame].split(_TARGETS), near.split(_TARGETS), strict=True):
+                similarity = (target @ keys.T).masked_fill(~allowed.repeat(1, len(context)), -torch.inf)
+                # patches as similar as the last neighbor are neighbors too, so that their order does not matter
                 nearest = similarity.topk(min(self.neighbors, similarity.shape[1]), dim=1).values
                 similarity = similarity.masked_fill(similarity < nearest[:, -1:], -torch.inf)
-                parts.append((similarity / self.temperature).softmax(dim=1) @ known)
+                parts.append((similarity / self.temperature).softmax(dim=1) @ key_labels)
             labels.append(torch.cat(parts))
         return torch.stack(labels)
 
-    def _features(
-        self, encoder: nn.Module, frames: Tensor, datamodule: DataModule, device: torch.device, precision: str
-    ) -> tuple[Tensor, tuple[int, int]]:
-        """Of every frame alone: float32 [F, N, D], and the grid."""
-        parts = []
-        with inference(encoder), autocast(precision, device):
-            for each in frames.split(self.batch_size):
-                images = datamodule.on_after_batch_transfer({"image": each.to(device)}, 0)["image"]
+    def _features(self, encoder: nn.Module, frames: Tensor, subject: Subject) -> tuple[Tensor, tuple[int, int]]:
+        """Computes the features of each frame, float32 [F, N, D], and the grid."""
+        parts, datamodule = [], subject.datamodule
+        with inference(encoder), autocast(subject.precision, subject.device):
+            for part in frames.split(self.batch_size):
+                images = datamodule.on_after_batch_transfer({"image": part.to(subject.device)}, 0)["image"]
                 features = encoder(datamodule.as_input(images).to(weight_dtype(encoder)))
-                # positions of a clip that stands still differ by their times alone
+                # averages over the times of a clip that repeats one frame
                 parts.append(features.patches.float().unflatten(1, (-1, *features.grid[-2:])).mean(dim=1).flatten(1, 2))
         return torch.cat(parts), (features.grid[-2], features.grid[-1])
 
 
 def neighborhood(grid: tuple[int, int], radius: int, device: torch.device | None = None) -> Tensor:
-    """Which patches are at most ``radius`` rows and columns from which: bool [N, N]."""
+    """Returns True for pairs of patches that are at most ``radius`` rows and columns apart: bool [N, N]."""
     rows, columns = (torch.arange(size, device=device) for size in grid)
-    by_row, by_column = ((each[:, None] - each).abs() <= radius for each in (rows, columns))
+    by_row, by_column = ((axis[:, None] - axis).abs() <= radius for axis in (rows, columns))
     return (by_row[:, None, :, None] & by_column[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
-def _frames(footage: object, count: int) -> Tensor:
-    """All frames of a film: uint8 [F, 3, H, W]."""
-    film: VideoReader = footage  # type: ignore[assignment]
-    return film.frames_at([number / film.rate for number in range(count)])
+def _frames(video: object, count: int) -> Tensor:
+    """Reads all frames of a video: uint8 [F, 3, H, W]."""
+    reader: VideoReader = video  # type: ignore[assignment]
+    return reader.frames_at([number / reader.rate for number in range(count)])
 
 
-def _stretched(soft: Tensor) -> Tensor:
-    """Each label's shares from 0 to 1, so that one that has thinned out still counts: [C, H, W]; a label that is
-    nowhere stays 0."""
+def _scaled(soft: Tensor) -> Tensor:
+    """Scales each label's shares to [0, 1], so that small shares still count: [C, H, W]; a label that occurs nowhere
+    stays 0."""
     low, high = soft.amin(dim=(1, 2), keepdim=True), soft.amax(dim=(1, 2), keepdim=True)
     return torch.where(high > low, (soft - low) / (high - low).clamp(min=torch.finfo(soft.dtype).tiny), 0.0)
 
 
-def _fit(predicted: Tensor, masks: Tensor) -> list[tuple[float, float]]:
-    """Region and boundary of each thing, means over all frames but the first and the last: of predictions int64
-    [F, H, W] and masks bool [F, T, H, W]."""
+def _scores(predicted: Tensor, masks: Tensor) -> list[tuple[float, float]]:
+    """Returns region and boundary scores of each object, means over all frames but the first and the last, for
+    predictions int64 [F, H, W] and masks bool [F, T, H, W]."""
     segments, truth = predicted.numpy()[1:-1], masks.numpy()[1:-1]
-    found = []
-    for thing in range(truth.shape[1]):
-        pairs = [(frame == thing + 1, mask) for frame, mask in zip(segments, truth[:, thing], strict=True)]
-        found.append(
-            (float(np.mean([jaccard(*pair) for pair in pairs])), float(np.mean([boundary_f(*p) for p in pairs])))
+    scores = []
+    for number in range(truth.shape[1]):
+        pairs = [(frame == number + 1, mask) for frame, mask in zip(segments, truth[:, number], strict=True)]
+        scores.append(
+            (float(np.mean([jaccard(*pair) for pair in pairs])), float(np.mean([boundary_f(*pair) for pair in pairs])))
         )
-    return found
+    return scores
 
 
-def _means(found: list[tuple[float, float]], device: torch.device) -> dict[str, float]:
-    """Over the things of all processes' films."""
-    every = gather_rows(torch.tensor(found, device=device).reshape(-1, 2)).cpu().double()
-    if len(every) == 0:
-        raise SettingError("label propagation: nothing is seen in the first frame of any film")
-    region, border = every.mean(dim=0).tolist()
+def _means(scores: list[tuple[float, float]], device: torch.device) -> dict[str, float]:
+    """Averages over the objects of all processes' videos."""
+    of_objects = gather_rows(torch.tensor(scores, device=device).reshape(-1, 2)).cpu().double()
+    if len(of_objects) == 0:
+        raise NotApplicable("no object is visible in the first frame of a video")
+    region, border = of_objects.mean(dim=0).tolist()
     return {
         "labelpropagation_jf": (region + border) / 2,
         "labelpropagation_j": region,

@@ -1,4 +1,4 @@
-"""A linear classifier on frozen features, solved to convergence."""
+"""Linear classification of frozen features, solved to convergence."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from src.evaluation.features import FeatureSets, Pool
+from src.errors import SettingError
+from src.evaluation.evaluation import FeatureEvaluation
+from src.evaluation.features import FeatureNeeds, FeatureReadout, FeatureSets
 from src.randomness import fold
 
 _EPS = 1e-6  # of the variance, as in MAE's affine-free batch norm
 _CHUNK_ELEMENTS = 2**25  # logits held at once
 
-Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # logits [n, C], targets -> their sum, its gradient [n, C]
-Judge = Callable[[Tensor, Tensor, Tensor], float]  # weights [D + 1, C], features [n, D], targets -> higher is better
+Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # logits [n, C], targets -> sum over n, its gradient [n, C]
+Accuracy = Callable[[Tensor, Tensor, Tensor], float]  # weights [D + 1, C], features [n, D], targets -> accuracy
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of classes that exclude each other: labels int64 [n]. A `Loss`."""
+    """Computes the `Loss` of classes of which each sample has one: labels int64 [n]."""
     log_p = F.log_softmax(logits, dim=1)
     loss = F.nll_loss(log_p, labels, reduction="sum")
     error = log_p.exp_()
@@ -31,27 +33,27 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class LinearProbe:
-    """Softmax regression on features standardized by the bank's mean and deviation.
+class LinearProbe(FeatureEvaluation):
+    """Softmax regression on features standardized by mean and standard deviation of the bank.
 
-    Minimizes mean cross-entropy + l2 / 2 * |W|^2 (the bias is free) by full-batch L-BFGS: the problem is convex, so the
-    result depends neither on an initialization nor on a learning rate. ``l2``, and what of the features is classified,
-    are those of the grid with the best top-1 on a held-out part of the bank (of equals the first pool and the strongest
-    l2); then the whole bank is fitted. Queries decide nothing.
+    Minimizes mean cross-entropy + l2 / 2 * |W|^2 (the bias is not regularized) by full-batch L-BFGS: the problem is
+    convex, so the result depends neither on an initialization nor on a learning rate. ``l2`` and the readout are chosen
+    by the top-1 on a held-out part of the bank (of equals the first readout and the strongest l2); then the whole bank
+    is fitted. Queries are used for the reported accuracy only.
 
-    With ``pools`` this is the grid that the linear protocols of MAE and DINO search, less the learning rates, which a
-    converged fit does not have. All pools come from one pass over the data.
+    With ``readouts`` this is the grid that the linear protocols of MAE and DINO search, without the learning rates,
+    which a converged fit does not have. All readouts come from one pass over the data.
 
-    Reports ``<name>_top1`` and ``<name>_l2``, and the chosen pool's position in the grid as ``<name>_pool``.
+    Reports ``<name>_top1`` and ``<name>_l2``, and the position of the chosen readout in the grid as ``<name>_pool``.
 
     Args:
-        l2: the grid.
-        held_out: share of the bank that chooses among it.
+        l2: the grid of weight decays.
+        held_out: share of the bank by which they are chosen.
         max_iterations: of L-BFGS, for each value of the grid.
         tolerance: largest gradient at which a fit counts as converged.
-        seed: of the choice of what is held out.
-        pools: what of the features is tried, by name; None for what there is.
-        name: what its numbers' names begin with.
+        seed: of the choice of the held-out part.
+        readouts: vectors that are tried, by name; None for the embedding.
+        name: prefix of the names of its numbers.
     """
 
     l2: Sequence[float] = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -59,30 +61,34 @@ class LinearProbe:
     max_iterations: int = 200
     tolerance: float = 1e-5
     seed: int = 0
-    pools: Mapping[str, Pool] | None = None
+    readouts: Mapping[str, FeatureReadout] | None = None
     name: str = "linear"
 
     def __post_init__(self) -> None:
         if not self.l2 or min(self.l2) <= 0:
-            raise ValueError(f"LinearProbe: l2 must be a list of positive values, got {self.l2}")
+            raise SettingError(f"LinearProbe: l2 must be a list of positive values, got {self.l2}")
         if not 0 < self.held_out < 1:
-            raise ValueError(f"LinearProbe: held_out must lie between 0 and 1, got {self.held_out}")
+            raise SettingError(f"LinearProbe: held_out must lie between 0 and 1, got {self.held_out}")
+
+    @property
+    def needs(self) -> FeatureNeeds:
+        return FeatureNeeds(readouts=self.readouts or {})
 
     @torch.no_grad()
-    def __call__(self, sets: FeatureSets, device: torch.device) -> dict[str, float]:
-        tried = [sets] if not self.pools else [sets.pooled[name] for name in self.pools]
+    def score(self, sets: FeatureSets, device: torch.device) -> dict[str, float]:
+        candidates = [sets] if not self.readouts else [sets.readouts[name] for name in self.readouts]
         labels, classes = sets.bank.labels.to(device), sets.classes
-        best, pool, l2 = -1.0, 0, max(self.l2)
-        for position, each in enumerate(tried):
-            if len(tried) * len(self.l2) > 1:
-                bank, _ = standardized(each, device)
+        best, readout, l2 = -1.0, 0, max(self.l2)
+        for position, candidate in enumerate(candidates):
+            if len(candidates) * len(self.l2) > 1:
+                bank, _ = standardized(candidate, device)
                 chosen, accuracy = self.choose(bank, labels, classes)
                 if accuracy > best:
-                    best, pool, l2 = accuracy, position, chosen
-        bank, query = standardized(tried[pool], device)
+                    best, readout, l2 = accuracy, position, chosen
+        bank, query = standardized(candidates[readout], device)
         weights = self.fit(bank, labels, classes, l2)
         scores = {f"{self.name}_top1": _top1(weights, query, sets.query.labels.to(device)), f"{self.name}_l2": l2}
-        return scores | ({f"{self.name}_pool": float(pool)} if self.pools else {})
+        return scores | ({f"{self.name}_pool": float(readout)} if self.readouts else {})
 
     def fit(
         self,
@@ -93,7 +99,13 @@ class LinearProbe:
         start: Tensor | None = None,
         loss: Loss = cross_entropy,
     ) -> Tensor:
-        """The minimizer [D + 1, C], the last row being the bias; ``start`` only shortens the way there."""
+        """Returns the minimizer [D + 1, C], whose last row is the bias.
+
+        Args:
+            features: standardized, [n, D].
+            targets: of the loss, [n] or [n, C].
+            start: weights to start from, which saves iterations; None for zeros.
+        """
         shape = (features.shape[1] + 1, classes)
         weights = torch.zeros(shape, device=features.device) if start is None else start.clone()
         optimizer = torch.optim.LBFGS(
@@ -118,46 +130,47 @@ class LinearProbe:
         targets: Tensor,
         classes: int,
         loss: Loss = cross_entropy,
-        judge: Judge | None = None,
+        accuracy: Accuracy | None = None,
     ) -> tuple[float, float]:
-        """The l2 of the grid that does best on what is held out, and how well it does.
+        """Returns the l2 of the grid with the best accuracy on the held-out part, and that accuracy.
 
         Args:
             features: standardized, [n, D].
             targets: of the loss, [n] or [n, C].
-            judge: top-1 where there is none.
+            accuracy: None for top-1.
         """
-        # from strong to weak, each fit starting where the last one ended
+        # from strong to weak, each fit starting from the last one
         grid = sorted(self.l2, reverse=True)
         if len(features) < 2:
             return grid[0], 0.0
         order = np.random.default_rng(fold(self.seed, len(features))).permutation(len(features))
         count = min(max(1, round(self.held_out * len(features))), len(features) - 1)
-        judged, fitted = (torch.from_numpy(np.sort(part)).to(features.device) for part in np.split(order, [count]))
+        held_out, fitted = (torch.from_numpy(np.sort(part)).to(features.device) for part in np.split(order, [count]))
         weights, best, chosen = None, -1.0, grid[0]
         for l2 in grid:
             weights = self.fit(features[fitted], targets[fitted], classes, l2, start=weights, loss=loss)
-            found = (judge or _top1)(weights, features[judged], targets[judged])
-            if found > best:
-                best, chosen = found, l2
+            value = (accuracy or _top1)(weights, features[held_out], targets[held_out])
+            if value > best:
+                best, chosen = value, l2
         return chosen, best
 
 
 def standardized(sets: FeatureSets, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Bank and queries less the bank's mean and over its deviation: float32 [n, D] and [m, D] on ``device``."""
+    """Standardizes bank and queries by mean and standard deviation of the bank: float32 [n, D] and [m, D], on
+    ``device``."""
     bank = sets.bank.features.to(device, torch.float32)
-    deviation, mean = torch.var_mean(bank, dim=0, correction=0)
-    deviation = (deviation + _EPS).sqrt()
-    return (bank - mean) / deviation, (sets.query.features.to(device, torch.float32) - mean) / deviation
+    variance, mean = torch.var_mean(bank, dim=0, correction=0)
+    std = (variance + _EPS).sqrt()
+    return (bank - mean) / std, (sets.query.features.to(device, torch.float32) - mean) / std
 
 
 def logits_of(weights: Tensor, features: Tensor) -> Tensor:
-    """[D + 1, C] and [n, D] -> [n, C]."""
+    """Computes logits [n, C] from weights [D + 1, C] and features [n, D]."""
     return torch.addmm(weights[-1], features, weights[:-1])
 
 
 def _objective(weights: Tensor, features: Tensor, targets: Tensor, l2: float, loss_of: Loss) -> tuple[Tensor, Tensor]:
-    """Loss (scalar) and gradient [D + 1, C], a bounded number of logits at a time."""
+    """Computes loss (scalar) and gradient [D + 1, C], a bounded number of logits at a time."""
     loss = 0.5 * l2 * weights[:-1].square().sum()
     gradient = torch.zeros_like(weights)
     gradient[:-1] = l2 * weights[:-1]

@@ -1,4 +1,4 @@
-"""Whether a method with two towers sees where the things are that a text names."""
+"""Localization: the similarity of patches and words points at the objects that a caption names."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from src.collectives import gather_rows
 from src.datamodules.datamodule import DataModule
-from src.datamodules.sources.source import Grounding, Split
+from src.datamodules.sources.source import Grounding
+from src.datamodules.text.tokenizer import Tokenizer
 from src.errors import SettingError
-from src.evaluation.features import autocast
-from src.evaluation.run import readable
-from src.models.functional import inference
-from src.randomness import seeded
+from src.evaluation.errors import BadFeatures, NotApplicable
+from src.evaluation.image_text import encoding, tokenizer_of
+from src.evaluation.subject import Subject
 
-_SEEN = 0.002  # share of an image that a thing must fill to be looked for
+_SMALLEST = 0.002  # share of an image that an object must fill to be looked for
 
 
 @runtime_checkable
 class PatchTower(Protocol):
-    """What a method must answer to be judged here."""
+    """A method that encodes patches and texts as vectors of one space."""
 
     def encode_patches(self, image: Tensor) -> Tensor:
-        """Unit vectors of an image's positions: [B, rows, columns, E]."""
+        """Returns unit vectors of the patches: [B, rows, columns, E]."""
         ...
 
     def encode_text(self, text: Tensor, mask: Tensor) -> Tensor: ...
@@ -35,10 +35,10 @@ class PatchTower(Protocol):
 
 @runtime_checkable
 class WordTower(Protocol):
-    """What a method may answer besides, whose words are comparable with patches."""
+    """A method that also encodes the tokens of a text, in the space of its patches."""
 
     def encode_words(self, text: Tensor, mask: Tensor) -> Tensor:
-        """Unit vectors of a text's tokens: [B, L, E]."""
+        """Returns unit vectors of the tokens: [B, L, E]."""
         ...
 
 
@@ -53,111 +53,113 @@ class GroundedSource(Protocol):
 
 @dataclass(frozen=True)
 class Localization:
-    """Each thing that an image's text names is looked for among the image's patches.
+    """Looks for each object that an image's caption names among the patches of the image, by a map of similarities.
 
-    A method that compares words with patches reads the whole text, and its map of a thing is the mean similarity of
-    each patch with the words that name it, less their article. Of another one the map is the similarity of each patch,
-    taken as if it were the image, with the vector of these words alone. Reports over all named things that fill at
-    least 0.2 % of the image
+    A `WordTower` reads the whole caption, and the map of an object is the mean similarity of each patch with the words
+    that name it, without the article. For other methods the map is the similarity of each patch, projected as if it
+    were the image, with the text of these words alone. Reports over all named objects that fill at least 0.2 % of the
+    image
 
-    - ``localization_pointing``: how often the middle of the patch with the highest similarity lies on the thing, the
-      pointing game (Zhang et al., 2016); of patches that tie, the first
-    - ``localization_chance``: how often that of a patch drawn at random does
-    - ``localization_iou``: intersection over union of the thing and what ``threshold`` leaves of the map
+    - ``localization_pointing``: share of objects on which the center of the most similar patch lies, the pointing game
+      (Zhang et al., 2016); of equal patches the first
+    - ``localization_chance``: the same of a patch drawn at random
+    - ``localization_iou``: intersection over union of the object and the thresholded map
 
     Args:
-        samples: images at most, a fixed random choice; None for all.
-        split: "val" or "test".
-        threshold: of a map that runs from 0, its smallest value, to 1, its greatest, and is brought to the image's
-            size by interpolation.
+        samples: number of images at most, besides the subject's own limit; None for no further limit.
+        threshold: of the map, scaled from 0, its smallest value, to 1, its greatest, and interpolated to the image's
+            size.
     """
 
-    samples: int | None = 1000
-    split: Split = "val"
+    samples: int | None = None
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold <= 1:
             raise SettingError(f"Localization: threshold must be in (0, 1], got {self.threshold}")
 
-    def __call__(
-        self, module: nn.Module, datamodule: DataModule, device: torch.device, *, precision: str = "32-true"
-    ) -> dict[str, float]:
-        """
-        Args:
-            module: a `PatchTower`; left in the modes it was in.
-
-        Raises:
-            SettingError: it is none, the source does not know where things are, or there is none to be looked for.
-        """
-        source = datamodule.test_source if self.split == "test" else datamodule.val_source
+    def __call__(self, subject: Subject) -> dict[str, float]:
+        module, source, device = subject.module, subject.source, subject.device
         if not isinstance(module, PatchTower):
-            raise SettingError(f"localization needs patches beside texts, which {type(module).__name__} does not give")
-        if not isinstance(source, GroundedSource):
-            raise SettingError(
-                f"data.source: {type(source).__name__} does not know what its texts' words name; scenes do"
+            raise NotApplicable(
+                f"a method that encodes patches and texts is needed, which {type(module).__name__} is not"
             )
-        found = [torch.zeros(0, 3, device=device)]
-        with seeded(0), inference(module), autocast(precision, device):
-            for batch in readable(datamodule, self.split, self.samples, device):
-                things = _Things.named(source, batch["index"].tolist(), datamodule)
-                if not things.masks:
+        if not isinstance(source, GroundedSource):
+            raise NotApplicable(
+                f"captions whose words name objects with masks are needed, which scenes have and "
+                f"{type(source).__name__} (data.source) does not"
+            )
+        tokenizer = tokenizer_of(subject)
+        parts = [torch.zeros(0, 3, device=device)]
+        with encoding(subject):
+            for batch in subject.batches(self.samples):
+                objects = _Objects.named(source, batch["index"].tolist(), subject.datamodule)
+                if not objects.masks:
                     continue
-                words = _words(module, things, datamodule, device)
-                patches = module.encode_patches(batch["image"]).float()[things.owner]
+                words = _words(module, objects, tokenizer, device)
+                patches = module.encode_patches(batch["image"]).float()[objects.owner]
                 maps = torch.einsum("sijd,sd->sij", patches, words)
-                found.append(self._judge(maps, torch.stack(things.masks).to(device)))
-        rows = gather_rows(torch.cat(found))
+                parts.append(self._scores(maps, torch.stack(objects.masks).to(device)))
+        rows = gather_rows(torch.cat(parts))
         if len(rows) == 0:
-            raise SettingError("data.source: no text names a thing that is seen")
+            raise NotApplicable("no caption names an object that is visible (data.source)")
+        bad = ~torch.isfinite(rows).all(dim=1)
+        if bad.any():
+            raise BadFeatures(
+                f"similarities of patches and words are NaN or infinite for {int(bad.sum())} of {len(bad)}"
+            )
         means = rows.double().mean(dim=0).tolist() if device.type != "mps" else rows.mean(dim=0).tolist()
         return dict(zip(("localization_pointing", "localization_chance", "localization_iou"), means, strict=True))
 
-    def _judge(self, maps: Tensor, masks: Tensor) -> Tensor:
-        """Maps [S, h, w] and masks, float in [0, 1] [S, H, W] -> hit, chance and intersection over union [S, 3]."""
-        middles = F.interpolate(masks[:, None], size=maps.shape[-2:], mode="nearest-exact").flatten(1) > 0.5
-        hit = middles.gather(1, maps.flatten(1).argmax(dim=1, keepdim=True))[:, 0]
+    def _scores(self, maps: Tensor, masks: Tensor) -> Tensor:
+        """Returns hit, chance and intersection over union [S, 3] of maps [S, h, w] and masks, float in [0, 1]
+        [S, H, W]; NaN for a map that is not finite."""
+        finite = torch.isfinite(maps).flatten(1).all(dim=1)
+        centers = F.interpolate(masks[:, None], size=maps.shape[-2:], mode="nearest-exact").flatten(1) > 0.5
+        hit = centers.gather(1, maps.flatten(1).argmax(dim=1, keepdim=True))[:, 0]
         low, high = maps.flatten(1).aminmax(dim=1)
         soft = (maps - low[:, None, None]) / (high - low).clamp(min=1e-12)[:, None, None]
         full = F.interpolate(soft[:, None], size=masks.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-        said, true = full >= self.threshold, masks > 0.5
-        iou = (said & true).flatten(1).sum(dim=1) / (said | true).flatten(1).sum(dim=1)
-        return torch.stack([hit.float(), middles.float().mean(dim=1), iou], dim=1)
+        predicted, true = full >= self.threshold, masks > 0.5
+        iou = (predicted & true).flatten(1).sum(dim=1) / (predicted | true).flatten(1).sum(dim=1)
+        scores = torch.stack([hit.float(), centers.float().mean(dim=1), iou], dim=1)
+        return scores.masked_fill(~finite[:, None], torch.nan)
 
 
 @dataclass(frozen=True)
-class _Things:
-    """What the texts of a batch name and the images show."""
+class _Objects:
+    """The objects that the captions of a batch name and the images show."""
 
-    texts: list[str]  # of the images
-    owner: list[int]  # of each thing, its image's row
-    spans: list[tuple[int, int]]  # of each thing, which characters of the image's text name it
-    masks: list[Tensor]  # of each thing, float [H, W] in [0, 1]
+    texts: list[str]  # of each image
+    owner: list[int]  # of each object, the row of its image
+    spans: list[tuple[int, int]]  # of each object, the characters of the caption that name it
+    masks: list[Tensor]  # of each object, float [H, W] in [0, 1]
 
     @staticmethod
-    def named(source: GroundedSource, index: Sequence[int], datamodule: DataModule) -> _Things:
-        things = _Things([], [], [], [])
+    def named(source: GroundedSource, index: Sequence[int], datamodule: DataModule) -> _Objects:
+        objects = _Objects([], [], [], [])
         for row, position in enumerate(index):
             grounding = source.grounding(position)
-            things.texts.append(grounding.text)
+            objects.texts.append(grounding.text)
             masks = datamodule.view_masks(grounding.masks)
-            for begin, end, thing in grounding.spans:
-                if masks[thing].mean() >= _SEEN and (masks[thing] > 0.5).any():
-                    things.owner.append(row)
-                    things.spans.append((begin, end))
-                    things.masks.append(masks[thing])
-        return things
+            for begin, end, number in grounding.spans:
+                if masks[number].mean() >= _SMALLEST and (masks[number] > 0.5).any():
+                    objects.owner.append(row)
+                    objects.spans.append((begin, end))
+                    objects.masks.append(masks[number])
+        return objects
 
 
-def _words(module: PatchTower, things: _Things, datamodule: DataModule, device: torch.device) -> Tensor:
-    """One vector for the words that name each thing: [S, E]."""
-    tokenizer = datamodule.tokenizer
+def _words(module: PatchTower, objects: _Objects, tokenizer: Tokenizer, device: torch.device) -> Tensor:
+    """Returns one vector of the words that name each object: [S, E]."""
     if not isinstance(module, WordTower):
-        phrases = [things.texts[row][begin:end] for row, (begin, end) in zip(things.owner, things.spans, strict=True)]
+        phrases = [
+            objects.texts[row][begin:end] for row, (begin, end) in zip(objects.owner, objects.spans, strict=True)
+        ]
         ids, mask = tokenizer(phrases)
         return module.encode_text(ids.to(device), mask.to(device)).float()
-    ids, mask = tokenizer(things.texts)
-    words = module.encode_words(ids.to(device), mask.to(device)).float()[things.owner]
-    places, spans = tokenizer.character_spans(things.texts)[things.owner], torch.tensor(things.spans)
+    ids, mask = tokenizer(objects.texts)
+    words = module.encode_words(ids.to(device), mask.to(device)).float()[objects.owner]
+    places, spans = tokenizer.character_spans(objects.texts)[objects.owner], torch.tensor(objects.spans)
     named = ((places[..., 0] < spans[:, 1:]) & (places[..., 1] > spans[:, :1])).to(words)
     return (words * named[:, :, None]).sum(dim=1) / named.sum(dim=1, keepdim=True).clamp(min=1)

@@ -1,75 +1,81 @@
-"""Every class that an image shows, from frozen features."""
+"""Multi-label classification of frozen features: every class that an image shows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multilabel_average_precision
 
-from src.errors import SettingError
-from src.evaluation.features import FeatureSets
+from src.evaluation.errors import NotApplicable
+from src.evaluation.evaluation import FeatureEvaluation
+from src.evaluation.features import FeatureNeeds, FeatureSets
 from src.evaluation.linear import LinearProbe, logits_of, standardized
 
 
 def binary_cross_entropy(logits: Tensor, tags: Tensor) -> tuple[Tensor, Tensor]:
-    """Of classes each of which is there or not: tags float [n, C]. A `Loss`; as it is a sum over classes, each of them
-    has the problem it would have alone."""
+    """Computes the `Loss` of classes each of which is present or not: tags float [n, C]. As it is a sum over classes,
+    each class is fitted independently."""
     return F.binary_cross_entropy_with_logits(logits, tags, reduction="sum"), logits.sigmoid() - tags
 
 
 @dataclass(frozen=True)
-class MultiLabelProbe:
-    """Logistic regressions on standardized features, one a class, solved to convergence as `LinearProbe` solves its
-    own; l2 is chosen by mean average precision on what is held out of the bank.
+class MultiLabelProbe(FeatureEvaluation):
+    """Fits a logistic regression for each class on standardized features, to convergence as `LinearProbe` does; l2 is
+    chosen by mean average precision on a held-out part of the bank.
 
-    Reports ``multilabel_map``, the mean over classes of average precision (classes that no query shows left out), and
+    Reports ``multilabel_map``, the mean over classes of average precision, without classes that no query shows, and
     ``multilabel_l2``.
 
     Args:
-        probe: its grid, what is held out, and how far it is solved.
+        probe: grid of l2, held-out share and convergence of the regressions.
 
     Raises:
-        SettingError: the data knows one class an image at most.
+        NotApplicable: the source knows at most one class of an image.
     """
 
     probe: LinearProbe = field(default_factory=LinearProbe)
 
-    reads_tags: ClassVar[bool] = True
+    @property
+    def needs(self) -> FeatureNeeds:
+        return FeatureNeeds(tags=True)
 
     @torch.no_grad()
-    def __call__(self, sets: FeatureSets, device: torch.device) -> dict[str, float]:
+    def score(self, sets: FeatureSets, device: torch.device) -> dict[str, float]:
         if sets.bank.tags is None or sets.query.tags is None:
-            raise SettingError("multilabel: the data knows one class a picture at most; scenes know all that are seen")
+            raise NotApplicable("all classes of an image are needed, which scenes have and this data does not")
         bank, query = standardized(sets, device)
         tags = sets.bank.tags.to(device, torch.float32)
         options = {"classes": tags.shape[1], "loss": binary_cross_entropy}
-        l2, _ = self.probe.choose(bank, tags, **options, judge=_judge)  # type: ignore[arg-type]
+        l2, _ = self.probe.choose(bank, tags, **options, accuracy=_mean_average_precision)  # type: ignore[arg-type]
         weights = self.probe.fit(bank, tags, l2=l2, **options)  # type: ignore[arg-type]
-        found = mean_average_precision(logits_of(weights, query), sets.query.tags.to(device))
-        return {"multilabel_map": found, "multilabel_l2": l2}
+        value = mean_average_precision(logits_of(weights, query), sets.query.tags.to(device))
+        return {"multilabel_map": value, "multilabel_l2": l2}
 
 
 def mean_average_precision(scores: Tensor, tags: Tensor) -> float:
-    """The mean over classes that are there at all; 0 where none is.
+    """Returns the mean of average precision over the classes that occur; 0 if none does.
 
     Args:
-        scores: how sure of each class, real numbers [n, K].
-        tags: what is there, bool [n, K].
+        scores: logits [n, K].
+        tags: the classes of each image, bool [n, K].
     """
-    known = tags.any(dim=0)
-    if not known.any():
+    occurring = tags.any(dim=0)
+    if not occurring.any():
         return 0.0
-    # torchmetrics takes shares of 1, and float32 has few of them near 1
-    shares = scores[:, known].cpu().double().sigmoid()
-    each = multilabel_average_precision(
-        shares, tags[:, known].cpu().long(), num_labels=shares.shape[1], average="none", validate_args=False
+    # torchmetrics takes probabilities, of which float32 has few near 1
+    probabilities = scores[:, occurring].cpu().double().sigmoid()
+    precisions = multilabel_average_precision(
+        probabilities,
+        tags[:, occurring].cpu().long(),
+        num_labels=probabilities.shape[1],
+        average="none",
+        validate_args=False,
     )
-    return each.mean().item()
+    return precisions.mean().item()
 
 
-def _judge(weights: Tensor, features: Tensor, tags: Tensor) -> float:
+def _mean_average_precision(weights: Tensor, features: Tensor, tags: Tensor) -> float:
     return mean_average_precision(logits_of(weights, features), tags.bool())

@@ -1,4 +1,4 @@
-"""Finding what belongs together: images by texts, texts by images, and images by others of their class."""
+"""Retrieval: of images by texts, of texts by images, and of images by others of their class."""
 
 from __future__ import annotations
 
@@ -10,104 +10,135 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.errors import SettingError
+from src.evaluation.errors import BadFeatures, NotApplicable
+from src.evaluation.evaluation import FeatureEvaluation
 from src.evaluation.features import FeatureSets
-from src.evaluation.similarity import Similarity, dot
+from src.evaluation.image_text import encoded_captions, encoded_images, encoding
+from src.evaluation.similarity import Rows, Similarity, count_rows, dot, similarity_of, split_rows
+from src.evaluation.subject import Subject
 from src.models.functional import full_precision
 
 
+@dataclass(frozen=True)
+class Retrieval:
+    """Retrieves captions by images and images by captions, among all images of the split. Reports
+    ``retrieval_i2t_r1`` … ``retrieval_rsum``, see `retrieval`."""
+
+    def __call__(self, subject: Subject) -> dict[str, float]:
+        captions, images = encoded_captions(subject), encoded_images(subject)
+        with encoding(subject):
+            recalls = retrieval(images.rows, captions.rows, captions.image, similarity=similarity_of(subject.module))
+        return {f"retrieval_{name}": value for name, value in recalls.items()}
+
+
 def retrieval(
-    image: Tensor,
-    text: Tensor,
+    image: Rows,
+    text: Rows,
     owner: Tensor,
     *,
     ks: Sequence[int] = (1, 5, 10),
     chunk: int = 512,
     similarity: Similarity = dot,
 ) -> dict[str, float]:
-    """Recall both ways as papers report it: of an image's texts any within the first K of all texts (``i2t``), of a
-    text its one image (``t2i``), and the sum of all six.
+    """Returns recall in both directions as papers report it: ``i2t_r<k>``, the share of images with any of their texts
+    among the first k of all texts, ``t2i_r<k>``, the share of texts with their image among the first k of all images,
+    and ``rsum``, the sum of all of them in percent.
 
     Args:
-        image: [N, D], unit length.
-        text: [M, D], unit length, several an image.
+        image: N encoded images, [N, D] of unit length unless the similarity is a method's own.
+        text: M encoded texts, likewise; an image may have several.
         owner: int64 [M], the row of ``image`` that a text belongs to.
-        chunk: queries compared at a time.
-        similarity: of images with texts and of texts with images; where it is a method's own, ``image`` and ``text``
-            are what the method encodes them as.
+        ks: the numbers k.
+        chunk: queries compared at a time, which bounds memory.
+        similarity: of images with texts and of texts with images.
 
     Raises:
-        ValueError: an image without a text, or a text of an image that is not there.
+        SettingError: an image has no text, or a text belongs to none of the images.
+        BadFeatures: see `ranks`.
     """
-    rows = torch.arange(len(image), device=image.device)
+    rows = torch.arange(count_rows(image), device=owner.device)
     if not torch.equal(owner.unique(), rows):
-        raise ValueError("retrieval: every image needs a text, and every text belongs to one of the images")
-    found = {
+        raise SettingError("retrieval: every image needs a text, and every text belongs to one of the images")
+    ranks_by_direction = {
         "i2t": ranks(image, text, rows, owner, chunk=chunk, similarity=similarity),
         "t2i": ranks(text, image, owner, rows, chunk=chunk, similarity=similarity),
     }
-    recalls = {f"{way}_r{k}": (rank < k).double().mean().item() for way, rank in found.items() for k in ks}
+    recalls = {f"{way}_r{k}": (rank < k).double().mean().item() for way, rank in ranks_by_direction.items() for k in ks}
     return {**recalls, "rsum": 100 * sum(recalls.values())}
 
 
 @torch.no_grad()
 @full_precision
 def ranks(
-    query: Tensor,
-    keys: Tensor,
+    query: Rows,
+    keys: Rows,
     query_owner: Tensor,
     key_owner: Tensor,
     *,
     chunk: int = 512,
     similarity: Similarity = dot,
 ) -> Tensor:
-    """How many keys of others come before the first of a query's own: int64 [Q]. A tied key that stands earlier comes
-    before, so that a model which says the same of everything is as good as chance and not perfect."""
-    columns, found = torch.arange(len(keys), device=keys.device), []
-    for rows, owners in zip(query.split(chunk), query_owner.split(chunk), strict=True):
+    """Returns the number of other samples' keys that come before the first of a query's own: int64 [Q]. Of equal
+    similarities the earlier key comes first, so that a constant similarity is at chance and not perfect.
+
+    Args:
+        query, keys: Q and K rows.
+        query_owner, key_owner: int64 [Q] and [K]; keys with the query's owner are its own.
+        chunk: queries compared at a time.
+        similarity: of queries and keys.
+
+    Raises:
+        BadFeatures: similarities are NaN or infinite.
+    """
+    columns, parts = torch.arange(count_rows(keys), device=key_owner.device), []
+    for rows, owners in zip(split_rows(query, chunk), query_owner.split(chunk), strict=True):
         scores, own = similarity(rows, keys), owners[:, None] == key_owner
-        mine = scores.masked_fill(~own, -torch.inf)
-        best = mine.argmax(dim=1, keepdim=True)
-        level = mine.gather(1, best)
-        before = (scores > level) | ((scores == level) & (columns < best))
-        found.append((before & ~own).sum(dim=1))
-    return torch.cat(found)
+        if not torch.isfinite(scores).all():
+            raise BadFeatures("similarities of images and texts are NaN or infinite")
+        own_scores = scores.masked_fill(~own, -torch.inf)
+        best = own_scores.argmax(dim=1, keepdim=True)
+        best_score = own_scores.gather(1, best)
+        # counts the keys that are not behind, as `within` does
+        behind = (scores < best_score) | ((scores == best_score) & (columns >= best))
+        parts.append((~behind & ~own).sum(dim=1))
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)
-class Instances:
-    """Image retrieval: every query looks for samples of its class, by the cosine of the features.
+class Instances(FeatureEvaluation):
+    """Retrieves images of a query's class by the cosine of the features.
 
     Reports ``instances_map``, the mean over queries of average precision over the whole ranking, and
-    ``instances_r<k>``, the share of queries with a sample of their class among the first k. Of ties the sample that
-    stands earlier comes first. Queries to whose class nothing else belongs are left out.
+    ``instances_r<k>``, the share of queries with a sample of their class among the first k. Of equal similarities the
+    earlier sample comes first. Queries without another sample of their class are left out.
 
     Args:
-        among_queries: look among the other queries, as is usual where classes are judged that nothing was trained on,
-            instead of in the bank; a query does not find itself.
-        ks: of the recalls.
-        chunk: queries compared at a time.
+        among_queries: search among the other queries instead of the bank, as is usual for classes that were not
+            trained on; a query does not find itself.
+        ks: the numbers k of the recalls.
+        chunk: queries compared at a time, which bounds memory.
 
     Raises:
-        SettingError: no query has anything to find.
+        NotApplicable: no query has another sample of its class.
     """
 
     among_queries: bool = False
     ks: Sequence[int] = (1, 5, 10)
     chunk: int = 256
 
-    def __call__(self, sets: FeatureSets, device: torch.device) -> dict[str, float]:
-        found_in = sets.query if self.among_queries else sets.bank
+    def score(self, sets: FeatureSets, device: torch.device) -> dict[str, float]:
+        gallery = sets.query if self.among_queries else sets.bank
         precision, before = ranking(
-            *(F.normalize(each.features.to(device, torch.float32), dim=1) for each in (sets.query, found_in)),
-            *(each.labels.to(device) for each in (sets.query, found_in)),
-            itself=found_in is sets.query,
+            *(F.normalize(part.features.to(device, torch.float32), dim=1) for part in (sets.query, gallery)),
+            *(part.labels.to(device) for part in (sets.query, gallery)),
+            itself=gallery is sets.query,
             chunk=self.chunk,
         )
-        judged = before >= 0
-        if not judged.any():
-            raise SettingError("instances: no query has a sample of its class to find")
-        recalls = {f"instances_r{k}": (before[judged] < k).float().mean().item() for k in self.ks}
-        return {"instances_map": precision[judged].mean().item(), **recalls}
+        answerable = before >= 0
+        if not answerable.any():
+            raise NotApplicable("no query has another sample of its class to find")
+        recalls = {f"instances_r{k}": (before[answerable] < k).float().mean().item() for k in self.ks}
+        return {"instances_map": precision[answerable].mean().item(), **recalls}
 
 
 @torch.no_grad()
@@ -115,12 +146,13 @@ class Instances:
 def ranking(
     query: Tensor, keys: Tensor, query_owner: Tensor, key_owner: Tensor, *, itself: bool = False, chunk: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """Average precision of each query's ranking of all keys by `dot`, float32 [Q], and as `ranks` the number of others'
-    keys before the first own, int64 [Q]; 0 and -1 of a query that owns none. Of ties the earlier key comes first.
+    """Ranks all keys of each query by `dot`. Returns the average precision, float32 [Q], and as `ranks` the number of
+    other samples' keys before the first own one, int64 [Q]; 0 and -1 for a query without own keys. Of equal
+    similarities the earlier key comes first.
 
     Args:
         query, keys: [Q, D] and [K, D].
-        query_owner, key_owner: int64 [Q] and [K]; what has the query's owner is its own.
+        query_owner, key_owner: int64 [Q] and [K]; keys with the query's owner are its own.
         itself: key i is query i, which does not find itself.
         chunk: queries compared at a time.
     """
@@ -129,8 +161,8 @@ def ranking(
     for rows, owners in zip(query.split(chunk), query_owner.split(chunk), strict=True):
         scores, own = dot(rows, keys), owners[:, None] == key_owner
         if itself:
-            mine = torch.arange(len(rows), device=rows.device)
-            scores[mine, begin + mine], own[mine, begin + mine] = -torch.inf, False  # at the end, and of no use there
+            number = torch.arange(len(rows), device=rows.device)
+            scores[number, begin + number], own[number, begin + number] = -torch.inf, False  # last, and not its own
         own = own.gather(1, scores.argsort(dim=1, descending=True, stable=True))
         hits = own.cumsum(dim=1)
         precisions.append((own * (hits / places)).sum(dim=1) / hits[:, -1].clamp(min=1))

@@ -23,7 +23,7 @@ Writer = Callable[[TrainedModel, Path], ExportInfo]
 
 
 def main(argv: Sequence[str]) -> int:
-    values, rest = trained.words_of(argv, KEYS)
+    values, rest = trained.split_arguments(argv, KEYS)
     if rest:
         name = rest[0].partition("=")[0]
         raise UserError(f"make export takes {', '.join(KEYS)}, not '{name}'{nearest(name, KEYS)}")

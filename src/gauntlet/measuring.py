@@ -1,4 +1,4 @@
-"""Contenders through their tasks: what is kept, what is told, and what ends nothing."""
+"""Runs the tasks of the gauntlet, stores their results and reports failures without aborting."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from src.measure import machine, result_cache
 
 log = logging.getLogger(__name__)
 
-Failures = dict[str, str]  # what could not be measured -> why
+Failures = dict[str, str]  # entry and setting -> reason
 
 
-def chosen(names: str | None) -> dict[str, Task]:
-    """The tasks of configs/gauntlet.yaml, or those of them that are named.
+def tasks_named(names: str | None) -> dict[str, Task]:
+    """Returns the tasks of configs/gauntlet.yaml with the given names, None for all.
 
     Raises:
         UserError: there is no such task.
@@ -37,76 +37,76 @@ def chosen(names: str | None) -> dict[str, Task]:
     return {name: configuration.instantiate(config.tasks[name]) for name in wanted}
 
 
-def frozen_of(tasks: Mapping[str, Task]) -> list[str]:
-    """The evaluations among them, which share a contender's features."""
+def frozen_evaluations(tasks: Mapping[str, Task]) -> list[str]:
+    """Returns the names of the evaluations among the tasks, which share an entry's features."""
     return list(dict.fromkeys(task.evaluation for task in tasks.values() if isinstance(task, Frozen)))
 
 
-def cells_of(contender: GauntletEntry, tasks: Mapping[str, Task], told: Failures) -> dict[str, TaskRun]:
-    """The contender's tasks by key; one that does not apply to it is told."""
-    cells = {}
+def task_runs(entry: GauntletEntry, tasks: Mapping[str, Task], failures: Failures) -> dict[str, TaskRun]:
+    """Returns the entry's task runs by key; tasks that do not apply to it are added to ``failures``."""
+    applicable = {}
     for name, task in tasks.items():
         try:
-            cell = TaskRun(name, task, contender)
+            task_run = TaskRun(name, task, entry)
         except UserError as problem:
-            told[f"{contender.title}, {name}/{contender.data}"] = str(problem)
+            failures[f"{entry.title}, {name}/{entry.data}"] = str(problem)
         else:
-            cells[cell.key] = cell
-    return cells
+            applicable[task_run.key] = task_run
+    return applicable
 
 
 def measure(
-    cells: Mapping[str, TaskRun],
+    task_runs: Mapping[str, TaskRun],
     earlier: Mapping[str, Any],
-    told: Failures,
+    failures: Failures,
     *,
-    keep: Callable[[list[dict[str, Any]]], None],
+    save: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
-    """The rows of what is known and of what had to be measured now. A task that fails is told and ends nothing.
+    """Returns the rows of earlier results and of those measured now. A task that fails is added to ``failures`` and the
+    others continue.
 
     Args:
-        cells: by key.
+        task_runs: by key.
         earlier: rows by key.
-        told: is given what fails.
-        keep: is given all rows after each number.
+        save: receives all rows after each number.
 
     Raises:
-        UserError: in one setting some are judged on other samples than the rest.
+        UserError: the entries of a setting would be evaluated on different samples.
     """
-    alike = {row["setting"]: row["judged_on"] for key, row in earlier.items() if key not in cells}
-    for cell in cells.values():
-        if alike.setdefault(cell.setting, cell.judged_on) != cell.judged_on:
+    samples = {row["setting"]: row["judged_on"] for key, row in earlier.items() if key not in task_runs}
+    for task_run in task_runs.values():
+        if samples.setdefault(task_run.setting, task_run.judged_on) != task_run.judged_on:
             raise UserError(
-                f"{cell.contender.title} would be judged by {cell.setting} on other samples than the rest: "
-                'say the same for all, such as ARGS="data.source.count={train: 2000, val: 500, test: 500} '
+                f"{task_run.entry.title} would be evaluated by {task_run.setting} on other samples than the rest: "
+                'give the same for all, such as ARGS="data.source.count={train: 2000, val: 500, test: 500} '
                 'data.train_samples=null evaluate.bank_samples=null evaluate.query_samples=null", or another out='
             )
-    before: list[GauntletEntry] = []
+    loaded: list[GauntletEntry] = []  # the last entry, whose weights and features are freed before the next one's
 
-    def one(cell: TaskRun, config: DictConfig) -> dict[str, Any]:
-        if before and before[-1] is not cell.contender:
-            before.pop().forget()
-        before[:] = [cell.contender]
-        title = f"{cell.contender.title}, {cell.setting}"
+    def measure_one(task_run: TaskRun, config: DictConfig) -> dict[str, Any]:
+        if loaded and loaded[-1] is not task_run.entry:
+            loaded.pop().forget()
+        loaded[:] = [task_run.entry]
+        title = f"{task_run.entry.title}, {task_run.setting}"
         print(f"gauntlet: {title} …", flush=True)
         try:
-            parameters = sum(each.numel() for each in cell.contender.encoder.parameters())
-            value = cell.task(cell.contender)
+            parameters = sum(parameter.numel() for parameter in task_run.entry.encoder.parameters())
+            value = task_run.task(task_run.entry)
             if not math.isfinite(value):
-                raise UserError(f"{cell.task.metric} is not a finite number")
+                raise UserError(f"{task_run.task.metric} is not a finite number")
         except UserError as problem:
-            told[title] = str(problem)
-        except Exception as problem:  # one task's mistake must not cost the others' hours
+            failures[title] = str(problem)
+        except Exception as problem:  # the other tasks, which may take hours, must continue
             log.exception("%s", title)
-            told[title] = f"{type(problem).__name__}: {problem}"
+            failures[title] = f"{type(problem).__name__}: {problem}"
         else:
-            return {**cell.facts(), "parameters": parameters, "value": value}
+            return {**task_run.facts(), "parameters": parameters, "value": value}
         return {"value": None}
 
-    def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-        return [{"key": key, **row} for key, row in found.items() if row["value"] is not None]
+    def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return [{"key": key, **row} for key, row in results.items() if row["value"] is not None]
 
-    found = result_cache.measure_missing(
-        cells, one, stored=earlier, save=lambda found: keep(rows(found)), about=cache(machine.about)
+    results = result_cache.measure_missing(
+        task_runs, measure_one, stored=earlier, save=lambda results: save(rows(results)), about=cache(machine.about)
     )
-    return rows(found)
+    return rows(results)

@@ -1,4 +1,4 @@
-"""From raw scores to a ranking: nothing here is stored, as a z-score depends on who else has taken part."""
+"""The ranking computed from raw scores. It is not stored, as z-scores depend on which backbones take part."""
 
 from __future__ import annotations
 
@@ -8,141 +8,119 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
+import pandas as pd
 
 Score = Mapping[str, Any]  # a row of the long table, see `TaskRun.facts`, with its ``backbone`` and ``value``
 
-SIZES = {"tiny": 10e6, "small": 30e6, "base": float("inf")}  # parameters below which a backbone is called so
-_LEAST = 3  # backbones: two are always in perfect order
+SIZES = {"tiny": 10e6, "small": 30e6, "base": float("inf")}  # upper limits of the number of parameters
+_LEAST = 3  # backbones of a correlation: two are always perfectly correlated
+_COLUMNS = ("backbone", "setting", "value", "parameters", "kind", "adaptation", "lower_is_better")
 
 
 def with_backbones(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """The rows with what they are of in ``backbone``: the experiment, whatever the seed; where an experiment has been
-    trained by several recipes, with the name of each one's first run."""
-    recipes: dict[tuple[str, bool], dict[str, str]] = {}
+    """Returns the rows with their ``backbone``: the experiment, whatever the seed; if an experiment was trained by
+    several recipes, the name of each recipe's first run."""
+    first_runs: dict[tuple[str, bool], dict[str, str]] = {}
     for score in scores:
-        known = recipes.setdefault((score["experiment"], score["trained"]), {})
-        known[score["made_by"]] = min(score["run"], known.get(score["made_by"], score["run"]))
-    named = []
+        of_experiment = first_runs.setdefault((score["experiment"], score["trained"]), {})
+        of_experiment[score["made_by"]] = min(score["run"], of_experiment.get(score["made_by"], score["run"]))
+    rows = []
     for score in scores:
-        known = recipes[score["experiment"], score["trained"]]
-        plain = score["experiment"] if score["trained"] else f"random {score['experiment']}"
-        named.append({"backbone": plain if len(known) == 1 else known[score["made_by"]], **score})
-    return named
+        of_experiment = first_runs[score["experiment"], score["trained"]]
+        experiment = score["experiment"] if score["trained"] else f"random {score['experiment']}"
+        backbone = experiment if len(of_experiment) == 1 else of_experiment[score["made_by"]]
+        rows.append({"backbone": backbone, **score})
+    return rows
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Who stands where: of ``scores`` with their backbones.
+    """Ranks the backbones of ``scores``.
 
-    Seeds are averaged first. In each setting the scores become z-scores: less the mean and over the standard deviation
-    of those who have one, errors with the sign turned, so that higher is better everywhere. The deviation is the
-    population's (divided by n, not n - 1): those who took part are all there are. Where it is 0 everybody has z = 0. A
-    backbone's number is the mean over the settings it has, and its coverage the share of all settings that these are.
+    Seeds are averaged first. In each setting scores become z-scores, errors with their sign turned, so that higher is
+    better everywhere. The standard deviation is the population's (divided by n, not n - 1), as those who take part are
+    all there are. If it is 0, all have z = 0. A backbone's overall score is the mean over the settings it has, and its
+    coverage the share of all settings that these are.
     """
 
     scores: Sequence[Score]
 
     @cached_property
-    def backbones(self) -> list[str]:
-        return list(dict.fromkeys(score["backbone"] for score in self.scores))
+    def table(self) -> pd.DataFrame:
+        """The scores, a row each."""
+        return pd.DataFrame([{key: score[key] for key in _COLUMNS} for score in self.scores], columns=list(_COLUMNS))
+
+    @cached_property
+    def about_settings(self) -> pd.DataFrame:
+        """Facts of each setting: [S, …]."""
+        return self.table.drop_duplicates("setting").set_index("setting")
 
     @cached_property
     def settings(self) -> list[str]:
-        return list(dict.fromkeys(score["setting"] for score in self.scores))
+        return list(self.about_settings.index)
 
     @cached_property
-    def raw(self) -> np.ndarray:
-        """Means over seeds: [B, S], NaN where there is none."""
-        found = np.full((len(self.backbones), len(self.settings)), np.nan)
-        for row, backbone in enumerate(self.backbones):
-            for column, setting in enumerate(self.settings):
-                mine = [s["value"] for s in self.scores if (s["backbone"], s["setting"]) == (backbone, setting)]
-                if mine:
-                    found[row, column] = np.mean(mine)
-        return found
+    def backbones(self) -> list[str]:
+        return list(self.table["backbone"].unique())
 
     @cached_property
-    def z(self) -> np.ndarray:
-        """[B, S], higher is better; NaN where there is none."""
-        errors = np.array([self._first(setting)["lower_is_better"] for setting in self.settings], bool)
-        return z_scores(self.raw * np.where(errors, -1.0, 1.0))
+    def raw(self) -> pd.DataFrame:
+        """Means over seeds: [B, S], NaN where there is no score."""
+        means = self.table.groupby(["backbone", "setting"])["value"].mean().unstack("setting")
+        return means.reindex(index=self.backbones, columns=self.settings)
 
     @cached_property
-    def overall(self) -> np.ndarray:
+    def z(self) -> pd.DataFrame:
+        """z-scores: [B, S], higher is better, NaN where there is no score."""
+        sign = np.where(self.about_settings["lower_is_better"].astype(bool), -1.0, 1.0)
+        return z_scores(self.raw * sign)
+
+    @cached_property
+    def overall(self) -> pd.Series:
         """Each backbone's mean over the settings it has: [B]."""
-        return mean_of_known(self.z)
+        return self.z.mean(axis=1)
 
     @cached_property
-    def coverage(self) -> np.ndarray:
+    def coverage(self) -> pd.Series:
         """The share of settings each backbone has: [B]."""
-        return (~np.isnan(self.raw)).mean(axis=1)
+        return self.raw.notna().mean(axis=1)
 
     @cached_property
-    def order(self) -> list[int]:
-        """Positions in ``backbones``, the best first; of equals the first by name."""
-        return sorted(range(len(self.backbones)), key=lambda row: (-self.overall[row], self.backbones[row]))
+    def order(self) -> list[str]:
+        """Backbones, the best first; of equal ones the first by name."""
+        return sorted(self.backbones, key=lambda backbone: (-self.overall[backbone], backbone))
 
     @cached_property
-    def parameters(self) -> list[int]:
-        """Of each backbone's encoder: [B]."""
-        return [next(s["parameters"] for s in self.scores if s["backbone"] == each) for each in self.backbones]
+    def parameters(self) -> dict[str, int]:
+        """The number of parameters of each backbone's encoder."""
+        return dict(self.table.drop_duplicates("backbone").set_index("backbone")["parameters"])
 
     @cached_property
-    def sizes(self) -> dict[str, list[int]]:
-        """Positions in ``order``'s order, by size; sizes that nobody has are left out."""
-        found: dict[str, list[int]] = {}
-        for size in SIZES:
-            mine = [row for row in self.order if _size(self.parameters[row]) == size]
-            found |= {size: mine} if mine else {}
-        return found
+    def sizes(self) -> dict[str, list[str]]:
+        """Backbones by size, each size in the order of the ranking; sizes without a backbone are left out."""
+        by_size = {size: [name for name in self.order if _size(self.parameters[name]) == size] for size in SIZES}
+        return {size: names for size, names in by_size.items() if names}
 
     @cached_property
-    def kinds(self) -> dict[str, np.ndarray]:
-        """Each backbone's mean over the settings of a kind, NaN where it has none: [B] by kind and adaptation, as
-        frozen and fine-tuned encoders are not mixed."""
-        of = [f"{self._first(s)['kind']}, {self._first(s)['adaptation']}" for s in self.settings]
-        return {
-            kind: mean_of_known(self.z[:, [column for column, each in enumerate(of) if each == kind]])
-            for kind in dict.fromkeys(of)
-        }
+    def kinds(self) -> pd.DataFrame:
+        """Each backbone's mean over the settings of a kind and an adaptation: [B, K], NaN where it has none. Frozen and
+        fine-tuned encoders are not mixed."""
+        kind = self.about_settings["kind"] + ", " + self.about_settings["adaptation"]
+        return self.z.T.groupby(kind, sort=False).mean().T
 
     @cached_property
-    def correlation(self) -> np.ndarray:
-        """Spearman's rank correlation of the settings over the backbones that have both: [S, S]; NaN where these are
-        fewer than three, or all alike in one of the two."""
-        count = len(self.settings)
-        found = np.full((count, count), np.nan)
-        for one in range(count):
-            for other in range(one, count):
-                both = self.z[:, [one, other]]
-                both = both[~np.isnan(both).any(axis=1)]
-                if len(both) >= _LEAST and (np.ptp(both, axis=0) > 0).all():
-                    found[one, other] = found[other, one] = spearmanr(both[:, 0], both[:, 1]).statistic
-        return found
+    def correlation(self) -> pd.DataFrame:
+        """Spearman's rank correlation of the settings over the backbones that have both: [S, S]; NaN if these are fewer
+        than three, or all equal in one of the two."""
+        return self.z.corr(method="spearman", min_periods=_LEAST)
 
-    def _first(self, setting: str) -> Score:
-        return next(score for score in self.scores if score["setting"] == setting)
+
+def z_scores(values: pd.DataFrame) -> pd.DataFrame:
+    """Standardizes each column, ignoring NaN: mean 0 and population standard deviation 1, or 0 if all are equal."""
+    z = (values - values.mean()) / values.std(ddof=0)
+    equal = values.max() == values.min()  # their mean may differ from them by rounding
+    return z.mask(equal & values.notna(), 0.0)
 
 
 def _size(parameters: int) -> str:
     return next(name for name, limit in SIZES.items() if parameters < limit)
-
-
-def z_scores(values: np.ndarray) -> np.ndarray:
-    """Of each column of [B, S] by itself, NaN left out: mean 0 and population deviation 1, or 0 where all are alike."""
-    found = np.full_like(values, np.nan)
-    for column in range(values.shape[1]):
-        known = ~np.isnan(values[:, column])
-        mine = values[known, column]
-        alike = len(mine) == 0 or np.ptp(mine) == 0  # a mean of equal numbers may be off by a bit
-        found[known, column] = 0.0 if alike else (mine - mine.mean()) / mine.std(ddof=0)
-    return found
-
-
-def mean_of_known(values: np.ndarray) -> np.ndarray:
-    """Over columns, NaN left out: [B, S] -> [B]; NaN where a row has nothing."""
-    known = ~np.isnan(values)
-    count = known.sum(axis=1)
-    total = np.where(known, values, 0.0).sum(axis=1)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

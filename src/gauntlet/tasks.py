@@ -1,4 +1,4 @@
-"""What encoders are put through: frozen under the evaluations of `make evaluate`, and fine-tuned by an experiment."""
+"""The tasks of the gauntlet: evaluations of frozen encoders, and experiments that train on them."""
 
 from __future__ import annotations
 
@@ -14,25 +14,29 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from src import evaluate, runs, trained
+from src import runs
 from src.errors import UserError, nearest
+from src.evaluation.evaluation import joined_needs, value_of
+from src.evaluation_config import evaluation_of
+from src.finetuning import FineTuning
 from src.measure.result_cache import fingerprint
+from src.trained import RunSubject
 
 RANDOM = "random"
 
 
 @dataclass
 class GauntletEntry:
-    """An encoder on one data set: a run's first, or the same one as it was before its training.
+    """The first encoder of a run on one data set, trained or as it was before training.
 
     Args:
         run: its folder.
-        config: of the run, with the evaluation's part and the data it is judged on, see `evaluate.settle`.
-        data: what that data is called.
-        checkpoint: its weights; None for the untrained one.
-        frozen: the evaluations that may be asked for, so that the data is read once for all of them.
-        folder: where fine-tuned runs go.
-        overrides: of the fine-tuning's recipes.
+        config: of the run, with the data it is evaluated on, see `evaluation_config`.
+        data: name of that data.
+        checkpoint: its weights; None for the untrained encoder.
+        frozen: names of the evaluations that will be run, so that the data is read once for all of them.
+        folder: for fine-tuned runs.
+        overrides: of the recipes of fine-tuning.
     """
 
     run: runs.Run
@@ -55,23 +59,26 @@ class GauntletEntry:
 
     @cached_property
     def weights(self) -> str:
-        """A hash of the checkpoint, or of the untrained encoder, which several methods may begin with."""
+        """A hash of the checkpoint, or of the untrained encoder, which several methods may have in common."""
         if self.checkpoint is None:
             return hash_of(self.encoder)
         with self.checkpoint.open("rb") as file:
             return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
 
     @property
-    def decides(self) -> DictConfig:
-        """What of the configuration its frozen features depend on, besides its weights."""
+    def feature_config(self) -> DictConfig:
+        """The part of the configuration that frozen features depend on, besides the weights."""
         content: Any = OmegaConf.to_container(self.config, resolve=False)
         if self.checkpoint is None:
             return OmegaConf.create({key: content[key] for key in ("image_size", "data")})
-        return OmegaConf.create({key: value for key, value in content.items() if key != "evaluate"})
+        return OmegaConf.create(
+            {key: value for key, value in content.items() if key not in ("evaluate", "evaluation")}
+        )
 
     @cached_property
     def recipe(self) -> str:
-        """What runs that differ by their seed alone have in common; of the untrained, what makes the encoder."""
+        """A fingerprint that runs of one recipe share, whatever their seed; of an untrained encoder, that of its
+        architecture."""
         content: Any = OmegaConf.to_container(self.run.config(), resolve=False)
         if self.checkpoint is None:
             content = {key: content.get(key) for key in ("backbone", "image_size")}
@@ -79,52 +86,68 @@ class GauntletEntry:
 
     @cached_property
     def judged_on(self) -> str:
-        """What has to be the same for all in a setting; resolution and normalization are each encoder's own."""
+        """A fingerprint of the samples, which must be the same for all in a setting; resolution and normalization are
+        each encoder's own."""
         settings = {key: self.config.evaluate[key] for key in ("split", "bank_samples", "query_samples")}
         return samples_of(self.config.data, settings)
 
     @property
     def identity(self) -> str:
-        """What is the same encoder, whatever run it is taken from."""
+        """The same for the same encoder, whatever run it comes from."""
         return f"{RANDOM} {self.weights}" if self.checkpoint is None else self.title
 
-    @cached_property
+    @property
     def encoder(self) -> nn.Module:
-        module = trained.fresh(self.config) if self.checkpoint is None else trained.load(self.config, self.checkpoint)
-        return next(iter(module.encoders().values()))
+        return next(iter(self.subject.encoders.values()))
 
     @cached_property
-    def judged(self) -> evaluate.EncoderEvaluator:
-        return evaluate.EncoderEvaluator(self.config, {"encoder": self.encoder}, self.frozen)
+    def subject(self) -> RunSubject:
+        """The first encoder as the subject of evaluations, which share its features."""
+        settings = self.config.evaluate
+        subject = RunSubject(
+            self.config,
+            self.checkpoint,
+            split=settings.split,
+            bank_samples=settings.bank_samples,
+            query_samples=settings.query_samples,
+        ).only()
+        subject.needs = joined_needs([evaluation_of(self.config, name) for name in self.frozen])
+        return subject
 
     def forget(self) -> None:
-        """Weights and features, which the next contender needs the room of."""
-        for name in ("encoder", "judged"):
-            self.__dict__.pop(name, None)
+        """Frees weights and features."""
+        self.__dict__.pop("subject", None)
 
 
 class Task(Protocol):
-    """One number of a contender. Frozen and fine-tuned encoders never share a setting: a task is one or the other."""
+    """Computes one number of an entry. A task leaves encoders frozen or fine-tunes them, so that the two never share a
+    setting."""
 
     metric: str
-    kind: str  # what several tasks have in common, such as "classification"
+    kind: str  # of task, such as "classification", by which settings are grouped
     lower_is_better: bool
-    data: str | None  # what its own data is called, if it does not judge on the contender's
+    data: str | None  # the name of the task's own data; None for the entry's
 
     @property
     def adaptation(self) -> str: ...
 
-    def judged_on(self, contender: GauntletEntry) -> str:
-        """Equal where two contenders are judged on the same samples."""
+    def judged_on(self, entry: GauntletEntry) -> str:
+        """Returns a fingerprint, equal for two entries that are evaluated on the same samples."""
         ...
 
-    def recipe(self, contender: GauntletEntry) -> tuple[DictConfig, Any]:
-        """Everything that decides the number: a configuration and what else. Raises UserError where the task does not
-        apply."""
+    def recipe(self, entry: GauntletEntry) -> tuple[DictConfig, Any]:
+        """Returns everything that decides the number: a configuration and further values.
+
+        Raises:
+            UserError: the task does not apply.
+        """
         ...
 
-    def __call__(self, contender: GauntletEntry) -> float:
-        """Raises UserError where the data has not what is needed."""
+    def __call__(self, entry: GauntletEntry) -> float:
+        """
+        Raises:
+            UserError: the task does not apply, or the number is not finite.
+        """
         ...
 
 
@@ -133,8 +156,8 @@ class Frozen:
     """A number of an evaluation.
 
     Args:
-        evaluation: its name in `make evaluate`'s EVAL=, of those in configs/evaluate.yaml.
-        metric: which of its numbers.
+        evaluation: its name in configs/evaluation.
+        metric: the number.
         kind, data: see `Task`.
         lower_is_better: the metric is an error.
     """
@@ -147,36 +170,36 @@ class Frozen:
 
     adaptation: ClassVar[str] = "frozen"
 
-    def recipe(self, contender: GauntletEntry) -> tuple[DictConfig, Any]:
-        settings = contender.config.evaluate
-        known: Mapping[str, Any] = {**settings.evaluators, **settings.encoders}
+    def recipe(self, entry: GauntletEntry) -> tuple[DictConfig, Any]:
+        known: Mapping[str, Any] = entry.config.evaluation
         if self.evaluation not in known:
             raise UserError(f"there is no evaluation '{self.evaluation}'{nearest(self.evaluation, list(known))}")
-        own = {key: settings[key] for key in ("split", "bank_samples", "query_samples")}
-        own = own | {"evaluation": OmegaConf.to_container(known[self.evaluation], resolve=True)}
-        return contender.decides, [asdict(self), own, contender.weights]
+        settings = {key: entry.config.evaluate[key] for key in ("split", "bank_samples", "query_samples")}
+        settings |= {"evaluation": OmegaConf.to_container(known[self.evaluation], resolve=True)}
+        return entry.feature_config, [asdict(self), settings, entry.weights]
 
-    def judged_on(self, contender: GauntletEntry) -> str:
+    def judged_on(self, entry: GauntletEntry) -> str:
         if self.data is None:
-            return contender.judged_on
-        evaluation = OmegaConf.to_container(contender.config.evaluate.encoders[self.evaluation], resolve=False)
-        return fingerprint(OmegaConf.create({"evaluation": evaluation, "split": contender.config.evaluate.split}))
+            return entry.judged_on
+        evaluation = OmegaConf.to_container(entry.config.evaluation[self.evaluation], resolve=False)
+        return fingerprint(OmegaConf.create({"evaluation": evaluation, "split": entry.config.evaluate.split}))
 
-    def __call__(self, contender: GauntletEntry) -> float:
-        return _named(self.metric, contender.judged.scores(self.evaluation)["encoder"])
+    def __call__(self, entry: GauntletEntry) -> float:
+        return value_of(evaluation_of(entry.config, self.evaluation)(entry.subject), self.metric)
 
 
 @dataclass(frozen=True)
 class FineTuned:
-    """The last value of what an experiment logs that goes on from the encoder; the untrained one begins anew.
+    """The last value that an experiment logs which starts from the encoder; the untrained one starts from random
+    weights.
 
     Args:
-        experiment: trained with the contender's backbone and data, at its scale.
+        experiment: trained with the entry's backbone and data, at its scale.
         metric: such as ``eval/top1``.
         kind, data: see `Task`.
         lower_is_better: the metric is an error.
-        keeps: what else of ``data`` is the experiment's own and not the contender's: ``source`` and ``eval_view``,
-            where ``data`` says what that is.
+        own_data: keys of ``data`` that are the experiment's own, besides those of its method: ``source`` and
+            ``eval_view``, if the experiment has data of its own, which ``data`` then names.
         overrides: of the experiment.
     """
 
@@ -185,45 +208,41 @@ class FineTuned:
     kind: str
     lower_is_better: bool = False
     data: str | None = None
-    keeps: Sequence[str] = ()
+    own_data: Sequence[str] = ()
     overrides: Sequence[str] = field(default_factory=list)
 
     adaptation: ClassVar[str] = "fine-tuned"
 
-    def recipe(self, contender: GauntletEntry) -> tuple[DictConfig, Any]:
-        config = self._config(contender)
-        config.checkpoint = None  # its weights say more than where they lie
-        return config, [asdict(self), contender.weights]
+    def recipe(self, entry: GauntletEntry) -> tuple[DictConfig, Any]:
+        config = self._config(entry)
+        config.checkpoint = None  # the hash of the weights counts, not their path
+        return config, [asdict(self), entry.weights]
 
-    def judged_on(self, contender: GauntletEntry) -> str:
-        return samples_of(self._config(contender).data, {})
+    def judged_on(self, entry: GauntletEntry) -> str:
+        return samples_of(self._config(entry).data, {})
 
-    def __call__(self, contender: GauntletEntry) -> float:
-        name = "_".join([self.experiment, contender.title, self.data or contender.data])
-        folder = runs.unused(contender.folder, re.sub(r"[/ ]", "_", name))
-        return evaluate.fine_tuned(self._config(contender), folder, self.metric)
+    def __call__(self, entry: GauntletEntry) -> float:
+        name = "_".join([self.experiment, entry.title, self.data or entry.data])
+        folder = runs.unused(entry.folder, re.sub(r"[/ ]", "_", name))
+        return value_of(self._finetuning(entry, folder)(entry.subject), self.metric)
 
-    def _config(self, contender: GauntletEntry) -> DictConfig:
-        return evaluate.finetune_config(
-            contender.config,
-            contender.checkpoint,
-            [*self.overrides, *contender.overrides],
-            experiment=self.experiment,
-            split=contender.config.evaluate.split,
-            kept=(*evaluate.KEPT, *self.keeps),
-        )
+    def _finetuning(self, entry: GauntletEntry, folder: Path | None = None) -> FineTuning:
+        return FineTuning(self.experiment, [*self.overrides, *entry.overrides], self.own_data, folder)
+
+    def _config(self, entry: GauntletEntry) -> DictConfig:
+        return self._finetuning(entry).recipe(entry.config, entry.checkpoint, split=entry.config.evaluate.split)
 
 
 @dataclass(frozen=True)
 class FrozenHeadTask(FineTuned):
-    """The same of an experiment that leaves the encoder as it is and trains a head on it."""
+    """The same for an experiment that keeps the encoder frozen and trains a head on it."""
 
     adaptation: ClassVar[str] = "frozen"
 
 
 @dataclass(frozen=True)
 class TaskRun:
-    """A task of a contender; see `result_cache.Measurable`. The configuration is composed once.
+    """A task of an entry, see `result_cache.Measurable`. The configuration is composed once.
 
     Raises:
         UserError: the task does not apply.
@@ -231,18 +250,18 @@ class TaskRun:
 
     name: str
     task: Task
-    contender: GauntletEntry
+    entry: GauntletEntry
 
     def __post_init__(self) -> None:
-        self._recipe  # noqa: B018  says at once what does not apply
+        self._recipe  # noqa: B018  raises if the task does not apply
 
     @cached_property
     def _recipe(self) -> tuple[DictConfig, Any]:
-        return self.task.recipe(self.contender)
+        return self.task.recipe(self.entry)
 
     @cached_property
     def judged_on(self) -> str:
-        return self.task.judged_on(self.contender)
+        return self.task.judged_on(self.entry)
 
     @property
     def extra(self) -> Any:
@@ -253,22 +272,22 @@ class TaskRun:
 
     @property
     def setting(self) -> str:
-        return f"{self.name}/{self.task.data or self.contender.data}"
+        return f"{self.name}/{self.task.data or self.entry.data}"
 
     @property
     def key(self) -> str:
-        return f"{self.contender.identity} {self.setting}"
+        return f"{self.entry.identity} {self.setting}"
 
     def facts(self) -> dict[str, Any]:
-        """All that the table says of the number, but the number."""
+        """Returns all columns of the table except the number itself."""
         return {
             "setting": self.setting,
             "metric": self.task.metric,
-            "seed": int(self.contender.config.seed),
-            "run": self.contender.title,
-            "experiment": self.contender.experiment,
-            "trained": self.contender.checkpoint is not None,
-            "made_by": self.contender.recipe,
+            "seed": int(self.entry.config.seed),
+            "run": self.entry.title,
+            "experiment": self.entry.experiment,
+            "trained": self.entry.checkpoint is not None,
+            "made_by": self.entry.recipe,
             "kind": self.task.kind,
             "adaptation": self.task.adaptation,
             "lower_is_better": self.task.lower_is_better,
@@ -277,7 +296,7 @@ class TaskRun:
 
 
 def hash_of(encoder: nn.Module) -> str:
-    """Of the weights, and of what makes an embedding of them."""
+    """Returns a hash of the weights and of the pooling that makes an embedding of them."""
     pool = getattr(encoder, "pool", None)
     while isinstance(pool, partial):
         pool = pool.func
@@ -289,15 +308,9 @@ def hash_of(encoder: nn.Module) -> str:
 
 
 def samples_of(data: DictConfig, settings: Mapping[str, Any]) -> str:
-    """A fingerprint of which samples there are, wherever they lie and however large they are shown."""
+    """Returns a fingerprint of the samples, whatever their folder and resolution."""
     content: Any = OmegaConf.to_container(data, resolve=False)
     source = {key: value for key, value in content["source"].items() if key not in ("cache_dir", "root", "resolution")}
     limits = {key: content.get(key) for key in ("train_samples", "eval_samples")}
-    limits |= {key: content[key] for key in ("eval_split",) if key in content}  # without it, what was always judged on
+    limits |= {key: content[key] for key in ("eval_split",) if key in content}  # absent means val, in older results too
     return fingerprint(OmegaConf.create({"source": source, **limits, **settings}))
-
-
-def _named(metric: str, scores: Mapping[str, float]) -> float:
-    if metric not in scores:
-        raise UserError(f"it reports no '{metric}'{nearest(metric, list(scores))}")
-    return float(scores[metric])

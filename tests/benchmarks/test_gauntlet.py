@@ -46,8 +46,8 @@ def three(name: str, knn: float, depth: float) -> dict[str, Any]:
 @pytest.fixture
 def two_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gauntlet has no others."""
-    all_tasks = gauntlet.chosen(None)
-    monkeypatch.setattr(gauntlet, "chosen", lambda names: {name: all_tasks[name] for name in ("knn", "depth")})
+    all_tasks = gauntlet.tasks_named(None)
+    monkeypatch.setattr(gauntlet, "tasks_named", lambda names: {name: all_tasks[name] for name in ("knn", "depth")})
 
 
 @pytest.mark.usefixtures("two_tasks")

@@ -17,12 +17,14 @@ from src.callbacks.online_probe import OnlineProbe
 from src.callbacks.representation_health import RepresentationHealth
 from src.datamodules.datamodule import DataModule
 from src.datamodules.scenes.films import FilmsSource
+from src.evaluation.evaluation import FeatureEvaluation, run_evaluations
 from src.evaluation.features import FeatureSets
 from src.evaluation.knn import KNN
 from src.evaluation.label_propagation import LabelPropagation
 from src.evaluation.linear import LinearProbe
-from src.evaluation.run import run_evaluators
-from tests.evaluation.toy import Toy, squares
+from src.evaluation.multilabel import MultiLabelProbe
+from src.evaluation.zero_shot import ZeroShot
+from tests.evaluation.toy import Toy, squares, subject
 
 CPU = torch.device("cpu")
 
@@ -44,13 +46,13 @@ def fit(callbacks: Sequence[L.Callback], *, data: DataModule | None = None, **op
     return trainer
 
 
-class Recorder:
-    """An evaluator that notes how the bank looked each time it was called."""
+class Recorder(FeatureEvaluation):
+    """Notes how the bank looked each time it was called."""
 
     def __init__(self) -> None:
         self.calls: list[float] = []
 
-    def __call__(self, sets: FeatureSets, device: torch.device) -> dict[str, float]:
+    def score(self, sets: FeatureSets, device: torch.device) -> dict[str, float]:
         self.calls.append(sets.bank.features.double().sum().item())
         return {"calls": float(len(self.calls))}
 
@@ -58,7 +60,7 @@ class Recorder:
 def test_training_gives_the_same_bits_with_and_without() -> None:
     watched = fit(
         [
-            OnlineEvaluation([KNN(k=3), LinearProbe(l2=(1.0,))], every_n_epochs=1, at_start=True),
+            OnlineEvaluation({"knn": KNN(k=3), "linear": LinearProbe(l2=(1.0,))}, every_n_epochs=1, at_start=True),
             OnlineProbe(),
             RepresentationHealth(every_n_steps=2, window=8),
         ]
@@ -77,11 +79,12 @@ def test_training_gives_the_same_bits_with_and_without() -> None:
 
 
 def test_online_numbers_equal_offline_ones() -> None:
-    evaluators = [KNN(k=(3, 1)), LinearProbe(l2=(1e-2, 1.0))]
-    trainer = fit([OnlineEvaluation(evaluators, bank_samples=40, query_samples=30)])
+    evaluations = {"knn": KNN(k=(3, 1)), "linear": LinearProbe(l2=(1e-2, 1.0))}
+    trainer = fit([OnlineEvaluation(evaluations, bank_samples=40, query_samples=30)])
     # a DataModule of its own, as another command would have it
-    offline = run_evaluators(
-        trainer.lightning_module.encoders(), squares(seed=7), evaluators, CPU, bank_samples=40, query_samples=30
+    encoders = trainer.lightning_module.encoders()  # type: ignore[operator]
+    offline = run_evaluations(
+        subject(encoders, squares(seed=7), bank_samples=40, query_samples=30), list(evaluations.values())
     )
     assert set(offline) == {
         f"{name}{suffix}"
@@ -104,7 +107,7 @@ def test_online_numbers_equal_offline_ones() -> None:
 )
 def test_every_so_many_epochs_and_at_the_end(options: dict[str, int], expected: int) -> None:
     recorder = Recorder()
-    fit([OnlineEvaluation([recorder], every_n_epochs=2, bank_samples=8, query_samples=4)], **options)
+    fit([OnlineEvaluation({"recorder": recorder}, every_n_epochs=2, bank_samples=8, query_samples=4)], **options)
     # called for student and teacher; the teacher stands still and the student does not
     assert len(recorder.calls) == 2 * expected
     assert len(set(recorder.calls[0::2])) == expected
@@ -117,7 +120,7 @@ def test_also_where_a_later_callback_stops_the_training() -> None:
             trainer.should_stop = True
 
     recorder = Recorder()
-    trainer = fit([OnlineEvaluation([recorder], every_n_epochs=2), Stop()], max_epochs=5)
+    trainer = fit([OnlineEvaluation({"recorder": recorder}, every_n_epochs=2), Stop()], max_epochs=5)
     assert trainer.current_epoch == 1
     assert len(recorder.calls) == 2
     assert trainer.callback_metrics["eval/calls_teacher"] == 2
@@ -126,9 +129,9 @@ def test_also_where_a_later_callback_stops_the_training() -> None:
 def test_at_start_is_what_training_starts_from(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     recorder = Recorder()
-    fit([OnlineEvaluation([recorder], at_start=True)], max_epochs=1, logger=logger)
+    fit([OnlineEvaluation({"recorder": recorder}, at_start=True)], max_epochs=1, logger=logger)
     untrained = Recorder()
-    run_evaluators(Toy().encoders(), squares(), [untrained], CPU)
+    run_evaluations(subject(Toy().encoders(), squares()), [untrained])
     assert recorder.calls[:2] == untrained.calls
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["eval/calls"]]
@@ -139,20 +142,23 @@ def test_without_labels_it_says_so_once(caplog: pytest.LogCaptureFixture) -> Non
     recorder = Recorder()
     with caplog.at_level(logging.WARNING):
         trainer = fit(
-            [OnlineEvaluation([recorder], every_n_epochs=1, at_start=True), OnlineProbe()],
+            [OnlineEvaluation({"recorder": recorder}, every_n_epochs=1, at_start=True), OnlineProbe()],
             data=squares(labelled=False),
         )
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("src.")]
-    assert sorted(ours) == ["the data has no labels: no online evaluation", "the data has no labels: no online probe"]
+    assert sorted(ours) == [
+        "no online evaluation 'recorder': no sample of the evaluation data has a label",
+        "the data has no labels: no online probe",
+    ]
     assert recorder.calls == []
     assert not any(name.startswith("eval/") for name in trainer.callback_metrics)
 
 
 def test_what_encoders_say_of_positions_is_judged_along() -> None:
     follow = LabelPropagation(partial(FilmsSource, count=1, resolution=32, duration=0.5, rate=8.0))
-    trainer = fit([OnlineEvaluation([KNN(k=3)], of_positions=[follow])], max_epochs=1)
+    trainer = fit([OnlineEvaluation({"knn": KNN(k=3), "labelpropagation": follow})], max_epochs=1)
     module = trainer.lightning_module
-    offline = follow(module.encoders(), squares(), CPU)  # type: ignore[operator]
+    offline = follow.by_encoder(subject(module.encoders(), squares()))  # type: ignore[operator]
     assert set(offline) == {"student", "teacher"}
     for name, end in (("student", ""), ("teacher", "_teacher")):
         online = trainer.callback_metrics[f"eval/labelpropagation_jf{end}"]
@@ -162,4 +168,31 @@ def test_what_encoders_say_of_positions_is_judged_along() -> None:
 
 def test_refuses_what_makes_no_sense() -> None:
     with pytest.raises(ValueError, match="every_n_epochs"):
-        OnlineEvaluation(every_n_epochs=0)
+        OnlineEvaluation({}, every_n_epochs=0)
+
+
+def test_what_is_not_applicable_rests_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    evaluations = {"multilabel": MultiLabelProbe(), "knn": KNN(k=3), "left_out": None, "zeroshot": ZeroShot()}
+    with caplog.at_level(logging.WARNING):
+        trainer = fit([OnlineEvaluation(evaluations, every_n_epochs=1, seconds="knn_seconds")], max_epochs=2)
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("src.")]
+    assert len(ours) == 2
+    assert ours[0].startswith("no online evaluation 'multilabel': all classes of an image are needed")
+    assert ours[1].startswith(
+        "no online evaluation 'zeroshot': a method with an image tower and a text tower is needed"
+    )
+    assert {"eval/knn_top1", "eval/knn_seconds"} <= set(trainer.callback_metrics)
+
+
+def test_the_probe_is_judged_where_features_are_read_and_there_alone() -> None:
+    def names(*evaluations: OnlineEvaluation) -> set[str]:
+        found = fit([*evaluations, OnlineProbe()], max_epochs=1).callback_metrics
+        return {name for name in found if name.startswith("eval/")}
+
+    follow = LabelPropagation(partial(FilmsSource, count=1, resolution=32, duration=0.5, rate=8.0))
+    apart = [
+        OnlineEvaluation({"knn": KNN(k=3)}),
+        OnlineEvaluation({"labelpropagation": follow}, seconds="film_seconds"),
+    ]
+    assert {"eval/probe_top1", "eval/seconds", "eval/film_seconds", "eval/labelpropagation_jf"} <= names(*apart)
+    assert "eval/probe_top1" not in names(apart[1])

@@ -109,12 +109,12 @@ def test_learns_what_can_be_learned_and_is_judged_with_running_statistics() -> N
     for seed in range(150):
         steps.run(probe, *draw(30, seed + 1))
     bank = FeatureSet(*draw(3, 1000))
-    scores = probe(FeatureSets(bank, FeatureSet(*draw(300, 1001))), CPU)
+    scores = probe.score(FeatureSets(bank, FeatureSet(*draw(300, 1001))), CPU)
     assert scores["probe_top1"] > 0.95
     one_by_one = [
-        probe(FeatureSets(bank, FeatureSet(x[None], y[None])), CPU) for x, y in zip(*draw(30, 1002), strict=True)
+        probe.score(FeatureSets(bank, FeatureSet(x[None], y[None])), CPU) for x, y in zip(*draw(30, 1002), strict=True)
     ]
-    together = probe(FeatureSets(bank, FeatureSet(*draw(30, 1002))), CPU)
+    together = probe.score(FeatureSets(bank, FeatureSet(*draw(30, 1002))), CPU)
     assert sum(each["probe_top1"] for each in one_by_one) / 30 == pytest.approx(together["probe_top1"])
 
 
@@ -150,7 +150,7 @@ def fit(resume: Path | None = None, save: Path | None = None) -> tuple[L.Trainer
         accelerator="cpu",
         logger=False,
         callbacks=[
-            OnlineEvaluation([KNN(k=3)], every_n_epochs=1),
+            OnlineEvaluation({"knn": KNN(k=3)}, every_n_epochs=1),
             probe,
             RepresentationHealth(every_n_steps=4, window=100),
             *([SaveAt(5, save)] if save else []),
@@ -205,11 +205,11 @@ def test_says_what_does_not_fit(caplog: pytest.LogCaptureFixture) -> None:
     steps.run(probe, *batches(1)[0])
     wide = FeatureSet(torch.zeros(2, 7), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="width 5, but the first encoder gives 7"):
-        probe(FeatureSets(wide, wide), CPU)
+        probe.score(FeatureSets(wide, wide), CPU)
     silent = OnlineProbe()
     with caplog.at_level(logging.WARNING):
         for step in range(2):
             silent.on_train_batch_end(steps.trainer, steps.module, {"loss": torch.zeros(())}, {}, step)
-    assert [record.getMessage() for record in caplog.records] == ["the method hands out no embedding: no online probe"]
+    assert [record.getMessage() for record in caplog.records] == ["the method returns no embedding: no online probe"]
     assert silent.state_dict() == {}
-    assert silent(FeatureSets(wide, wide), CPU) == {}
+    assert silent.score(FeatureSets(wide, wide), CPU) == {}

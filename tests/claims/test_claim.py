@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from src import configuration
 from src.claims.claim import Claim, as_dict, difference, load, parse
+from src.claims.metrics import Metric
 from src.errors import UserError
 
 CONTENT: dict[str, Any] = {
@@ -22,7 +23,7 @@ CONTENT: dict[str, Any] = {
         {"name": "more", "experiment": "mae_tiny"},
     ],
     "differs": ["model.mask_ratio"],
-    "metric": {"_target_": "src.claims.metrics.Logged", "name": "health/effective_rank"},
+    "metric": {"evaluation": {"_target_": "src.claims.metrics.Logged"}, "value": "health/effective_rank"},
     "measured": "effective rank",
     "direction": "higher",
     "least": 0.5,
@@ -46,7 +47,7 @@ def arms(first: list[str], second: list[str], experiments: tuple[str, str] = ("m
 def test_every_claim_of_the_project_can_be_measured(name: str) -> None:
     """It parses, its metric can be built and judges on its split, and its arms differ in what it lists, in no more."""
     found = load(name)
-    metric = configuration.instantiate(dict(found.metric))
+    metric = Metric.parse(found.metric)
     assert found.split in metric.splits
     for data in found.data:
         assert found.difference(data)
@@ -153,7 +154,7 @@ def test_differences_of_lists_absent_keys_and_references() -> None:
         ({"differs": "model"}, "differs: .* is not a ListConfig, list or tuple"),
         ({"common": "scale=tiny"}, "common: .* is not a ListConfig, list or tuple"),
         ({"data": {"scenes": "data.batch_size=8"}}, r"data.scenes: Value 'data.batch_size=8' \(str\) is incompatible"),
-        ({"metric": {"name": "x"}}, "metric needs a _target_"),
+        ({"metric": {"value": "x"}}, "metric needs an evaluation of configs/evaluation"),
         ({"arms": [{"name": "a", "experiment": "mae_tiny"}]}, "arms must be two"),
         ({"arms": [{"name": "a", "experiment": "mae_tiny"}] * 2}, "different names"),
         ({"arms": [{"name": "a"}, {"name": "b", "experiment": "mae_tiny"}]}, r"missing keys: arms\[0\].experiment"),
@@ -172,7 +173,7 @@ def test_a_claim_like_another_says_what_is_its_own(tmp_path: Path, monkeypatch: 
     (tmp_path / "data" / "scenes.yaml").touch()
     files = {
         "more": CONTENT | {"tried": "Half of the rate."},
-        "deviation": {"like": "more", "metric": {"_target_": "x.Y"}, "least": 0.1},
+        "deviation": {"like": "more", "metric": {"evaluation": "y", "value": "z"}, "least": 0.1},
         "later": {"like": "deviation", "seeds": [5]},
         "egg": {"like": "hen"},
         "hen": {"like": "egg"},
@@ -182,7 +183,7 @@ def test_a_claim_like_another_says_what_is_its_own(tmp_path: Path, monkeypatch: 
         OmegaConf.save(content, tmp_path / "claim" / f"{name}.yaml")
     monkeypatch.setattr("src.configuration.CONFIGS", tmp_path)
     monkeypatch.setattr("src.claims.claim.CONFIGS", tmp_path)
-    own = {"metric": {"_target_": "x.Y"}, "least": 0.1}
+    own = {"metric": {"evaluation": "y", "value": "z"}, "least": 0.1}
     assert load("deviation") == parse("deviation", CONTENT | own)
     assert load("later") == parse("later", CONTENT | own | {"seeds": [5]})
     assert load("more").tried == "Half of the rate."

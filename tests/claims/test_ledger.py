@@ -226,7 +226,7 @@ class TestMeasure:
             return {"value": 0.5}
 
         monkeypatch.setattr(ledger, "_measure_floor", one_floor)
-        patches = {"metric": {"_target_": "src.claims.metrics.OnPatches"}, "split": "val"}
+        patches = {"metric": {"evaluation": "patchknn", "value": "patch_miou"}, "split": "val"}
         of = self.of(**patches, arms=arms([], ["model.mask_ratio=0.5"]))
         found = ledger.measure(of)
         assert asked == [of.run_overrides(of.arms[1], "scenes", seed) for seed in (0, 3)]
@@ -249,7 +249,7 @@ class TestMeasure:
         )
         assert len(self.done) == 2
         self.done.clear()
-        ledger.measure(self.of(metric={**stored["claim"]["metric"], "name": "health/feature_std"}), stored=stored)
+        ledger.measure(self.of(metric={**stored["claim"]["metric"], "value": "health/feature_std"}), stored=stored)
         assert len(self.done) == 4
 
     def test_runs_of_two_recipes_never_stand_side_by_side(self) -> None:
@@ -330,16 +330,16 @@ def test_arms_that_differ_in_what_they_are_judged_by_are_one_run(
         return finished(tmp_path, logged)
 
     monkeypatch.setattr(result_cache, "train_once", fake)
-    other = {"_target_": "src.claims.metrics.Logged", "name": "health/feature_std"}
+    other = {"evaluation": {"_target_": "src.claims.metrics.Logged"}, "value": "health/feature_std"}
     both = [{"name": "less", "experiment": "mae_tiny", "metric": other}, {"name": "more", "experiment": "mae_tiny"}]
-    of = claim(seeds=[0, 3], arms=both, differs=["metric.name"])
+    of = claim(seeds=[0, 3], arms=both, differs=["metric.value"])
     found = ledger.measure(of)
     assert trained == ["seed=0", "seed=3"]
     assert [run["value"] for run in found["runs"].values()] == [1.0, 2.0, 2.0, 2.0]
-    assert found["difference"]["scenes"] == {"metric.name": ["health/feature_std", "health/effective_rank"]}
-    assert "`metric.name`" in page.render({"more": found}, [of])
+    assert found["difference"]["scenes"] == {"metric.value": ["health/feature_std", "health/effective_rank"]}
+    assert "`metric.value`" in page.render({"more": found}, [of])
     with pytest.raises(UserError, match="do not differ"):
-        claim(arms=[each | {"metric": other} for each in both], differs=["metric.name"]).difference("scenes")
+        claim(arms=[each | {"metric": other} for each in both], differs=["metric.value"]).difference("scenes")
 
 
 def test_what_two_claims_want_is_trained_once(monkeypatch: pytest.MonkeyPatch, quick: None, tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_what_two_claims_want_is_trained_once(monkeypatch: pytest.MonkeyPatch, q
         before.setattr(machine, "about", lambda: ABOUT | {"commit": "trained"})
         found = ledger.measure(claim(seeds=[0]), run_folder=run_folder)
     assert [run.get("value") for run in found["runs"].values()] == [None, 2.0]
-    other = {"_target_": "src.claims.metrics.Logged", "name": "health/feature_std"}
+    other = {"evaluation": {"_target_": "src.claims.metrics.Logged"}, "value": "health/feature_std"}
     again = ledger.measure(claim(seeds=[0], metric=other), run_folder=run_folder)
     assert [run["value"] for run in again["runs"].values()] == [0.5, 0.5]
     assert [run["spent"]["seconds"] for run in again["runs"].values()] == [1.5, 1.5]
@@ -396,9 +396,8 @@ def test_from_the_command_to_the_page(tmp_path: Path, monkeypatch: pytest.Monkey
         differs=["optimizer.lr", "schedules.optimizer.lr.peak"],
         split="test",
         metric={
-            "_target_": "src.claims.metrics.OnPatches",
-            "evaluator": {"_target_": "src.evaluation.patch_knn.PatchKNN", "k": 3},
-            "name": "patch_accuracy",
+            "evaluation": {"_target_": "src.evaluation.patch_knn.PatchSegmentation", "k": 3},
+            "value": "patch_accuracy",
         },
     )
     monkeypatch.setattr(command, "RUN_FOLDER", tmp_path / "kept")  # not the project's, which may hold it already

@@ -1,91 +1,122 @@
-"""A claim about two towers is judged by the evaluation that training and `make evaluate` use, on the claim's split."""
+"""A claim is judged by the evaluations that training and `make evaluate` use, on the claim's split."""
 
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from src import train
-from src.claims.metrics import FineTuned, ImageText, OnEncoder, OnPatches, Subject
+from src.claims.metrics import Logged, Metric
 from src.errors import UserError
-from src.evaluation.image_text import ImageTextEvaluation
-from src.evaluation.label_propagation import LabelPropagation
 from src.evaluation.patch_knn import PatchSegmentation
+from src.evaluation.subject import Subject
+from src.trained import RunSubject
 from tests.commands import SECONDS
 from tests.evaluation.test_image_text import Reader, data
 from tests.evaluation.test_label_propagation import Patches, Walkers
 from tests.evaluation.test_patch_knn import Colors, bands
+from tests.evaluation.toy import subject, towers
 
 
-def trained(tmp_path, module: nn.Module | None = None, **options: Any) -> Any:
+class Configured(RunSubject):
+    """Parts that need no run, as a run's."""
+
+    def __init__(self, of: Subject) -> None:
+        Subject.__init__(self, of.datamodule, None, split="test", bank_samples=None, query_samples=None)
+        self.device, self.precision = of.device, of.precision
+        self.config, self.checkpoint = OmegaConf.create({"image_size": 8}), None
+        self.module, self.datamodule = of._module, of.datamodule  # type: ignore[assignment]
+        if of._encoders is not None:
+            self.all_encoders = of._encoders
+
+
+def trained(tmp_path, module: nn.Module | None = None, **options: Any) -> Configured:
     made = data(tmp_path)
-    module = module or Reader(made, **options)
-    return SimpleNamespace(
-        module=module, datamodule=made, device=torch.device("cpu"), precision="32-true", split="test"
-    )
+    return Configured(towers(module or Reader(made, **options), made))
 
 
-def test_a_number_of_two_towers_is_the_evaluation_s_own(tmp_path, monkeypatch):
-    asked = []
-    images = ImageTextEvaluation._images
-    monkeypatch.setattr(ImageTextEvaluation, "_images", lambda self, *a: asked.append(self) or images(self, *a))
-    evaluation = ImageTextEvaluation(templates=["{}"], samples=None)
-    assert ImageText("zeroshot_top1", evaluation)(trained(tmp_path)) == 1
-    assert ImageText("retrieval_i2t_r1", evaluation)(trained(tmp_path, blind=True)) == 0.1
-    assert ImageText("gap")(trained(tmp_path)) < 1e-6
-    assert [each.split for each in asked] == ["test"] * 3
-    assert asked[2].samples is None  # all of what a claim is judged on
+def test_a_number_of_two_towers_is_the_evaluation_s_own(tmp_path):
+    prompts = {"_target_": "src.evaluation.zero_shot.ZeroShot", "templates": ["{}"], "single": "{}"}
+    assert Metric(prompts, "zeroshot_top1")(trained(tmp_path)) == 1
+    assert Metric("retrieval", "retrieval_i2t_r1")(trained(tmp_path, blind=True)) == 0.1
+    assert Metric("geometry", "gap")(trained(tmp_path)) < 1e-6
 
 
 def test_what_cannot_be_judged_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no 'zeroshot_top'.*zeroshot_top1"):
-        ImageText("zeroshot_top")(trained(tmp_path))
-    with pytest.raises(UserError, match=r"of a method with a text tower, which Linear is not"):
-        ImageText("zeroshot_top1")(trained(tmp_path, module=nn.Linear(1, 1)))
+        Metric("zeroshot", "zeroshot_top")(trained(tmp_path))
+    with pytest.raises(UserError, match="an image tower and a text tower is needed, which Linear is not"):
+        Metric("zeroshot", "zeroshot_top1")(trained(tmp_path, module=nn.Linear(1, 1)))
+    with pytest.raises(UserError, match="there is no evaluation 'zero'; did you mean zeroshot"):
+        Metric("zero", "zeroshot_top1")(trained(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"evaluation": "knn"}, "missing value: metric.value"),
+        ({"value": "knn_top1"}, "missing value: metric.evaluation"),
+        ({"evaluation": "knn", "value": "knn_top1", "encoders": "teacher"}, "no key 'encoders'; did you mean encoder"),
+    ],
+)
+def test_a_metric_names_an_evaluation_and_a_value(spec, message):
+    with pytest.raises(UserError, match=message):
+        Metric.parse(spec)
+
+
+def test_what_training_logged_has_a_split_and_no_random_baseline():
+    logged = {"evaluation": {"_target_": "src.claims.metrics.Logged"}}
+    health, online = (Metric.parse(logged | {"value": value}) for value in ("health/feature_std", "eval/knn_top1"))
+    assert (health.splits, online.splits, health.untrained) == (("train",), ("val",), False)
+    other = Metric.parse({"evaluation": "knn", "value": "knn_top1"})
+    assert (other.splits, other.untrained) == (("test", "val"), True)
+    assert Logged()(subject({}, bands(), logged={"a": 1.0})) == {"a": 1.0}
 
 
 def test_a_fine_tuned_number_goes_on_from_the_checkpoint_and_is_of_the_claim_s_split(tmp_path, monkeypatch):
     given = []
 
-    def fine_tuned(recipe: Any, folder: Path, metric: str) -> float:
-        given.append((recipe, list(folder.iterdir()), metric))
-        return 0.25
+    def fine_tune(recipe: DictConfig, folder: Path) -> dict[str, float]:
+        given.append((recipe, list(folder.iterdir())))
+        return {"eval/top1": 0.25, "eval/loss": float("nan")}
 
-    monkeypatch.setattr("src.evaluate.fine_tuned", fine_tuned)
+    monkeypatch.setattr("src.finetuning.fine_tune", fine_tune)
     config = train.compose(SECONDS)
-    metric = FineTuned("finetune_vitb", overrides=["trainer.max_epochs=3"])
+    finetuning = {
+        "_target_": "src.finetuning.FineTuning",
+        "experiment": "finetune_vitb",
+        "overrides": ["trainer.max_epochs=3"],
+    }
+    metric = Metric(finetuning, "eval/top1")
     for checkpoint in (tmp_path / "last.ckpt", None):
-        assert metric(Subject(config, "test", checkpoint)) == 0.25
-    for (recipe, content, name), checkpoint in zip(given, (str(tmp_path / "last.ckpt"), None), strict=True):
+        assert metric(RunSubject(config, checkpoint, split="test")) == 0.25
+    for (recipe, content), checkpoint in zip(given, (str(tmp_path / "last.ckpt"), None), strict=True):
         assert (recipe.checkpoint, recipe.data.eval_split, recipe.trainer.max_epochs) == (checkpoint, "test", 3)
-        assert (recipe.run.experiment, recipe.backbone.embed_dim, content, name) == (
-            "finetune_vitb",
-            32,
-            [],
-            "eval/top1",
-        )
-    monkeypatch.setattr("src.evaluate.fine_tuned", lambda *_: float("nan"))
-    with pytest.raises(UserError, match="eval/top1 is not a finite number"):
-        metric(Subject(config, "val"))
+        assert (recipe.run.experiment, recipe.backbone.embed_dim, content) == ("finetune_vitb", 32, [])
+    with pytest.raises(UserError, match="eval/loss is not a finite number"):
+        Metric(finetuning, "eval/loss")(RunSubject(config, None))
 
 
 def test_a_number_of_positions_is_the_evaluation_s_own():
-    run: Any = SimpleNamespace(
-        encoder=lambda name: Colors(),
-        datamodule=bands(),
-        device=torch.device("cpu"),
-        precision="32-true",
-        split="test",
-    )
-    expected = PatchSegmentation()({"it": Colors()}, bands(), run.device, split="test")["it"]
-    assert OnPatches()(run) == expected["patch_miou"]
-    assert OnEncoder(PatchSegmentation(), "patch_accuracy")(run) == expected["patch_accuracy"]
-    run.encoder = lambda name: Patches()
-    follow = LabelPropagation(partial(Walkers), radius=30)
-    assert OnEncoder(follow, "labelpropagation_j")(run) > 0.5
-    with pytest.raises(UserError, match=r"LabelPropagation reports no 'labelpropagation'; did you mean"):
-        OnEncoder(follow, "labelpropagation")(run)
+    colors = Configured(subject({"it": Colors()}, bands()))
+    expected = PatchSegmentation()(subject({"it": Colors()}, bands(), split="test"))
+    for value in ("patch_miou", "patch_accuracy"):
+        assert Metric("patchknn", value)(colors) == expected[value]
+    patches = Configured(subject({"it": Patches()}, bands()))
+    walkers = {"_target_": f"{Walkers.__module__}.Walkers", "_partial_": True}
+    follow = {"_target_": "src.evaluation.label_propagation.LabelPropagation", "films": walkers, "radius": 30}
+    assert Metric(follow, "labelpropagation_j")(patches) > 0.5
+    with pytest.raises(UserError, match=r"the evaluation reports no 'labelpropagation'; did you mean"):
+        Metric(follow, "labelpropagation")(patches)
+
+
+def test_an_encoder_is_the_first_or_the_named_one():
+    both = subject({"student": Colors(), "teacher": Patches()}, bands(), split="test")
+    run = Configured(both)
+    values = [Metric("patchknn", "patch_miou", name)(run) for name in (None, "student", "teacher")]
+    of_each = PatchSegmentation().by_encoder(both)
+    assert values == [of_each[name]["patch_miou"] for name in ("student", "student", "teacher")]
+    with pytest.raises(UserError, match="there is no encoder 'teecher'; did you mean teacher"):
+        Metric("patchknn", "patch_miou", "teecher")(run)

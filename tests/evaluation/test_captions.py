@@ -5,20 +5,21 @@ from types import SimpleNamespace
 
 import lightning as L
 import pytest
-import torch
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 
 from src import evaluate, trained
-from src.callbacks.online_image_text import OnlineImageText
+from src.callbacks.online_evaluation import OnlineEvaluation
 from src.configuration import CONFIGS
 from src.datamodules.datamodule import DataModule
-from src.errors import SettingError, UserError
+from src.errors import UserError
 from src.evaluation.captions import Captioner, CaptionEvaluation, bleu4, cider_d, words
-from src.evaluation.image_text import ImageTextEvaluation
+from src.evaluation.errors import NotApplicable
+from src.evaluation.zero_shot import ZeroShot
 from src.train import compose
 from tests.datamodules.test_image_text import NUMBERS
 from tests.evaluation.test_image_text import Reader, data
+from tests.evaluation.toy import towers
 
 CANDIDATES = [
     "a red ring left of a blue star",
@@ -72,7 +73,7 @@ def test_cider_of_perfect_captions_and_of_one_picture():
     assert cider_d(said, [[text] for text in said]) == pytest.approx(10)
     assert cider_d(said[:1], [said[:1]]) == 0  # words that every image's texts have say nothing
     for wrong in ([], REFERENCES[:1], [*REFERENCES[:-1], []]):
-        with pytest.raises(ValueError, match="every picture needs a reference"):
+        with pytest.raises(ValueError, match="at least one reference are needed for every image"):
             cider_d(CANDIDATES, wrong)
 
 
@@ -98,7 +99,7 @@ def test_what_is_said_is_compared_with_the_picture_s_own_texts(tmp_path):
     made = data(tmp_path, broken=(3,))
     teller, mute = Teller(made).train(), Teller(made, mute=True)
     assert isinstance(teller, Captioner)
-    found, less = (CaptionEvaluation()(each, made, torch.device("cpu")) for each in (teller, mute))
+    found, less = (CaptionEvaluation()(towers(each, made)) for each in (teller, mute))
     assert teller.training
     said = [f"{name} said once and twice" for name in NUMBERS if name != "three"]
     texts = [[f"{name} said once", f"{name} said twice"] for name in NUMBERS if name != "three"]
@@ -106,8 +107,8 @@ def test_what_is_said_is_compared_with_the_picture_s_own_texts(tmp_path):
     assert found["captions_cider"] > less["captions_cider"] + 1
     made.tokenizer.inner.bos_token = None
     try:
-        with pytest.raises(SettingError, match=r"data.tokenizer: captions need one that marks"):
-            CaptionEvaluation()(teller, made, torch.device("cpu"))
+        with pytest.raises(NotApplicable, match=r"a start and an end token is needed \(data.tokenizer\)"):
+            CaptionEvaluation()(towers(teller, made))
     finally:
         made.tokenizer.inner.bos_token = "<start>"
 
@@ -131,15 +132,18 @@ class Both(L.LightningModule):
 
 def test_captions_are_judged_while_training_runs_where_that_is_asked_for(tmp_path):
     made = data(tmp_path)
-    trainer = SimpleNamespace(received_sigterm=False, current_epoch=0, datamodule=made, precision="32-true")
+    trainer = SimpleNamespace(
+        received_sigterm=False, current_epoch=0, global_step=1, datamodule=made, precision="32-true", callbacks=[]
+    )
     names = {}
     for captions in (None, CaptionEvaluation()):
         module = Both(made)
-        OnlineImageText(ImageTextEvaluation(["{}"]), captions=captions).on_train_epoch_end(trainer, module)
+        evaluations = {"zeroshot": ZeroShot(["{}"]), "captions": captions}
+        OnlineEvaluation(evaluations, every_n_epochs=1).on_train_epoch_end(trainer, module)
         names[captions is not None] = set(module.logged)
         assert module.logged["eval/zeroshot_top1"] == 1
     assert names[True] - names[False] == {"eval/captions_bleu4", "eval/captions_cider"}
-    assert module.logged["eval/captions_cider"] == CaptionEvaluation()(module, made, module.device)["captions_cider"]
+    assert module.logged["eval/captions_cider"] == CaptionEvaluation()(towers(module, made))["captions_cider"]
 
 
 def test_captions_are_asked_for_beside_pairs_or_alone(tmp_path, monkeypatch):
@@ -151,9 +155,9 @@ def test_captions_are_asked_for_beside_pairs_or_alone(tmp_path, monkeypatch):
         config = compose(words)
         with open_dict(config):
             config.evaluate = OmegaConf.load(CONFIGS / "evaluate.yaml")
-        return evaluate.evaluate_pairs(config, tmp_path / "none.ckpt", names)
+        return evaluate.evaluate(config, tmp_path / "none.ckpt", names)["pairs"]
 
     assert set(asked("coca_vitb32", "captions")) == {"captions_bleu4", "captions_cider"}
-    assert {"captions_cider", "zeroshot_top1", "gap"} <= set(asked("coca_vitb32", "zeroshot", "captions"))
-    with pytest.raises(UserError, match=r"captions: captions need a method that writes them, which CLIP"):
+    assert {"captions_cider", "zeroshot_top1", "gap"} <= set(asked("coca_vitb32", "zeroshot", "captions", "geometry"))
+    with pytest.raises(UserError, match=r"EVAL=captions is not applicable: .*generates captions is needed, which CLIP"):
         asked("clip_vitb32", "retrieval", "captions")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from src.callbacks.online_evaluation import OnlineEvaluation
-from src.evaluation.cost import evaluation_share, evaluator_seconds, feature_images_per_second
+from src.evaluation.cost import evaluation_share, feature_images_per_second, scoring_seconds
+from src.evaluation.evaluation import FeatureEvaluation
 from src.evaluation.features import FeatureSets
 from src.evaluation.pixels import PixelEncoder
 from src.models.backbones.encoder import Features
@@ -20,7 +21,7 @@ def test_share_of_an_epoch() -> None:
     parts = {
         "train_images_per_second": 100.0,
         "feature_images_per_second": 500.0,
-        "evaluator_seconds": 0.4,
+        "scoring_seconds": 0.4,
         "train_images": 1000,
         "bank_samples": 200,
         "query_samples": 100,
@@ -42,7 +43,7 @@ def test_the_defaults_are_cheap_on_imagenet() -> None:
     share = evaluation_share(
         train_images_per_second=1.0,
         feature_images_per_second=1 / 0.6,
-        evaluator_seconds=60.0,
+        scoring_seconds=60.0,
         train_images=1_281_167,
         **{name: defaults[name].default for name in ("every_n_epochs", "bank_samples", "query_samples")},
     )
@@ -58,10 +59,11 @@ def test_parts_are_measured() -> None:
     rate = feature_images_per_second(Sleeps(1), 4, CPU, batch_size=3, batches=2)
     assert 50 < rate <= 100  # 10 ms an image and a little
 
-    def sleeps(sets: FeatureSets, device: torch.device) -> dict[str, float]:
-        assert (sets.bank.features.shape, len(sets.query.labels)) == ((30, 8), 20)
-        time.sleep(0.02)
-        return {}
+    class Slow(FeatureEvaluation):
+        def score(self, sets: FeatureSets, device: torch.device) -> dict[str, float]:
+            assert (sets.bank.features.shape, len(sets.query.labels)) == ((30, 8), 20)
+            time.sleep(0.02)
+            return {}
 
-    seconds = evaluator_seconds(8, 3, CPU, evaluator=sleeps, bank_samples=30, query_samples=20)
+    seconds = scoring_seconds(8, 3, CPU, evaluation=Slow(), bank_samples=30, query_samples=20)
     assert 0.02 <= seconds < 0.2

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from src.evaluation.errors import BadFeatures, NotApplicable
 from src.evaluation.features import (
-    BadFeatures,
     LastBlocks,
-    NoLabels,
     embedding_and_patches,
     extract,
     mean_of_patches,
@@ -93,11 +92,11 @@ def test_encoders_are_left_as_they_were() -> None:
     assert all(torch.equal(value, weights[name]) for name, value in encoder.state_dict().items())
 
 
-def test_pools() -> None:
+def test_readouts() -> None:
     data = squares(length=12)
     vit = tiny_vit()
     by = {
-        name: extract({"": ImageEncoder(vit, pool)}, data.val_dataloader(), data, CPU, pool=read)[""].features
+        name: extract({"": ImageEncoder(vit, pool)}, data.val_dataloader(), data, CPU, readout=read)[""].features
         for name, pool, read in [
             ("mean", ImageEncoder(vit).pool, lambda features: features.embedding),
             ("cls", cls_token, lambda features: features.embedding),
@@ -117,13 +116,13 @@ def test_the_class_tokens_of_the_last_blocks_stand_beside_each_other() -> None:
     short.blocks = short.blocks[:1]
     encoder = ImageEncoder(whole, cls_token)
     read = partial(extract, loader=data.val_dataloader(), datamodule=data, device=CPU)
-    both = read({"": encoder}, pool=LastBlocks(4))[""].features  # it has two
+    both = read({"": encoder}, readout=LastBlocks(4))[""].features  # it has two
     first, last = (read({"": ImageEncoder(vit, cls_token)})[""].features for vit in (short, whole))
     torch.testing.assert_close(both, torch.cat([first, last], dim=1))
-    torch.testing.assert_close(read({"": encoder}, pool=LastBlocks(1))[""].features, last)
+    torch.testing.assert_close(read({"": encoder}, readout=LastBlocks(1))[""].features, last)
     assert encoder.last_blocks == 0
     assert encoder(torch.zeros(1, 3, 32, 32)).class_tokens is None
-    colors = read({"": MeanColor()}, pool=LastBlocks(4))[""].features
+    colors = read({"": MeanColor()}, readout=LastBlocks(4))[""].features
     assert torch.equal(colors, read({"": MeanColor()})[""].features)
 
 
@@ -138,7 +137,7 @@ def test_precision_and_storage() -> None:
     assert torch.equal(half, full.half())
     low = extract({"": encoder.bfloat16()}, data.val_dataloader(), data, CPU, precision="bf16-true")[""].features
     assert 0 < (low - full).abs().max() < 0.1
-    with pytest.raises(ValueError, match="precision 'bf17' is not one of bf16-mixed"):
+    with pytest.raises(ValueError, match=r"trainer.precision: 'bf17' is not one of bf16-mixed"):
         extract({"": encoder}, data.val_dataloader(), data, CPU, precision="bf17")
 
 
@@ -156,5 +155,5 @@ def test_features_that_are_not_finite_are_named() -> None:
 
 def test_without_labels_there_is_nothing_to_evaluate() -> None:
     data = squares(length=12, labelled=False)
-    with pytest.raises(NoLabels, match="label"):
+    with pytest.raises(NotApplicable, match="label"):
         extract({"": MeanColor()}, data.val_dataloader(), data, CPU)

@@ -31,7 +31,7 @@ def test_an_interval_by_hand() -> None:
 
 def test_more_shots_are_better_and_the_numbers_repeat_themselves() -> None:
     sets = FeatureSets(problem(300, 8, 4, noise=2.5), problem(200, 8, 4, noise=2.5, seed=1))
-    found = FewShot(shots=(1, 20), trials=3)(sets, CPU)
+    found = FewShot(shots=(1, 20), trials=3).score(sets, CPU)
     assert list(found) == [
         f"fewshot{shots}_{name}_top1{end}"
         for shots in (1, 20)
@@ -41,17 +41,17 @@ def test_more_shots_are_better_and_the_numbers_repeat_themselves() -> None:
     for name in ("nearest", "logistic"):
         assert found[f"fewshot20_{name}_top1"] > found[f"fewshot1_{name}_top1"] + 0.1
         assert found[f"fewshot1_{name}_top1_ci95"] > 0
-    assert FewShot(shots=(1, 20), trials=3)(sets, CPU) == found
-    assert FewShot(shots=(1,), trials=3, seed=1)(sets, CPU) != {key: found[key] for key in list(found)[:4]}
+    assert FewShot(shots=(1, 20), trials=3).score(sets, CPU) == found
+    assert FewShot(shots=(1,), trials=3, seed=1).score(sets, CPU) != {key: found[key] for key in list(found)[:4]}
 
 
 def test_a_class_with_too_few_samples_is_named() -> None:
     bank = FeatureSet(torch.eye(5), torch.tensor([0, 0, 1, 1, 4]))
-    with pytest.raises(SettingError, match=r"1 samples of class 4 and 2 are asked for.*bank_samples.*fewshot.shots"):
-        FewShot(shots=(1, 2))(FeatureSets(bank, bank), CPU)
+    with pytest.raises(SettingError, match=r"1 samples of class 4 where 2 are needed.*bank_samples.*fewshot.shots"):
+        FewShot(shots=(1, 2)).score(FeatureSets(bank, bank), CPU)
     query = FeatureSet(torch.eye(5)[:1], torch.tensor([3]))
     with pytest.raises(SettingError, match="0 samples of class 3"):
-        FewShot(shots=(1,))(FeatureSets(bank, query), CPU)
+        FewShot(shots=(1,)).score(FeatureSets(bank, query), CPU)
 
 
 def test_a_share_of_the_bank_is_of_each_class_and_judged_by_the_linear_probe() -> None:
@@ -59,16 +59,16 @@ def test_a_share_of_the_bank_is_of_each_class_and_judged_by_the_linear_probe() -
     seen = []
 
     class Spy(LinearProbe):
-        def __call__(self, sets: FeatureSets, device: torch.device) -> dict[str, float]:
+        def score(self, sets: FeatureSets, device: torch.device) -> dict[str, float]:
             seen.append(sets.bank.labels)
-            return super().__call__(sets, device)
+            return super().score(sets, device)
 
-    found = LowShot(percent=(10, 0.1, 100), probe=Spy(l2=[0.1]))(FeatureSets(bank, query), CPU)
+    found = LowShot(percent=(10, 0.1, 100), probe=Spy(l2=[0.1])).score(FeatureSets(bank, query), CPU)
     counts = torch.bincount(bank.labels)
     assert torch.bincount(seen[0]).tolist() == [round(0.1 * count) for count in counts.tolist()]
     assert torch.bincount(seen[1]).tolist() == [1] * 4
     assert list(found) == ["lowshot10_top1", "lowshot0.1_top1", "lowshot100_top1"]
-    assert found["lowshot100_top1"] == LinearProbe(l2=[0.1])(FeatureSets(bank, query), CPU)["linear_top1"]
+    assert found["lowshot100_top1"] == LinearProbe(l2=[0.1]).score(FeatureSets(bank, query), CPU)["linear_top1"]
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_it_is_judged_on_pairs_that_were_not_fitted():
 
 
 def test_no_pairs_are_refused():
-    with pytest.raises(ValueError, match=r"at least two; got \[1, 4\]"):
+    with pytest.raises(ValueError, match=r"at least two pairs; got \[1, 4\]"):
         geometry(units(1, 4, 0), units(1, 4, 1))
     with pytest.raises(ValueError, match=r"got \[3, 4\] and \[2, 4\]"):
         geometry(units(3, 4, 0), units(2, 4, 1))

@@ -1,22 +1,27 @@
 """A pair of towers that reads numbers off images and texts is judged perfect, one that says nothing at chance."""
 
+from contextlib import suppress
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from src import configuration, evaluate
-from src import trained as trained_runs
 from src.datamodules.datamodule import DataModule
 from src.datamodules.extras.captions import Captions
 from src.datamodules.sources.source import HardNegative, Prompts, Source
 from src.datamodules.views.image import CenterCrop
-from src.errors import UserError
-from src.evaluation.image_text import ImageTextEvaluation
+from src.errors import SettingError
+from src.evaluation.errors import BadFeatures, NotApplicable
+from src.evaluation.evaluation import Evaluation
+from src.evaluation.geometry import Geometry
+from src.evaluation.hard_negatives import HardNegatives
+from src.evaluation.retrieval import Retrieval
+from src.evaluation.zero_shot import ZeroShot
 from tests.datamodules.test_image_text import NUMBERS, TOKENIZER, Numbered
+from tests.evaluation.toy import towers
 
 
 class Reader(nn.Module):
@@ -78,10 +83,20 @@ def data(tmp_path, source: type = Named, **options) -> DataModule:
     return made
 
 
+def everything(module: nn.Module, made: DataModule, *, negatives: int | None = 1000, **prompts) -> dict[str, float]:
+    """The numbers of all evaluations that are applicable, of one subject."""
+    evaluations: list[Evaluation] = [ZeroShot(**prompts), Retrieval(), HardNegatives(negatives), Geometry()]
+    subject, scores = towers(module, made), {}
+    for evaluation in evaluations:
+        with suppress(NotApplicable):
+            scores |= evaluation(subject)
+    return scores
+
+
 def test_towers_that_agree_find_everything(tmp_path):
     made = data(tmp_path)
     reader = Reader(made).train()
-    scores = ImageTextEvaluation(templates=["{}", "once {}"])(reader, made, torch.device("cpu"))
+    scores = everything(reader, made, templates=["{}", "once {}"])
     assert reader.training
     for name in ("zeroshot_top1", "zeroshot_top5", "retrieval_i2t_r1", "retrieval_t2i_r1", "retrieval_t2i_r10"):
         assert scores[name] == 1, name
@@ -90,7 +105,7 @@ def test_towers_that_agree_find_everything(tmp_path):
 
 def test_towers_that_say_nothing_are_at_chance(tmp_path):
     made = data(tmp_path)
-    scores = ImageTextEvaluation(templates=["{}"])(Reader(made, blind=True), made, torch.device("cpu"))
+    scores = everything(Reader(made, blind=True), made, templates=["{}"])
     assert scores["zeroshot_top1"] == 0.1
     assert (scores["retrieval_i2t_r1"], scores["retrieval_t2i_r1"]) == (0.1, 0.1)
 
@@ -127,7 +142,7 @@ def test_classes_that_training_has_not_seen_are_judged_among_themselves(tmp_path
     view = CenterCrop(8, share=1.0)
     made = DataModule(source=Untaught, train_view=view, eval_view=view, batch_size=2, num_workers=0, tokenizer="none")
     made.tokenizer = TOKENIZER
-    scores = ImageTextEvaluation(templates=["{}"])(Prejudiced(made), made, torch.device("cpu"))
+    scores = everything(Prejudiced(made), made, templates=["{}"])
     assert scores["zeroshot_top1"] == pytest.approx(1 / 10)  # two alone
     assert scores["zeroshot_seen_top1"] == pytest.approx(1 / 8)  # of two to nine the same
     assert scores["zeroshot_unseen_top1"] == 0.5  # of zero and one zero, now that two is no answer
@@ -149,7 +164,7 @@ class TokenReader(Reader):
 
 def test_a_method_that_compares_in_its_own_way_is_asked_for_it(tmp_path):
     made = data(tmp_path)
-    scores = ImageTextEvaluation(templates=["{}", "once {}"])(TokenReader(made), made, torch.device("cpu"))
+    scores = everything(TokenReader(made), made, templates=["{}", "once {}"])
     for name in ("zeroshot_top1", "zeroshot_top5", "retrieval_i2t_r1", "retrieval_t2i_r1", "retrieval_t2i_r10"):
         assert scores[name] == 1, name
     assert "gap" not in scores
@@ -157,44 +172,44 @@ def test_a_method_that_compares_in_its_own_way_is_asked_for_it(tmp_path):
 
 def test_pictures_that_cannot_be_read_are_not_judged(tmp_path):
     made = data(tmp_path, broken=(3, 7))
-    scores = ImageTextEvaluation(templates=["{}"])(Reader(made), made, torch.device("cpu"))
+    scores = everything(Reader(made), made, templates=["{}"])
     assert scores["retrieval_i2t_r1"] == 1
     assert scores["retrieval_rsum"] == 600
 
 
 def test_mistaken_texts_are_told_from_right_ones_where_there_are_any(tmp_path):
-    made, cpu = data(tmp_path, JudgedSource), torch.device("cpu")
-    scores = ImageTextEvaluation(single="{}")(Reader(made), made, cpu)
+    made = data(tmp_path, JudgedSource)
+    scores = everything(Reader(made), made, single="{}")
     assert (scores["hardnegatives_number"], scores["hardnegatives_saying"]) == (1, 0.5)
-    blind = ImageTextEvaluation(single="{}", negatives=3)(Reader(made, blind=True), made, cpu)
+    blind = everything(Reader(made, blind=True), made, single="{}", negatives=3)
     assert (blind["hardnegatives_number"], blind["hardnegatives_saying"]) == (0.5, 0.5)
     plain = data(tmp_path)
-    assert not any(name.startswith("hardnegatives") for name in ImageTextEvaluation()(Reader(plain), plain, cpu))
+    assert not any(name.startswith("hardnegatives") for name in everything(Reader(plain), plain))
 
 
 def test_so_many_pictures_are_compared_with_mistaken_texts_chosen_evenly(tmp_path):
     made, asked = data(tmp_path, JudgedSource), []
     mistakes = JudgedSource.mistakes
     made.val_source.mistakes = lambda index: asked.append(index) or mistakes(made.val_source, index)
-    ImageTextEvaluation(single="{}", negatives=4)(Reader(made), made, torch.device("cpu"))
+    everything(Reader(made), made, single="{}", negatives=4)
     assert asked == [0, 2, 5, 7]
 
 
 def test_the_data_s_own_prompts_count_unless_others_are_named(tmp_path):
     """The source's single prompt has no place for the name: it is used, and refused."""
-    made, cpu = data(tmp_path, JudgedSource), torch.device("cpu")
+    made = data(tmp_path, JudgedSource)
     with pytest.raises(ValueError, match="got 'once or twice'"):
-        ImageTextEvaluation()(Reader(made), made, cpu)
-    scores = ImageTextEvaluation(single="{} and nothing")(Reader(made), made, cpu)
+        everything(Reader(made), made)
+    scores = everything(Reader(made), made, single="{} and nothing")
     assert (scores["zeroshot_top1"], scores["zeroshot_single_top1"]) == (1, 1)
     with pytest.raises(ValueError, match="got 'nothing'"):
-        ImageTextEvaluation(single="{}", templates=["nothing"])(Reader(made), made, cpu)
+        everything(Reader(made), made, single="{}", templates=["nothing"])
 
 
 def test_an_ensemble_that_disagrees_with_the_single_prompt_is_reported_beside_it(tmp_path):
     """The reader takes every class for a three; of equal classes the first one counts."""
     made = data(tmp_path)
-    scores = ImageTextEvaluation(templates=["{}"], single="three or {}")(Reader(made), made, torch.device("cpu"))
+    scores = everything(Reader(made), made, templates=["{}"], single="three or {}")
     assert (scores["zeroshot_top1"], scores["zeroshot_single_top1"]) == (1, 0.1)
 
 
@@ -204,31 +219,84 @@ def test_the_geometry_is_that_of_each_picture_with_its_first_text(tmp_path):
             return [f"{NUMBERS[index]} said", "nothing"][: 1 + index % 2]
 
     made = data(tmp_path, Two)
-    scores = ImageTextEvaluation(single="{}")(Reader(made), made, torch.device("cpu"))
+    scores = everything(Reader(made), made, single="{}")
     assert scores["geometry_alignment"] == 0
     assert scores["geometry_positive_cosine"] == 1
     assert scores["geometry_uniformity_image"] == pytest.approx(-4)  # ten numbers, all at right angles
     assert scores["geometry_cross_uniformity"] == pytest.approx(-4)
 
 
-def test_make_evaluate_reports_what_is_asked_for_and_refuses_what_the_data_lacks(tmp_path, monkeypatch):
-    config = OmegaConf.create(
-        {
-            "evaluate": {"pairs": {}},
-            "data": {"source": {"_target_": "somewhere.NamedSource"}},
-            "trainer": {"accelerator": "cpu", "precision": "32-true"},
-        }
-    )
+def test_images_and_texts_are_encoded_once_for_all_evaluations(tmp_path):
+    made, batches = data(tmp_path, JudgedSource), []
 
-    def asked(source: type, *names: str) -> set[str]:
-        made, evaluation = data(tmp_path, source), ImageTextEvaluation(single="{}")
-        monkeypatch.setattr(trained_runs, "load", lambda *_: Reader(made))
-        monkeypatch.setattr(configuration, "instantiate", lambda part: made if "source" in part else evaluation)
-        return set(evaluate.evaluate_pairs(config, tmp_path, names))
+    class Counted(Reader):
+        def encode_image(self, image: Tensor) -> Tensor:
+            batches.append(len(image))
+            return super().encode_image(image)
 
-    assert asked(JudgedSource, "hardnegatives") == {"hardnegatives_number", "hardnegatives_saying", "gap"}
-    names = ("alignment", "positive_cosine", "uniformity_image", "uniformity_text", "cross_uniformity", "separability")
-    assert asked(Named, "geometry") == {"gap", *(f"geometry_{name}" for name in names)}
-    with pytest.raises(UserError, match="EVAL=hardnegatives: named has nothing to judge that by"):
-        asked(Named, "zeroshot", "hardnegatives")
-    assert evaluate.protocols("hardnegatives,geometry", ["knn"]) == ["hardnegatives", "geometry"]
+    everything(Counted(made), made, single="{}")
+    assert sum(batches) == 10
+
+
+def test_the_split_and_the_limit_are_the_subject_s(tmp_path):
+    made = data(tmp_path)
+    few = Retrieval()(towers(Reader(made, blind=True), made, query_samples=4, split="test"))
+    assert few["retrieval_i2t_r1"] == 1 / 4
+    with pytest.raises(SettingError, match=r"evaluate.split is val or test"):
+        Retrieval()(towers(Reader(made), made, split="train"))
+
+
+@pytest.mark.parametrize("evaluation", [ZeroShot(["{}"], "{}"), Retrieval(), HardNegatives(), Geometry()])
+@pytest.mark.parametrize("tower", ["encode_image", "encode_text"])
+def test_vectors_that_are_no_numbers_are_refused_by_name(tmp_path, evaluation, tower):
+    made = data(tmp_path, JudgedSource)
+    reader = Reader(made)
+    encode = getattr(reader, tower)
+    setattr(reader, tower, lambda *inputs: encode(*inputs) * torch.nan)
+    with pytest.raises(BadFeatures, match=f"{tower} gives NaN or infinite values for"):
+        evaluation(towers(reader, made))
+
+
+class Pair(NamedTuple):
+    """A vector of an image, and context that the text sees."""
+
+    vector: Tensor
+    context: Tensor
+
+
+class ContextReader(Reader):
+    """Images are a vector and a row of their own, which the similarity adds up."""
+
+    def encode_image(self, image: Tensor) -> Pair:
+        vector = super().encode_image(image)
+        return Pair(vector / 2, vector[:, None] / 2)
+
+    def similarity(self, query: Pair | Tensor, keys: Pair | Tensor) -> Tensor:
+        if isinstance(query, Tensor):
+            return self.similarity(keys, query).T
+        assert query.context.shape == (len(query.vector), 1, 12)
+        return (query.vector + query.context.sum(dim=1)) @ keys.T
+
+
+def test_rows_may_be_several_tensors(tmp_path):
+    made = data(tmp_path, JudgedSource)
+    scores = everything(ContextReader(made), made, templates=["{}", "once {}"], single="{}")
+    for name in ("zeroshot_top1", "zeroshot_top5", "retrieval_i2t_r1", "retrieval_t2i_r1", "hardnegatives_number"):
+        assert scores[name] == 1, name
+    assert scores["hardnegatives_saying"] == 0.5
+    assert "gap" not in scores
+
+
+def test_what_is_missing_is_said_in_a_sentence(tmp_path):
+    made = data(tmp_path)
+    with pytest.raises(NotApplicable, match="an image tower and a text tower is needed, which Linear is not"):
+        Retrieval()(towers(nn.Linear(1, 1), made))
+    with pytest.raises(NotApplicable, match=r"captions with a mistake are needed, .*Named \(data.source\) does not"):
+        HardNegatives()(towers(Reader(made), made))
+    with pytest.raises(NotApplicable, match="geometry needs images and texts as vectors, which TokenReader lacks"):
+        Geometry()(towers(TokenReader(made), made))
+    view = CenterCrop(8, share=1.0)
+    bare = DataModule(source=Untaught, train_view=view, eval_view=view, batch_size=2, num_workers=0, tokenizer="none")
+    bare.tokenizer = TOKENIZER
+    with pytest.raises(NotApplicable, match=r"captions are needed, which Untaught \(data.source\) does not have"):
+        Retrieval()(towers(Reader(bare), bare))

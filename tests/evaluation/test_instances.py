@@ -50,7 +50,7 @@ def test_rankings_are_those_of_brute_force_ties_included(itself: bool, chunk: in
 
 def test_numbers_are_those_of_torchmetrics() -> None:
     bank, query = (FeatureSet(random_rows(n, 6, seed), torch.arange(n) % 4) for n, seed in ((40, 0), (15, 1)))
-    found = Instances(ks=(1, 5))(FeatureSets(bank, query), CPU)
+    found = Instances(ks=(1, 5)).score(FeatureSets(bank, query), CPU)
     # torchmetrics takes what scores 0 or less for not found
     scores = 1 + normalize(query.features, dim=1) @ normalize(bank.features, dim=1).T
     owner = torch.arange(15)[:, None].expand(15, 40)
@@ -65,12 +65,12 @@ def test_numbers_are_those_of_torchmetrics() -> None:
 
 def test_a_query_does_not_find_itself() -> None:
     query = FeatureSet(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), torch.tensor([0, 1, 0]))
-    found = Instances(among_queries=True, ks=(1, 2))(FeatureSets(rows(3, 0), query), CPU)
+    found = Instances(among_queries=True, ks=(1, 2)).score(FeatureSets(rows(3, 0), query), CPU)
     # queries 0 and 2 find each other behind query 1; query 1 has nothing to find and does not count
     assert found == {"instances_map": 0.5, "instances_r1": 0.0, "instances_r2": 1.0}
 
 
 def test_nothing_to_find_is_said() -> None:
     query = FeatureSet(torch.eye(2), torch.tensor([0, 1]))
-    with pytest.raises(SettingError, match="instances: no query has a sample of its class"):
-        Instances(among_queries=True)(FeatureSets(query, query), CPU)
+    with pytest.raises(SettingError, match="no query has another sample of its class"):
+        Instances(among_queries=True).score(FeatureSets(query, query), CPU)

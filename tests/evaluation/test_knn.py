@@ -89,14 +89,14 @@ def test_accuracy_is_the_share_of_right_predictions() -> None:
         bank=FeatureSet(torch.eye(3), torch.tensor([0, 1, 2])),
         query=FeatureSet(torch.eye(3).repeat(2, 1)[:4], torch.tensor([0, 1, 1, 2])),
     )
-    assert KNN(k=(1, 3))(sets, CPU) == {"knn_top1": 0.5, "knn3_top1": 0.5}
+    assert KNN(k=(1, 3)).score(sets, CPU) == {"knn_top1": 0.5, "knn3_top1": 0.5}
 
 
 def test_small_temperatures_do_not_overflow() -> None:
     sets = FeatureSets(
         bank=FeatureSet(torch.eye(2), torch.tensor([0, 1])), query=FeatureSet(torch.eye(2), torch.tensor([0, 1]))
     )
-    assert KNN(k=2, temperature=1e-3)(sets, CPU) == {"knn_top1": 1.0}
+    assert KNN(k=2, temperature=1e-3).score(sets, CPU) == {"knn_top1": 1.0}
 
 
 def test_half_precision_features_are_compared_in_single() -> None:

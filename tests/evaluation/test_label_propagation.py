@@ -22,7 +22,7 @@ from src.errors import SettingError
 from src.evaluation.features import BadFeatures
 from src.evaluation.label_propagation import LabelPropagation, neighborhood
 from src.models.backbones.encoder import Features
-from tests.evaluation.toy import Squares, random_rows, squares
+from tests.evaluation.toy import Squares, random_rows, squares, subject
 
 CPU = torch.device("cpu")
 
@@ -78,7 +78,7 @@ class Patches(nn.Module):
 
 def judged(encoder: nn.Module, datamodule: Any = None, **options: Any) -> dict[str, float]:
     evaluation = LabelPropagation(partial(Walkers, **options), batch_size=3, radius=30)
-    return evaluation({"it": encoder}, datamodule or squares(), CPU)["it"]
+    return evaluation(subject({"it": encoder}, datamodule or squares()))
 
 
 def naive(
@@ -187,15 +187,15 @@ def test_a_film_knows_its_masks_in_every_frame() -> None:
     assert int(masks.sum(dim=1).max()) == 1
     assert np.array_equal(masks[3].numpy(), render.instance_masks(film.at(3 / 8), 24))
     found = LabelPropagation(partial(FilmsSource, count=2, resolution=24, duration=0.5, rate=8.0))
-    assert 0 < found({"": Patches()}, squares(), CPU)[""]["labelpropagation_jf"] < 1
+    assert 0 < found(subject({"": Patches()}, squares()))["labelpropagation_jf"] < 1
 
 
 def test_what_cannot_be_judged_is_said() -> None:
-    with pytest.raises(SettingError, match="Squares has no masks of videos"):
-        LabelPropagation(partial(Squares, length=3))({"it": Patches()}, squares(), CPU)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="videos with masks are needed, which films have and Squares does not"):
+        LabelPropagation(partial(Squares, length=3))(subject({"it": Patches()}, squares()))  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="walkers 0 has 2"):
         judged(Patches(), frames=2)
-    with pytest.raises(SettingError, match="nothing is seen in the first frame"):
+    with pytest.raises(SettingError, match="no object is visible in the first frame"):
         judged(Patches(), shown=False)
     with pytest.raises(SettingError, match="a temperature above 0"):
         LabelPropagation(Walkers, temperature=0.0)

@@ -66,8 +66,8 @@ def test_the_way_to_the_minimum_does_not_matter() -> None:
 def test_scale_and_shift_of_the_features_do_not_matter() -> None:
     bank, query = problem(200, 6, 4, noise=1.5, seed=0), problem(100, 6, 4, noise=1.5, seed=1)
     scale, shift = torch.logspace(-1, 3, 6), torch.linspace(-5, 5, 6)
-    plain = LinearProbe()(FeatureSets(bank, query), CPU)
-    moved = LinearProbe()(
+    plain = LinearProbe().score(FeatureSets(bank, query), CPU)
+    moved = LinearProbe().score(
         FeatureSets(
             FeatureSet(bank.features * scale + shift, bank.labels),
             FeatureSet(query.features * scale + shift, query.labels),
@@ -83,30 +83,34 @@ def test_strength_is_chosen_for_held_out_accuracy() -> None:
     # 80 % of one class: shrunk to nothing the classifier says that class always, and only the weak one separates
     labels = (torch.arange(200) % 5 == 0).long()
     bank = FeatureSet((labels[:, None] * 4.0 + random_rows(200, 1, 0)), labels)
-    scores = LinearProbe(l2=(1e-3, 100.0))(FeatureSets(bank, bank), CPU)
+    scores = LinearProbe(l2=(1e-3, 100.0)).score(FeatureSets(bank, bank), CPU)
     assert scores["linear_l2"] == 1e-3
     assert scores["linear_top1"] > 0.95
-    shrunk = LinearProbe(l2=(100.0,))(FeatureSets(bank, bank), CPU)
+    shrunk = LinearProbe(l2=(100.0,)).score(FeatureSets(bank, bank), CPU)
     assert shrunk["linear_top1"] == pytest.approx(0.8)
 
 
 def test_of_equally_good_strengths_the_strongest() -> None:
     labels = torch.arange(60) % 3
     bank = FeatureSet(10 * torch.eye(3)[labels] + 0.01 * random_rows(60, 3, 0), labels)
-    assert LinearProbe(l2=(1e-4, 1e-2, 1e-3))(FeatureSets(bank, bank), CPU) == {"linear_top1": 1.0, "linear_l2": 1e-2}
+    assert LinearProbe(l2=(1e-4, 1e-2, 1e-3)).score(FeatureSets(bank, bank), CPU) == {
+        "linear_top1": 1.0,
+        "linear_l2": 1e-2,
+    }
 
 
 def test_queries_decide_nothing() -> None:
     bank, query = problem(150, 20, 3, noise=4.0), problem(60, 20, 3, noise=4.0, seed=1)
     wrong = FeatureSet(query.features, (query.labels + 1) % 3)
     probe = LinearProbe(l2=(1e-4, 1e-2, 1e-1, 1.0))
-    assert probe(FeatureSets(bank, query), CPU)["linear_l2"] == probe(FeatureSets(bank, wrong), CPU)["linear_l2"]
+    found, other = (probe.score(FeatureSets(bank, judged), CPU) for judged in (query, wrong))
+    assert found["linear_l2"] == other["linear_l2"]
 
 
 def test_repeats_itself_and_leaves_random_numbers_alone() -> None:
     sets = FeatureSets(problem(150, 20, 3, noise=4.0), problem(60, 20, 3, noise=4.0, seed=1))
     before = torch.get_rng_state()
-    assert LinearProbe()(sets, CPU) == LinearProbe()(sets, CPU)
+    assert LinearProbe().score(sets, CPU) == LinearProbe().score(sets, CPU)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -114,7 +118,7 @@ def test_dead_dimensions_and_classes_missing_from_the_bank() -> None:
     bank = problem(40, 4, 2, noise=0.1)
     bank.features[:, 2] = 7.0
     query = FeatureSet(bank.features[:4], torch.tensor([5, *bank.labels[1:4]]))
-    assert LinearProbe()(FeatureSets(bank, query), CPU)["linear_top1"] == 0.75
+    assert LinearProbe().score(FeatureSets(bank, query), CPU)["linear_top1"] == 0.75
 
 
 @pytest.mark.parametrize("options", [{"l2": ()}, {"l2": (0.0,)}, {"held_out": 1.0}])
@@ -141,14 +145,14 @@ def pooled(noise: float = 1.0) -> FeatureSets:
 def test_pools_and_strengths_are_one_grid_chosen_on_the_bank() -> None:
     sets = pooled()
     pools = {name: (lambda features: features.embedding) for name in ("noise", "telling")}
-    found = LinearProbe(l2=[0.01, 0.1], pools=pools, name="lineargrid")(sets, CPU)
-    alone = LinearProbe(l2=[0.01, 0.1])(sets.pooled["telling"], CPU)
+    found = LinearProbe(l2=[0.01, 0.1], readouts=pools, name="lineargrid").score(sets, CPU)
+    alone = LinearProbe(l2=[0.01, 0.1]).score(sets.readouts["telling"], CPU)
     assert found == {"lineargrid_top1": alone["linear_top1"], "lineargrid_l2": alone["linear_l2"], "lineargrid_pool": 1}
-    assert LinearProbe(l2=[0.1])(sets, CPU)["linear_top1"] < 0.5  # without a grid of pools: what there is
+    assert LinearProbe(l2=[0.1]).score(sets, CPU)["linear_top1"] < 0.5  # without a grid of pools: what there is
     # queries by which the other pool were the better one
-    swapped = FeatureSets(sets.bank, sets.query, dict(sets.pooled))
-    swapped.pooled["telling"].query.features.zero_()
-    assert LinearProbe(l2=[0.1], pools=pools)(swapped, CPU)["linear_pool"] == 1
+    swapped = FeatureSets(sets.bank, sets.query, dict(sets.readouts))
+    swapped.readouts["telling"].query.features.zero_()
+    assert LinearProbe(l2=[0.1], readouts=pools).score(swapped, CPU)["linear_pool"] == 1
 
 
 def test_of_equally_good_pools_the_first() -> None:
@@ -156,4 +160,8 @@ def test_of_equally_good_pools_the_first() -> None:
     same = FeatureSets(*(FeatureSet(10 * torch.eye(3)[labels], labels),) * 2)
     pools = {name: (lambda features: features.embedding) for name in ("one", "two")}
     sets = FeatureSets(same.bank, same.query, {"one": same, "two": same})
-    assert LinearProbe(l2=[1e-2], pools=pools)(sets, CPU) == {"linear_top1": 1.0, "linear_l2": 1e-2, "linear_pool": 0.0}
+    assert LinearProbe(l2=[1e-2], readouts=pools).score(sets, CPU) == {
+        "linear_top1": 1.0,
+        "linear_l2": 1e-2,
+        "linear_pool": 0.0,
+    }

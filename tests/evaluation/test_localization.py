@@ -14,8 +14,10 @@ from src.datamodules.scenes.source import ScenesSource
 from src.datamodules.sources.source import Grounding
 from src.datamodules.views.image import CenterCrop
 from src.errors import SettingError
+from src.evaluation.errors import BadFeatures, NotApplicable
 from src.evaluation.localization import Localization
 from tests.datamodules.test_image_text import TOKENIZER, Numbered
+from tests.evaluation.toy import towers
 
 CPU = torch.device("cpu")
 TEXT = "zero one said two"  # the things: "one" fills a quarter, "two" an eighth, "zero" is not to be seen
@@ -97,7 +99,7 @@ def data(tmp_path, source=Grounded, **options) -> DataModule:
 def test_who_sees_what_is_named_points_at_it(tmp_path, tower):
     made = data(tmp_path, broken=(3,))
     module = tower(made).train()
-    scores = Localization()(module, made, CPU)
+    scores = Localization()(towers(module, made))
     assert module.training
     assert scores["localization_pointing"] == 1
     assert scores["localization_chance"] == pytest.approx((4 / 16 + 2 / 16) / 2)  # of the things that are seen
@@ -106,7 +108,7 @@ def test_who_sees_what_is_named_points_at_it(tmp_path, tower):
 
 def test_who_sees_the_opposite_does_not(tmp_path):
     made = data(tmp_path)
-    scores = Localization(threshold=1.0)(Pixels(made, wrong=True), made, CPU)
+    scores = Localization(threshold=1.0)(towers(Pixels(made, wrong=True), made))
     assert scores["localization_pointing"] == 0
 
 
@@ -116,7 +118,7 @@ def test_maps_by_hand():
     masks = torch.zeros(2, 4, 4)
     masks[:, :, :2] = 1
     maps = torch.tensor([[[1.0, -1.0], [1.0, -1.0]], [[0.6, 1.0], [0.0, 0.0]]])
-    rows = Localization()._judge(maps, masks)
+    rows = Localization()._scores(maps, masks)
     assert rows[:, 0].tolist() == [1, 0]
     assert rows[:, 1].tolist() == [0.5, 0.5]
     assert rows[0, 2] == 1
@@ -158,10 +160,23 @@ def test_a_token_s_place_is_found_in_its_text():
 
 def test_what_cannot_be_judged_is_refused(tmp_path):
     made = data(tmp_path)
-    with pytest.raises(SettingError, match="needs patches beside texts, which Linear does not give"):
-        Localization()(nn.Linear(1, 1), made, CPU)
+    with pytest.raises(NotApplicable, match="a method that encodes patches and texts is needed, which Linear is not"):
+        Localization()(towers(nn.Linear(1, 1), made))
     unknown = data(tmp_path, source=Numbered)
-    with pytest.raises(SettingError, match=r"data.source: Numbered does not know what its texts' words name"):
-        Localization()(Pixels(unknown), unknown, CPU)
+    with pytest.raises(
+        NotApplicable, match=r"whose words name objects with masks are needed, .*Numbered \(data.source\) does not"
+    ):
+        Localization()(towers(Pixels(unknown), unknown))
     with pytest.raises(SettingError, match="threshold must be in"):
         Localization(threshold=0.0)
+
+
+def test_vectors_that_are_no_numbers_are_refused(tmp_path):
+    made = data(tmp_path)
+
+    class Broken(Pixels):
+        def encode_patches(self, image):
+            return super().encode_patches(image) * torch.nan
+
+    with pytest.raises(BadFeatures, match="similarities of patches and words are NaN or infinite"):
+        Localization()(towers(Broken(made), made))

@@ -11,13 +11,14 @@ import torch
 
 from src.datamodules.scenes.source import ScenesSource
 from src.errors import SettingError
+from src.evaluation.errors import NotApplicable
+from src.evaluation.evaluation import run_evaluations
 from src.evaluation.features import FeatureSet, FeatureSets
 from src.evaluation.knn import KNN
 from src.evaluation.linear import LinearProbe
 from src.evaluation.multilabel import MultiLabelProbe, binary_cross_entropy, mean_average_precision
 from src.evaluation.pixels import PixelEncoder
-from src.evaluation.run import feature_sets, run_evaluators
-from tests.evaluation.toy import make_data, random_rows, squares
+from tests.evaluation.toy import features, make_data, random_rows, squares, subject
 
 CPU = torch.device("cpu")
 
@@ -54,10 +55,10 @@ def test_each_class_has_the_minimizer_it_would_have_alone() -> None:
 
 def test_tags_are_learned_and_queries_decide_nothing() -> None:
     bank, query = tagged(300, 0), tagged(200, 1)
-    found = MultiLabelProbe()(FeatureSets(bank, query), CPU)
+    found = MultiLabelProbe().score(FeatureSets(bank, query), CPU)
     assert found["multilabel_map"] > 0.8
     other = FeatureSet(query.features, query.labels, tags=~query.tags)  # type: ignore[operator]
-    turned = MultiLabelProbe()(FeatureSets(bank, other), CPU)
+    turned = MultiLabelProbe().score(FeatureSets(bank, other), CPU)
     assert turned["multilabel_l2"] == found["multilabel_l2"]
     assert turned["multilabel_map"] < 0.6
 
@@ -65,21 +66,21 @@ def test_tags_are_learned_and_queries_decide_nothing() -> None:
 def test_scenes_tags_stand_in_their_pictures_rows() -> None:
     source = partial(ScenesSource, count=12, resolution=32, fields=("labels",))
     data = make_data(source, eval_batch_size=5)
-    sets = feature_sets({"": PixelEncoder(2)}, data, CPU, evaluators=[MultiLabelProbe()], query_samples=7)[""]
+    sets = features({"": PixelEncoder(2)}, data, [MultiLabelProbe()], query_samples=7)[""]
     for part, split in ((sets.bank, "train"), (sets.query, "val")):
         drawn = source(split)  # type: ignore[arg-type]
         everything = torch.stack([drawn[index]["fields"]["labels"] for index in range(12)])
         positions = range(12) if split == "train" else data._subset(drawn, 7)  # type: ignore[arg-type]
         assert torch.equal(part.tags, everything[list(positions)])  # type: ignore[arg-type]
         assert part.tags.any(dim=1).all()  # type: ignore[union-attr]
-    assert feature_sets({"": PixelEncoder(2)}, data, CPU, evaluators=[KNN()])[""].bank.tags is None
-    found = run_evaluators({"": PixelEncoder(2)}, data, [MultiLabelProbe()], CPU)
+    assert features({"": PixelEncoder(2)}, data, [KNN()])[""].bank.tags is None
+    found = run_evaluations(subject({"": PixelEncoder(2)}, data), [MultiLabelProbe()])
     assert 0 < found["multilabel_map"] <= 1
 
 
 def test_data_of_one_class_a_picture_is_refused_and_others_are_judged() -> None:
-    assert "knn_top1" in run_evaluators({"": PixelEncoder(1)}, squares(), [KNN()], CPU)
-    with pytest.raises(SettingError, match="one class a picture at most"):
-        run_evaluators({"": PixelEncoder(1)}, squares(), [KNN(), MultiLabelProbe()], CPU)
+    assert "knn_top1" in run_evaluations(subject({"": PixelEncoder(1)}, squares()), [KNN()])
+    with pytest.raises(NotApplicable, match="all classes of an image are needed"):
+        run_evaluations(subject({"": PixelEncoder(1)}, squares()), [KNN(), MultiLabelProbe()])
     with pytest.raises(SettingError, match=r"data.source: Squares knows at most one class an image"):
         squares().tags("val", torch.tensor([0]))

@@ -17,11 +17,11 @@ from src.datamodules.datamodule import DataModule
 from src.datamodules.scenes.source import ScenesSource
 from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.views.image import CenterCrop
-from src.errors import SettingError
+from src.evaluation.errors import NotApplicable
 from src.evaluation.features import FeatureSet, FeatureSets
-from src.evaluation.patch_knn import PatchKNN, patch_labels, patch_sets
+from src.evaluation.patch_knn import PatchSegmentation, patch_labels
 from src.models.backbones.encoder import Features
-from tests.evaluation.toy import squares
+from tests.evaluation.toy import squares, subject
 
 CPU = torch.device("cpu")
 
@@ -74,7 +74,7 @@ def test_intersection_over_union_by_hand() -> None:
     """Truth 0 0 0 1 1, predicted 0 0 1 1 1: 2 of 3 and 2 of 3; class 2 is nowhere and does not count."""
     bank = rows([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], [0, 1, 2])
     query = rows([[2.0, 0, 0], [3.0, 0, 0], [0, 1.0, 0], [0, 5.0, 0], [0, 1.0, 0]], [0, 0, 0, 1, 1])
-    scores = PatchKNN(k=1)(FeatureSets(bank=bank, query=query), CPU)
+    scores = PatchSegmentation(k=1).score(FeatureSets(bank=bank, query=query), CPU)
     assert scores == {"patch_miou": pytest.approx(2 / 3), "patch_accuracy": pytest.approx(4 / 5)}
 
 
@@ -82,7 +82,7 @@ def test_a_rare_class_counts_as_much_as_the_background() -> None:
     """Nine patches of background right, the only one of a thing wrong: unions 10 and 1, so (9/10 + 0) / 2."""
     bank = rows([[1.0, 0.0], [0.0, 1.0]], [0, 1])
     query = rows([[1.0, 0.0]] * 10, [0] * 9 + [1])
-    scores = PatchKNN(k=1)(FeatureSets(bank=bank, query=query), CPU)
+    scores = PatchSegmentation(k=1).score(FeatureSets(bank=bank, query=query), CPU)
     assert scores == {"patch_miou": pytest.approx(0.45), "patch_accuracy": pytest.approx(0.9)}
 
 
@@ -99,7 +99,9 @@ def test_masks_are_cropped_like_pictures() -> None:
     index = torch.tensor([3])
     shares = data.class_shares("val", index)
     assert shares.shape == (1, 3, 8, 8)
-    picture = data.eval_view.from_decoded(Bands("val", length=4)[3]["image"][None], np.zeros((1, 0), np.float32))["image"]
+    picture = data.eval_view.from_decoded(Bands("val", length=4)[3]["image"][None], np.zeros((1, 0), np.float32))[
+        "image"
+    ]
     assert torch.equal(shares[:, 1], picture[:, 0].float() / 255)
     assert shares[0, 1, :, 0].min() > 0.9
     assert shares[0, 1, :, 4:].max() < 0.05
@@ -108,7 +110,9 @@ def test_masks_are_cropped_like_pictures() -> None:
 
 def test_labels_and_features_are_of_the_same_patches_in_the_order_of_the_images() -> None:
     """A column of 4 is a thing from 3 columns on (2 of 4 is a draw, which the background has)."""
-    sets = patch_sets({"": Colors()}, bands(), CPU, bank_images=16, query_images=16, bank_patches=1000)[""]
+    sets = PatchSegmentation(bank_images=16, query_images=16, bank_patches=1000).patch_sets(
+        subject({"": Colors()}, bands())
+    )[""]
     expected = [[int(min(i % 8, 4) > 2), int(max(i % 8 - 4, 0) > 2)] * 2 for i in range(16)]
     assert sets.query.labels.view(16, 4).tolist() == expected
     assert torch.equal(sets.bank.labels, sets.query.labels)
@@ -118,7 +122,9 @@ def test_labels_and_features_are_of_the_same_patches_in_the_order_of_the_images(
 
 def test_the_bank_is_bounded_and_chosen_by_the_image_alone() -> None:
     sets, again = (
-        patch_sets({"": Colors()}, bands(seed=seed, eval_batch_size=size), CPU, bank_images=8, bank_patches=16)[""]
+        PatchSegmentation(bank_images=8, bank_patches=16).patch_sets(
+            subject({"": Colors()}, bands(seed=seed, eval_batch_size=size))
+        )[""]
         for seed, size in ((0, 5), (1, 3))
     )
     assert len(sets.bank.labels) == 16
@@ -129,14 +135,14 @@ def test_the_bank_is_bounded_and_chosen_by_the_image_alone() -> None:
 
 def test_two_processes_read_what_one_does() -> None:
     """Each its share; together, by image, the same rows."""
-    whole = patch_sets({"": Colors()}, bands(15), CPU)[""].query
+    whole = PatchSegmentation().patch_sets(subject({"": Colors()}, bands(15)))[""].query
     parts = []
     for rank in range(2):
         data = bands(15)
         data.trainer = SimpleNamespace(
             global_rank=rank, world_size=2, accumulate_grad_batches=1, precision_plugin=Precision()
         )  # type: ignore[assignment]
-        parts.append(patch_sets({"": Colors()}, data, CPU)[""].query)
+        parts.append(PatchSegmentation().patch_sets(subject({"": Colors()}, data))[""].query)
     together = torch.cat([torch.cat([part.features, part.labels[:, None]], dim=1) for part in parts])
     one = torch.cat([whole.features, whole.labels[:, None]], dim=1)
     assert sorted(together.tolist()) == sorted(one.tolist())
@@ -154,10 +160,10 @@ def test_scenes_say_what_each_pixel_shows() -> None:
 
 
 def test_data_without_masks_is_refused() -> None:
-    with pytest.raises(SettingError, match=r"data.source: Squares has no masks"):
-        patch_sets({"": Colors()}, squares(), CPU)
+    with pytest.raises(NotApplicable, match=r"masks are needed, .*Squares \(data.source\) does not"):
+        PatchSegmentation().patch_sets(subject({"": Colors()}, squares()))
 
 
 def test_refuses_what_makes_no_sense() -> None:
     with pytest.raises(ValueError, match="k must be at least 1"):
-        PatchKNN(k=0)
+        PatchSegmentation(k=0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from src.evaluation.errors import BadFeatures
 from src.evaluation.retrieval import ranks, retrieval
 from src.evaluation.zero_shot import class_scores, classifier, within
 
@@ -80,3 +81,14 @@ def test_ranks_by_another_similarity():
     query = torch.tensor([[0.9, 0.5, 0.1]])
     opposite = ranks(query, keys, torch.tensor([0]), torch.arange(3), similarity=lambda q, k: -(q @ k.T))
     assert opposite.tolist() == [2]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scores_that_are_no_numbers_are_never_perfect(value):
+    """Comparisons with NaN are false, so that counting what is greater would find nothing before the right answer."""
+    scores, labels = torch.full((3, 4), value), torch.tensor([0, 1, 2])
+    with pytest.raises(BadFeatures, match="the class scores of 3 of 3 images are NaN or infinite"):
+        within(scores, labels)
+    rows = torch.full((3, 4), value)
+    with pytest.raises(BadFeatures, match="similarities of images and texts are NaN or infinite"):
+        ranks(rows, rows, torch.arange(3), torch.arange(3))

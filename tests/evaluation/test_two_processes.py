@@ -16,16 +16,16 @@ from lightning.pytorch.plugins.precision import Precision
 from src.callbacks.online_probe import OnlineProbe
 from src.callbacks.representation_health import RepresentationHealth
 from src.datamodules.scenes.source import ScenesSource
+from src.evaluation.evaluation import run_evaluations
 from src.evaluation.features import FeatureSet, FeatureSets, extract
-from src.evaluation.image_text import ImageTextEvaluation
 from src.evaluation.knn import KNN
 from src.evaluation.label_propagation import LabelPropagation
 from src.evaluation.multilabel import MultiLabelProbe
-from src.evaluation.run import feature_sets, run_evaluators
-from tests.evaluation.test_image_text import JudgedSource, Reader
+from tests.evaluation.test_image_text import JudgedSource, Reader, everything
 from tests.evaluation.test_image_text import data as image_text_data
 from tests.evaluation.test_label_propagation import Patches, Walkers
-from tests.evaluation.toy import PatchySquares, make_data, random_rows, squares, tiny_encoder
+from tests.evaluation.toy import PatchySquares, make_data, random_rows, squares, subject, tiny_encoder
+from tests.evaluation.toy import features as read
 
 CPU = torch.device("cpu")
 
@@ -48,10 +48,10 @@ def observe(rank: int, world_size: int) -> dict[str, object]:
     pairs = image_text_data(Path("nowhere"), JudgedSource)
     pairs.trainer = launch
     shard = extract(encoders, data.val_dataloader(), data, CPU, shard=world_size == 2)["two"]
-    scores = run_evaluators(encoders, data, [KNN(k=3)], CPU)
+    scores = run_evaluations(subject(encoders, data), [KNN(k=3)])
     scenes = make_data(partial(ScenesSource, count=5, resolution=32), eval_batch_size=2)
     scenes.trainer = launch
-    tagged = feature_sets({"": encoders["one"]}, scenes, CPU, evaluators=[MultiLabelProbe()])[""].query
+    tagged = read({"": encoders["one"]}, scenes, [MultiLabelProbe()])[""].query
     return {
         "features": full.features,
         "labels": full.labels,
@@ -59,12 +59,12 @@ def observe(rank: int, world_size: int) -> dict[str, object]:
         "sparse labels": half.labels,
         "scores": scores,
         "nearest": predicted,
-        "pairs": ImageTextEvaluation(single="{}")(Reader(pairs), pairs, CPU),
+        "pairs": everything(Reader(pairs), pairs, single="{}"),
         "held": len(shard.features),
         "of the shards": shard.whole(CPU).features,
         "labels of the shards": shard.labels,
         "tags": tagged.tags,
-        "followed": LabelPropagation(partial(Walkers, count=3), radius=30)({"it": Patches()}, data, CPU)["it"],
+        "followed": LabelPropagation(partial(Walkers, count=3), radius=30)(subject({"it": Patches()}, data)),
         **train(rank, world_size),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,9 @@ from src.datamodules.datamodule import DataModule
 from src.datamodules.decoding import BadSample
 from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.views.image import CenterCrop
+from src.evaluation.evaluation import Evaluation, joined_needs
+from src.evaluation.features import FeatureSets
+from src.evaluation.subject import Subject
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder
 from src.models.pretrain_module import PretrainModule, StepOutput
@@ -93,6 +97,26 @@ def tiny_vit(seed: int = 0, **options: Any) -> nn.Module:
 
 def tiny_encoder(seed: int = 0) -> ImageEncoder:
     return ImageEncoder(tiny_vit(seed))
+
+
+def subject(encoders: Mapping[str, nn.Module], datamodule: DataModule, **options: Any) -> Subject:
+    """Encoders on the CPU, to be evaluated."""
+    return Subject(datamodule, torch.device("cpu"), encoders=encoders, **options)
+
+
+def towers(module: nn.Module, datamodule: DataModule, **options: Any) -> Subject:
+    """A method on the CPU, to be evaluated on at most 5000 images."""
+    return Subject(datamodule, torch.device("cpu"), module=module, **{"query_samples": 5000, **options})
+
+
+def features(
+    encoders: Mapping[str, nn.Module],
+    datamodule: DataModule,
+    evaluations: Sequence[Evaluation] = (),
+    **options: Any,
+) -> dict[str, FeatureSets]:
+    """The features that the evaluations read."""
+    return subject(encoders, datamodule, **options).features(joined_needs(evaluations))
 
 
 class Toy(PretrainModule):

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from src import configuration, evaluate, runs, train, trained
 from src.configuration import CONFIGS
 from src.errors import UserError
+from src.evaluation_config import evaluation_config
 from src.gauntlet import __main__ as gauntlet
 from src.gauntlet.tasks import FineTuned, Frozen, FrozenHeadTask, GauntletEntry, hash_of
 from src.models.backbones.image_encoder import ImageEncoder, cls_token
@@ -57,14 +58,14 @@ class Fake:
 
     adaptation: ClassVar[str] = "frozen"
 
-    def recipe(self, contender: GauntletEntry) -> tuple[DictConfig, Any]:
-        return contender.decides, [self.name, self.version, contender.weights]
+    def recipe(self, entry: GauntletEntry) -> tuple[DictConfig, Any]:
+        return entry.feature_config, [self.name, self.version, entry.weights]
 
-    def judged_on(self, contender: GauntletEntry) -> str:
-        return contender.judged_on if self.data is None else self.data
+    def judged_on(self, entry: GauntletEntry) -> str:
+        return entry.judged_on if self.data is None else self.data
 
-    def __call__(self, contender: GauntletEntry) -> float:
-        self.seen.append(contender.title)
+    def __call__(self, entry: GauntletEntry) -> float:
+        self.seen.append(entry.title)
         if self.problem is not None:
             raise self.problem
         return len(self.seen) / 10
@@ -75,7 +76,7 @@ def run_with(two: list[runs.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("src.measure.machine.about", lambda: dict(ABOUT))
 
     def run(*tasks: Fake, count: int = 2, words: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-        monkeypatch.setattr(gauntlet, "chosen", lambda names: {task.name: task for task in tasks})
+        monkeypatch.setattr(gauntlet, "tasks_named", lambda names: {task.name: task for task in tasks})
         given = " ".join(str(each.dir) for each in two[:count])
         assert gauntlet.main([f"run={given}", f"out={tmp_path}", *words]) == 0
         rows = json.loads((tmp_path / "scores.json").read_text())["scores"]
@@ -137,14 +138,14 @@ def test_a_task_that_fails_is_told_and_tried_again(run_with: Any, tmp_path: Path
 
 
 def test_numbers_that_are_none_are_told(run_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Fake, "__call__", lambda self, contender: float("nan"))
+    monkeypatch.setattr(Fake, "__call__", lambda self, entry: float("nan"))
     assert run_with(Fake("knn"), count=1) == {}
     assert "top1 is not a finite number" in (tmp_path / "report.md").read_text()
 
 
 def test_a_setting_has_the_same_samples_for_all(run_with: Any) -> None:
     run_with(Fake("knn"))
-    with pytest.raises(UserError, match=r"mae_tiny/run0 would be judged by .*/scenes on other samples"):
+    with pytest.raises(UserError, match=r"mae_tiny/run0 would be evaluated by .*/scenes on other samples"):
         run_with(Fake("linear"), Fake("knn"), count=1, words=("data.eval_samples=8",))
 
 
@@ -174,9 +175,9 @@ def test_frozen_tasks_are_the_evaluations_of_make_evaluate(two: list[runs.Run], 
 def test_every_task_of_the_gauntlet_names_what_there_is(two: list[runs.Run]) -> None:
     """Each composes for a run; an evaluation that does not exist would not."""
     run = two[0]
-    config = evaluate.settle(run, None, [])
+    config = evaluation_config(run, None, [])
     trained_one = GauntletEntry(run, config, "scenes", run.last, [], run.dir)
-    tasks = gauntlet.chosen(None)
+    tasks = gauntlet.tasks_named(None)
     assert {"knn", "linear", "labelpropagation", "finetune"} <= set(tasks)
     for task in tasks.values():
         recipe, _ = task.recipe(trained_one)
@@ -192,38 +193,37 @@ def test_every_task_of_the_gauntlet_names_what_there_is(two: list[runs.Run]) -> 
 def test_fine_tuning_goes_on_from_the_weights_or_begins_anew(
     two: list[runs.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[DictConfig, Path, str]] = []
+    asked: list[tuple[DictConfig, Path]] = []
 
-    def fine_tuned(recipe: DictConfig, folder: Path, metric: str) -> float:
-        asked.append((recipe, folder, metric))
-        return 0.5
+    def fine_tune(recipe: DictConfig, folder: Path) -> dict[str, float]:
+        asked.append((recipe, folder))
+        return {"eval/top1": 0.5, "eval/loss": 2.0}
 
-    monkeypatch.setattr(evaluate, "fine_tuned", fine_tuned)
+    monkeypatch.setattr("src.finetuning.fine_tune", fine_tune)
     task = FineTuned(
-        "linear_vitb", metric="eval/top1", kind="classification", keeps=["eval_view"], overrides=["optimizer.lr=0.5"]
+        "linear_vitb", metric="eval/top1", kind="classification", own_data=["eval_view"], overrides=["optimizer.lr=0.5"]
     )
     run = two[0]
-    config = evaluate.settle(run, None, [])
-    contenders = [GauntletEntry(run, config, "scenes", each, [], tmp_path, ["seed=7"]) for each in (run.last, None)]
-    assert [task(each) for each in contenders] == [0.5, 0.5]
-    (recipe, folder, metric), (anew, other, _) = asked
+    config = evaluation_config(run, None, [])
+    entries = [GauntletEntry(run, config, "scenes", each, [], tmp_path, ["seed=7"]) for each in (run.last, None)]
+    assert [task(each) for each in entries] == [0.5, 0.5]
+    (recipe, folder), (anew, other) = asked
     assert recipe.run.experiment == "linear_vitb"
     assert (recipe.checkpoint, anew.checkpoint) == (str(run.last), None)
     assert (recipe.optimizer.lr, recipe.seed, recipe.backbone.embed_dim) == (0.5, 7, 32)
     assert folder.parent == other.parent == tmp_path
     assert folder != other
-    assert metric == "eval/top1"
-    assert task.recipe(contenders[0])[1] != task.recipe(contenders[1])[1]
+    assert task.recipe(entries[0])[1] != task.recipe(entries[1])[1]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "say which runs: make gauntlet RUN="),
+        ([], "missing value: run; type make gauntlet RUN="),
         (["run=nowhere"], "'nowhere' is not a run's folder"),
         (["run={run}", "tasks=knm"], "the gauntlet has no task 'knm'; did you mean knn?"),
         (["run={run}", "floor=maybe"], "floor is true or false, not 'maybe'"),
-        (["run={run}", "evla=knn"], "knows no 'evla'"),
+        (["run={run}", "evla=knn"], "there is no argument or key 'evla'"),
     ],
 )
 def test_mistakes_end_with_a_sentence_and_exit_code_2(
@@ -238,4 +238,4 @@ def test_mistakes_end_with_a_sentence_and_exit_code_2(
 
 def test_the_list_of_tasks_is_where_it_is_said() -> None:
     assert (CONFIGS / "gauntlet.yaml").is_file()
-    assert list(gauntlet.chosen("linear knn")) == ["linear", "knn"]
+    assert list(gauntlet.tasks_named("linear knn")) == ["linear", "knn"]
