@@ -1,4 +1,4 @@
-"""Images in files with their masks or depths in other files beside them."""
+"""Image files with ground truth in other files: segmentation masks, depths, normals."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from torch import Tensor
 from src.datamodules.batches.base import IGNORED
 from src.datamodules.decoding import FORMATS, MAX_PIXELS, BadSample, DataError, EncodedImage
 from src.datamodules.sources.image_folder import EXTENSIONS
+from src.datamodules.sources.packed import PackedStrings
 from src.datamodules.sources.source import Sample, Source, Split
-from src.datamodules.sources.splits import PackedNames
 from src.errors import SettingError
 
-_OFF_UNIT = 0.25  # a unit vector in 8 bits a channel is off by a hundredth
+_UNIT_TOLERANCE = 0.25  # a unit vector in 8 bits a channel is off by about 0.01
 _INDEXED = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # Pillow's modes of one number a pixel
 
 
 class PairedFiles(Source):
-    """Images, each with one file of ground truth. No labels.
+    """Images, each with one file of ground truth; no labels.
 
     Args:
         split: "train", "val" or "test".
-        root: the folder that holds everything.
+        root: the folder that contains everything.
         images: by split the folder of the images below ``root``, or a list: a text file with an image and its ground
             truth in every line, paths below ``root``.
-        truths: by split the folder of the ground truth; the file has the image's name with another extension. Not
-            needed where ``images`` are lists.
-        key: what ``truths`` are called in messages.
-        extensions: that a ground truth may have, the first that is there counts.
+        truths: by split the folder of the ground truth, whose files have the image's name with another extension; not
+            needed if ``images`` are lists.
+        key: the setting that names ``truths``, for messages.
+        extensions: of the ground truth; the first that exists is used.
 
     Raises:
         DataError: a folder or list is missing or empty, or there is none for ``split``.
@@ -57,15 +57,15 @@ class PairedFiles(Source):
             raise DataError(f"data.source.images has nothing for the split '{split}', only {', '.join(images)}")
         place = self.root / images[split]
         if place.is_file():
-            pairs = _listed(place)
+            pairs = _read_list(place)
         else:
             if truths is None or not truths.get(split):
                 raise DataError(f"data.source.{key} has nothing for the split '{split}'; {place} is no list of pairs")
             pairs = _in_folders(self.root, images[split], truths[split], extensions, key)
         if not pairs:
-            raise DataError(f"no pictures in {place}")
-        self._images = PackedNames(image for image, _ in pairs)
-        self._truths = PackedNames(truth for _, truth in pairs)
+            raise DataError(f"data.source.images: no images in {place}")
+        self._images = PackedStrings(image for image, _ in pairs)
+        self._truths = PackedStrings(truth for _, truth in pairs)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -78,7 +78,7 @@ class PairedFiles(Source):
         value = self.read(path)
         if tuple(value.shape[-2:]) != image.size:
             raise BadSample(
-                f"its {self.fields[0]} has {value.shape[-2]}x{value.shape[-1]} pixels, the picture "
+                f"its {self.fields[0]} has {value.shape[-2]}x{value.shape[-1]} pixels, the image "
                 f"{image.size[0]}x{image.size[1]}"
             )
         return {"image": image, "fields": {self.fields[0]: value}}
@@ -88,20 +88,20 @@ class PairedFiles(Source):
 
     @abstractmethod
     def read(self, path: Path) -> Tensor:
-        """The ground truth in a file: [..., H, W]. Raises BadSample."""
+        """Reads the ground truth of a file: [..., H, W]. Raises BadSample."""
 
 
 class SegmentationFiles(PairedFiles):
-    """Images with masks whose pixels are the numbers of classes: PNGs of one channel, or with a palette.
+    """Images with segmentation masks, whose pixels are class numbers: PNGs of one channel, or with a palette.
 
-    The layout of ADE20K's challenge is what stands in for ``images`` and ``masks`` if nothing is said.
+    The defaults of ``images`` and ``masks`` are the layout of ADE20K's challenge.
 
     Args:
         split, root, images: see `PairedFiles`.
         masks: by split the folder of the masks.
-        classes: how many there are, or their names.
-        shift: what is subtracted from every number; 1 where, as in ADE20K, 0 is "no class" and classes begin with 1.
-        ignored: numbers in the file, before the shift, that count for nothing. 255 always does.
+        classes: their number, or their names.
+        shift: subtracted from every number; 1 if 0 is "no class" and classes begin with 1, as in ADE20K.
+        ignored: numbers in the file, before the shift, of pixels that are ignored. 255 always is.
 
     Raises:
         DataError: see `PairedFiles`.
@@ -131,7 +131,7 @@ class SegmentationFiles(PairedFiles):
         )
         names = [f"class {number}" for number in range(classes)] if isinstance(classes, int) else list(classes)
         if not 2 <= len(names) <= IGNORED:
-            raise SettingError(f"data.source.classes: 2 to {IGNORED} classes can be told apart, got {len(names)}")
+            raise SettingError(f"data.source.classes: 2 to {IGNORED} classes are possible, got {len(names)}")
         self.mask_classes = names
         self.shift = shift
         self.ignored = np.array([*ignored, IGNORED])
@@ -143,26 +143,26 @@ class SegmentationFiles(PairedFiles):
         wrong = counts & ((classes < 0) | (classes >= len(self.mask_classes)))
         if wrong.any():
             raise BadSample(
-                f"the mask {path} holds {numbers[wrong][0]}, which is none of {len(self.mask_classes)} classes after "
-                f"the shift by {self.shift} (data.source.classes, shift, ignored)"
+                f"the mask {path} contains {numbers[wrong][0]}, which is none of {len(self.mask_classes)} classes "
+                f"after the shift by {self.shift} (data.source.classes, shift, ignored)"
             )
         return torch.from_numpy(np.where(counts, classes, IGNORED).astype(np.uint8))
 
 
 class DepthFiles(PairedFiles):
-    """Images with depths: PNGs of 16 bits, or arrays of NumPy (``.npy``) in metres. 0, what is negative and what is
-    not finite is not known.
+    """Images with depths: PNGs of 16 bits, or arrays of NumPy (``.npy``) in meters. Depths that are 0, negative or not
+    finite are unknown.
 
     Args:
         split, root, images: see `PairedFiles`.
         depths: by split the folder of the depths.
-        unit: metres that 1 in a PNG stands for: 0.001 for millimetres, 1 / 256 in KITTI.
-        judged: of validation and test images the part that counts: first row, one past the last, first column, one
-            past the last. [45, 471, 41, 601] is what NYU Depth v2 is judged on since Eigen et al. (2014). None for all.
+        unit: meters that 1 in a PNG stands for: 0.001 for millimeters, 1 / 256 in KITTI.
+        judged: region of validation and test images that is evaluated: first row, one past the last, first column, one
+            past the last. [45, 471, 41, 601] is the region of NYU Depth v2 since Eigen et al. (2014). None for all.
 
     Raises:
         DataError: see `PairedFiles`.
-        SettingError: a unit that is not above 0.
+        SettingError: the unit is not above 0, or the region is not of four numbers.
     """
 
     fields = ("depth",)
@@ -194,23 +194,23 @@ class DepthFiles(PairedFiles):
             within[top:bottom, left:right] = True
             known &= within
         if not known.any():
-            raise BadSample(f"nothing is known in {path}")
+            raise BadSample(f"{path} has no known pixel")
         return torch.from_numpy(np.where(known, depth, 0).astype(np.float32))
 
 
 class NormalFiles(PairedFiles):
-    """Images with surface normals: PNGs of three channels that say (n + 1) / 2 of 255, or arrays of NumPy (``.npy``,
-    [H, W, 3]). What has not about the length of a unit, such as grey or black, is not known.
+    """Images with surface normals: PNGs of three channels that encode (n + 1) / 2 times 255, or arrays of NumPy
+    (``.npy``, [H, W, 3]). Vectors that are far from unit length, such as gray or black pixels, are unknown.
 
     Args:
         split, root, images: see `PairedFiles`.
         normals: by split the folder of the normals.
-        signs: what the three channels are multiplied by, so that x points to the right, y down and z away from the
-            camera. Data sets differ: one whose y points up and whose z points to the camera has [1, -1, -1].
+        signs: factors of the three channels, so that x points to the right, y down and z away from the camera. A data
+            set whose y points up and whose z points to the camera has [1, -1, -1].
 
     Raises:
         DataError: see `PairedFiles`.
-        SettingError: signs that are not three of 1 and -1.
+        SettingError: the signs are not three numbers of 1 and -1.
     """
 
     fields = ("normals",)
@@ -231,27 +231,27 @@ class NormalFiles(PairedFiles):
 
     def read(self, path: Path) -> Tensor:
         if path.suffix == ".npy":
-            said = _array(path, channels=3).astype(np.float64)
+            normals = _array(path, channels=3).astype(np.float64)
         else:
-            said = _pixels(path, ("RGB", "RGBA"), "three channels")[..., :3] / 127.5 - 1
-        length = np.linalg.norm(said, axis=-1, keepdims=True)
-        known = np.isfinite(length) & (np.abs(length - 1) < _OFF_UNIT)
+            normals = _pixels(path, ("RGB", "RGBA"), "three channels")[..., :3] / 127.5 - 1
+        length = np.linalg.norm(normals, axis=-1, keepdims=True)
+        known = np.isfinite(length) & (np.abs(length - 1) < _UNIT_TOLERANCE)
         if not known.any():
-            raise BadSample(f"nothing is known in {path}")
-        normals = np.divide(said * self.signs, length, out=np.zeros_like(said), where=known)
+            raise BadSample(f"{path} has no known pixel")
+        normals = np.divide(normals * self.signs, length, out=np.zeros_like(normals), where=known)
         return torch.from_numpy(np.moveaxis(normals, -1, 0).astype(np.float32))
 
 
-def _listed(place: Path) -> list[tuple[str, str]]:
+def _read_list(place: Path) -> list[tuple[str, str]]:
     pairs = []
     for number, line in enumerate(place.read_text(encoding="utf-8").splitlines(), start=1):
-        words = line.split()
-        if not words:
+        paths = line.split()
+        if not paths:
             continue
-        if len(words) < 2:
-            raise DataError(f"{place}, line {number}: a picture and its ground truth are expected, got '{line}'")
-        # absolute in form only, as in the lists of BTS: "/study/rgb_00001.jpg /study/depth_00001.png"
-        pairs.append((words[0].lstrip("/"), words[1].lstrip("/")))
+        if len(paths) < 2:
+            raise DataError(f"{place}, line {number}: an image and its ground truth are expected, got '{line}'")
+        # the lists of BTS have a leading slash: "/study/rgb_00001.jpg /study/depth_00001.png"
+        pairs.append((paths[0].lstrip("/"), paths[1].lstrip("/")))
     return pairs
 
 
@@ -259,18 +259,17 @@ def _in_folders(root: Path, images: str, truths: str, extensions: Sequence[str],
     for name, folder in (("images", root / images), (key, root / truths)):
         if not folder.is_dir():
             raise DataError(f"data.source.{name}: the folder {folder} does not exist")
-    found = []
+    pairs = []
     for path in sorted((root / images).rglob("*")):
         if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
-            beside = Path(truths) / path.relative_to(root / images)
-            there = [beside.with_suffix(each) for each in extensions if (root / beside.with_suffix(each)).is_file()]
-            truth = there[0] if there else beside.with_suffix(extensions[0])
-            found.append((path.relative_to(root).as_posix(), truth.as_posix()))
-    return found
+            candidates = [(Path(truths) / path.relative_to(root / images)).with_suffix(end) for end in extensions]
+            truth = next((path for path in candidates if (root / path).is_file()), candidates[0])
+            pairs.append((path.relative_to(root).as_posix(), truth.as_posix()))
+    return pairs
 
 
 def _indices(path: Path) -> np.ndarray:
-    """An image whose pixels are numbers, as they are in the file: [H, W]."""
+    """Reads an image of one number a pixel, as stored: [H, W]."""
     return _pixels(path, _INDEXED, "one number a pixel")
 
 
@@ -280,16 +279,16 @@ def _pixels(path: Path, modes: Sequence[str], wanted: str) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise BadSample(f"{path}: more pixels than {MAX_PIXELS}")
             if image.mode not in modes:
-                raise BadSample(f"{path} has pixels of the kind '{image.mode}', not {wanted}")
+                raise BadSample(f"{path} has pixels of the mode '{image.mode}', not {wanted}")
             return np.asarray(image)
     except BadSample:
         raise
-    except Exception as error:  # whatever Pillow's decoders answer to damage with
+    except Exception as error:  # Pillow's decoders raise many kinds of errors for damaged files
         raise BadSample(f"{path} cannot be decoded: {error or type(error).__name__}") from error
 
 
 def _array(path: Path, channels: int | None = None) -> np.ndarray:
-    """[H, W], or [H, W, channels]."""
+    """Reads an array [H, W], or [H, W, channels]. Raises BadSample."""
     try:
         values = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -297,5 +296,5 @@ def _array(path: Path, channels: int | None = None) -> np.ndarray:
     last = () if channels is None else (channels,)
     if values.ndim != 2 + len(last) or values.shape[2:] != last or values.dtype.kind not in "fiu":
         wanted = ", ".join(["H", "W", *map(str, last)])
-        raise BadSample(f"{path} holds {values.dtype} {list(values.shape)}, not numbers [{wanted}]")
+        raise BadSample(f"{path} contains {values.dtype} {list(values.shape)}, not numbers [{wanted}]")
     return values

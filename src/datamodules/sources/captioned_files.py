@@ -1,4 +1,4 @@
-"""Images in files whose texts stand in a list: CSV, TSV and JSON lines, COCO's captions, and Karpathy's splits."""
+"""Image files with captions in a list: CSV, TSV, JSON lines, COCO's captions, and Karpathy's splits."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from src.datamodules.decoding import DataError, EncodedImage
-from src.datamodules.sources.files import is_path, json_lists, opened, require_some
+from src.datamodules.sources.files import is_path, json_lists, open_text, require_some
+from src.datamodules.sources.packed import PackedStringLists, PackedStrings
 from src.datamodules.sources.source import Sample, Source, Split
-from src.datamodules.sources.splits import PackedNames, files_of, hashed_split
-from src.datamodules.sources.texts import PackedTexts, Problems, TextListSource, is_unicode, listed
+from src.datamodules.sources.splits import files_of, hashed_split
+from src.datamodules.sources.texts import Problems, TextListSource, as_list, is_unicode
 
-_TWICE = "pictures that are listed twice (the first counts)"
-_NO_PICTURE = "entries without a picture (left out)"
-_NO_TEXT = "pictures without a text (replaced when drawn)"
+_TWICE = "images that are listed twice (the first is used)"
+_NO_IMAGE = "entries without an image (left out)"
+_NO_TEXT = "images without a caption (replaced when drawn)"
 
 
 class CaptionedFiles(TextListSource, Source):
-    """Images in files below a folder, each with any number of texts; no classes.
+    """Image files below a folder, each with any number of captions; no labels.
 
-    An image that is missing or unreadable, or has no text that can be used, is found out when it is drawn: it is a bad
-    sample, replaced and logged by its name. So one bad entry costs nothing else.
+    A missing or unreadable image, or one without a usable caption, is found when it is drawn: it is a bad sample, which
+    is replaced and logged by name.
 
     Args:
         split: for messages.
         root: the folder.
-        told: texts by path below ``root``, in order.
-        problems: what was wrong with the list; logged here.
+        captions: by path below ``root``, in order.
+        problems: of the list; logged here.
         key: the setting that names the list, for messages.
 
     Raises:
-        DataError: there is no image, none has a text, or none of the first few looked for exists.
+        DataError: no image is listed, none has a caption, or none of a few exists.
     """
 
     def __init__(
@@ -44,24 +45,24 @@ class CaptionedFiles(TextListSource, Source):
         split: Split,
         *,
         root: str | Path,
-        told: Mapping[str, Sequence[object]],
+        captions: Mapping[str, Sequence[object]],
         problems: Problems,
         key: str,
     ) -> None:
         self._root = os.path.expanduser(root)
-        said = f" ({problems})" if problems.counts else ""
-        if not told:
-            raise DataError(f"{key}: no picture is listed for the split '{split}'{said}")
-        texts = [[text for text in each if isinstance(text, str) and text.strip()] for each in told.values()]
-        if not any(is_unicode(text) for each in texts for text in each):
-            raise DataError(f"{key}: none of the {len(told)} pictures has a text that can be used{said}")
-        for path, mine in zip(told, texts, strict=True):
-            if not mine:
+        counts = f" ({problems})" if problems.counts else ""
+        if not captions:
+            raise DataError(f"{key}: no image is listed for the split '{split}'{counts}")
+        texts = [[text for text in of if isinstance(text, str) and text.strip()] for of in captions.values()]
+        if not any(is_unicode(text) for of in texts for text in of):
+            raise DataError(f"{key}: none of the {len(captions)} images has a usable caption{counts}")
+        for path, of in zip(captions, texts, strict=True):
+            if not of:
                 problems.add(_NO_TEXT, path)
         problems.log()
         self.problems = problems.counts
-        self._paths = PackedNames(told)
-        self._texts = PackedTexts(texts)
+        self._paths = PackedStrings(captions)
+        self._texts = PackedStringLists(texts)
         require_some(self, root)
 
     def __len__(self) -> int:
@@ -78,25 +79,25 @@ class CaptionedFiles(TextListSource, Source):
 
 
 class CaptionListSource(CaptionedFiles):
-    """Images and texts as rows of CSV or TSV files, or objects of JSON lines.
+    """Images and captions in the rows of CSV or TSV files, or in JSON lines.
 
-    An image in several rows has the texts of all of them. In JSON lines a text may be a list of texts. Files are
-    UTF-8, with or without a byte order mark; a text with bytes that are not is no text, the row's others and all other
-    rows stay. Lines that cannot be read at all are left out, counted and logged.
+    An image in several rows has the captions of all of them. In JSON lines a caption may be a list of captions. Files
+    are UTF-8, with or without a byte order mark; a text that is not valid UTF-8 is left out, without its row. Lines
+    that cannot be read are left out, counted and logged.
 
     Args:
         split: "train", "val" or "test".
         root: folder that the files' and the images' paths are relative to.
         files: paths by split, or the paths of all (then "val" is ``val_share`` of the images by a hash of their path,
-            "train" the rest). ``.csv`` is separated by commas, ``.tsv`` by tabs, ``.jsonl`` holds an object a line.
-        image_key: column, or key, of the image's path. A number is a column's position, from 0, in files without a
-            line of names.
-        text_key: of the text, named like ``image_key``; several columns are several texts.
-        quoted: whether a cell may stand in double quotes; False where such a quote is only a character.
+            "train" the rest). ``.csv`` is separated by commas, ``.tsv`` by tabs, ``.jsonl`` has one object a line.
+        image_key: column, or key, of the image's path. A number is the position of a column, from 0, in files without a
+            header.
+        text_key: of the caption, named like ``image_key``; several columns give several captions.
+        quoted: True if cells may be in double quotes; False if a double quote is an ordinary character.
         val_share: as above.
 
     Raises:
-        DataError: a file is missing, is of another kind, or has no such column; nothing in them can be used.
+        DataError: a file is missing, is of another kind or lacks a column, or nothing in the files can be used.
     """
 
     def __init__(
@@ -113,20 +114,22 @@ class CaptionListSource(CaptionedFiles):
         paths, shared = files_of(split, files, key="data.source.files")
         keys = [text_key] if isinstance(text_key, str | int) else list(text_key)
         problems = Problems()
-        told: dict[str, list[object]] = {}
+        captions: dict[str, list[object]] = {}
         for path in paths:
             reader = _Rows(os.path.join(os.path.expanduser(root), path), image_key, keys, quoted, problems)
             for image, texts in reader:
                 if not shared or hashed_split(image, val_share=val_share) == split:
-                    told.setdefault(image, []).extend(texts)
-        super().__init__(split, root=root, told=told, problems=problems, key=f"data.source.files={','.join(paths)}")
+                    captions.setdefault(image, []).extend(texts)
+        super().__init__(
+            split, root=root, captions=captions, problems=problems, key=f"data.source.files={','.join(paths)}"
+        )
 
 
 class CocoCaptionsSource(CaptionedFiles):
     """COCO Captions (Chen et al., 2015): 118,287 images to train on and 5,000 to validate, five texts each.
 
-    Any file of that form will do: ``images`` with ``id`` and ``file_name``, ``annotations`` with ``image_id`` and
-    ``caption``. There are no texts of COCO's own test images; `KarpathySource` has a test split.
+    Any file of that format works: ``images`` with ``id`` and ``file_name``, ``annotations`` with ``image_id`` and
+    ``caption``. COCO's own test images have no captions; `KarpathySource` has a test split.
 
     Args:
         split: "train", "val" or "test".
@@ -136,7 +139,7 @@ class CocoCaptionsSource(CaptionedFiles):
         val_share: as above.
 
     Raises:
-        DataError: a file is missing or of another form; nothing in it can be used.
+        DataError: a file is missing or of another format, or nothing in it can be used.
     """
 
     def __init__(
@@ -149,37 +152,41 @@ class CocoCaptionsSource(CaptionedFiles):
         val_share: float = 0.1,
     ) -> None:
         paths, shared = files_of(split, annotations, key="data.source.annotations")
-        where = "train" if shared else split
-        folder = images if isinstance(images, str) else images.get(where)
+        folder_split = "train" if shared else split
+        folder = images if isinstance(images, str) else images.get(folder_split)
         if folder is None:
-            raise DataError(f"data.source.images has no folder for the split '{where}'")
+            raise DataError(f"data.source.images has no folder for the split '{folder_split}'")
         problems = Problems()
-        told: dict[str, list[object]] = {}
+        captions: dict[str, list[object]] = {}
         path_of: dict[object, str] = {}
         content = json_lists(os.path.join(os.path.expanduser(root), paths[0]), "images", "annotations")
         for position, entry in enumerate(content["images"]):
             name, number = entry.get("file_name"), entry.get("id")
             if not is_path(name) or not isinstance(number, int | str):
-                problems.add(_NO_PICTURE, f"images[{position}] of {paths[0]}")
+                problems.add(_NO_IMAGE, f"images[{position}] of {paths[0]}")
             elif number in path_of:
                 problems.add(_TWICE, f"id {number} of {paths[0]}")
             else:
                 path_of[number] = os.path.join(folder, name)
-                told.setdefault(path_of[number], [])
+                captions.setdefault(path_of[number], [])
         for position, entry in enumerate(content["annotations"]):
             number = entry.get("image_id")
             if not isinstance(number, int | str) or number not in path_of:
-                problems.add("texts without a picture (left out)", f"annotations[{position}] of {paths[0]}")
+                problems.add("captions without an image (left out)", f"annotations[{position}] of {paths[0]}")
             else:
-                told[path_of[number]].append(entry.get("caption"))
+                captions[path_of[number]].append(entry.get("caption"))
         if shared:
-            told = {path: texts for path, texts in told.items() if hashed_split(path, val_share=val_share) == split}
-        super().__init__(split, root=root, told=told, problems=problems, key=f"data.source.annotations={paths[0]}")
+            captions = {
+                path: texts for path, texts in captions.items() if hashed_split(path, val_share=val_share) == split
+            }
+        super().__init__(
+            split, root=root, captions=captions, problems=problems, key=f"data.source.annotations={paths[0]}"
+        )
 
 
 class KarpathySource(CaptionedFiles):
-    """The splits that retrieval is reported on (Karpathy and Fei-Fei, 2015), of COCO or Flickr30k: one JSON file,
-    ``images`` with ``filename``, ``filepath`` where there are several folders, ``split``, and ``sentences`` with
+    """Karpathy's splits of COCO or Flickr30k (Karpathy and Fei-Fei, 2015), on which retrieval is reported: one JSON
+    file, ``images`` with ``filename``, ``filepath`` if there are several folders, ``split``, and ``sentences`` with
     ``raw``.
 
     COCO: 5,000 images each in "val" and "test". Flickr30k: 1,014 and 1,000, and 29,000 to train on.
@@ -189,39 +196,41 @@ class KarpathySource(CaptionedFiles):
         root: folder that the paths below are relative to.
         annotations: the JSON file.
         images: folder of the images, or of the folders that ``filepath`` names.
-        restval: whether the 30,504 images of COCO's validation set that nothing is judged on belong to "train".
+        restval: adds the 30,504 images of COCO's validation set that no split is evaluated on to "train".
 
     Raises:
-        DataError: the file is missing or of another form; nothing in it can be used.
+        DataError: the file is missing or of another format, or nothing in it can be used.
     """
 
     def __init__(
         self, split: Split, *, root: str | Path, annotations: str, images: str = "", restval: bool = True
     ) -> None:
         problems = Problems()
-        told: dict[str, list[object]] = {}
+        captions: dict[str, list[object]] = {}
         for position, entry in enumerate(
             json_lists(os.path.join(os.path.expanduser(root), annotations), "images")["images"]
         ):
-            own = entry.get("split")
-            if split != ("train" if own == "restval" and restval else own):
+            listed_split = entry.get("split")
+            if split != ("train" if listed_split == "restval" and restval else listed_split):
                 continue
             name, folder = entry.get("filename"), entry.get("filepath") or ""
             if not is_path(name) or not isinstance(folder, str):
-                problems.add(_NO_PICTURE, f"images[{position}] of {annotations}")
+                problems.add(_NO_IMAGE, f"images[{position}] of {annotations}")
                 continue
             path = os.path.join(images, folder, name)
-            if path in told:
+            if path in captions:
                 problems.add(_TWICE, path)
                 continue
-            sentences = [each for each in listed(entry.get("sentences")) if isinstance(each, dict)]
-            told[path] = [each.get("raw") for each in sentences]
-        super().__init__(split, root=root, told=told, problems=problems, key=f"data.source.annotations={annotations}")
+            sentences = [sentence for sentence in as_list(entry.get("sentences")) if isinstance(sentence, dict)]
+            captions[path] = [sentence.get("raw") for sentence in sentences]
+        super().__init__(
+            split, root=root, captions=captions, problems=problems, key=f"data.source.annotations={annotations}"
+        )
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """(path of an image, its texts) of each row of a file; what cannot be used goes to ``problems``."""
+    """Yields (path of an image, its captions) of each row of a file, and adds unusable rows to ``problems``."""
 
     path: str
     image_key: str | int
@@ -238,30 +247,29 @@ class _Rows:
         reader = readers.get(os.path.splitext(self.path)[1].lower())
         if reader is None:
             raise DataError(f"data.source.files: {self.path} is none of {', '.join(readers)}")
-        # what is no UTF-8 stays recognisable, so that it costs its own text and no other
-        with opened(self.path) as file:
+        with open_text(self.path) as file:
             for number, image, texts in reader(file):
                 if not is_path(image):
-                    self.problems.add(f"lines without a picture in '{self.image_key}' (left out)", self._line(number))
+                    self.problems.add(f"lines without an image in '{self.image_key}' (left out)", self._line(number))
                 else:
                     yield image.strip(), texts
 
     def _cells(self, file: TextIO, *, delimiter: str) -> Iterator[tuple[int, Any, list[object]]]:
-        # strict: a quote out of place costs its own lines and not, unseen, all that come before the next quote
+        # strict: a misplaced quote loses its own lines, not silently all lines up to the next quote
         quoting: Any = csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE
         rows = self._readable(csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True))
         keys: dict[str, Sequence[str | int]] = {"image_key": [self.image_key], "text_key": self.text_keys}
-        positions = {name: [key for key in mine if isinstance(key, int)] for name, mine in keys.items()}
+        positions = {name: [key for key in of if isinstance(key, int)] for name, of in keys.items()}
         if not any(positions.values()):
             header = [cell.strip() for cell in next(rows, (0, []))[1]]
-            for name, mine in keys.items():
-                for key in mine:
+            for name, of in keys.items():
+                for key in of:
                     if key not in header:
                         columns = ", ".join(header)
                         raise DataError(f"{self.path} has no column data.source.{name}='{key}', only {columns}")
-                positions[name] = [header.index(str(key)) for key in mine]
-        elif any(len(positions[name]) < len(mine) for name, mine in keys.items()):
-            raise DataError(f"data.source.image_key and text_key are names or positions, not some of both: {keys}")
+                positions[name] = [header.index(str(key)) for key in of]
+        elif any(len(positions[name]) < len(of) for name, of in keys.items()):
+            raise DataError(f"data.source.image_key and text_key must be all names or all positions: {keys}")
         (image,), texts = positions["image_key"], positions["text_key"]
         for number, row in rows:
             cells = dict(enumerate(row))
@@ -273,7 +281,7 @@ class _Rows:
                 row = next(rows)
             except StopIteration:
                 return
-            except csv.Error:  # the reader goes on with the next line
+            except csv.Error:  # the reader continues with the next line
                 self._unreadable(rows.line_num)
                 continue
             if any(cell.strip() for cell in row):
@@ -288,7 +296,11 @@ class _Rows:
             except (ValueError, RecursionError):
                 row = None
             if isinstance(row, dict):
-                yield number, row.get(self.image_key), [text for key in self.text_keys for text in listed(row.get(key))]
+                yield (
+                    number,
+                    row.get(self.image_key),
+                    [text for key in self.text_keys for text in as_list(row.get(key))],
+                )
             else:
                 self._unreadable(number)
 

@@ -1,4 +1,4 @@
-"""COCO's instances: images in files, and a JSON of the things in them."""
+"""COCO's instances: image files, and a JSON file of the objects in them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import numpy as np
 
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
 from src.datamodules.sources.files import is_path, json_lists, require_some
+from src.datamodules.sources.object_fields import clip_box, ground_truth, known_fields
+from src.datamodules.sources.packed import PackedStrings
 from src.datamodules.sources.source import Sample, Source, Split
-from src.datamodules.sources.splits import PackedNames, files_of, hashed_split
+from src.datamodules.sources.splits import files_of, hashed_split
 from src.datamodules.sources.texts import Problems
-from src.datamodules.sources.things import clipped, ground_truth, known_fields
 
 try:
     from pycocotools import mask as coco_masks
@@ -27,29 +28,29 @@ else:
 
 
 class CocoDetectionSource(Source):
-    """COCO (Lin et al., 2014): 118,287 images to train on and 5,000 to validate, things of 80 classes with boxes and
-    masks. Any file of that form will do: ``images`` with ``id``, ``file_name``, ``height`` and ``width``,
+    """COCO (Lin et al., 2014): 118,287 images to train on and 5,000 to validate, with boxes and masks of objects of 80
+    classes. Any file of that format works: ``images`` with ``id``, ``file_name``, ``height`` and ``width``,
     ``annotations`` with ``image_id``, ``category_id``, ``bbox`` (x, y, width, height), ``iscrowd`` and ``segmentation``
-    (polygons, or run lengths as numbers or as COCO packs them), and ``categories``.
+    (polygons, or run lengths as numbers or in COCO's packed form), and ``categories``.
 
-    Fields: ``boxes``, ``box_labels``, ``instance_masks``, and ``crowd``, bool [T]: heaps of things under one mask,
-    which a detector is not judged by. Training has none of them. Boxes are cut to their image. What cannot be used is
-    left out, counted in ``problems`` and logged.
+    Fields: ``boxes``, ``box_labels``, ``instance_masks``, and ``crowd``, True for groups of objects under one mask,
+    which metrics leave out and training does not contain. Boxes are clipped to their image. Unusable entries are left
+    out, counted in ``problems`` and logged.
 
     Args:
         split: "train", "val" or "test".
         root: folder that the paths below are relative to.
         annotations: JSON files by split, or one (then "val" is ``val_share`` of its images by a hash of their path).
         images: folders of the images by split, or one.
-        fields: which ground truth is wanted.
-        classes: names of the categories that count, in the order of their labels; None for all of the file's, in the
-            order of their ids.
-        empty: whether training has images in which nothing is annotated; evaluation has them always.
+        fields: names of the ground truth to read.
+        classes: names of the categories to use, in the order of their labels; None for all of the file's, in the order
+            of their ids.
+        empty: keeps training images without objects; evaluation always has them.
         val_share: as above.
 
     Raises:
-        DataError: a file is missing or of another form, nothing in it can be used, or pycocotools is not installed (the
-            extra ``detection``).
+        DataError: a file is missing or of another format, nothing in it can be used, or pycocotools is not installed
+            (the extra ``detection``).
     """
 
     def __init__(
@@ -68,42 +69,42 @@ class CocoDetectionSource(Source):
             raise DataError(f"COCO's masks need the extra 'detection' (pip install -e '.[detection]'): {_missing}")
         self.fields = known_fields(fields)
         paths, shared = files_of(split, annotations, key="data.source.annotations")
-        file, where = paths[0], "train" if shared else split
-        folder = images if isinstance(images, str) else images.get(where)
+        file, folder_split = paths[0], "train" if shared else split
+        folder = images if isinstance(images, str) else images.get(folder_split)
         if folder is None:
-            raise DataError(f"data.source.images has no folder for the split '{where}'")
+            raise DataError(f"data.source.images has no folder for the split '{folder_split}'")
         self._root = os.path.join(os.path.expanduser(root), folder)
         content = json_lists(os.path.join(os.path.expanduser(root), file), "images", "annotations", "categories")
         problems = Problems()
         self.classes: Sequence[str]
-        self.classes, label_of = _classes(content["categories"], classes, file)
-        pictures = _pictures(content["images"], file, problems)
+        self.classes, category_to_label = _classes(content["categories"], classes, file)
+        listed = _listed_images(content["images"], file, problems)
         if shared:
-            belongs = {key: hashed_split(each[0], val_share=val_share) == split for key, each in pictures.items()}
+            in_split = {key: hashed_split(entry[0], val_share=val_share) == split for key, entry in listed.items()}
         else:
-            belongs = dict.fromkeys(pictures, True)
-        things: dict[object, list[list[Any]]] = {key: [] for key in pictures}
+            in_split = dict.fromkeys(listed, True)
+        objects: dict[object, list[list[Any]]] = {key: [] for key in listed}
         for position, entry in enumerate(content["annotations"]):
             place = f"annotations[{position}] of {file}"
             number = entry.get("image_id")
-            if not isinstance(number, int | str) or number not in pictures:
-                problems.add("things of a picture that is not listed (left out)", place)
-            elif belongs[number]:
-                thing = self._thing(entry, pictures[number], label_of, split, place, problems)
-                if thing is not None:
-                    things[number].append(thing)
-        kept = [key for key in pictures if belongs[key] and (things[key] or empty or split != "train")]
+            if not isinstance(number, int | str) or number not in listed:
+                problems.add("objects of an image that is not listed (left out)", place)
+            elif in_split[number]:
+                obj = self._object(entry, listed[number], category_to_label, split, place, problems)
+                if obj is not None:
+                    objects[number].append(obj)
+        kept = [key for key in listed if in_split[key] and (objects[key] or empty or split != "train")]
         problems.log()
         self.problems = problems.counts
-        if not kept or not any(things[key] for key in kept):
+        if not kept or not any(objects[key] for key in kept):
             raise DataError(
-                f"data.source.annotations={file}: no picture of the split '{split}' has a thing that can be used"
+                f"data.source.annotations={file}: no image of the split '{split}' has a usable object"
                 + (f" ({problems})" if problems.counts else "")
             )
-        self._paths = PackedNames(pictures[key][0] for key in kept)
-        self._sizes = np.array([pictures[key][1:] for key in kept], np.int64)
-        # as text: a million lists of polygons as Python objects would be copied into every loader process
-        self._things = PackedNames(json.dumps(things[key], separators=(",", ":")) for key in kept)
+        self._paths = PackedStrings(listed[key][0] for key in kept)
+        self._sizes = np.array([listed[key][1:] for key in kept], np.int64)
+        # as text, because Python objects would be copied into every loader process
+        self._objects = PackedStrings(json.dumps(objects[key], separators=(",", ":")) for key in kept)
         require_some(self, root)
 
     def __len__(self) -> int:
@@ -118,58 +119,62 @@ class CocoDetectionSource(Source):
         image = EncodedImage(self.name(index))
         if image.size != (height, width):
             raise BadSample(
-                f"the picture has {image.size[0]}x{image.size[1]} pixels, and its annotations are of {height}x{width}"
+                f"the image has {image.size[0]}x{image.size[1]} pixels, and its annotations are of {height}x{width}"
             )
-        things = json.loads(self._things[index])
+        objects = json.loads(self._objects[index])
         masks = None
         if "instance_masks" in self.fields:
-            masks = np.zeros((len(things), height, width), bool)
-            for mask, (*_, outline) in zip(masks, things, strict=True):
-                mask[:] = decoded(outline, height, width)
-        boxes = np.array([thing[:4] for thing in things], np.float32).reshape(-1, 4)
-        labels, crowd = [thing[4] for thing in things], [bool(thing[5]) for thing in things]
+            masks = np.zeros((len(objects), height, width), bool)
+            for mask, (*_, outline) in zip(masks, objects, strict=True):
+                mask[:] = decode_mask(outline, height, width)
+        boxes = np.array([obj[:4] for obj in objects], np.float32).reshape(-1, 4)
+        labels, crowd = [obj[4] for obj in objects], [bool(obj[5]) for obj in objects]
         return {"image": image, "fields": ground_truth(self.fields, boxes, labels, crowd, masks)}
 
     def name(self, index: int) -> str:
         return os.path.join(self._root, self._paths[index])
 
-    def _thing(
+    def _object(
         self,
         entry: Mapping[str, Any],
-        picture: tuple[str, int, int],
-        label_of: Mapping[object, int | None],
+        image: tuple[str, int, int],
+        category_to_label: Mapping[object, int | None],
         split: Split,
         place: str,
         problems: Problems,
     ) -> list[Any] | None:
-        """Box, label, whether it is a crowd, and outline; None for what is left out."""
-        label, box, crowd = label_of.get(entry.get("category_id"), -1), entry.get("bbox"), bool(entry.get("iscrowd", 0))
+        """Returns box, label, crowd flag and outline of an annotation; None if it is left out."""
+        label, box, crowd = (
+            category_to_label.get(entry.get("category_id"), -1),
+            entry.get("bbox"),
+            bool(entry.get("iscrowd", 0)),
+        )
         if label is None or (crowd and split == "train"):
             return None
         if label < 0:
-            problems.add("things of a category that is not listed (left out)", place)
+            problems.add("objects of a category that is not listed (left out)", place)
             return None
-        if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(each) for each in box):
-            problems.add("things without a box (left out)", place)
+        if not isinstance(box, list) or len(box) != 4 or not all(_is_finite(side) for side in box):
+            problems.add("objects without a box (left out)", place)
             return None
-        _, height, width = picture
+        _, height, width = image
         x, y, columns, rows = box
-        inside = clipped((x, y, x + columns, y + rows), height, width)
+        inside = clip_box((x, y, x + columns, y + rows), height, width)
         if inside is None:
-            problems.add("things whose box is empty or outside of its picture (left out)", place)
+            problems.add("objects whose box is empty or outside of its image (left out)", place)
             return None
         outline = entry.get("segmentation") if "instance_masks" in self.fields else None
         if "instance_masks" in self.fields and not _is_outline(outline, height, width):
-            problems.add("things without a mask (left out)", place)
+            problems.add("objects without a mask (left out)", place)
             return None
         return [*inside, label, int(crowd), outline]
 
 
-def decoded(outline: list[list[float]] | dict[str, Any], height: int, width: int) -> np.ndarray:
-    """A mask as COCO writes it: polygons (x0, y0, x1, y1, ...), whose union it is, or run lengths. bool [H, W].
+def decode_mask(outline: list[list[float]] | dict[str, Any], height: int, width: int) -> np.ndarray:
+    """Decodes a mask of COCO, the union of polygons (x0, y0, x1, y1, ...) or run lengths: bool [H, W].
 
     Raises:
-        BadSample: it is neither.
+        BadSample: it is neither, or of another size.
     """
     try:
         if isinstance(outline, list):
@@ -179,22 +184,24 @@ def decoded(outline: list[list[float]] | dict[str, Any], height: int, width: int
         else:
             runs = {"size": outline["size"], "counts": outline["counts"].encode()}
         mask = coco_masks.decode(runs).astype(bool)
-    except Exception as problem:  # pycocotools raises whatever its C code stumbles over
+    except Exception as problem:  # pycocotools raises many kinds of errors
         raise BadSample(f"a mask cannot be decoded: {problem}") from problem
     if mask.shape != (height, width):
-        raise BadSample(f"a mask of {mask.shape[0]}x{mask.shape[1]} pixels is of another picture")
+        raise BadSample(f"a mask of {mask.shape[0]}x{mask.shape[1]} pixels does not fit the image")
     return mask
 
 
 def _classes(
     categories: Sequence[Mapping[str, Any]], wanted: Sequence[str] | None, file: str
 ) -> tuple[list[str], dict[object, int | None]]:
-    """Names by label, and the label of each category's id: None for one that does not count."""
+    """Returns names by label, and the label of each category's id, None if it is not used."""
     names: dict[int, str] = {}
     for entry in categories:
         number, name = entry.get("id"), entry.get("name")
         if not isinstance(number, int) or not isinstance(name, str) or names.setdefault(number, name) != name:
-            raise DataError(f"data.source.annotations: 'categories' of {file} must be of an 'id' and a 'name' each")
+            raise DataError(
+                f"data.source.annotations: each of the 'categories' of {file} must have an 'id' and a 'name'"
+            )
     classes = list(wanted) if wanted is not None else list(dict.fromkeys(names[number] for number in sorted(names)))
     unknown = [name for name in classes if name not in names.values()]
     if unknown or not classes:
@@ -203,23 +210,23 @@ def _classes(
     return classes, {number: labels.get(name) for number, name in names.items()}
 
 
-def _pictures(
+def _listed_images(
     entries: Sequence[Mapping[str, Any]], file: str, problems: Problems
 ) -> dict[object, tuple[str, int, int]]:
-    """Path, height and width by id."""
-    found: dict[object, tuple[str, int, int]] = {}
+    """Returns path, height and width by id."""
+    images: dict[object, tuple[str, int, int]] = {}
     for position, entry in enumerate(entries):
         name, number, size = entry.get("file_name"), entry.get("id"), (entry.get("height"), entry.get("width"))
         place = f"images[{position}] of {file}"
         if not is_path(name) or not isinstance(number, int | str):
-            problems.add("entries without a picture (left out)", place)
+            problems.add("entries without an image (left out)", place)
         elif not all(isinstance(side, int) and side > 0 for side in size):
-            problems.add("pictures without a size (left out)", place)
-        elif number in found:
-            problems.add("pictures that are listed twice (the first counts)", place)
+            problems.add("images without a size (left out)", place)
+        elif number in images:
+            problems.add("images that are listed twice (the first is used)", place)
         else:
-            found[number] = (name, size[0], size[1])  # type: ignore[assignment]
-    return found
+            images[number] = (name, size[0], size[1])  # type: ignore[assignment]
+    return images
 
 
 def _is_finite(value: object) -> bool:
@@ -236,7 +243,7 @@ def _is_outline(outline: object, height: int, width: int) -> bool:
             isinstance(polygon, list)
             and len(polygon) >= 6
             and len(polygon) % 2 == 0
-            and all(_is_finite(each) for each in polygon)
+            and all(_is_finite(coordinate) for coordinate in polygon)
             for polygon in outline
         )
     )

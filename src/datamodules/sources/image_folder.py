@@ -1,4 +1,4 @@
-"""Images in folders, one folder a class: the layout of ImageNet and of most private collections."""
+"""Images in folders, one folder a class, such as ImageNet."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from src.datamodules.decoding import DataError, EncodedImage
+from src.datamodules.sources.packed import PackedStrings
 from src.datamodules.sources.source import Sample, Source, Split
-from src.datamodules.sources.splits import PackedNames, hashed_split
+from src.datamodules.sources.splits import hashed_split
 
 log = logging.getLogger(__name__)
 
@@ -25,33 +26,33 @@ _SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
 }
 _EXPECTED = (
     "expected <root>/train/<class>/*.jpg with <root>/val/<class>/*.jpg beside it, or <root>/<class>/*.jpg, or "
-    "pictures directly in <root>"
+    "images directly in <root>"
 )
 
 
 class ImageFolderSource(Source):
     """Images below a folder.
 
-    Three layouts are understood:
+    Three layouts are supported:
 
     - ``root/train/<class>/**/*.jpg``, with ``root/val`` (or ``validation``, ``valid``) and ``root/test`` beside
-      it where there are such splits; the classes are the folders in ``train``;
+      it if there are such splits; the classes are the folders in ``train``;
     - ``root/<class>/**/*.jpg``;
-    - images directly in ``root`` or ``root/train``: no classes, label -1.
+    - images directly in ``root`` or ``root/train``, without labels.
 
-    A split that has no folder is taken out of ``train`` (of ``root`` in the last two layouts): the given share of the
-    files, 10 % for "val", none for "test", chosen by a hash of the path, so that new files move no old one.
+    A split without a folder is a share of the files of ``train`` (of ``root`` in the last two layouts): 10 % for "val",
+    none for "test" by default, chosen by a hash of the path, so that new files do not move old ones to another split.
 
-    Files count by their extension in any case; names starting with a dot do not.
+    Files are found by their extension, upper or lower case; names that start with a dot are ignored.
 
     Args:
         split: "train", "val" or "test".
         root: the folder.
-        val_share, test_share: of the files, where that split has no folder.
-        extensions: of the files that count, lower case.
+        val_share, test_share: shares of the files, if that split has no folder.
+        extensions: of the images, lower case.
 
     Raises:
-        DataError: a folder is missing, unreadable or without images, or ``split`` has a class that ``train`` has not.
+        DataError: a folder is missing, unreadable or without images, or ``split`` has a class that ``train`` lacks.
     """
 
     def __init__(
@@ -68,15 +69,17 @@ class ImageFolderSource(Source):
         _require_folder(self.root)
         folders = {name: _first_folder(self.root, names) for name, names in _SPLIT_FOLDERS.items()}
         if folders["train"] is None and any(folders.values()):
-            found = ", ".join(folder.name for folder in folders.values() if folder)
-            raise DataError(f"{self.root} has the folders {found} but no folder 'train': {_EXPECTED}")
+            existing = ", ".join(folder.name for folder in folders.values() if folder)
+            raise DataError(
+                f"data.source.root: {self.root} has the folders {existing} but no folder 'train': {_EXPECTED}"
+            )
         if folders["train"] is None:
-            _refuse_level_above(self.root)
+            _check_level(self.root)
         base = folders["train"] or self.root
         own = folders[split]
         if own is not None and split != "train":
             self.classes: Sequence[str] = _class_names(base)
-            files = self._with_labels_of(self.classes, self._scan(own), base)
+            files = self._label_by_train(self.classes, self._scan(own), base)
         else:
             train = self._scan(base)
             self.classes = train.classes
@@ -87,8 +90,8 @@ class ImageFolderSource(Source):
             files = [(path, label) for path, label in train.files if hashed_split(path, **shares) == split]
         self._folder = own or base
         if not files:
-            raise DataError(f"no pictures for the split '{split}' below {self._folder}: {_EXPECTED}")
-        self._paths = PackedNames(path for path, _ in files)
+            raise DataError(f"data.source.root: no images for the split '{split}' below {self._folder}: {_EXPECTED}")
+        self._paths = PackedStrings(path for path, _ in files)
         if self.classes:
             self.labels = np.array([label for _, label in files], np.int64)
             if split == "train":
@@ -104,14 +107,14 @@ class ImageFolderSource(Source):
         return os.path.join(self._folder, self._paths[index])
 
     def _scan(self, folder: Path) -> _Listing:
-        """Classes in ``folder`` and (path below it, label) of its images, sorted."""
+        """Returns the classes in ``folder``, and (path below it, label) of its images, sorted."""
         entries = _entries(folder)
         classes = _class_names(folder)
         flat = [entry.name for entry in entries if not entry.is_dir() and self._counts(entry.name)]
         if not classes:
             return _Listing([], [(name, -1) for name in flat])
         if flat:
-            log.warning("%s has folders of classes: the %d pictures directly in it are left out", folder, len(flat))
+            log.warning("%s has folders of classes: the %d images directly in it are left out", folder, len(flat))
         files = [
             (os.path.relpath(path, folder).replace(os.sep, "/"), label)
             for label, name in enumerate(classes)
@@ -123,7 +126,7 @@ class ImageFolderSource(Source):
         status = folder.stat()
         here = (status.st_dev, status.st_ino)
         if here in above:
-            return  # a link to a folder that holds it
+            return  # a link to a folder that contains it
         for entry in _entries(folder):
             if entry.is_dir():
                 yield from self._walk(folder / entry.name, (*above, here))
@@ -133,7 +136,7 @@ class ImageFolderSource(Source):
     def _counts(self, name: str) -> bool:
         return os.path.splitext(name)[1].lower() in self._extensions
 
-    def _with_labels_of(self, classes: Sequence[str], listing: _Listing, train: Path) -> list[tuple[str, int]]:
+    def _label_by_train(self, classes: Sequence[str], listing: _Listing, train: Path) -> list[tuple[str, int]]:
         unknown = sorted(set(listing.classes) - set(classes))
         if unknown:
             names = ", ".join(unknown[:5]) + (" …" if len(unknown) > 5 else "")
@@ -141,16 +144,16 @@ class ImageFolderSource(Source):
         if classes and not listing.classes and listing.files:
             raise DataError(
                 f"{train} has {len(classes)} folders of classes, but a held-out split of {self.root} has its "
-                f"{len(listing.files)} pictures in none (a validation set as it is downloaded?): sort them into folders"
+                f"{len(listing.files)} images in none (a validation set as downloaded?): sort them into folders"
             )
-        label_of = {name: label for label, name in enumerate(classes)}
-        return [(path, label if label < 0 else label_of[listing.classes[label]]) for path, label in listing.files]
+        class_to_label = {name: label for label, name in enumerate(classes)}
+        return [(path, label if label < 0 else class_to_label[listing.classes[label]]) for path, label in listing.files]
 
     def _warn_of_empty_classes(self, labels: np.ndarray) -> None:
         filled = set(labels.tolist())
         empty = [name for label, name in enumerate(self.classes) if label not in filled]
         if empty:
-            log.warning("classes without a training picture in %s: %s", self._folder, ", ".join(empty))
+            log.warning("classes without a training image in %s: %s", self._folder, ", ".join(empty))
 
 
 class _Listing(NamedTuple):
@@ -183,11 +186,11 @@ def _require_folder(root: Path) -> None:
     while not parent.is_dir():
         parent = parent.parent
     folders = [entry.name for entry in _entries(parent) if entry.is_dir()]
-    wanted = root.relative_to(parent).parts[0]
+    name = root.relative_to(parent).parts[0]
     by_lower = {name.lower(): name for name in folders}
-    near = difflib.get_close_matches(wanted.lower(), by_lower, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
     if near:
-        hint = f"did you mean {' or '.join(str(parent / by_lower[name]) for name in near)}?"
+        hint = f"did you mean {' or '.join(str(parent / by_lower[match]) for match in near)}?"
     else:
         hint = (
             f"{parent} has {', '.join(folders[:5]) + (' …' if len(folders) > 5 else '') if folders else 'no folders'}"
@@ -195,8 +198,8 @@ def _require_folder(root: Path) -> None:
     raise DataError(f"the folder {root} does not exist ({hint}): {_EXPECTED}")
 
 
-def _refuse_level_above(root: Path) -> None:
-    """Data sets in ``root`` would pass for classes."""
+def _check_level(root: Path) -> None:
+    """Checks that ``root`` is not the parent of a data set, whose folders would become classes."""
     for entry in _entries(root):
         if entry.is_dir() and _first_folder(Path(entry.path), _SPLIT_FOLDERS["train"]):
             raise DataError(f"{root} has no folder 'train', but {entry.path} has: did you mean that one?")

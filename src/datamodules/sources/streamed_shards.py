@@ -1,4 +1,4 @@
-"""WebDataset shards that are elsewhere: copied while they are needed, read by offset, deleted to make room."""
+"""WebDataset shards behind addresses: copied when they are needed, read by offset, deleted to make room."""
 
 from __future__ import annotations
 
@@ -17,49 +17,42 @@ import numpy as np
 from filelock import FileLock
 
 from src.datamodules.decoding import BadSample, DataError
+from src.datamodules.sources.shard_index import ShardIndexer
+from src.datamodules.sources.shard_paths import braces, is_address
 from src.datamodules.sources.source import Split
 from src.datamodules.sources.splits import files_of
-from src.datamodules.sources.webdataset import (
-    IMAGE_EXTENSIONS,
-    Place,
-    ShardReader,
-    TextsInShards,
-    WebDatasetSource,
-    braces,
-    is_address,
-)
+from src.datamodules.sources.webdataset import IMAGE_EXTENSIONS, SampleLocation, TextsInShards, WebDatasetSource
 from src.errors import SettingError
 
 log = logging.getLogger(__name__)
 
-_ASKED_AT_ONCE = 32  # small files of counts
+_PARALLEL_REQUESTS = 32  # for the small files of counts
 
 
 class StreamedShards(WebDatasetSource):
     """Samples of tar shards behind addresses that fsspec knows (``https://``, ``s3://``, ``hf://`` …).
 
-    A sample is the n-th of its shard, and how many a shard has is known before any is copied, from the
-    ``00000_stats.json`` that img2dataset puts beside ``00000.tar``. So a data set that fits on no disk still has a
-    length, draws that follow from seed and epoch alone, and a run that is taken up again goes on with the very next
-    one; nothing is skipped, and no buffer has to be filled again.
+    The number of samples of a shard is known before it is copied, from the ``00000_stats.json`` that img2dataset writes
+    beside ``00000.tar``. So a data set that fits on no disk still has a length and sample positions that follow from
+    seed and epoch, and a resumed run continues with the very next sample, without skipping or refilling a buffer.
 
-    What an epoch gives up is the full permutation: shards come in a drawn order, and a sample among those of the
-    ``shuffle_shards`` that are open at its time, see `order`. Every machine copies every shard once an epoch, for all
-    of its processes and their loaders.
+    An epoch is not a full permutation: shards come in a random order, and samples are mixed among the
+    ``shuffle_shards`` that are open at a time, see `order`. Every machine copies every shard once an epoch, for all of
+    its processes and their loaders.
 
     Args:
         split: "train", "val" or "test", each of which needs shards of its own.
         shards: addresses by split; ``{00000..00099}`` and ``{a,b}`` are expanded.
-        cache_dir: where copies, their lists and the counts are.
-        keep_gb: room for copies; those that were read longest ago are deleted. It has to hold
-            ``shuffle_shards`` of them and one, or shards are copied several times.
-        shuffle_shards: how many shards are mixed.
-        resampled: draw shards with replacement, so that an epoch sees some of them twice and others not at all.
-        attempts: to copy a shard. One that cannot be copied is left alone for a while, and its samples are replaced.
+        cache_dir: folder of the copies, their indices and the counts.
+        keep_gb: gigabytes for copies; the least recently read ones are deleted. It must hold ``shuffle_shards`` + 1
+            shards, or shards are copied several times.
+        shuffle_shards: number of shards that are mixed.
+        resampled: draws shards with replacement, so that an epoch contains some of them twice and others not at all.
+        attempts: to copy a shard. A shard that cannot be copied is skipped for a while, and its samples are replaced.
         label, json_key, classes, image_extensions, text: as `WebDatasetSource`. Labels are read with their sample.
 
     Raises:
-        DataError: a split has no shards of its own, or neither a count nor its shard can be had.
+        DataError: a split has no shards of its own, or samples can be counted neither by statistics nor by the shard.
         SettingError: ``shuffle_shards`` or ``attempts`` is less than 1, or ``keep_gb`` is not above 0.
     """
 
@@ -86,19 +79,23 @@ class StreamedShards(WebDatasetSource):
             raise SettingError(f"data.source.keep_gb must be above 0, got {keep_gb}")
         addresses, shared = files_of(split, shards, key="shards")
         if shared and split == "val":
-            raise DataError("streamed shards are not divided by their keys: say data.source.shards.val as well")
+            raise DataError(
+                "data.source.shards.val: streamed shards cannot be split by keys: name shards for val as well"
+            )
         self.classes = list(classes)
         self._labeled = label is not None
         self.shuffle_shards = shuffle_shards
         self.resampled = resampled
         self._folder = Path(cache_dir) / "shards"
-        self._reader = ShardReader(label, json_key, list(self.classes), list(image_extensions), text)
+        self._indexer = ShardIndexer(label, json_key, list(self.classes), list(image_extensions), text)
         self._copies = Copies(self._folder, keep_bytes=int(keep_gb * 1e9), attempts=attempts)
-        self._shards = [each for address in addresses for each in braces(address)]
-        unclear = [each for each in self._shards if "*" in each or "?" in each]
-        if unclear:
-            raise DataError(f"{unclear[0]}: say the numbers of streamed shards, as in {{00000..00099}}.tar")
-        self._listed: dict[int, list[list[Any]]] = {}
+        self._shards = [shard for address in addresses for shard in braces(address)]
+        wildcards = [shard for shard in self._shards if "*" in shard or "?" in shard]
+        if wildcards:
+            raise DataError(
+                f"data.source.shards: {wildcards[0]}: name streamed shards by numbers, as in {{00000..00099}}.tar"
+            )
+        self._indexed: dict[int, list[list[Any]]] = {}
         self._sizes = self._counts()
         if not self._sizes.sum():
             raise DataError(f"no sample for '{split}' in {len(self._shards)} shards ({self._shards[0]} …)")
@@ -111,36 +108,36 @@ class StreamedShards(WebDatasetSource):
         shard, number = self._of(index)
         return f"{self._shards[shard]}#{number}"
 
-    def place(self, index: int) -> Place:
+    def location(self, index: int) -> SampleLocation:
         shard, number = self._of(index)
         path = self._copies.path(self._shards[shard])
         samples = self._samples(shard, path)
         if number >= len(samples):
-            raise BadSample(f"{self.name(index)}: the shard has only {len(samples)} samples with a picture")
+            raise BadSample(f"{self.name(index)}: the shard has only {len(samples)} samples with an image")
         _, offset, length, label, *text = samples[number]
-        return Place(str(path), (offset, length), label, (text[0], text[1]))
+        return SampleLocation(str(path), (offset, length), label, (text[0], text[1]))
 
     def order(self, count: int, generator: np.random.Generator) -> np.ndarray:
-        """The positions of one epoch of the first ``count`` samples, int64 [count].
+        """Returns the positions of one epoch over the first ``count`` samples, int64 [count].
 
-        Shards are put in a drawn order; a sample's turn is that of its shard plus a number drawn from [0,
-        ``shuffle_shards``). So at any time at most ``shuffle_shards`` shards are being read, of each about as much,
-        and a new one is begun when an old one ends.
+        Shards are shuffled; samples are sorted by the turn of their shard plus a random number in [0,
+        ``shuffle_shards``). So at most about ``shuffle_shards`` shards are open at a time, and a new one is opened
+        when an old one ends.
         """
         begins = self._ends - self._sizes
         sizes = np.clip(count - begins, 0, self._sizes)
-        there = np.flatnonzero(sizes)
-        drawn = generator.permutation(there)
+        nonempty = np.flatnonzero(sizes)
+        drawn = generator.permutation(nonempty)
         if self.resampled:
-            drawn = there[:0]
-            while sizes[drawn].sum() < count:  # what is too much is cut off
-                drawn = np.append(drawn, generator.choice(there, len(there)))
+            drawn = nonempty[:0]
+            while sizes[drawn].sum() < count:  # the excess is cut off
+                drawn = np.append(drawn, generator.choice(nonempty, len(nonempty)))
         positions = np.concatenate([np.arange(begins[shard], begins[shard] + sizes[shard]) for shard in drawn])
         turn = np.repeat(np.arange(len(drawn)), sizes[drawn])
         return positions[np.argsort(turn + self.shuffle_shards * generator.random(len(turn)), kind="stable")][:count]
 
     def replacement(self, index: int, number: int) -> int:
-        """Another sample near the one at ``index``, whose shard is being read anyway."""
+        """Returns another sample near the one at ``index``, whose shard is open."""
         return (index + 1 + number % max(1, int(self._sizes[self._of(index)[0]]))) % len(self)
 
     def _of(self, index: int) -> tuple[int, int]:
@@ -148,21 +145,21 @@ class StreamedShards(WebDatasetSource):
         return shard, int(index - self._ends[shard] + self._sizes[shard])
 
     def _samples(self, shard: int, path: Path) -> list[list[Any]]:
-        if shard not in self._listed:
-            while len(self._listed) > self.shuffle_shards:  # those being read, and one
-                self._listed.pop(next(iter(self._listed)))
+        if shard not in self._indexed:
+            while len(self._indexed) > self.shuffle_shards:  # the open shards, and one
+                self._indexed.pop(next(iter(self._indexed)))
             try:
-                listed = self._reader.read(str(path), self._folder / "lists")
+                index = self._indexer.index(str(path), self._folder / "lists")
             except OSError as error:
                 raise BadSample(f"{self._shards[shard]}: {error.strerror}") from error
-            for problem, many in listed["problems"].items():
-                if many:
-                    log.warning("%s: %d in %s", problem, many, self._shards[shard])
-            self._listed[shard] = listed["samples"]
-        return self._listed[shard]
+            for problem, count in index["problems"].items():
+                if count:
+                    log.warning("%s: %d in %s", problem, count, self._shards[shard])
+            self._indexed[shard] = index["samples"]
+        return self._indexed[shard]
 
     def _counts(self) -> np.ndarray:
-        """Samples of each shard, int64 [S]; asked for once, then kept."""
+        """Returns the number of samples of each shard, int64 [S]; requested once, then stored."""
         digest = blake2b(json.dumps(self._shards).encode(), digest_size=8).hexdigest()
         file = self._folder / f"counts-{digest}.json"
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -170,14 +167,16 @@ class StreamedShards(WebDatasetSource):
             try:
                 return np.array(json.loads(file.read_text()), np.int64)
             except (OSError, ValueError):
-                pass  # not there yet, or damaged
-            with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-                said = list(pool.map(_stated, self._shards))
-            unsaid = [number for number, count in enumerate(said) if count is None]
-            if unsaid:
-                log.warning("%d shards have no _stats.json beside them and are read to count them", len(unsaid))
-            counts = [0 if count is None else count for count in said]
-            for number in unsaid:
+                pass  # missing or damaged
+            with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
+                stated = list(pool.map(_stated_count, self._shards))
+            uncounted = [number for number, count in enumerate(stated) if count is None]
+            if uncounted:
+                log.warning(
+                    "%d shards have no _stats.json beside them and are copied to count their samples", len(uncounted)
+                )
+            counts = [0 if count is None else count for count in stated]
+            for number in uncounted:
                 try:
                     counts[number] = len(self._samples(number, self._copies.path(self._shards[number])))
                 except BadSample as problem:
@@ -211,14 +210,14 @@ class CaptionedStreamedShards(TextsInShards, StreamedShards):
 
 
 class Copies:
-    """Files from elsewhere in a folder of this machine, for all its processes.
+    """Local copies of files behind addresses, shared by all processes of a machine.
 
     Args:
         folder: of the copies.
-        keep_bytes: what they may take; the ones read longest ago are deleted.
-        attempts: to copy one.
-        pause: seconds before another attempt, twice as many before the next; an address that failed is left alone for
-            a hundred times as long.
+        keep_bytes: bytes for copies; the least recently read ones are deleted.
+        attempts: to copy a file.
+        pause: seconds before the second attempt, doubled before each further one; a failed address is not tried again
+            for a hundred times as long.
     """
 
     def __init__(self, folder: Path, *, keep_bytes: int, attempts: int = 3, pause: float = 1.0) -> None:
@@ -229,10 +228,10 @@ class Copies:
         self._failed: dict[str, tuple[float, str]] = {}
 
     def path(self, address: str) -> Path:
-        """The copy of what is at ``address``, made now if there is none. A path of this machine is its own.
+        """Returns the path of the copy of ``address``, made now if there is none. A local path is returned as it is.
 
         Raises:
-            BadSample: it cannot be copied.
+            BadSample: the address cannot be copied.
         """
         if not is_address(address):
             return Path(address)
@@ -258,31 +257,32 @@ class Copies:
                 files.get_file(path, str(unfinished))
                 os.replace(unfinished, copy)
                 return
-            except Exception as problem:  # each kind of storage has its own, and none of them ends a run
+            except Exception as problem:  # each kind of storage has its own, and none must end a run
                 reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
         self._failed[address] = (time.monotonic(), reason)
-        log.warning("%s cannot be copied, and is left alone for a while: %s", address, reason)
+        log.warning("%s cannot be copied, and is not tried again for a while: %s", address, reason)
         raise BadSample(f"{address}: {reason}")
 
     def _make_room(self, newest: Path) -> None:
-        found = []
+        copies = []
         for file in self.folder.glob("*.tar"):
             try:
                 status = file.stat()
             except FileNotFoundError:
-                continue  # another process made room as well
-            found.append((status.st_atime_ns, status.st_size, file))
-        over = sum(size for _, size, _ in found) - self.keep_bytes
-        for _, size, file in sorted(found):
-            if over <= 0:
+                continue  # deleted by another process
+            copies.append((status.st_atime_ns, status.st_size, file))
+        excess = sum(size for _, size, _ in copies) - self.keep_bytes
+        for _, size, file in sorted(copies):
+            if excess <= 0:
                 break
             if file != newest:
                 file.unlink(missing_ok=True)
-                over -= size
+                excess -= size
 
 
 def _touched(file: Path) -> bool:
-    """Whether it is there; if so, it was read just now. Its time of change stays: the list of its members needs it."""
+    """Returns whether the file exists, and marks it as read now. Its modification time, which validates the index of
+    its members, stays the same."""
     try:
         os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))
     except FileNotFoundError:
@@ -290,10 +290,10 @@ def _touched(file: Path) -> bool:
     return True
 
 
-def _stated(address: str) -> int | None:
-    """How many samples img2dataset says the shard has; None where it says nothing."""
+def _stated_count(address: str) -> int | None:
+    """Returns the number of samples that img2dataset states for the shard; None without a statement."""
     try:
         with fsspec.open(f"{address.removesuffix('.tar')}_stats.json", "rt") as file:
             return int(json.load(file)["successes"])
-    except Exception:  # whatever a storage raises: it is then counted
+    except Exception:  # whatever a storage raises: samples are then counted by the shard
         return None

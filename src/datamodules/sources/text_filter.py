@@ -1,4 +1,4 @@
-"""ALIGN's filters of texts from the web (Jia et al., 2021), for any source that lists its texts."""
+"""ALIGN's filters of web captions (Jia et al., 2021), for any source that lists its texts."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class ListedTexts(Protocol):
 
 @dataclass(frozen=True)
 class TextFilter:
-    """Drops texts that say nothing of one image: shared by many, or too short, or too long. Calling it with a source
-    gives the source without them.
+    """Drops uninformative texts: those that many images share, and those that are too short or too long. Calling it
+    with a source returns the source without them.
 
-    ALIGN's third filter, of words that are rare in the whole web, needs the web's counts and is not here.
+    ALIGN's third filter, of rare words, needs word counts of the web and is not implemented.
 
     Args:
-        max_images: images that may share a text, compared without regard to case and spaces; None for any number.
-        min_words, max_words: of a text, separated by spaces; None for no longest one.
+        max_images: largest number of images that may share a text, compared without case and spaces; None for any.
+        min_words, max_words: of a text, separated by spaces; ``max_words`` None for any length.
 
     Raises:
         SettingError: no text could pass.
@@ -53,11 +53,12 @@ class TextFilter:
             raise SettingError(f"data.text_filter.max_images must be at least 1, got {self.max_images}")
         if self.max_words is not None and not 0 <= self.min_words <= self.max_words:
             raise SettingError(
-                f"data.text_filter: no text has {self.min_words} words or more and {self.max_words} or fewer"
+                f"data.text_filter: min_words={self.min_words} must be at most max_words={self.max_words}"
             )
 
     def __call__(self, source: Source) -> FilteredTexts:
-        """
+        """Returns the source without the texts that are dropped.
+
         Raises:
             SettingError: the source does not list its texts, or none of them passes.
         """
@@ -65,19 +66,23 @@ class TextFilter:
             raise SettingError(f"data.text_filter: {type(source).__name__} has no list of texts to filter")
         if isinstance(source, OrderedSource):
             raise SettingError(
-                f"data.text_filter reads all texts at the start, for which {type(source).__name__} is not"
+                f"data.text_filter reads all texts at the start, which is too slow for {type(source).__name__}: "
+                "copy the shards to this machine and choose data=img2dataset"
             )
         return FilteredTexts(source, self)
 
 
 class FilteredTexts(TextListSource, Source):
-    """A source without the texts that a filter drops, and without the images that had none but those.
+    """A source without the texts that a filter drops, and without the images all of whose texts it drops.
 
-    All texts are read once, at the beginning. An image whose texts cannot be read stays and is replaced when it is
-    drawn, as without a filter.
+    All texts are read once, at the start. An image whose texts cannot be read stays, and is replaced when it is drawn.
+
+    Args:
+        source: a source that is `ListedTexts`.
+        rules: the filter.
 
     Attributes:
-        problems: how many texts were dropped, by reason (a text may have several), and how many images with them.
+        problems: number of dropped texts by reason (a text may have several), and of dropped images.
     """
 
     def __init__(self, source: Source, rules: TextFilter) -> None:
@@ -93,22 +98,22 @@ class FilteredTexts(TextListSource, Source):
                 texts = source.all_texts(index)
             except BadSample:
                 continue
-            mine: set[int] = set()
+            of_image: set[int] = set()
             for text in texts:
                 code = _code(text)
                 codes.append(code)
                 words.append(len(text.split()))
-                first.append(code not in mine)
-                mine.add(code)
+                first.append(code not in of_image)
+                of_image.add(code)
             counts[index] = len(texts)
-        _, which = np.unique(np.array(codes, np.uint64), return_inverse=True)
-        pictures = np.bincount(which, weights=np.array(first, np.float64))[which]
+        _, text_of = np.unique(np.array(codes, np.uint64), return_inverse=True)
+        images = np.bincount(text_of, weights=np.array(first, np.float64))[text_of]
         lengths = np.array(words, np.int64)
         dropped = {f"texts of fewer than {rules.min_words} words": lengths < rules.min_words}
         if rules.max_words is not None:
             dropped[f"texts of more than {rules.max_words} words"] = lengths > rules.max_words
         if rules.max_images is not None:
-            dropped[f"texts that more than {rules.max_images} pictures share"] = pictures > rules.max_images
+            dropped[f"texts that more than {rules.max_images} images share"] = images > rules.max_images
         self._keep = ~np.any(list(dropped.values()), axis=0)
         self._ends = np.cumsum(counts)
         self._begins = self._ends - counts
@@ -118,10 +123,10 @@ class FilteredTexts(TextListSource, Source):
         self.labels = None if source.labels is None else source.labels[self._positions]
         self.problems = {reason: int(mask.sum()) for reason, mask in dropped.items() if mask.any()}
         if len(self._positions) < len(source):
-            self.problems["pictures that have no other text"] = len(source) - len(self._positions)
+            self.problems["images that have no other text"] = len(source) - len(self._positions)
         for reason, count in self.problems.items():
-            of = len(source) if reason.startswith("pictures") else len(self._keep)
-            log.warning("dropped by data.text_filter: %s: %d of %d", reason, count, of)
+            total = len(source) if reason.startswith("images") else len(self._keep)
+            log.warning("dropped by data.text_filter: %s: %d of %d", reason, count, total)
         if not self._keep.any():
             raise SettingError(f"data.text_filter: none of the {len(self._keep)} texts passes {rules}")
 
@@ -141,6 +146,6 @@ class FilteredTexts(TextListSource, Source):
 
 
 def _code(text: str) -> int:
-    """Equal for texts that differ by case and spaces alone."""
+    """Returns a hash of the text without case and spaces."""
     plain = " ".join(text.casefold().split())
     return int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "big")

@@ -1,4 +1,4 @@
-"""Texts that a data set lists for its images: which can be used, how they are held, and one drawn from several."""
+"""Captions that a data set lists for its images: selects usable ones, and draws one of several."""
 
 from __future__ import annotations
 
@@ -6,38 +6,31 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from src.datamodules.decoding import BadSample
-from src.datamodules.sources.splits import PackedNames
 
 log = logging.getLogger(__name__)
 
 
 class TextListSource(ABC):
-    """What a source with a list of texts an image answers; ``raw_texts`` is all it has to know.
+    """A source with a list of captions for each image; subclasses implement ``raw_texts``.
 
-    Texts that are empty or not valid Unicode are never drawn. An image that has no other is one without text.
+    Captions that are empty or not valid Unicode are never drawn. An image without any other has no caption.
     """
 
     @abstractmethod
     def raw_texts(self, index: int) -> Sequence[object]:
-        """What the data set has for texts of the image, unusable ones too.
-
-        Raises:
-            BadSample: it cannot be read.
-        """
+        """Returns the texts of the image as the data set has them, unusable ones included. Raises BadSample."""
 
     def all_texts(self, index: int) -> list[str]:
-        """The texts of the image that can be used.
+        """Returns the usable texts of the image.
 
         Raises:
-            BadSample: the only ones are broken.
+            BadSample: there are texts, but all of them are broken.
         """
-        return usable(self.raw_texts(index))
+        return usable_texts(self.raw_texts(index))
 
     def caption(self, index: int, choice: float) -> str:
-        """One of the texts, each as likely as the others."""
+        """Returns one of the texts, each with the same probability."""
         texts = self.all_texts(index)
         return texts[int(choice * len(texts))] if texts else ""
 
@@ -45,48 +38,28 @@ class TextListSource(ABC):
         return self.all_texts(index)
 
 
-def usable(told: Iterable[object]) -> list[str]:
-    """The texts among ``told``, without spaces around them: no empty ones, and none that is not Unicode, which no
-    tokenizer takes.
+def usable_texts(raw_texts: Iterable[object]) -> list[str]:
+    """Returns the usable texts without surrounding spaces: neither empty nor invalid Unicode, which no tokenizer takes.
 
     Raises:
         BadSample: there are texts, but none of them is valid.
     """
-    found = [text.strip() for text in told if isinstance(text, str) and text.strip()]
-    valid = [text for text in found if is_unicode(text)]
-    if found and not valid:
+    texts = [text.strip() for text in raw_texts if isinstance(text, str) and text.strip()]
+    valid = [text for text in texts if is_unicode(text)]
+    if texts and not valid:
         raise BadSample("its text is not valid UTF-8")
     return valid
 
 
-def listed(value: object) -> list[object]:
-    """One text, or several, as a list; nothing as an empty one."""
+def as_list(value: object) -> list[object]:
+    """Returns one text, or several, as a list; None as an empty list."""
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-class PackedTexts:
-    """Lists of texts, held like `PackedNames`."""
-
-    def __init__(self, lists: Iterable[Sequence[str]]) -> None:
-        lists = list(lists)
-        self._texts = PackedNames(text for texts in lists for text in texts)
-        self._ends = np.cumsum([len(texts) for texts in lists], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> list[str]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{index} of {len(self)}")
-        index %= len(self)
-        begin = int(self._ends[index - 1]) if index else 0
-        return [self._texts[position] for position in range(begin, int(self._ends[index]))]
-
-
 class Problems:
-    """What was wrong with entries of a list, by kind: how often, and where first."""
+    """Counts problems with the entries of a list by kind, and remembers the first place of each."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
@@ -105,8 +78,7 @@ class Problems:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether an encoding has the text: bytes of another encoding, or half a character that JSON let through, it has
-    not."""
+    """Returns False for text with surrogates: undecodable bytes, or half of a surrogate pair from JSON."""
     try:
         text.encode()
     except UnicodeEncodeError:

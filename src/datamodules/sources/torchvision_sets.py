@@ -1,4 +1,4 @@
-"""Data sets that torchvision knows how to find, check and download."""
+"""Data sets that torchvision finds, checks and downloads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ArraySource(Source):
         images: uint8 [N, 3, H, W].
         labels: int64 [N], -1 where there is none.
         classes: names by label.
-        names: what a person calls each image.
+        names: of the images, for messages.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, classes: Sequence[str], names: Sequence[str]) -> None:
@@ -42,7 +42,7 @@ class ArraySource(Source):
 
 
 class FileSource(Source):
-    """Images in files, by a list of paths."""
+    """Image files, by a list of paths."""
 
     def __init__(self, paths: Sequence[str], labels: Sequence[int], classes: Sequence[str]) -> None:
         self._paths = list(paths)
@@ -63,19 +63,20 @@ class CIFAR10Source(ArraySource):
     """CIFAR-10 (Krizhevsky, 2009): 32x32, 10 classes, 50,000 + 10,000.
 
     Args:
-        split: "test" is the set's own; "val" is ``val_share`` of its training set (by a hash of the position, the same
+        split: "test" is the data set's own; "val" is ``val_share`` of its training set (by a hash of the position, the
+        same
             for every run), "train" the rest.
-        root: where the set lies, or is to be put.
-        download: fetch it if it is not there.
+        root: folder of the data set.
+        download: downloads it if it is not there.
         val_share: as above.
 
     Raises:
-        DataError: the set is not there.
+        DataError: the data set is not in ``root``.
     """
 
     def __init__(self, split: Split, *, root: str | Path, download: bool = False, val_share: float = 0.1) -> None:
         data: Any = _open(self._dataset, root, train=split != "test", download=download)
-        keep = _kept(split, [str(index) for index in range(len(data.data))], val_share)
+        keep = _positions_of(split, [str(index) for index in range(len(data.data))], val_share)
         title = self._dataset.__name__
         super().__init__(
             data.data[keep].transpose(0, 3, 1, 2),
@@ -94,15 +95,15 @@ class CIFAR100Source(CIFAR10Source):
 
 
 class STL10Source(ArraySource):
-    """STL-10 (Coates et al., 2011): 96x96, 10 classes, 5,000 + 8,000 labelled and 100,000 unlabelled images.
+    """STL-10 (Coates et al., 2011): 96x96, 10 classes, 5,000 + 8,000 labeled and 100,000 unlabeled images.
 
     Args:
-        split: "test" is the set's own; "val" is ``val_share`` of its labelled training set, "train" the rest.
+        split: "test" is the data set's own; "val" is ``val_share`` of its labeled training set, "train" the rest.
         root, download, val_share: as for `CIFAR10Source`.
-        unlabeled: add the unlabelled images, label -1, to "train".
+        unlabeled: add the unlabeled images, label -1, to "train".
 
     Raises:
-        DataError: the set is not there.
+        DataError: the data set is not in ``root``.
     """
 
     def __init__(
@@ -117,10 +118,10 @@ class STL10Source(ArraySource):
         own = "test" if split == "test" else "train+unlabeled" if split == "train" and unlabeled else "train"
         data: Any = _open(datasets.STL10, root, split=own, download=download)
         labels = np.asarray(data.labels, np.int64)
-        labels[labels == 255] = -1  # the file's 0, "no class", after torchvision's unsigned minus one
-        labelled = int((labels >= 0).sum())
-        keep = _kept(split, [str(index) for index in range(labelled)], val_share)
-        keep = np.concatenate([keep, np.arange(labelled, len(labels))])
+        labels[labels == 255] = -1  # the file's 0, "no class", minus one in torchvision's uint8
+        labeled = int((labels >= 0).sum())
+        keep = _positions_of(split, [str(index) for index in range(labeled)], val_share)
+        keep = np.concatenate([keep, np.arange(labeled, len(labels))])
         names = [f"STL10 {own} {index}" for index in keep]
         super().__init__(data.data[keep], labels[keep], getattr(data, "classes", ()), names)
 
@@ -141,11 +142,11 @@ class Flowers102Source(FileSource):
     """Flowers-102 (Nilsback and Zisserman, 2008): 102 flowers; its own splits of 1,020, 1,020 and 6,149 images.
 
     Args:
-        split: the set's own.
+        split: the data set's own.
         root, download: as for `CIFAR10Source`.
 
     Raises:
-        DataError: the set is not there.
+        DataError: the data set is not in ``root``.
     """
 
     def __init__(self, split: Split, *, root: str | Path, download: bool = False) -> None:
@@ -163,7 +164,7 @@ class OxfordIIITPetSource(FileSource):
     def __init__(self, split: Split, *, root: str | Path, download: bool = False, val_share: float = 0.1) -> None:
         own = "test" if split == "test" else "trainval"
         data: Any = _open(datasets.OxfordIIITPet, root, split=own, download=download)
-        # torchvision offers no way to the files but decoding them
+        # torchvision has no public access to the paths
         items = list(zip((str(path) for path in data._images), data._labels, strict=True))
         super().__init__(*_files(split, items, val_share), data.classes)
 
@@ -174,17 +175,17 @@ def _open(make: Callable[..., datasets.VisionDataset], root: str | Path, **optio
         return make(root=str(folder), **options)
     except (RuntimeError, OSError) as error:
         title = getattr(make, "__name__", str(make))
-        advice = "the download failed" if options["download"] else "set download=true to fetch it there"
+        advice = "the download failed" if options["download"] else "set data.source.download=true to download it"
         raise DataError(f"{title} is not complete in {folder.absolute()} ({error}); {advice}") from error
 
 
-def _kept(split: Split, keys: Sequence[str], val_share: float) -> np.ndarray:
-    """Positions of ``keys``, those of the set's training or test images, that belong to ``split``."""
+def _positions_of(split: Split, keys: Sequence[str], val_share: float) -> np.ndarray:
+    """Returns the positions of ``keys``, of the data set's training or test images, that belong to ``split``."""
     if split == "test":
         return np.arange(len(keys))
     return np.array([i for i, key in enumerate(keys) if hashed_split(key, val_share=val_share) == split], np.int64)
 
 
 def _files(split: Split, items: Sequence[tuple[str, int]], val_share: float) -> tuple[list[str], list[int]]:
-    keep = _kept(split, ["/".join(Path(path).parts[-2:]) for path, _ in items], val_share)
+    keep = _positions_of(split, ["/".join(Path(path).parts[-2:]) for path, _ in items], val_share)
     return [items[index][0] for index in keep], [items[index][1] for index in keep]

@@ -1,4 +1,4 @@
-"""Videos in folders, one folder a class: the layout of Kinetics, UCF101 and HMDB51."""
+"""Videos in folders, one folder a class, such as Kinetics, UCF101 and HMDB51."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Videos that lists name: Kinetics, Something-Something, UCF101, HMDB51, and plain lists of paths and labels."""
+"""Videos named in lists: Kinetics, Something-Something, UCF101, HMDB51, and plain lists of paths and labels."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ import numpy as np
 
 from src.datamodules.decoding import DataError
 from src.datamodules.sources.files import require_some
+from src.datamodules.sources.packed import PackedStrings
 from src.datamodules.sources.source import Sample, Source, Split
-from src.datamodules.sources.splits import PackedNames, hashed_split, spread
+from src.datamodules.sources.splits import hashed_split, spread_positions
 from src.datamodules.video_reader import EncodedVideo
 from src.errors import SettingError, nearest
 
 
 class Listed(NamedTuple):
-    """A video that a list names."""
+    """An entry of a list."""
 
     path: str  # below the source's root
-    label: int  # -1 for none
+    label: int  # -1 for an unlabeled video
 
 
 class ListedVideos(Source):
-    """Videos in files below a folder. One that is missing or broken is found out when it is drawn, and replaced.
+    """Video files below a folder. A missing or broken one is found when it is drawn, and replaced.
 
     Args:
         split: for messages.
@@ -37,7 +38,7 @@ class ListedVideos(Source):
         classes: names by label.
 
     Raises:
-        DataError: nothing is listed, or none of the first few looked for exists.
+        DataError: no video is listed, or none of a few exists.
     """
 
     input_key: ClassVar[Literal["image", "video"]] = "video"
@@ -48,7 +49,7 @@ class ListedVideos(Source):
             raise DataError(f"data.source: no video is listed for the split '{split}'")
         self.classes = classes
         self._root = os.path.expanduser(root)
-        self._paths = PackedNames(video.path for video in videos)
+        self._paths = PackedStrings(video.path for video in videos)
         self.labels = np.array([video.label for video in videos], np.int64)
         require_some(self, root, "videos")
 
@@ -63,17 +64,17 @@ class ListedVideos(Source):
 
 
 class VideoListSource(ListedVideos):
-    """Lists with a path and a label a line, separated by spaces or a comma, as mmaction and VideoMAE write them.
+    """Lists with a path and a label in each line, separated by spaces or a comma, as for mmaction and VideoMAE.
 
     Args:
         split: "train", "val" or "test".
         root: folder that the lists' and the videos' paths are relative to.
         files: paths of the lists by split.
-        names: a file with the name of a class a line, in the order of the labels; None to call them by their numbers,
-            as many as the list of "train" has.
+        names: a file with one class name a line, in the order of the labels; None names classes by their numbers, up
+            to the largest label of "train".
 
     Raises:
-        DataError: a list is missing; a line is none, or has a label that is no class, by its number.
+        DataError: a list is missing, or a line has no path and label, or an unknown label; the message has its number.
     """
 
     def __init__(
@@ -99,18 +100,18 @@ KINETICS_PATHS = (
 class KineticsSource(ListedVideos):
     """The official lists of Kinetics, CSV with the columns ``label``, ``youtube_id``, ``time_start`` and ``time_end``.
 
-    The classes are those of "train", sorted. A row without a label has label -1.
+    The classes are those of "train", sorted. Rows without a label are unlabeled (-1).
 
     Args:
         split: "train", "val" or "test".
         root: folder that the lists' and the videos' paths are relative to.
         files: paths of the lists by split.
-        paths: where a video may lie, of ``split``, the list's columns, and ``label_`` with underscores for spaces; the
-            first pattern by which some of the listed videos exist holds for all.
+        paths: patterns of the videos' paths, of ``split``, the list's columns, and ``label_`` with underscores for
+            spaces; the first pattern by which some of the listed videos exist is used for all.
 
     Raises:
-        DataError: a list is missing or has no such columns; a line is broken or has a class that "train" has not, by
-            its number; no pattern leads to a video.
+        DataError: a list is missing or lacks a column, a line is broken or has a class that "train" lacks (the message
+            has its number), or no pattern leads to a video.
     """
 
     def __init__(
@@ -123,11 +124,11 @@ class KineticsSource(ListedVideos):
     ) -> None:
         train = [row["label"] for _, row in _kinetics_rows(_list(root, files, "train"))]
         classes = sorted({label for label in train if label})
-        label_of = {name: label for label, name in enumerate(classes)}
+        class_to_label = {name: label for label, name in enumerate(classes)}
         file = _list(root, files, split)
         rows, labels = [], []
         for place, row in _kinetics_rows(file):
-            labels.append(_known(place, row["label"], label_of) if row["label"] else -1)
+            labels.append(_label(place, row["label"], class_to_label) if row["label"] else -1)
             rows.append({**row, "split": split, "label_": row["label"].replace(" ", "_")})
         pattern = _existing(os.path.expanduser(root), paths, rows, file)
         videos = (Listed(pattern.format(**row), label) for row, label in zip(rows, labels, strict=True))
@@ -135,17 +136,18 @@ class KineticsSource(ListedVideos):
 
 
 class SomethingSomethingSource(ListedVideos):
-    """Something-Something V2 as it is downloaded: JSON lists of ``id`` and ``template``, and the classes' own file.
+    """Something-Something V2 as downloaded: JSON lists of ``id`` and ``template``, and a file of the classes.
 
     Args:
-        split: "train", "val" or "test"; the last has no templates, so its labels are -1.
+        split: "train", "val" or "test"; "test" has no templates, so its videos are unlabeled (-1).
         root: folder that all paths are relative to.
         files: paths of the lists by split.
-        labels: path of the file that gives each class its label.
+        labels: path of the file with the label of each class.
         videos: folder of the videos, ``<id>.webm``.
 
     Raises:
-        DataError: a file is missing or is no such list; an entry is broken or of an unknown class, by its number.
+        DataError: a file is missing or no such list, or an entry is broken or of an unknown class (the message has its
+            number).
     """
 
     def __init__(
@@ -157,30 +159,34 @@ class SomethingSomethingSource(ListedVideos):
         labels: str = "labels/labels.json",
         videos: str = "20bn-something-something-v2",
     ) -> None:
-        named = _json(_below(root, labels), dict)
+        listed_labels = _json(_below(root, labels), dict)
         try:
-            label_of = {str(name): int(number) for name, number in named.items()}
+            class_to_label = {str(name): int(number) for name, number in listed_labels.items()}
         except (TypeError, ValueError) as problem:
-            raise DataError(f"{_below(root, labels)}: a label is no number: {problem}") from problem
-        if sorted(label_of.values()) != list(range(len(label_of))):
-            raise DataError(f"{_below(root, labels)}: the labels are not 0 to {len(label_of) - 1}, each once")
+            raise DataError(f"data.source.labels: {_below(root, labels)}: a label is no number: {problem}") from problem
+        if sorted(class_to_label.values()) != list(range(len(class_to_label))):
+            raise DataError(
+                f"data.source.labels: {_below(root, labels)}: the labels are not 0 to {len(class_to_label) - 1}, each once"
+            )
         file = _list(root, files, split)
-        found = []
+        videos_listed = []
         for number, entry in enumerate(_json(file, list), start=1):
             if not isinstance(entry, dict) or not str(entry.get("id", "")).isalnum():
                 raise DataError(f"{file}, entry {number}: an 'id' is expected, got {_short(entry)}")
-            # the list marks what was filled in, "Holding [something]", and the classes' file does not
+            # the list has brackets around filled-in words, "Holding [something]", and the file of classes has not
             template = str(entry.get("template", "")).replace("[", "").replace("]", "")
-            label = _known(f"{file}, entry {number}", template, label_of) if template else -1
-            found.append(Listed(f"{videos}/{entry['id']}.webm", label))
-        super().__init__(split, root=root, videos=found, classes=sorted(label_of, key=label_of.__getitem__))
+            label = _label(f"{file}, entry {number}", template, class_to_label) if template else -1
+            videos_listed.append(Listed(f"{videos}/{entry['id']}.webm", label))
+        super().__init__(
+            split, root=root, videos=videos_listed, classes=sorted(class_to_label, key=class_to_label.__getitem__)
+        )
 
 
 class UCF101Source(ListedVideos):
-    """UCF101 by one of its three official divisions.
+    """UCF101 by one of its three official divisions into training and test videos.
 
-    "test" is the test list. "val" is a share of the training list, whole groups of it: clips of one group are cut from
-    one video, so that a group in both would be learned by heart.
+    "test" is the test list. "val" is a share of the training list, in whole groups: clips of one group are cut from one
+    video, so validation would reward memory if a group were in both.
 
     Args:
         split: "train", "val" or "test".
@@ -191,8 +197,8 @@ class UCF101Source(ListedVideos):
         val_share: of the groups.
 
     Raises:
-        DataError: a list is missing; a line is broken or of an unknown class, by its number.
-        SettingError: another division.
+        DataError: a list is missing, or a line is broken or of an unknown class (the message has its number).
+        SettingError: the division is not 1, 2 or 3.
     """
 
     def __init__(
@@ -207,24 +213,26 @@ class UCF101Source(ListedVideos):
     ) -> None:
         _check_division(division)
         folder = _below(root, lists)
-        label_of: dict[str, int] = {}
+        class_to_label: dict[str, int] = {}
         for place, text in _lines(folder / "classInd.txt"):
             number, _, name = text.partition(" ")
-            if not number.isdigit() or int(number) != len(label_of) + 1 or not name:
-                raise DataError(f"{place}: the number {len(label_of) + 1} and a class are expected, got {_short(text)}")
-            label_of[name.strip()] = len(label_of)
+            if not number.isdigit() or int(number) != len(class_to_label) + 1 or not name:
+                raise DataError(
+                    f"{place}: the number {len(class_to_label) + 1} and a class are expected, got {_short(text)}"
+                )
+            class_to_label[name.strip()] = len(class_to_label)
         file = folder / f"{'test' if split == 'test' else 'train'}list{division:02d}.txt"
-        found = []
+        listed = []
         for place, text in _lines(file):
             path, _, number = text.partition(" ")  # the test list has no numbers
             kind, _, name = path.partition("/")
             if not name:
                 raise DataError(f"{place}: <class>/<video> is expected, got {_short(text)}")
-            label = _known(place, kind, label_of)
+            label = _label(place, kind, class_to_label)
             if number.strip() and number.strip() != str(label + 1):
                 raise DataError(f"{place}: {kind} has the number {label + 1}, not {_short(number)}")
-            found.append(Listed(f"{videos}/{path}", label))
-        super().__init__(split, root=root, videos=_of_groups(split, found, val_share), classes=list(label_of))
+            listed.append(Listed(f"{videos}/{path}", label))
+        super().__init__(split, root=root, videos=_of_groups(split, listed, val_share), classes=list(class_to_label))
 
 
 class HMDB51Source(ListedVideos):
@@ -234,13 +242,13 @@ class HMDB51Source(ListedVideos):
         split: "train", "val" or "test".
         root: folder that all paths are relative to.
         division: 1, 2 or 3.
-        lists: folder of the files ``<class>_test_split1.txt``, whose lines end in 1 (train), 2 (test) or 0 (neither).
+        lists: folder of the files ``<class>_test_split1.txt``, whose lines end with 1 (train), 2 (test) or 0 (neither).
         videos: folder of the classes' folders.
         val_share: of the groups.
 
     Raises:
-        DataError: there is no list; a line is broken, by its number.
-        SettingError: another division.
+        DataError: there is no list, or a line is broken (the message has its number).
+        SettingError: the division is not 1, 2 or 3.
     """
 
     def __init__(
@@ -259,22 +267,23 @@ class HMDB51Source(ListedVideos):
         files = sorted(folder.glob(f"*{ending}"))
         if not files:
             raise DataError(f"data.source.lists: {folder} has no file <class>{ending}")
-        wanted = "2" if split == "test" else "1"
-        found = []
+        split_code = "2" if split == "test" else "1"
+        listed = []
         for label, file in enumerate(files):
             for place, text in _lines(file):
                 name, _, use = text.rpartition(" ")
                 if use not in ("0", "1", "2") or not name.strip():
                     raise DataError(f"{place}: a video and 0, 1 or 2 are expected, got {_short(text)}")
-                if use == wanted:
+                if use == split_code:
                     path = os.path.normpath(f"{videos}/{file.name.removesuffix(ending)}/{name.strip()}")
-                    found.append(Listed(path, label))
+                    listed.append(Listed(path, label))
         classes = [file.name.removesuffix(ending) for file in files]
-        super().__init__(split, root=root, videos=_of_groups(split, found, val_share), classes=classes)
+        super().__init__(split, root=root, videos=_of_groups(split, listed, val_share), classes=classes)
 
 
 def _of_groups(split: Split, videos: list[Listed], val_share: float) -> list[Listed]:
-    """A training list's part of ``split``, by groups: a name's part before its last underscore."""
+    """Returns the videos of ``split`` in a training list, by groups: names without the part after their last
+    underscore."""
     if split == "test":
         return videos
     return [video for video in videos if hashed_split(video.path.rpartition("_")[0], val_share=val_share) == split]
@@ -285,17 +294,17 @@ _PATH_AND_LABEL = re.compile(r"(?P<path>.*\S)(?:\s*,\s*|\s+)(?P<label>\d+)")
 
 def _paths_and_labels(file: Path, classes: int | None = None) -> Iterator[Listed]:
     for place, text in _lines(file):
-        found = _PATH_AND_LABEL.fullmatch(text)
-        if found is None:
+        match = _PATH_AND_LABEL.fullmatch(text)
+        if match is None:
             raise DataError(f"{place}: a path and a label are expected, got {_short(text)}")
-        label = int(found["label"])
+        label = int(match["label"])
         if classes is not None and label >= classes:
             raise DataError(f"{place}: there is no class {label}, only 0 to {classes - 1}")
-        yield Listed(found["path"].rstrip(","), label)
+        yield Listed(match["path"].rstrip(","), label)
 
 
 def _kinetics_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) with whole seconds, after the names of the columns."""
+    """Yields (place, row) of each line after the header, with times in whole seconds."""
     columns = ("label", "youtube_id", "time_start", "time_end")
     try:
         with file.open(encoding="utf-8-sig", newline="") as text:
@@ -310,15 +319,15 @@ def _kinetics_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 try:
                     times = {name: round(float(row[name] or "")) for name in columns[2:]}
                 except ValueError as problem:
-                    raise DataError(f"{place}: times are seconds: {problem}") from problem
+                    raise DataError(f"{place}: time_start and time_end must be seconds: {problem}") from problem
                 yield place, {**row, **times, "label": (row["label"] or "").strip()}
     except (OSError, UnicodeDecodeError, csv.Error) as problem:
         raise DataError(f"{file} cannot be read as a list: {problem}") from problem
 
 
 def _existing(root: str, patterns: Sequence[str], rows: Sequence[Mapping[str, Any]], file: Path) -> str:
-    """The first pattern by which one of a few rows' videos exists."""
-    few = [rows[index] for index in spread(len(rows))]
+    """Returns the first pattern by which one of a few listed videos exists."""
+    few = [rows[index] for index in spread_positions(len(rows))]
     for pattern in patterns:
         try:
             if any(os.path.exists(os.path.join(root, pattern.format(**row))) for row in few):
@@ -329,10 +338,10 @@ def _existing(root: str, patterns: Sequence[str], rows: Sequence[Mapping[str, An
     raise DataError(f"data.source.root={root}: none of {len(few)} videos listed in {file} exists (looked for {tried})")
 
 
-def _known(place: str, name: str, label_of: Mapping[str, int]) -> int:
-    if name not in label_of:
-        raise DataError(f"{place}: there is no class '{name}'{nearest(name, list(label_of))}")
-    return label_of[name]
+def _label(place: str, name: str, class_to_label: Mapping[str, int]) -> int:
+    if name not in class_to_label:
+        raise DataError(f"{place}: there is no class '{name}'{nearest(name, list(class_to_label))}")
+    return class_to_label[name]
 
 
 def _list(root: str | Path, files: Mapping[str, str], split: Split) -> Path:
@@ -346,7 +355,7 @@ def _below(root: str | Path, path: str | Path) -> Path:
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
-    """(file and number, text) of the lines that are not empty."""
+    """Yields (file and line number, text) of the lines that are not empty."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
@@ -362,13 +371,13 @@ def _json(file: Path, kind: type) -> Any:
     except (OSError, ValueError) as problem:
         raise DataError(f"{file} cannot be read as JSON: {problem}") from problem
     if not isinstance(content, kind):
-        raise DataError(f"{file} holds a {type(content).__name__}, where a {kind.__name__} is expected")
+        raise DataError(f"{file} contains a {type(content).__name__}, where a {kind.__name__} is expected")
     return content
 
 
 def _check_division(division: int) -> None:
     if division not in (1, 2, 3):
-        raise SettingError(f"data.source.division is 1, 2 or 3, not {division}")
+        raise SettingError(f"data.source.division must be 1, 2 or 3, got {division}")
 
 
 def _short(value: object) -> str:

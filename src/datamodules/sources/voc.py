@@ -1,4 +1,4 @@
-"""Pascal VOC: images in files, each with an XML of the things in it."""
+"""Pascal VOC: image files, each with an XML file of its objects."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image
 
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
-from src.datamodules.sources.files import opened, require_some
+from src.datamodules.sources.files import open_text, require_some
+from src.datamodules.sources.object_fields import clip_box, ground_truth, known_fields
+from src.datamodules.sources.packed import PackedStrings
 from src.datamodules.sources.source import Sample, Source, Split
-from src.datamodules.sources.splits import PackedNames, files_of, hashed_split
-from src.datamodules.sources.things import clipped, ground_truth, known_fields
+from src.datamodules.sources.splits import files_of, hashed_split
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -25,27 +26,27 @@ VOC_CLASSES = (
 
 
 class VOCSource(Source):
-    """Pascal VOC (Everingham et al., 2010): things of 20 classes, with boxes, and in some images with masks.
+    """Pascal VOC (Everingham et al., 2010): objects of 20 classes with boxes, and in some images with masks.
 
-    Fields: ``boxes``, ``box_labels``, ``instance_masks``, and ``crowd``, bool [T]: what is marked difficult, which a
-    detector is not judged by. The file's boxes count pixels from 1 and end with the last one; here, as everywhere, they
-    begin at 0 and end behind it. They are cut to their image.
+    Fields: ``boxes``, ``box_labels``, ``instance_masks``, and ``crowd``, True for objects marked difficult, which
+    metrics leave out. The file's boxes count pixels from 1 and include the last one; here, as in all sources, they
+    start at 0 and end after the last one. They are clipped to their image.
 
     Args:
         split: "train", "val" or "test".
         root: the folder with ``VOCdevkit``, as the archives unpack.
         sets: lists of images by split, below ``root``, such as
             ``VOCdevkit/VOC2007/ImageSets/Main/trainval.txt``; their images, annotations and masks lie in
-            ``JPEGImages``, ``Annotations`` and ``SegmentationObject`` of the same year. Where "val" has none it is
+            ``JPEGImages``, ``Annotations`` and ``SegmentationObject`` of the same year. A "val" without a list is
             ``val_share`` of the images of "train" by a hash of their names. For masks name lists of
             ``ImageSets/Segmentation``: other images have none.
-        fields: which ground truth is wanted.
-        difficult: whether training has things that are marked difficult.
+        fields: names of the ground truth to read.
+        difficult: keeps objects that are marked difficult in training.
         classes: their names, in the order of their labels.
         val_share: as above.
 
     Raises:
-        DataError: a list is missing or names no image that is there.
+        DataError: a list is missing or names no image that exists.
     """
 
     def __init__(
@@ -64,16 +65,16 @@ class VOCSource(Source):
         self._difficult = difficult or split != "train"
         self._root = os.path.expanduser(root)
         lists, shared = files_of(split, sets, key="data.source.sets")
-        found: dict[str, None] = {}
+        images: dict[str, None] = {}  # without duplicates, in order
         for file in lists:
             year = Path(file).parent.parent.parent
-            with opened(os.path.join(self._root, file)) as lines:
-                names = [words[0] for words in map(str.split, lines) if words and words[1:] != ["-1"]]
-            found |= dict.fromkeys(str(year / "JPEGImages" / f"{name}.jpg") for name in names)
-        paths = [each for each in found if not shared or hashed_split(each, val_share=val_share) == split]
+            with open_text(os.path.join(self._root, file)) as lines:
+                names = [parts[0] for parts in map(str.split, lines) if parts and parts[1:] != ["-1"]]
+            images |= dict.fromkeys(str(year / "JPEGImages" / f"{name}.jpg") for name in names)
+        paths = [path for path in images if not shared or hashed_split(path, val_share=val_share) == split]
         if not paths:
-            raise DataError(f"data.source.sets: {', '.join(lists)} name no picture of the split '{split}'")
-        self._paths = PackedNames(paths)
+            raise DataError(f"data.source.sets: {', '.join(lists)} name no image of the split '{split}'")
+        self._paths = PackedStrings(paths)
         require_some(self, root)
 
     def __len__(self) -> int:
@@ -86,46 +87,46 @@ class VOCSource(Source):
         """
         image = EncodedImage(self.name(index))
         height, width = image.size
-        things = self._things(self._beside(index, "Annotations", ".xml"), height, width)
+        objects = self._objects(self._annotation_path(index, "Annotations", ".xml"), height, width)
         masks = None
         if "instance_masks" in self.fields:
-            numbers = _numbers(self._beside(index, "SegmentationObject", ".png"), height, width)
-            masks = numbers == np.array([thing.number for thing in things], np.uint8)[:, None, None]
-        boxes = np.array([thing.box for thing in things], np.float32).reshape(-1, 4)
-        labels, crowd = [thing.label for thing in things], [thing.difficult for thing in things]
+            numbers = _numbers(self._annotation_path(index, "SegmentationObject", ".png"), height, width)
+            masks = numbers == np.array([obj.number for obj in objects], np.uint8)[:, None, None]
+        boxes = np.array([obj.box for obj in objects], np.float32).reshape(-1, 4)
+        labels, crowd = [obj.label for obj in objects], [obj.difficult for obj in objects]
         return {"image": image, "fields": ground_truth(self.fields, boxes, labels, crowd, masks)}
 
     def name(self, index: int) -> str:
         return os.path.join(self._root, self._paths[index])
 
-    def _beside(self, index: int, folder: str, ending: str) -> Path:
-        picture = Path(self.name(index))
-        return picture.parent.parent / folder / f"{picture.stem}{ending}"
+    def _annotation_path(self, index: int, folder: str, ending: str) -> Path:
+        image = Path(self.name(index))
+        return image.parent.parent / folder / f"{image.stem}{ending}"
 
-    def _things(self, path: Path, height: int, width: int) -> list[_Thing]:
+    def _objects(self, path: Path, height: int, width: int) -> list[_Object]:
         try:
             annotation = ElementTree.parse(path).getroot()
         except (OSError, ElementTree.ParseError) as problem:
             raise BadSample(f"{path.name} cannot be read: {problem}") from problem
-        things = []
-        for number, thing in enumerate(annotation.findall("object"), start=1):
-            name = (thing.findtext("name") or "").strip()
+        objects = []
+        for number, element in enumerate(annotation.findall("object"), start=1):
+            name = (element.findtext("name") or "").strip()
             if name not in self.classes:
-                raise BadSample(f"{path.name} has a thing of the class '{name}', which data.source.classes does not")
-            corners = [thing.findtext(f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")]
+                raise BadSample(f"{path.name} has an object of the class '{name}', which data.source.classes lacks")
+            corners = [element.findtext(f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")]
             box = _box(corners, path)
-            inside = clipped((box[0] - 1, box[1] - 1, box[2], box[3]), height, width)
-            difficult = (thing.findtext("difficult") or "0").strip() == "1"
+            inside = clip_box((box[0] - 1, box[1] - 1, box[2], box[3]), height, width)
+            difficult = (element.findtext("difficult") or "0").strip() == "1"
             if inside is not None and (self._difficult or not difficult):
-                things.append(_Thing(inside, self.classes.index(name), difficult, number))
-        return things
+                objects.append(_Object(inside, self.classes.index(name), difficult, number))
+        return objects
 
 
-class _Thing(NamedTuple):
+class _Object(NamedTuple):
     box: list[float]
     label: int
     difficult: bool
-    number: int  # its color in the image of masks
+    number: int  # its pixel value in the file of masks
 
 
 def _box(corners: Sequence[str | None], path: Path) -> list[float]:
@@ -133,18 +134,19 @@ def _box(corners: Sequence[str | None], path: Path) -> list[float]:
         box = [float(corner or "") for corner in corners]
     except ValueError:
         box = [math.nan]
-    if not all(math.isfinite(each) for each in box):
-        raise BadSample(f"{path.name} has a thing without a box: {', '.join(str(corner) for corner in corners)}")
+    if not all(math.isfinite(side) for side in box):
+        raise BadSample(f"{path.name} has an object without a box: {', '.join(str(corner) for corner in corners)}")
     return box
 
 
 def _numbers(path: Path, height: int, width: int) -> np.ndarray:
-    """Which thing each pixel shows, counted from 1 as annotated; 0 for none, 255 for borders. uint8 [H, W]."""
+    """Reads the number of the object that each pixel shows, from 1 in the annotation's order; 0 for none, 255 for
+    borders: uint8 [H, W]."""
     try:
-        with Image.open(path, formats=("PNG",)) as picture:
-            numbers = np.array(picture)
+        with Image.open(path, formats=("PNG",)) as image:
+            numbers = np.array(image)
     except (OSError, SyntaxError, ValueError) as problem:
         raise BadSample(f"there are no masks: {path} cannot be read: {problem}") from problem
     if numbers.shape != (height, width) or numbers.dtype != np.uint8:
-        raise BadSample(f"{path} holds no masks of {height}x{width} pixels, one number each")
+        raise BadSample(f"{path} has no masks of {height}x{width} pixels with one number each")
     return numbers

@@ -73,12 +73,12 @@ def test_a_palette_is_read_as_its_numbers(ade: Path) -> None:
         (lambda file: file.unlink(), "its segmentation .*a.png does not exist"),
         (lambda file: file.write_bytes(b"nothing like it"), "cannot be decoded"),
         (lambda file: file.write_bytes(file.read_bytes()[:-30]), "cannot be decoded"),
-        (lambda file: save(file, np.ones((3, 3), np.uint8)), "its segmentation has 3x3 pixels, the picture 2x3"),
+        (lambda file: save(file, np.ones((3, 3), np.uint8)), "its segmentation has 3x3 pixels, the image 2x3"),
         (
             lambda file: save(file, np.full((2, 3), 4, np.uint8)),
-            "holds 4, which is none of 3 classes after the shift by 1",
+            "contains 4, which is none of 3 classes after the shift by 1",
         ),
-        (lambda file: save(file, np.ones((2, 3, 3), np.uint8)), r"pixels of the kind 'RGB', not one number a pixel"),
+        (lambda file: save(file, np.ones((2, 3, 3), np.uint8)), r"pixels of the mode 'RGB', not one number a pixel"),
     ],
     ids=["missing", "nonsense", "cut", "size", "class", "colors"],
 )
@@ -94,7 +94,7 @@ def test_a_folder_that_is_not_there_is_named(ade: Path) -> None:
     with pytest.raises(DataError, match=r"data.source.masks: the folder .*labels does not exist"):
         SegmentationFiles("train", root=ade, **ADE, masks={"train": "labels"})
     (ade / "empty").mkdir()
-    with pytest.raises(DataError, match="no pictures in"):
+    with pytest.raises(DataError, match="no images in"):
         SegmentationFiles("train", root=ade, **ADE, images={"train": "empty"})
     with pytest.raises(SettingError, match="2 to 255 classes"):
         SegmentationFiles("train", root=ade, classes=256)
@@ -147,9 +147,9 @@ def test_depths_in_metres_in_arrays(nyu: Path) -> None:
     assert source[0]["fields"]["depth"].dtype == torch.float32
     for values, message in (
         (np.array([["a"]], object), "cannot be read"),
-        (np.zeros((1, 3, 1)), r"holds float64 \[1, 3, 1\]"),
-        (np.zeros((1, 3)), "nothing is known in"),
-        (np.ones((2, 3)), "its depth has 2x3 pixels, the picture 1x3"),
+        (np.zeros((1, 3, 1)), r"contains float64 \[1, 3, 1\]"),
+        (np.zeros((1, 3)), "has no known pixel"),
+        (np.ones((2, 3)), "its depth has 2x3 pixels, the image 1x3"),
     ):
         np.save(nyu / "depth/a.npy", values, allow_pickle=True)
         with pytest.raises(BadSample, match=message):
@@ -174,15 +174,15 @@ def test_normals_in_colors_and_in_arrays(nyu: Path) -> None:
     whole = NormalFiles("train", root=nyu, **folders)[0]["fields"]["normals"]
     assert whole.tolist() == [[[0, 0, 1]], [[0, 0, 0]], [[-1, 0, 0]]]
     for values, message in (
-        (np.zeros((1, 3)), r"holds float64 \[1, 3\], not numbers \[H, W, 3\]"),
-        (np.zeros((1, 3, 3)), "nothing is known in"),
-        (np.ones((2, 3, 3)) / 3**0.5, "its normals has 2x3 pixels, the picture 1x3"),
+        (np.zeros((1, 3)), r"contains float64 \[1, 3\], not numbers \[H, W, 3\]"),
+        (np.zeros((1, 3, 3)), "has no known pixel"),
+        (np.ones((2, 3, 3)) / 3**0.5, "its normals has 2x3 pixels, the image 1x3"),
     ):
         np.save(nyu / "normals/a.npy", values)
         with pytest.raises(BadSample, match=message):
             NormalFiles("train", root=nyu, **folders)[0]
     save(nyu / "normals/b.png", np.zeros((1, 3), np.uint8))
-    with pytest.raises(BadSample, match="pixels of the kind 'L', not three channels"):
+    with pytest.raises(BadSample, match="pixels of the mode 'L', not three channels"):
         NormalFiles("train", root=nyu, **folders)[1]
     with pytest.raises(SettingError, match=r"three numbers of 1 and -1 are needed, got \[1, 0, 1\]"):
         NormalFiles("train", root=nyu, **folders, signs=(1, 0, 1))
@@ -191,7 +191,7 @@ def test_normals_in_colors_and_in_arrays(nyu: Path) -> None:
 def test_lists_and_settings_that_make_no_sense_are_refused(nyu: Path) -> None:
     (nyu / "bad.txt").write_text("rgb/a.png\n")
     with pytest.raises(
-        DataError, match=r"bad.txt, line 1: a picture and its ground truth are expected, got 'rgb/a.png'"
+        DataError, match=r"bad.txt, line 1: an image and its ground truth are expected, got 'rgb/a.png'"
     ):
         DepthFiles("train", root=nyu, images={"train": "bad.txt"})
     with pytest.raises(DataError, match=r"data.source.depths has nothing for the split 'train'"):

@@ -15,8 +15,8 @@ from PIL import Image
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
 from src.datamodules.extras.captions import CaptionedSource
 from src.datamodules.sources.captioned_files import CaptionListSource, CocoCaptionsSource, KarpathySource
+from src.datamodules.sources.packed import PackedStringLists
 from src.datamodules.sources.text_filter import ListedTexts
-from src.datamodules.sources.texts import PackedTexts
 
 PINNED_VAL = ["03.png", "06.png", "08.png", "15.png", "16.png", "19.png"]
 
@@ -121,8 +121,8 @@ class TestBadRows:
             source = pairs(root, "a.csv", "image,caption\n00.png,a\n01.png,   \n02.png\n03.png,\n03.png,b")
         assert content(source) == {"00.png": ["a"], "01.png": [], "02.png": [], "03.png": ["b"]}
         assert source.caption(1, 0.7) == ""
-        assert source.problems == {"pictures without a text (replaced when drawn)": 2}
-        assert "pictures without a text (replaced when drawn): 2, the first is 01.png" in caplog.text
+        assert source.problems == {"images without a caption (replaced when drawn)": 2}
+        assert "images without a caption (replaced when drawn): 2, the first is 01.png" in caplog.text
 
     def test_a_picture_that_is_missing_is_a_bad_sample(self, root: Path) -> None:
         source = pairs(root, "a.csv", "image,caption\ngone.png,a\n01.png,b\na\0b.png,c")
@@ -141,7 +141,7 @@ class TestBadRows:
         assert content(source) == {"00.png": ["a"]}
         assert source.problems == {
             "lines that cannot be read (left out)": 3,
-            "lines without a picture in 'image' (left out)": 3,
+            "lines without an image in 'image' (left out)": 3,
         }
         assert f"lines that cannot be read (left out): 3, the first is line 1 of {root}/a.jsonl" in caplog.text
 
@@ -162,19 +162,27 @@ class TestBadRows:
     @pytest.mark.parametrize(
         ("name", "text", "said"),
         [
-            ("a.csv", "image,caption\n", r"data.source.files=a.csv: no picture is listed"),
+            ("a.csv", "image,caption\n", r"data.source.files=a.csv: no image is listed"),
             ("a.csv", "", r"no column data.source.image_key='image', only $"),
-            ("a.csv", "image,caption\n00.png,\n", r"data.source.files=a.csv: none of the 1 pictures has a text"),
-            ("a.csv", b"image,caption\n00.png,\xfc\n", r"data.source.files=a.csv: none of the 1 pictures has a text"),
+            (
+                "a.csv",
+                "image,caption\n00.png,\n",
+                r"data.source.files=a.csv: none of the 1 images has a usable caption",
+            ),
+            (
+                "a.csv",
+                b"image,caption\n00.png,\xfc\n",
+                r"data.source.files=a.csv: none of the 1 images has a usable caption",
+            ),
             ("a.csv", "path,caption\n00.png,a\n", r"no column data.source.image_key='image', only path, caption"),
             ("a.csv", "image,text\n00.png,a\n", r"no column data.source.text_key='caption', only image, text"),
             (
                 "a.csv",
                 "image,caption\nx.png,a\n",
-                r"data.source.root=.*: none of 1 listed pictures exists, .*x.png",
+                r"data.source.root=.*: none of 1 listed images exists, .*x.png",
             ),
             ("a.csv", "image,caption\n00.png,a".encode("utf-16"), "is in UTF-16: save it as UTF-8"),
-            ("a.jsonl", '{"path": "00.png"}\n', r"a.jsonl: no picture is listed .*in 'image' \(left out\): 1"),
+            ("a.jsonl", '{"path": "00.png"}\n', r"a.jsonl: no image is listed .*in 'image' \(left out\): 1"),
             ("a.txt", "00.png a", r"data.source.files: .*a.txt is none of .csv, .tsv, .jsonl"),
         ],
     )
@@ -185,7 +193,7 @@ class TestBadRows:
     def test_other_mistakes(self, root: Path) -> None:
         with pytest.raises(DataError, match=r"cannot read .*gone.csv: No such file"):
             CaptionListSource("train", root=root, files="gone.csv")
-        with pytest.raises(DataError, match=r"image_key and text_key are names or positions"):
+        with pytest.raises(DataError, match=r"image_key and text_key must be all names or all positions"):
             pairs(root, "a.csv", "00.png,a", image_key=0)
 
 
@@ -234,17 +242,17 @@ class TestCoco:
         source = CocoCaptionsSource("train", root=root, annotations="a.json", images="", val_share=0.0)
         assert content(source) == {"01.png": ["a"], "04.png": []}
         assert source.problems == {
-            "pictures that are listed twice (the first counts)": 1,
-            "entries without a picture (left out)": 1,
-            "texts without a picture (left out)": 1,
-            "pictures without a text (replaced when drawn)": 1,
+            "images that are listed twice (the first is used)": 1,
+            "entries without an image (left out)": 1,
+            "captions without an image (left out)": 1,
+            "images without a caption (replaced when drawn)": 1,
         }
 
     def test_a_file_that_is_another_or_cut_is_refused(self, root: Path) -> None:
         self.write(root, "a.json", [{"id": 1, "file_name": "01.png"}], [{"image_id": 1, "bbox": [0, 0, 1, 1]}])
         for text, said in (
-            (None, "annotations=a.json: none of the 1 pictures has a text"),
-            ('{"images": [{"id"', "a.json is no whole JSON file"),
+            (None, "annotations=a.json: none of the 1 images has a usable caption"),
+            ('{"images": [{"id"', "a.json is not valid JSON"),
             ('{"images": []}', "a.json has no list 'annotations' of objects"),
             ("[]", "a.json has no list 'images' of objects"),
         ):
@@ -276,7 +284,7 @@ class TestKarpathy:
         options = {"root": root, "annotations": "dataset_coco.json", "images": "in"}
         train = KarpathySource("train", **options)
         assert content(train) == {"00.png": ["text 0", "more"], "01.png": ["text 1"]}
-        assert train.problems == {"pictures that are listed twice (the first counts)": 1}
+        assert train.problems == {"images that are listed twice (the first is used)": 1}
         assert content(KarpathySource("train", restval=False, **options)) == {"00.png": ["text 0", "more"]}
         assert content(KarpathySource("val", **options)) == {"02.png": ["text 2"]}
         assert content(KarpathySource("test", **options)) == {"03.png": ["text 3"]}
@@ -289,18 +297,16 @@ class TestKarpathy:
         (root / "f.json").write_text(json.dumps({"images": entries}))
         source = KarpathySource("test", root=root, annotations="f.json")
         assert content(source) == {"05.png": ["a", "b"]}
-        assert source.problems == {"entries without a picture (left out)": 1}
-        with pytest.raises(
-            DataError, match=r"data.source.annotations=f.json: no picture is listed for the split 'val'"
-        ):
+        assert source.problems == {"entries without an image (left out)": 1}
+        with pytest.raises(DataError, match=r"data.source.annotations=f.json: no image is listed for the split 'val'"):
             KarpathySource("val", root=root, annotations="f.json")
 
 
 def test_packed_texts_are_lists_again() -> None:
     lists = [["a", ""], [], ["ü😀", "\ud83d", "\udcfc"], []]
-    packed = PackedTexts(lists)
+    packed = PackedStringLists(lists)
     assert [packed[index] for index in range(4)] == lists
     assert packed[-2] == lists[2]
     with pytest.raises(IndexError):
         packed[4]
-    assert len(PackedTexts([])) == 0
+    assert len(PackedStringLists([])) == 0

@@ -134,11 +134,11 @@ def test_what_cannot_be_used_is_left_out_and_counted_by_its_first_place(tmp_path
     made = source(tmp_path)
     assert made[0]["fields"]["boxes"].tolist() == [[3.0, 2.0, 9.0, 8.0], [10.0, 8.0, 16.0, 12.0]]
     assert made.problems == {
-        "things of a picture that is not listed (left out)": 1,
-        "things of a category that is not listed (left out)": 1,
-        "things whose box is empty or outside of its picture (left out)": 2,
-        "things without a box (left out)": 2,
-        "things without a mask (left out)": 3,
+        "objects of an image that is not listed (left out)": 1,
+        "objects of a category that is not listed (left out)": 1,
+        "objects whose box is empty or outside of its image (left out)": 2,
+        "objects without a box (left out)": 2,
+        "objects without a mask (left out)": 3,
     }
     assert "annotations[2] of train.json" in caplog.text
     boxes_only = source(tmp_path, fields=["boxes", "box_labels"])
@@ -168,19 +168,21 @@ def test_a_list_that_is_no_coco_is_refused_with_its_name(tmp_path):
     with pytest.raises(DataError, match=r"cannot read .*train.json"):
         source(tmp_path)
     (tmp_path / "train.json").write_text("{")
-    with pytest.raises(DataError, match=r"train.json is no whole JSON"):
+    with pytest.raises(DataError, match=r"train.json is not valid JSON"):
         source(tmp_path)
     write(tmp_path, [thing(1)], categories=None)
     with pytest.raises(DataError, match="has no list 'categories'"):
         source(tmp_path)
     write(tmp_path, [thing(1)], categories=[{"id": "x", "name": "y"}])
-    with pytest.raises(DataError, match=r"'categories' of train.json must be"):
+    with pytest.raises(DataError, match=r"'categories' of train.json must have"):
         source(tmp_path)
     write(tmp_path, [thing(99)])
-    with pytest.raises(DataError, match=r"no picture of the split 'train' has a thing.*not listed \(left out\): 1"):
+    with pytest.raises(
+        DataError, match=r"no image of the split 'train' has a usable object.*not listed \(left out\): 1"
+    ):
         source(tmp_path)
     write(tmp_path, [thing(1)])
-    with pytest.raises(DataError, match="none of 1 listed pictures exists"):
+    with pytest.raises(DataError, match="none of 1 listed images exists"):
         source(tmp_path, images="elsewhere")
     with pytest.raises(DataError, match=r"data.source.fields: there is no depth"):
         source(tmp_path, fields=["depth"])

@@ -203,5 +203,5 @@ def test_texts_are_names_and_aliases_in_the_languages_asked_for(few: list[Drawin
     assert all(german.captions(i)[0] == several.captions(i)[0] for i in range(12))
     assert any(len(several.captions(i)) == 2 for i in range(12))
     assert emoji._names(["de", "ja"])["1F98A"] == ("fuchs", "キツネの顔")
-    with pytest.raises(ValueError, match="not in xx"):
+    with pytest.raises(ValueError, match="no names in xx"):
         EmojiSource("val", resolution=8, languages=["xx"])

@@ -116,7 +116,7 @@ class TestBad:
         source = HuggingFaceSource("train", path=tmp_path / "saved", val_share=0.0)
         with pytest.raises(BadSample, match=r"cannot be decoded|known format"):
             grey_of(source[0]["image"])
-        with pytest.raises(BadSample, match=r"train\[1\]: the row has no picture"):
+        with pytest.raises(BadSample, match=r"train\[1\]: the row has no image"):
             source[1]
 
     def test_vanished_file(self, tmp_path: Path, cache: Path) -> None:
@@ -133,11 +133,11 @@ class TestBad:
         words = table([1], ["a"], datasets.Value("string"))
         other = table([2], ["z"], datasets.Value("string"))
         datasets.DatasetDict({"train": words, "validation": other}).save_to_disk(tmp_path / "saved")
-        with pytest.raises(DataError, match="no column image_key='img', only image, label"):
+        with pytest.raises(DataError, match="no column data.source.image_key='img', only image, label"):
             HuggingFaceSource("train", path=tmp_path / "saved", image_key="img")
         with pytest.raises(DataError, match="no split 'test', only train, validation"):
             HuggingFaceSource("test", path=tmp_path / "saved")
-        with pytest.raises(DataError, match=r"training split has not.*\['z'\]"):
+        with pytest.raises(DataError, match=r"training split lacks.*\['z'\]"):
             HuggingFaceSource("val", path=tmp_path / "saved")
         with pytest.raises(DataError, match="not class labels, integers or strings"):
             HuggingFaceSource("train", path=tmp_path / "saved", label_key="image")

@@ -14,7 +14,8 @@ from PIL import Image
 
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
 from src.datamodules.sources.image_folder import ImageFolderSource
-from src.datamodules.sources.splits import PackedNames, hashed_split
+from src.datamodules.sources.packed import PackedStrings
+from src.datamodules.sources.splits import hashed_split
 
 
 def picture(path: Path, grey: int = 100) -> None:
@@ -136,7 +137,7 @@ class TestBad:
             ImageFolderSource("train", root=tmp_path)
 
     def test_no_pictures(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="no pictures for the split 'train'"):
+        with pytest.raises(DataError, match="no images for the split 'train'"):
             ImageFolderSource("train", root=tmp_path)
 
     def test_val_without_train(self, split_root: Path) -> None:
@@ -157,7 +158,7 @@ class TestBad:
             ImageFolderSource("val", root=split_root)
 
     def test_no_test_split(self, split_root: Path) -> None:
-        with pytest.raises(DataError, match="no pictures for the split 'test'"):
+        with pytest.raises(DataError, match="no images for the split 'test'"):
             ImageFolderSource("test", root=split_root)
 
     def test_empty_class_is_kept_and_said(self, split_root: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -166,14 +167,14 @@ class TestBad:
             source = ImageFolderSource("train", root=split_root)
         assert source.classes == ["ant", "axolotl", "bee", "cat"]
         assert source.labels.tolist() == [0, 0, 2, 2, 3, 3]
-        assert "without a training picture" in caplog.text
+        assert "without a training image" in caplog.text
         assert "axolotl" in caplog.text
 
     def test_stray_pictures_are_said(self, split_root: Path, caplog: pytest.LogCaptureFixture) -> None:
         picture(split_root / "train" / "overview.png")
         with caplog.at_level(logging.WARNING):
             assert len(ImageFolderSource("train", root=split_root)) == 6
-        assert "1 pictures directly in it are left out" in caplog.text
+        assert "1 images directly in it are left out" in caplog.text
 
     def test_unreadable_folder_is_named(self, split_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         scandir = os.scandir
@@ -210,10 +211,10 @@ class TestSplits:
 
     def test_packed_names(self) -> None:
         words = ["a", "", "käse/🧀.jpg", "b" * 300, os.fsdecode(b"\xff.jpg")]
-        packed = PackedNames(words)
+        packed = PackedStrings(words)
         assert [packed[index] for index in range(5)] == words
         assert packed[-1] == words[-1]
         assert len(packed) == 5
-        assert len(PackedNames([])) == 0
+        assert len(PackedStrings([])) == 0
         with pytest.raises(IndexError):
             packed[5]

@@ -65,11 +65,11 @@ def test_texts_are_dropped_by_length_and_by_how_many_pictures_share_them(caplog:
     assert kept.problems == {
         "texts of fewer than 3 words": 1,
         "texts of more than 5 words": 1,
-        "texts that more than 2 pictures share": 4,
-        "pictures that have no other text": 3,
+        "texts that more than 2 images share": 4,
+        "images that have no other text": 3,
     }
-    assert "dropped by data.text_filter: texts that more than 2 pictures share: 4 of 7" in caplog.text
-    assert "dropped by data.text_filter: pictures that have no other text: 3 of 6" in caplog.text
+    assert "dropped by data.text_filter: texts that more than 2 images share: 4 of 7" in caplog.text
+    assert "dropped by data.text_filter: images that have no other text: 3 of 6" in caplog.text
 
 
 def test_the_bounds_themselves_pass() -> None:
@@ -105,7 +105,7 @@ def test_what_cannot_be_is_refused_by_its_key() -> None:
         TextFilter()(Told([["short"]]))
     with pytest.raises(SettingError, match=r"data.text_filter.max_images must be at least 1"):
         TextFilter(max_images=0)
-    with pytest.raises(SettingError, match="no text has 5 words or more and 4 or fewer"):
+    with pytest.raises(SettingError, match="min_words=5 must be at most max_words=4"):
         TextFilter(min_words=5, max_words=4)
     with pytest.raises(SettingError, match="at least one text a picture, got variants=0"):
         SceneTexts(variants=0)

@@ -92,7 +92,7 @@ class TestCIFAR:
     def test_damaged_file_is_refused(self, cifar: Path) -> None:
         with (cifar / "cifar-10-batches-py" / "data_batch_2").open("ab") as file:
             file.write(b"x")
-        with pytest.raises(DataError, match=r"CIFAR10 is not complete in .*corrupted.*; set download=true"):
+        with pytest.raises(DataError, match=r"CIFAR10 is not complete in .*corrupted.*; set data.source.download=true"):
             CIFAR10Source("train", root=cifar)
 
     def test_fine_labels(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,5 +226,5 @@ class TestFiles:
     "source", [CIFAR10Source, CIFAR100Source, STL10Source, Food101Source, Flowers102Source, OxfordIIITPetSource]
 )
 def test_missing_set_says_how_to_get_it(tmp_path: Path, source: type) -> None:
-    with pytest.raises(DataError, match=rf"is not complete in {tmp_path} .*; set download=true to fetch it there"):
+    with pytest.raises(DataError, match=rf"is not complete in {tmp_path} .*; set data.source.download=true"):
         source("train", root=tmp_path)

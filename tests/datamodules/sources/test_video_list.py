@@ -113,14 +113,18 @@ def test_kinetics_is_found_in_the_layouts_there_are(tmp_path: Path, path: str) -
             "tai chee,b,1,2,val\n",
             r"val\.csv, line 2: there is no class 'tai chee'; did",
         ),
-        ("tai chi,aaa,3,13,train\ntai chi,b,soon,2,train\n", "", r"train\.csv, line 3: times are seconds: .*'soon'"),
+        (
+            "tai chi,aaa,3,13,train\ntai chi,b,soon,2,train\n",
+            "",
+            r"train\.csv, line 3: time_start and time_end must be seconds: .*'soon'",
+        ),
         ("tai chi,,3,13,train\n", "", r"train\.csv, line 2: there is no youtube_id"),
         (
             "tai chi,aaa,3,13,train\n",
             "tai chi,b,1,2,val\n",
             r"none of 1 videos listed in .*val\.csv exists",
         ),
-        ("tai chi,aaa\n", "", r"train\.csv, line 2: times are seconds"),
+        ("tai chi,aaa\n", "", r"train\.csv, line 2: time_start and time_end must be seconds"),
     ],
 )
 def test_kinetics_lists_that_are_broken(tmp_path: Path, train: str, val: str, told: str) -> None:
@@ -167,7 +171,7 @@ def test_something_something_as_it_is_downloaded(tmp_path: Path) -> None:
             "1: there is no class 'Eating",
         ),
         ([{"template": "Holding [something]"}], {"Holding something": "0"}, r"entry 1: an 'id' is expected, got"),
-        ({"id": "7"}, {"Holding something": "0"}, "holds a dict, where a list is expected"),
+        ({"id": "7"}, {"Holding something": "0"}, "contains a dict, where a list is expected"),
         ([], {"Holding something": "zero"}, r"labels\.json: a label is no number"),
         ([], {"Holding something": "1"}, r"the labels are not 0 to 0, each once"),
     ],
@@ -212,7 +216,7 @@ def test_ucf101_lists_that_are_broken(tmp_path: Path, train: str, told: str) -> 
     ucf(tmp_path, train)
     with pytest.raises(DataError, match=told):
         UCF101Source("train", root=tmp_path)
-    with pytest.raises(SettingError, match=r"data\.source\.division is 1, 2 or 3, not 4"):
+    with pytest.raises(SettingError, match=r"data\.source\.division must be 1, 2 or 3, got 4"):
         UCF101Source("train", root=tmp_path, division=4)
 
 

@@ -110,8 +110,8 @@ def test_a_missing_list_or_folder_is_said(tmp_path):
         source(tmp_path)
     write(tmp_path, a=[])
     (tmp_path / YEAR / "JPEGImages/a.jpg").unlink()
-    with pytest.raises(DataError, match="none of 1 listed pictures exists"):
+    with pytest.raises(DataError, match="none of 1 listed images exists"):
         source(tmp_path)
     (tmp_path / YEAR / "ImageSets/Main/trainval.txt").write_text("\n")
-    with pytest.raises(DataError, match="name no picture of the split 'train'"):
+    with pytest.raises(DataError, match="name no image of the split 'train'"):
         source(tmp_path)

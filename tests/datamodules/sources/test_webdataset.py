@@ -18,8 +18,9 @@ from PIL import Image
 
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
 from src.datamodules.extras.captions import CaptionedSource
-from src.datamodules.sources import webdataset
-from src.datamodules.sources.webdataset import CaptionedWebDatasetSource, WebDatasetSource, expand
+from src.datamodules.sources import shard_index
+from src.datamodules.sources.shard_paths import expand
+from src.datamodules.sources.webdataset import CaptionedWebDatasetSource, WebDatasetSource
 
 PINNED_VAL = [0, 6, 7, 9, 13, 14, 16, 28]  # numbers of the samples
 
@@ -128,13 +129,13 @@ class TestKeptIndex:
     def test_is_used_until_the_shard_changes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shard = write(tmp_path / "a.tar", plain(0, 3))
         listed: list[str] = []
-        read = webdataset.ShardReader._list
+        read = shard_index.ShardIndexer._list
 
-        def spy(self: webdataset.ShardReader, path: str, size: int) -> dict:
+        def spy(self: shard_index.ShardIndexer, path: str, size: int) -> dict:
             listed.append(path)
             return read(self, path, size)
 
-        monkeypatch.setattr(webdataset.ShardReader, "_list", spy)
+        monkeypatch.setattr(shard_index.ShardIndexer, "_list", spy)
 
         def load(**options: object) -> WebDatasetSource:
             return WebDatasetSource("train", shards=str(shard), cache_dir=tmp_path / "cache", val_share=0.0, **options)
@@ -165,7 +166,7 @@ class TestKeptIndex:
         with caplog.at_level(logging.WARNING):
             source = WebDatasetSource("train", shards=str(shard), cache_dir=tmp_path / "cache", val_share=0.0)
         assert len(source) == 2
-        assert "cannot be kept" in caplog.text
+        assert "cannot be stored" in caplog.text
 
 
 class TestBad:
@@ -198,7 +199,7 @@ class TestBad:
         assert [grey_of(source[index]["image"]) for index in range(len(source))] == [2, 3, 4]
         assert source.labels.tolist() == [-1, -1, 5]
         assert source.problems == {
-            "samples without a picture (left out)": 2,
+            "samples without an image (left out)": 2,
             "members without a key (left out)": 1,
             "samples without a readable label (label -1)": 2,
         }
@@ -254,7 +255,7 @@ class TestBad:
         source = WebDatasetSource("train", shards=str(write(tmp_path / "a.tar", members)), val_share=0.0)
         assert [grey_of(source[index]["image"]) for index in range(len(source))] == [1, 3]
         assert source.labels.tolist() == [5, 6]
-        assert source.problems == {"members or samples of a name that was there before (left out)": 2}
+        assert source.problems == {"members or samples with a repeated name (left out)": 2}
 
 
 def told(numbers: range | list[int], text: bytes = b"text %d") -> list[tuple[str, bytes]]:
@@ -307,7 +308,7 @@ class TestTexts:
         with caplog.at_level(logging.WARNING):
             source = self.load(write(tmp_path / "a.tar", members))
         assert [source.captions(index) for index in range(len(source))] == [["text 0"], [], []]
-        assert source.problems == {"samples without a picture (left out)": 1}
+        assert source.problems == {"samples without an image (left out)": 1}
         assert "samples without a text (replaced when drawn): 2 of 3" in caplog.text
         with pytest.raises(DataError, match=r"data.source.text=txt: none of the 1 samples of 1 shards has a member"):
             self.load(write(tmp_path / "a.tar", [("1.jpg", encoded(1))]))
