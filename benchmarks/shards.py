@@ -40,7 +40,7 @@ def measure(pictures: int = PICTURES, repetitions: int = REPETITIONS) -> dict[st
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            runs = {name: _passes(source, Path(folder)) for name, source in written(Path(folder), pictures).items()}
+            runs = {name: _passes(source) for name, source in written(Path(folder), pictures).items()}
             for run in runs.values():
                 run(0)
             speeds: dict[str, list[float]] = {name: [] for name in runs}
@@ -80,9 +80,9 @@ def _text(number: int) -> str:
     return f"a photo with the number {number} of a place that is mostly grey, with some color"
 
 
-def _passes(source: CaptionedSource, folder: Path) -> Callable[[int], None]:
+def _passes(source: CaptionedSource) -> Callable[[int], None]:
     texts = [source.caption(index, 0.0) for index in range(len(source))]
-    learned = tokenizers.kept(folder / "tokenizer.json", texts, vocabulary=512, length=32)
+    learned = tokenizers.train_tokenizer(texts, vocabulary=512, length=32)
     data = ViewedDataset(
         source, RandomResizedCrop(size=224, scale=(0.2, 1.0)), extras=Captions(), tokenizer=learned, seed=0
     )
