@@ -47,7 +47,7 @@ class ShardIndexer(NamedTuple):
     image_extensions: list[str]
     text: str | None
 
-    def index(self, shard: str, cache_dir: Path | None) -> dict[str, Any]:
+    def index_shard(self, shard: str, cache_dir: Path | None) -> dict[str, Any]:
         """Returns the index of a shard, from the cache if the shard has not changed.
 
         Returns:

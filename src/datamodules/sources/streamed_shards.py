@@ -149,7 +149,7 @@ class StreamedShards(WebDatasetSource):
             while len(self._indexed) > self.shuffle_shards:  # the open shards, and one
                 self._indexed.pop(next(iter(self._indexed)))
             try:
-                index = self._indexer.index(str(path), self._folder / "lists")
+                index = self._indexer.index_shard(str(path), self._folder / "lists")
             except OSError as error:
                 raise BadSample(f"{self._shards[shard]}: {error.strerror}") from error
             for problem, count in index["problems"].items():

@@ -88,7 +88,7 @@ class WebDatasetSource(Source):
         self._shards = expand(patterns)
         keys, locations, problems = [], [], no_problems()
         for number, shard in enumerate(self._shards):
-            index = indexer.index(shard, Path(cache_dir) if cache_dir is not None else None)
+            index = indexer.index_shard(shard, Path(cache_dir) if cache_dir is not None else None)
             for problem, count in index["problems"].items():
                 problems[problem] += count
             for key, *location in index["samples"]:

@@ -184,7 +184,7 @@ def test_a_list_that_is_no_coco_is_refused_with_its_name(tmp_path):
     write(tmp_path, [thing(1)])
     with pytest.raises(DataError, match="none of 1 listed images exists"):
         source(tmp_path, images="elsewhere")
-    with pytest.raises(DataError, match=r"data.source.fields: there is no depth"):
+    with pytest.raises(DataError, match=r"data.source.fields: unknown depth"):
         source(tmp_path, fields=["depth"])
     with pytest.raises(DataError, match="nothing for the split 'test'"):
         source(tmp_path, "test")

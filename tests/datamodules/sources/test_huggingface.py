@@ -133,7 +133,7 @@ class TestBad:
         words = table([1], ["a"], datasets.Value("string"))
         other = table([2], ["z"], datasets.Value("string"))
         datasets.DatasetDict({"train": words, "validation": other}).save_to_disk(tmp_path / "saved")
-        with pytest.raises(DataError, match="no column data.source.image_key='img', only image, label"):
+        with pytest.raises(DataError, match=r"no column data\.source\.image_key='img', only image, label"):
             HuggingFaceSource("train", path=tmp_path / "saved", image_key="img")
         with pytest.raises(DataError, match="no split 'test', only train, validation"):
             HuggingFaceSource("test", path=tmp_path / "saved")
