@@ -20,9 +20,8 @@ def measure(quick: bool = False) -> dict[str, Any]:
         The measured parts, the settings, and the ``share``.
     """
     config = configuration.compose("train", ["experiment=mae_vitb", "scale=paper"])
-    settings = {
-        key: int(config.callbacks.evaluation[key]) for key in ("bank_samples", "query_samples", "every_n_epochs")
-    }
+    online = configuration.instantiate(config.callbacks.evaluation)
+    settings = {key: int(getattr(online, key)) for key in ("bank_samples", "query_samples", "every_n_epochs")}
     precision = configuration.default_precision()
     loop = vit_b_loop(precision, SMALL if quick else [])
     steps = 1 if quick else 8

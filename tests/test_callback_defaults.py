@@ -32,7 +32,7 @@ def settings() -> dict[str, tuple[object, object]]:
     content = OmegaConf.to_container(OmegaConf.load(CONFIGS / "callbacks" / "default.yaml"), resolve=False)
     assert isinstance(content, dict)
     values = {}
-    content.pop("evaluation")
+    content.pop("defaults")
     for name, node in content.items():
         parameters = inspect.signature(get_class(node["_target_"])).parameters
         for argument, value in node.items():

@@ -181,7 +181,8 @@ def test_images_are_logged_at_the_start_at_epochs_and_at_the_end_once_a_step(tmp
 def test_a_resumed_run_does_not_log_its_start_again(tmp_path: Path) -> None:
     train(tmp_path, Method(), Visualizations(), Checkpoints(tmp_path, every_minutes=None, monitor=None), max_epochs=1)
     events = train(tmp_path, Method(), Visualizations(), max_epochs=2, resume=tmp_path / "last.ckpt")
-    assert [event.step for event in events.Images("images/pair")] == [0, 4, 8]
+    # both event files may be of the same second, which leaves their order open
+    assert sorted(event.step for event in events.Images("images/pair")) == [0, 4, 8]
 
 
 def test_generators_and_modes_are_restored(tmp_path: Path) -> None:
