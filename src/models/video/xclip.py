@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -30,6 +30,13 @@ from src.models.text.text_tower import TextTower
 from src.optim import OptimizerRecipe, Rule
 
 _PROMPTS_AT_ONCE = 2**13  # pairs of a video and a class whose prompts are in memory at a time
+
+
+class VideoFeatures(NamedTuple):
+    """Encoded clips, and the context that class names are adapted by."""
+
+    video: Tensor  # [B, E]
+    context: Tensor  # [B, N, E]
 
 
 class XCLIP(ImageTextModule):
@@ -148,9 +155,9 @@ class XCLIP(ImageTextModule):
         logs = {} if self.prompts is None else {"alpha": self.prompts.alpha.detach().mean()}
         return {"loss": loss, "logs": logs, "embedding": self.image_encoder.embedding(tokens).detach().float()}
 
-    def video_and_context(self, tokens: Tensor) -> Tensor:
-        """Computes each video's feature and, if names are adapted, the N context tokens they attend to:
-        [B, T, P + N, D] -> [B, 1 + N, E], or [B, 1, E] without prompts.
+    def video_and_context(self, tokens: Tensor) -> VideoFeatures | Tensor:
+        """Computes each video's feature and the N context tokens that names attend to, from [B, T, P + N, D]; without
+        prompts the feature alone, [B, E].
 
         Raises:
             SettingError: clips of another number of frames.
@@ -162,24 +169,27 @@ class XCLIP(ImageTextModule):
         frames = self.image_projection(self.image_encoder.frame_features(tokens))
         video = frames.mean(dim=1) if self.integration is None else self.integration(frames)
         if self.prompts is None:
-            return video[:, None]
-        context = self.prompts.context(self.image_encoder.patch_tokens(tokens))
-        return torch.cat([video[:, None], context], dim=1)
+            return video
+        return VideoFeatures(video, self.prompts.context(self.image_encoder.patch_tokens(tokens)))
 
-    def similarity(self, query: Tensor, keys: Tensor) -> Tensor:
-        """Computes the cosine similarity of each video with each name adapted to it: videos with context
-        [Q, 1 + N, E] and text features [K, E], or the other way round, to [Q, K]."""
-        if query.ndim == 2:
+    def similarity(self, query: VideoFeatures | Tensor, keys: VideoFeatures | Tensor) -> Tensor:
+        """Computes the cosine similarity of each video with each name adapted to it: Q videos and text features [K, E],
+        or the other way round, to [Q, K]."""
+        if isinstance(keys, VideoFeatures):
             return self.similarity(keys, query).T
-        if self.prompts is None:
-            return _cosine(l2_normalize(query[:, 0]), l2_normalize(keys).expand(len(query), -1, -1))
-        parts = query.split(max(1, _PROMPTS_AT_ONCE // len(keys)))
+        if not isinstance(query, VideoFeatures):
+            return _cosine(l2_normalize(query), l2_normalize(keys).expand(len(query), -1, -1))
+        assert self.prompts is not None
+        size = max(1, _PROMPTS_AT_ONCE // len(keys))
         return torch.cat(
-            [_cosine(l2_normalize(part[:, 0]), l2_normalize(self.prompts(keys, part[:, 1:]))) for part in parts]
+            [
+                _cosine(l2_normalize(video), l2_normalize(self.prompts(keys, context)))
+                for video, context in zip(query.video.split(size), query.context.split(size), strict=True)
+            ]
         )
 
-    def encode_image(self, image: Tensor) -> Tensor:
-        """Encodes clips for `similarity`: [B, T, 3, H, W] -> [B, 1 + N, E]."""
+    def encode_image(self, image: Tensor) -> VideoFeatures | Tensor:
+        """Encodes clips for `similarity`, [B, T, 3, H, W], see `video_and_context`."""
         return self.video_and_context(self.image_encoder.tokens(image))
 
     def encode_text(self, text: Tensor, mask: Tensor) -> Tensor:
