@@ -188,7 +188,7 @@ class XCLIP(ImageTextModule):
             ]
         )
 
-    def encode_image(self, image: Tensor) -> VideoFeatures | Tensor:
+    def encode_image(self, image: Tensor) -> VideoFeatures | Tensor:  # type: ignore[override]
         """Encodes clips for `similarity`, [B, T, 3, H, W], see `video_and_context`."""
         return self.video_and_context(self.image_encoder.tokens(image))
 
