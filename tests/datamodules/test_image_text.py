@@ -212,8 +212,8 @@ def test_what_cannot_be_is_refused_by_its_key(tmp_path):
         _ = module(tmp_path, train_view=views).batch_type
     for wrong, said in (
         ({"style": "loud"}, "not 'loud'"),
-        ({"wordings": (99,)}, "wordings 0 to 5"),
-        ({"judged_wordings": ()}, "wordings 0 to 5"),
+        ({"wordings": (99,)}, "0 to 5"),
+        ({"judged_wordings": ()}, "0 to 5"),
         ({"junk": 1.5}, "junk=1.5"),
         ({"judged": 0}, "at least one text"),
     ):
@@ -250,7 +250,7 @@ def test_what_is_bad_in_a_list_is_replaced_by_name_and_ends_nothing(tmp_path, pa
     for grey, text in zip(batch["image"][:, 0, 0, 0].tolist(), data.tokenizer.decode(batch["text"]), strict=True):
         assert text.startswith(f"number {grey}")
     listed = dict(line.split("\t") for line in log.read_text().splitlines())
-    said = {1: "the file does not exist", 2: "not a picture", 3: "it has no caption", 4: "its text is not valid UTF-8"}
+    said = {1: "the file does not exist", 2: "not an image", 3: "it has no caption", 4: "its text is not valid UTF-8"}
     assert set(listed) == {str(tmp_path / f"{number}.png") for number in said}
     for number, reason in said.items():
         assert reason in listed[str(tmp_path / f"{number}.png")]

@@ -1,4 +1,4 @@
-"""Rendered images, and what is true of them, on disk: built once, shared by every process, never half there."""
+"""Rendered images and their ground truth on disk: built once, shared by all processes, complete or absent."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from src.datamodules.scenes import motion, patterns, render, scene, shapes, worl
 
 log = logging.getLogger(__name__)
 
-_CODE = (motion, patterns, render, scene, shapes, world, randomness)  # what an image depends on
-_CHUNK = 256  # images a worker renders before it reports
-_SMALL = 512  # so few are rendered here: starting workers would take longer
+_CODE = (motion, patterns, render, scene, shapes, world, randomness)  # modules that decide how an image looks
+_CHUNK = 256  # samples that a worker renders before it reports
+_SMALL = 512  # up to so many samples, starting workers would take longer than rendering
 
 
 class Array(NamedTuple):
-    """A part of one sample."""
+    """dtype and shape of one part of a sample."""
 
     dtype: type
     shape: tuple[int, ...] = ()
@@ -39,37 +39,37 @@ class Array(NamedTuple):
 
 @dataclass(frozen=True)
 class RenderedSet(ABC):
-    """What a cache holds: samples 0 … count - 1 of one seed of one world. It is sent to the processes that render."""
+    """The content of a cache: samples 0 … count - 1 of one seed of one world. It is pickled for the workers."""
 
     world: Any  # a frozen dataclass
-    seed: int  # of what is drawn, the split already folded in
+    seed: int  # with the split folded in
     count: int
     resolution: int
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What its folder's name begins with."""
+        """The first part of the cache folder's name."""
 
     @property
     @abstractmethod
     def arrays(self) -> dict[str, Array]:
-        """What there is of one sample, by the name of the array that holds it of all."""
+        """Array name -> dtype and shape of one sample."""
 
     @abstractmethod
     def render(self, index: int) -> tuple[Any, ...]:
-        """Sample ``index``: a value for each of ``arrays``, in their order."""
+        """Returns sample ``index``: a value for each of ``arrays``, in their order."""
 
     def description(self) -> dict[str, object]:
-        """Everything that decides an image, the generator's version too, as plain values; equal descriptions mean
-        equal images."""
-        own = {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
-        return {"what": type(self).__name__, **own, "code": code_version()}
+        """Returns everything that decides how an image looks, including the code's version, as plain values. Equal
+        descriptions mean equal images."""
+        settings = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        return {"what": type(self).__name__, **settings, "code": code_version()}
 
 
 @dataclass(frozen=True)
 class SceneImages(RenderedSet):
-    """An image a sample, of an `ObjectsWorld`."""
+    """Images of an `ObjectsWorld` and their labels."""
 
     @property
     def name(self) -> str:
@@ -77,7 +77,7 @@ class SceneImages(RenderedSet):
 
     @property
     def arrays(self) -> dict[str, Array]:
-        return pictures((3, self.resolution, self.resolution))
+        return image_arrays((3, self.resolution, self.resolution))
 
     def render(self, index: int) -> tuple[np.ndarray, int]:
         scene = self.world.scene(self.seed, index)
@@ -86,7 +86,7 @@ class SceneImages(RenderedSet):
 
 @dataclass(frozen=True)
 class ObjectMaps(RenderedSet):
-    """Which object of an `ObjectsWorld` each pixel shows, and of which kind each object is."""
+    """Index of the visible object at each pixel, and the kind of each object, of an `ObjectsWorld`."""
 
     @property
     def name(self) -> str:
@@ -111,7 +111,7 @@ class ObjectMaps(RenderedSet):
 
 @dataclass(frozen=True)
 class DepthMaps(RenderedSet):
-    """How far away is what each pixel of an `ObjectsWorld` shows."""
+    """Depth maps of an `ObjectsWorld`."""
 
     @property
     def name(self) -> str:
@@ -125,32 +125,32 @@ class DepthMaps(RenderedSet):
         return (render.depth(self.world.scene(self.seed, index), self.resolution),)
 
 
-def pictures(shape: tuple[int, ...]) -> dict[str, Array]:
-    """The arrays of a cache of images of that shape and their labels, see `Cached`."""
+def image_arrays(shape: tuple[int, ...]) -> dict[str, Array]:
+    """Returns the arrays of a cache of images of that shape, see `CachedImages`."""
     return {"images": Array(np.uint8, shape), "labels": Array(np.int64)}
 
 
 def _plain(value: Any) -> Any:
-    """Settings as JSON has them: a kind or a pattern is its name, a world its settings; what is listed by name keeps
-    its order, which may be that of labels."""
+    """Returns settings as JSON values: a kind or pattern by its name, a world by its fields. A mapping becomes a list,
+    because its order may be that of the labels."""
     if isinstance(value, shapes.Kind | patterns.Pattern):
         return value.name
     if is_dataclass(value):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return [[name, _plain(each)] for name, each in value.items()]
-    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
+        return [[name, _plain(setting)] for name, setting in value.items()]
+    return [_plain(setting) for setting in value] if isinstance(value, tuple | list) else value
 
 
 class CachedImages(NamedTuple):
-    """The arrays of a cache of images, read-only and mapped: the pages are shared between processes."""
+    """Read-only memory-mapped arrays, whose pages all processes share."""
 
     images: np.ndarray  # uint8 [N, 3, H, W], or [N, T, 3, H, W] of films
     labels: np.ndarray  # int64 [N]
 
 
 def code_version() -> str:
-    """A hash of the modules that decide what an image looks like."""
+    """Returns a hash of the source code that decides how an image looks."""
     digest = hashlib.sha256()
     for module in _CODE:
         assert module.__file__ is not None
@@ -158,62 +158,62 @@ def code_version() -> str:
     return digest.hexdigest()[:16]
 
 
-def folder_of(recipe: RenderedSet, cache_dir: str | Path) -> Path:
-    """Where the recipe's images are, or will be."""
-    key = hashlib.sha256(json.dumps(recipe.description(), sort_keys=True).encode()).hexdigest()[:16]
-    return Path(cache_dir) / f"{recipe.name}-{key}"
+def folder_of(content: RenderedSet, cache_dir: str | Path) -> Path:
+    """Returns the cache folder of a set, which may not exist yet."""
+    key = hashlib.sha256(json.dumps(content.description(), sort_keys=True).encode()).hexdigest()[:16]
+    return Path(cache_dir) / f"{content.name}-{key}"
 
 
-def open_or_build(recipe: RenderedSet, cache_dir: str | Path, *, processes: int | None = None) -> CachedImages:
-    """The recipe's images and labels; see `mapped`."""
-    return CachedImages(**mapped(recipe, cache_dir, processes=processes))
+def open_or_build(content: RenderedSet, cache_dir: str | Path, *, processes: int | None = None) -> CachedImages:
+    """Returns the images and labels of a set; see `mapped`."""
+    return CachedImages(**mapped(content, cache_dir, processes=processes))
 
 
-def mapped(recipe: RenderedSet, cache_dir: str | Path, *, processes: int | None = None) -> dict[str, np.ndarray]:
-    """The recipe's arrays [N, ...], rendered first if they are not there yet.
+def mapped(content: RenderedSet, cache_dir: str | Path, *, processes: int | None = None) -> dict[str, np.ndarray]:
+    """Returns the arrays [N, ...] of a set, and renders them if they are not there yet.
 
-    Of several callers one renders and the others wait. The folder takes its name only when it is complete, so a build
-    that dies leaves nothing that could be mistaken for a cache; its remains are swept away by the next build.
+    Of several callers one renders and the others wait. The folder gets its name only when it is complete; the
+    remains of a killed build are removed by the next one.
     """
-    folder = folder_of(recipe, cache_dir)
+    folder = folder_of(content, cache_dir)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(folder.name + ".lock")):
             if not folder.is_dir():
-                _build(recipe, folder, processes or _cores())
-    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in recipe.arrays}
+                _build(content, folder, processes or _cores())
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in content.arrays}
 
 
-def _build(recipe: RenderedSet, folder: Path, processes: int) -> None:
+def _build(content: RenderedSet, folder: Path, processes: int) -> None:
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    for name, array in recipe.arrays.items():
-        shape = (recipe.count, *array.shape)
+    for name, array in content.arrays.items():
+        shape = (content.count, *array.shape)
         np.lib.format.open_memmap(unfinished / f"{name}.npy", mode="w+", dtype=array.dtype, shape=shape)
-    log.info("rendering %d samples of %s", recipe.count, folder)
+    log.info("rendering %d samples of %s", content.count, folder)
     done, tenth = 0, 0
-    for rendered in _render_all(recipe, unfinished, processes):
+    for rendered in _render_all(content, unfinished, processes):
         done += rendered
-        if done * 10 // recipe.count > tenth:
-            tenth = done * 10 // recipe.count
-            log.info("rendered %d of %d samples", done, recipe.count)
-    (unfinished / "recipe.json").write_text(json.dumps(recipe.description(), indent=2) + "\n")
+        if done * 10 // content.count > tenth:
+            tenth = done * 10 // content.count
+            log.info("rendered %d of %d samples", done, content.count)
+    (unfinished / "recipe.json").write_text(json.dumps(content.description(), indent=2) + "\n")
     unfinished.rename(folder)
 
 
-def _render_all(recipe: RenderedSet, folder: Path, processes: int) -> Iterator[int]:
-    """Fill the arrays in ``folder``; yields how many images came with each finished chunk."""
-    processes = min(processes, -(-recipe.count // _CHUNK))
-    if processes <= 1 or recipe.count <= _SMALL:
-        yield from _render_share(recipe, folder, 0, 1)
+def _render_all(content: RenderedSet, folder: Path, processes: int) -> Iterator[int]:
+    """Fills the arrays in ``folder``; yields the number of samples of each finished chunk."""
+    processes = min(processes, -(-content.count // _CHUNK))
+    if processes <= 1 or content.count <= _SMALL:
+        yield from _render_share(content, folder, 0, 1)
         return
     reader, writer = os.pipe()
     children: list[subprocess.Popen[bytes]] = []
     try:
         with os.fdopen(reader) as reports:
             try:
-                children += (_start(recipe, folder, rank, processes, writer) for rank in range(processes))
+                children += (_start(content, folder, rank, processes, writer) for rank in range(processes))
             finally:
                 os.close(writer)
             yield from map(int, reports)
@@ -226,10 +226,10 @@ def _render_all(recipe: RenderedSet, folder: Path, processes: int) -> Iterator[i
             child.wait()
 
 
-def _start(recipe: RenderedSet, folder: Path, rank: int, world_size: int, reports: int) -> subprocess.Popen[bytes]:
-    """A plain child and not multiprocessing's: that would import the caller's main module again, guarded or not.
+def _start(content: RenderedSet, folder: Path, rank: int, world_size: int, reports: int) -> subprocess.Popen[bytes]:
+    """Starts a worker as a plain subprocess, because multiprocessing would import the caller's main module again.
 
-    It writes one line a chunk to ``reports``; should this process be killed, the write fails and the child ends too.
+    It writes one line per chunk to ``reports``; if this process is killed, the write fails and the worker ends, too.
     """
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     child = subprocess.Popen(
@@ -239,18 +239,18 @@ def _start(recipe: RenderedSet, folder: Path, rank: int, world_size: int, report
         env=os.environ | one_thread | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert child.stdin is not None
-    with contextlib.suppress(BrokenPipeError), child.stdin:  # a child that died already is seen by its exit code
-        pickle.dump((recipe, folder, rank, world_size), child.stdin)
+    with contextlib.suppress(BrokenPipeError), child.stdin:  # a worker that has died is noticed by its exit code
+        pickle.dump((content, folder, rank, world_size), child.stdin)
     return child
 
 
-def _render_share(recipe: RenderedSet, folder: Path, rank: int, world_size: int) -> Iterator[int]:
-    """Render every ``world_size``-th chunk, from the ``rank``-th on, into the arrays of ``folder``."""
-    arrays = [np.lib.format.open_memmap(folder / f"{name}.npy", mode="r+") for name in recipe.arrays]
-    for start in range(rank * _CHUNK, recipe.count, world_size * _CHUNK):
-        stop = min(start + _CHUNK, recipe.count)
+def _render_share(content: RenderedSet, folder: Path, rank: int, world_size: int) -> Iterator[int]:
+    """Renders every ``world_size``-th chunk, beginning with number ``rank``, into the arrays of ``folder``."""
+    arrays = [np.lib.format.open_memmap(folder / f"{name}.npy", mode="r+") for name in content.arrays]
+    for start in range(rank * _CHUNK, content.count, world_size * _CHUNK):
+        stop = min(start + _CHUNK, content.count)
         for index in range(start, stop):
-            for array, value in zip(arrays, recipe.render(index), strict=True):
+            for array, value in zip(arrays, content.render(index), strict=True):
                 array[index] = value
         yield stop - start
     for array in arrays:

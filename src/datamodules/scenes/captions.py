@@ -1,5 +1,5 @@
-"""What can be said of a scene: facts first, then one of many wordings of them. All of it is a function of the scene and
-of a number that chooses the words; a false caption is a true wording of changed facts.
+"""Captions of scenes: facts first, then one of many wordings of them. All are functions of the scene and of a number
+that chooses the wording; a false caption is a wording of changed facts.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Across = Literal["left", "middle", "right"]
 Along = Literal["top", "middle", "bottom"]
 
 OPPOSITE: Mapping[Relation, Relation] = {"left": "right", "right": "left", "above": "below", "below": "above"}
-_NEAR = 0.12  # centers closer than this, in half image widths, are beside each other in no direction
-_MIDDLE = 0.17  # and a center closer than this to the middle is on neither side of it
+_NEAR = 0.12  # in half image widths: centers closer than this have no direction to each other
+_MIDDLE = 0.17  # in half image widths: a center closer than this to the middle is on neither side
 
 _ADJECTIVES = {"stripes": "striped", "checks": "checkered", "dots": "dotted", "waves": "wavy", "clouds": "cloudy"}
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -58,7 +58,7 @@ _HALF = {"top": "upper", "bottom": "lower"}
 
 @dataclass(frozen=True)
 class Noun:
-    """What is said of an object."""
+    """Kind, color and pattern of an object, by name."""
 
     kind: str
     color: str
@@ -67,101 +67,108 @@ class Noun:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a caption may say: the objects, the main one first, where the main one is, seen from the second, and where
-    in the image."""
+    """The content of a caption.
+
+    Args:
+        objects: the main one first.
+        relation: position of the main object relative to the second; None for a single object.
+        place: of the main object in the image; None if captions do not mention it.
+    """
 
     objects: tuple[Noun, ...]
-    relation: Relation | None  # None where there is one object
-    place: tuple[Along, Across] | None = None  # None where nothing is said of it
+    relation: Relation | None
+    place: tuple[Along, Across] | None = None
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A text and which of its characters name which object: (begin, end, object's position in the scene)."""
+    """A text, and spans (begin, end, index of the object in the scene) of the characters that name an object."""
 
     text: str
     spans: tuple[tuple[int, int, int], ...] = ()
 
 
 def facts(scene: Scene, *, places: bool = False) -> Facts:
-    """What is so.
+    """Returns the facts of a scene.
 
     Args:
-        places: also where in the image the main object is.
+        places: also the main object's place in the image.
     """
     objects = tuple(Noun(each.kind.name, each.color, each.texture.pattern.name) for each in scene.objects)
     relation = _relation(scene) if len(objects) > 1 else None
     return Facts(objects, relation, _ninth(*_place(scene.objects[0], scene)) if places else None)
 
 
-def short(what: Facts, wording: int, *, wordings: Sequence[int] | None = None) -> Caption:
-    """One sentence about the main object and, where there is one, about the second.
+def short(scene_facts: Facts, wording: int, *, wordings: Sequence[int] | None = None) -> Caption:
+    """Returns one sentence about the main object and the second, if there is one.
 
     Args:
-        wording: chooses among the ways of saying it and among synonyms.
-        wordings: ways that may be taken, positions in ``SHORT``; None for all. What training leaves out is unseen.
+        wording: chooses among sentence patterns and synonyms.
+        wordings: allowed sentence patterns, indices of ``SHORT``; None for all.
     """
-    rng = _words(wording)
+    rng = _generator(wording)
     ways = range(len(SHORT)) if wordings is None else wordings
-    return _said(SHORT[ways[int(rng.integers(len(ways)))]](what, rng))
+    return _joined(SHORT[ways[int(rng.integers(len(ways)))]](scene_facts, rng))
 
 
-def long(what: Facts, wording: int) -> Caption:
-    """A sentence for each object, then how many there are."""
-    rng = _words(wording)
+def long(scene_facts: Facts, wording: int) -> Caption:
+    """Returns a sentence for each object, then their number."""
+    rng = _generator(wording)
     parts: list[_Part] = []
-    for position in range(len(what.objects)):
+    for position in range(len(scene_facts.objects)):
         opening = _one(rng, ("There is ", "One can see ", "The picture has ", "Here is "))
-        parts += [opening, *([_noun(what, position, rng)] if position else _main(what, rng))]
-        if position == 0 and what.relation is not None:
-            parts += [f", {_one(rng, _RELATIONS[what.relation])} ", _noun(what, 1, rng)]
+        parts += [opening, *([_noun(scene_facts, position, rng)] if position else _main(scene_facts, rng))]
+        if position == 0 and scene_facts.relation is not None:
+            parts += [f", {_one(rng, _RELATIONS[scene_facts.relation])} ", _noun(scene_facts, 1, rng)]
         parts.append(". ")
-    parts.append(f"In all {_count(what)}.")
-    return _said(parts)
+    parts.append(f"In all {_count(scene_facts)}.")
+    return _joined(parts)
 
 
-def region(what: Facts, position: int, wording: int) -> Caption:
-    """Of one object alone."""
-    return _said([_noun(what, position, _words(wording))])
+def region(scene_facts: Facts, position: int, wording: int) -> Caption:
+    """Returns a caption of one object."""
+    return _joined([_noun(scene_facts, position, _generator(wording))])
 
 
-def mistaken(what: Facts, mistake: Mistake, choice: int) -> Facts | None:
-    """The facts with one object wrong; None where they cannot be wrong in this way.
+def hard_negative(scene_facts: Facts, mistake: Mistake, choice: int) -> Facts | None:
+    """Returns the facts with one change; None if they cannot be changed in this way.
 
-    - "attribute": two objects of different colors have each other's, a single one has another color
+    - "attribute": swaps the colors of two objects if they differ, else changes the main object's color
     - "relation": the opposite; None without an opposite one
-    - "count": the last object is there twice or, of several and by an odd choice, not at all
+    - "count": repeats the last object or, if there are several and ``choice`` is odd, removes it
     """
     if mistake == "attribute":
-        colors = [obj.color for obj in what.objects]
+        colors = [obj.color for obj in scene_facts.objects]
         if len(set(colors[:2])) == 2:
-            first, second, *rest = what.objects
+            first, second, *rest = scene_facts.objects
             swapped = replace(first, color=second.color), replace(second, color=first.color)
-            return replace(what, objects=(*swapped, *rest))
+            return replace(scene_facts, objects=(*swapped, *rest))
         others = [color for color in COLOR_NAMES if color not in colors]
-        wrong = replace(what.objects[0], color=others[choice % len(others)])
-        return replace(what, objects=(wrong, *what.objects[1:]))
+        wrong = replace(scene_facts.objects[0], color=others[choice % len(others)])
+        return replace(scene_facts, objects=(wrong, *scene_facts.objects[1:]))
     if mistake == "relation":
-        if what.relation is None or what.relation not in OPPOSITE:
+        if scene_facts.relation is None or scene_facts.relation not in OPPOSITE:
             return None
-        return replace(what, relation=OPPOSITE[what.relation])
-    if len(what.objects) > 1 and choice % 2:
-        fewer = what.objects[:-1]
-        return replace(what, objects=fewer, relation=what.relation if len(fewer) > 1 else None)
-    return replace(what, objects=(*what.objects, what.objects[-1]))
+        return replace(scene_facts, relation=OPPOSITE[scene_facts.relation])
+    if len(scene_facts.objects) > 1 and choice % 2:
+        fewer = scene_facts.objects[:-1]
+        return replace(scene_facts, objects=fewer, relation=scene_facts.relation if len(fewer) > 1 else None)
+    return replace(scene_facts, objects=(*scene_facts.objects, scene_facts.objects[-1]))
 
 
-def alt_text(what: Facts, wording: int, *, other: Facts, mismatched: float, dropped: float, junk: float) -> Caption:
-    """What the web writes beside an image: `short`, in parts lost or drowned.
+def alt_text(
+    scene_facts: Facts, wording: int, *, other: Facts, mismatched: float, dropped: float, junk: float
+) -> Caption:
+    """Returns a noisy `short` caption, like the alt texts of the web.
 
     Args:
-        other: of another scene.
-        mismatched: share of texts that speak of ``other``.
-        dropped: share of the words that are missing.
-        junk: share of texts with something before or behind that says nothing.
+        other: facts of another scene.
+        mismatched: share of texts that describe ``other``.
+        dropped: share of words that are dropped.
+        junk: share of texts with meaningless words at the beginning or end.
     """
     rng = np.random.Generator(np.random.PCG64(fold(wording, 1)))
-    text = short(other if rng.random() < mismatched else what, wording).text
+    text = short(other if rng.random() < mismatched else scene_facts, wording).text
     words = [word for word in text.split() if rng.random() >= dropped]
     if rng.random() < junk:
         place = 0 if rng.random() < 0.5 else len(words)
@@ -172,44 +179,44 @@ def alt_text(what: Facts, wording: int, *, other: Facts, mismatched: float, drop
     return Caption(" ".join(words) or text)
 
 
-_Part = str | tuple[str, int]  # words, or words for an object
+_Part = str | tuple[str, int]  # words, or an object's name and its index
 _Way = Callable[[Facts, np.random.Generator], list[_Part]]
 
 
-def _photo(what: Facts, rng: np.random.Generator) -> list[_Part]:
+def _photo(scene_facts: Facts, rng: np.random.Generator) -> list[_Part]:
     start = _one(rng, ("a photo of ", "a picture of ", "an image of ", "this is "))
-    return [start, *_main(what, rng), *_beside(what, rng)]
+    return [start, *_main(scene_facts, rng), *_beside(scene_facts, rng)]
 
 
-def _bare(what: Facts, rng: np.random.Generator) -> list[_Part]:
-    return [*_main(what, rng), *_beside(what, rng)]
+def _bare(scene_facts: Facts, rng: np.random.Generator) -> list[_Part]:
+    return [*_main(scene_facts, rng), *_beside(scene_facts, rng)]
 
 
-def _seen(what: Facts, rng: np.random.Generator) -> list[_Part]:
-    return [_one(rng, ("there is ", "one can see ")), *_main(what, rng), *_beside(what, rng)]
+def _seen(scene_facts: Facts, rng: np.random.Generator) -> list[_Part]:
+    return [_one(rng, ("there is ", "one can see ")), *_main(scene_facts, rng), *_beside(scene_facts, rng)]
 
 
-def _counted(what: Facts, rng: np.random.Generator) -> list[_Part]:
-    return [f"{_count(what)}, the largest ", *_main(what, rng)]
+def _counted(scene_facts: Facts, rng: np.random.Generator) -> list[_Part]:
+    return [f"{_count(scene_facts)}, the largest ", *_main(scene_facts, rng)]
 
 
-def _turned(what: Facts, rng: np.random.Generator) -> list[_Part]:
-    """The second first: the relation from its side."""
-    if what.relation is None or what.relation not in OPPOSITE:
-        return _bare(what, rng)
-    seen_from = _one(rng, _RELATIONS[OPPOSITE[what.relation]])
-    return [_noun(what, 1, rng), f" {seen_from} ", *_main(what, rng)]
+def _turned(scene_facts: Facts, rng: np.random.Generator) -> list[_Part]:
+    """The second object first, with the opposite relation."""
+    if scene_facts.relation is None or scene_facts.relation not in OPPOSITE:
+        return _bare(scene_facts, rng)
+    seen_from = _one(rng, _RELATIONS[OPPOSITE[scene_facts.relation]])
+    return [_noun(scene_facts, 1, rng), f" {seen_from} ", *_main(scene_facts, rng)]
 
 
-def _listed(what: Facts, rng: np.random.Generator) -> list[_Part]:
+def _listed(scene_facts: Facts, rng: np.random.Generator) -> list[_Part]:
     parts: list[_Part] = []
-    for position in range(len(what.objects)):
-        parts += [" and ", _noun(what, position, rng)] if position else _main(what, rng)
+    for position in range(len(scene_facts.objects)):
+        parts += [" and ", _noun(scene_facts, position, rng)] if position else _main(scene_facts, rng)
     return parts
 
 
 SHORT: tuple[_Way, ...] = (_photo, _bare, _seen, _counted, _turned, _listed)
-# ways of a short text that say what a mistake would change, positions in SHORT
+# kind of mistake -> patterns of short captions that mention the changed fact, indices of SHORT
 SHOWN_BY: Mapping[Mistake, tuple[int, ...]] = {
     "attribute": tuple(map(SHORT.index, (_photo, _bare, _seen, _turned))),
     "relation": tuple(map(SHORT.index, (_photo, _bare, _seen, _turned))),
@@ -218,16 +225,16 @@ SHOWN_BY: Mapping[Mistake, tuple[int, ...]] = {
 COLOR_NAMES = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "white")
 
 
-def _beside(what: Facts, rng: np.random.Generator) -> list[_Part]:
-    if what.relation is None:
+def _beside(scene_facts: Facts, rng: np.random.Generator) -> list[_Part]:
+    if scene_facts.relation is None:
         return []
     # "at the top left of a ring" would be two objects
-    comma = "" if what.place is None else ","
-    return [f"{comma} {_one(rng, _RELATIONS[what.relation])} ", _noun(what, 1, rng)]
+    comma = "" if scene_facts.place is None else ","
+    return [f"{comma} {_one(rng, _RELATIONS[scene_facts.relation])} ", _noun(scene_facts, 1, rng)]
 
 
-def _noun(what: Facts, position: int, rng: np.random.Generator) -> tuple[str, int]:
-    obj = what.objects[position]
+def _noun(scene_facts: Facts, position: int, rng: np.random.Generator) -> tuple[str, int]:
+    obj = scene_facts.objects[position]
     words = [
         _one(rng, _SYNONYMS.get(obj.color, (obj.color,))),
         _one(rng, _SYNONYMS.get(obj.kind, (obj.kind,))),
@@ -237,23 +244,23 @@ def _noun(what: Facts, position: int, rng: np.random.Generator) -> tuple[str, in
     return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}", position
 
 
-def _main(what: Facts, rng: np.random.Generator) -> list[_Part]:
-    """The main object, and where in the image it is if that is to be said."""
-    noun = _noun(what, 0, rng)
-    if what.place is None:
+def _main(scene_facts: Facts, rng: np.random.Generator) -> list[_Part]:
+    """Returns the main object, and its place in the image if captions mention it."""
+    noun = _noun(scene_facts, 0, rng)
+    if scene_facts.place is None:
         return [noun]
-    sides = [side for side in what.place if side != "middle"]
+    sides = [side for side in scene_facts.place if side != "middle"]
     halves = [_HALF.get(side, side) for side in sides]
     ways = (f"at the {' '.join(sides)}", f"in the {' '.join(halves)} part") if sides else _CENTER
     return [noun, f" {_one(rng, ways)}"]
 
 
-def _count(what: Facts) -> str:
-    number = len(what.objects)
+def _count(scene_facts: Facts) -> str:
+    number = len(scene_facts.objects)
     return f"{_NUMBERS[number]} thing{'' if number == 1 else 's'}"
 
 
-def _said(parts: Sequence[_Part]) -> Caption:
+def _joined(parts: Sequence[_Part]) -> Caption:
     text, spans = "", []
     for part in parts:
         words, obj = part if isinstance(part, tuple) else (part, None)
@@ -285,7 +292,7 @@ def _place(obj: SceneObject, scene: Scene) -> tuple[float, float]:
     return (x - camera.position[0]) * scale, (y - camera.position[1]) * scale
 
 
-def _words(wording: int) -> np.random.Generator:
+def _generator(wording: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(fold(wording)))
 
 

@@ -1,4 +1,4 @@
-"""Films of moving scenes as a source of videos: what happens is the label."""
+"""Films of moving scenes as a source of videos, labeled by the action."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from src.datamodules.scenes import render
-from src.datamodules.scenes.cache import Array, RenderedSet, open_or_build, pictures
+from src.datamodules.scenes.cache import Array, RenderedSet, image_arrays, open_or_build
 from src.datamodules.scenes.motion import Film, MovingWorld, flow
 from src.datamodules.scenes.source import SPLITS
 from src.datamodules.sources.source import Prompts, Sample, Source, Split
@@ -29,8 +29,8 @@ class FilmReader:
 
     Args:
         frames: frame by number -> uint8 [3, H, W].
-        count: of frames.
-        rate: frames a second.
+        count: number of frames.
+        rate: frames per second.
         flows: frames by number -> float32 [T - 1, 2, H, W], from each to the next.
     """
 
@@ -58,7 +58,7 @@ class FilmReader:
 
 @dataclass(frozen=True)
 class FilmFrames(RenderedSet):
-    """All frames of a film a sample, of a `MovingWorld`."""
+    """All frames of the films of a `MovingWorld`."""
 
     frames: int
     rate: float
@@ -69,10 +69,10 @@ class FilmFrames(RenderedSet):
 
     @property
     def arrays(self) -> dict[str, Array]:
-        return pictures((self.frames, 3, self.resolution, self.resolution))
+        return image_arrays((self.frames, 3, self.resolution, self.resolution))
 
     def film(self, index: int) -> Film:
-        """What happens in sample ``index``."""
+        """Returns the scene and motions of sample ``index``."""
         return self.world.film(self.seed, index)
 
     def render(self, index: int) -> tuple[np.ndarray, int]:
@@ -84,38 +84,38 @@ class FilmFrames(RenderedSet):
         return render.image(film.at(number / self.rate), self.resolution)
 
     def flows(self, film: Film, numbers: Sequence[int]) -> np.ndarray:
-        """From each of the frames to the next one: float32 [T - 1, 2, H, W]."""
+        """Returns the flow from each of the frames to the next one: float32 [T - 1, 2, H, W]."""
         pairs = [(start / self.rate, end / self.rate) for start, end in pairwise(numbers)]
         return np.stack([flow(film, start, end, self.resolution) for start, end in pairs])
 
 
 @dataclass(frozen=True)
 class FilmFramesWithout(FilmFrames):
-    """`Films` in which some actions never happen: where one would, another film is made."""
+    """`FilmFrames` without some actions: a film with one of them is replaced by another film."""
 
     held_out: tuple[int, ...]
 
     def film(self, index: int) -> Film:
-        made = (self.world.film(fold(self.seed, again) if again else self.seed, index) for again in counting())
-        return next(film for film in made if film.action not in self.held_out)
+        candidates = (self.world.film(fold(self.seed, again) if again else self.seed, index) for again in counting())
+        return next(film for film in candidates if film.action not in self.held_out)
 
 
 class FilmsSource(Source):
-    """``count`` films of one split (one number, or one a split); the label is what the main object does.
+    """``count`` films of one split (one number, or one a split); the label is the action of the main object.
 
-    The split is folded into the seed, so no two splits share a film, whatever their sizes.
+    The split is folded into the seed, so splits of any size share no film.
 
     Args:
         split: "train", "val" or "test".
         count: films.
         resolution: side of a frame in pixels.
-        duration: of a film, seconds.
-        rate: frames a second.
+        duration: of a film in seconds.
+        rate: frames per second.
         seed: of the films.
-        world: what there is to be seen.
-        held_out: actions that happen in no film of the training split, and in the others as ever; a method that knows
-            actions by their names can be asked for them.
-        cache_dir: where all frames are kept, rendered once; None to draw what is asked for every time.
+        world: the distribution of the films.
+        held_out: actions that no training film shows; the other splits show all, so that methods that recognize
+            actions by their names can be evaluated on unseen ones.
+        cache_dir: folder for all frames, rendered once; None renders every requested frame.
 
     Raises:
         SettingError: an unknown split or action, or a number out of range.
@@ -179,11 +179,11 @@ class FilmsSource(Source):
         return {"image": footage, "label": int(labels[index])}
 
     def name(self, index: int) -> str:
-        """Such as "films/train/123"."""
+        """Returns a name such as "films/train/123"."""
         return f"films/{self.split}/{index}"
 
     def film(self, index: int) -> Film:
-        """What happens in film ``index``, as data."""
+        """Returns the scene and motions of film ``index``."""
         self._check(index)
         return self.films.film(index)
 
@@ -191,7 +191,7 @@ class FilmsSource(Source):
         return self.films.flows(self.film(index), numbers)
 
     def masks(self, index: int) -> Tensor:
-        """What is seen of each object of the film's scene: bool [F, T, H, W], disjoint, in all of its frames."""
+        """Returns the visible part of each object in all frames: bool [F, T, H, W], disjoint."""
         film = self.film(index)
         times = (number / self.films.rate for number in range(self.films.frames))
         return torch.from_numpy(
@@ -199,7 +199,7 @@ class FilmsSource(Source):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the mapped arrays: a pickled one would be a copy of all frames."""
+        """Leaves out the mapped arrays, because pickling would copy all frames."""
         return self.__dict__ | {"_cached": None, "labels": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

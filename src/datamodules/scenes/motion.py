@@ -1,4 +1,4 @@
-"""Scenes in motion: a film is a scene and how its parts move, and each of its times is a scene again."""
+"""Scenes in motion: a film is a scene with motions, and every moment of it is a scene again."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from src.randomness import fold
 
 @dataclass(frozen=True)
 class Swing:
-    """``reach * cos(phase + 2 pi rate t)``: to and fro, or for ever where the phase says if the rate is 0."""
+    """An oscillation ``reach * cos(phase + 2 pi rate t)``; constant if the rate is 0."""
 
     reach: float
     phase: float  # radians
-    rate: float = 0.0  # swings a second
+    rate: float = 0.0  # oscillations per second
 
     def at(self, time: float) -> float:
         return self.reach * math.cos(self.phase + 2 * math.pi * self.rate * time)
@@ -30,17 +30,17 @@ class Swing:
 
 @dataclass(frozen=True)
 class Motion:
-    """How an object moves about the place that its scene gives it."""
+    """The motion of an object around its position in the scene."""
 
     x: Swing  # in half image widths, as y
     y: Swing
     size: Swing  # relative
     pitch: Swing  # radians, as yaw
     yaw: Swing
-    turns: float = 0.0  # of roll, a second; clockwise above 0
+    turns: float = 0.0  # rotations per second in the image plane, clockwise if positive
 
     def of(self, obj: SceneObject, focal: float, time: float) -> SceneObject:
-        """The object at ``time`` seconds, seen by a camera of ``focal``."""
+        """Returns the object at ``time`` seconds for a camera of focal length ``focal``."""
         depth = obj.position[2]
         x, y = obj.position[0] + self.x.at(time) * depth / focal, obj.position[1] + self.y.at(time) * depth / focal
         roll = obj.rotation[0] + 2 * math.pi * self.turns * time
@@ -54,7 +54,7 @@ class Motion:
 
 _LARGEST = 1.5  # an object never grows to more than that of its size at rest
 
-# What the main object does: swings a second of what moves, in units of the film's own tempo.
+# Actions of the main object: which of its parameters move, and how often relative to the film's tempo.
 ACTIONS: dict[str, Mapping[str, float]] = {
     "rests": {},
     "slides": {"x": 1.0},
@@ -69,7 +69,7 @@ ACTIONS: dict[str, Mapping[str, float]] = {
 }
 
 
-# smaller than in still images, so that there is room to move, and patterned: a plain ring would turn unseen
+# smaller than in still images to leave room for motion, and patterned, because a plain ring turns invisibly
 OBJECTS = ObjectsWorld(patterns=PATTERNS[1:], plain=0.0, main_radius=(0.45, 0.7), main_place=0.15)
 
 
@@ -78,10 +78,10 @@ class Film:
     """A scene whose objects and camera move.
 
     Args:
-        scene: what there is, everything at rest in the middle of its way.
+        scene: everything in the middle of its motion.
         motions: of the scene's objects, in their order.
-        pan: of the camera, metres to the right and down.
-        action: what the main object does, as its position among the world's.
+        pan: motion of the camera in metres, to the right and down.
+        action: of the main object, an index into the world's actions.
     """
 
     scene: Scene
@@ -90,7 +90,7 @@ class Film:
     action: int
 
     def at(self, time: float) -> Scene:
-        """What is to be seen ``time`` seconds after the beginning; its grain is that moment's own."""
+        """Returns the scene ``time`` seconds after the beginning, with film grain of its own."""
         camera, scene = self.scene.camera, self.scene
         objects = tuple(
             motion.of(obj, camera.focal, time) for obj, motion in zip(scene.objects, self.motions, strict=True)
@@ -106,20 +106,20 @@ class Film:
 
 @dataclass(frozen=True)
 class MovingWorld:
-    """Films of `ObjectsWorld`'s scenes; the label is what the main object does.
+    """Films of the scenes of an `ObjectsWorld`, labeled by the action of the main object.
 
-    No single image tells what that is: whatever moves in one film stands still in another at a place that is drawn
-    from the places it passes through. So each image of a film, taken alone, is distributed as if the label had been
-    drawn afterwards. Other objects and the camera move in every film.
+    No single frame shows the action: a parameter that moves in one film is constant in another, with a value drawn from
+    the same distribution. Hence a single frame is independent of the label. Other objects and the camera move in every
+    film.
 
     Args:
-        objects: what the films show.
+        objects: distribution of the scenes.
         actions: names and rates, see `ACTIONS`.
-        tempo: swings a second.
-        place, grow, tilt: how far a main object moves: in half image widths, relative to its size, in radians.
-        other_place: how far the others move.
-        pan: how far the camera moves, metres.
-        pan_tempo: swings a second of the camera and of other objects.
+        tempo: range of oscillations per second.
+        place, grow, tilt: ranges of the main object's motion: in half image widths, relative to its size, in radians.
+        other_place: range of the other objects' motion, in half image widths.
+        pan: range of the camera's motion, in metres.
+        pan_tempo: range of oscillations per second of the camera and the other objects.
     """
 
     objects: ObjectsWorld = OBJECTS
@@ -142,13 +142,13 @@ class MovingWorld:
             raise SettingError(f"grow must be 0 <= low <= high <= {_LARGEST - 1}, got {self.grow}")
 
     def film(self, seed: int, index: int) -> Film:
-        """Film ``index`` of ``seed``; nothing else enters."""
+        """Returns film ``index`` of ``seed``, a function of these two only."""
         scene = self.objects.scene(fold(seed, 0), index)
         rng = np.random.Generator(np.random.PCG64(fold(seed, 1, index)))
         action = int(rng.integers(len(self.actions)))
         rates = list(self.actions.values())[action]
         tempo = _within(rng, self.tempo)
-        # every way is drawn whether it is gone or not: that is what makes a single image say nothing
+        # every motion is drawn, also if its rate is 0: thus a single frame is independent of the action
         main = Motion(
             x=_swing(rng, self.place, tempo * rates.get("x", 0.0)),
             y=_swing(rng, self.place, tempo * rates.get("y", 0.0)),
@@ -176,7 +176,7 @@ class MovingWorld:
 
 
 def flow(film: Film, start: float, end: float, resolution: int) -> np.ndarray:
-    """By how many pixels what is seen at ``start`` has moved at ``end``: float32 [2, H, W], right and down.
+    """Returns the motion in pixels from ``start`` to ``end`` of what each pixel shows: float32 [2, H, W], right, down.
 
     Of every pixel the point that its center shows is followed, seen or hidden at the end.
     """
@@ -200,13 +200,13 @@ def flow(film: Film, start: float, end: float, resolution: int) -> np.ndarray:
 
 
 def _backdrop_shift(scene: Scene, axis: int) -> float:
-    """By how much the backdrop's own coordinate differs from the image's."""
+    """Returns the difference between the backdrop's coordinate and the image's."""
     camera = scene.camera
     return camera.position[axis] * camera.focal / (scene.background.distance - camera.position[2])
 
 
 def _seen(obj: SceneObject, camera: Camera, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where in the image the object's points (x, y), in radii, are seen: u and v in [-1, 1] across it."""
+    """Returns the image coordinates u and v in [-1, 1] of the object's points (x, y), given in radii."""
     right, down, _ = render.axes(obj.rotation)
     point = [
         obj.position[k] - camera.position[k] + obj.size * (x * np.float32(right[k]) + y * np.float32(down[k]))
@@ -216,7 +216,8 @@ def _seen(obj: SceneObject, camera: Camera, x: np.ndarray, y: np.ndarray) -> tup
 
 
 def _in_front(obj: SceneObject, tilt: float, camera: Camera) -> SceneObject:
-    """The main object so near that it stands before the others however it tilts; it looks as large as before."""
+    """Returns the main object moved so near that it stands before the others at every tilt, with the same size in the
+    image."""
     behind = obj.size * _LARGEST * obj.kind.reach * math.sin(math.hypot(tilt, tilt))
     nearer = obj.position[2] / (obj.position[2] + behind)
     x, y = (place + (p - place) * nearer for place, p in zip(camera.position[:2], obj.position[:2], strict=True))

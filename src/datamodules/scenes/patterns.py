@@ -1,4 +1,4 @@
-"""What surfaces are painted with: patterns in the plane, filtered to the size of a pixel so that none aliases."""
+"""Patterns on surfaces, filtered to the size of a pixel to avoid aliasing."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Paint = Callable[[np.ndarray, np.ndarray, float, tuple[float, float]], np.ndarra
 
 @dataclass(frozen=True)
 class Pattern:
-    """How two colors alternate over a surface."""
+    """A pattern of two colors."""
 
     name: str
     paint: Paint | None = field(repr=False, compare=False)  # None: the first color everywhere
 
 
 def _wave(t: np.ndarray, pixel: float) -> np.ndarray:
-    """Square wave of period 1 and values ±1, its edges as wide as a pixel (or the least blur that always remains)."""
+    """Returns a square wave of period 1 and values ±1, with edges as wide as a pixel, or a minimal blur."""
     width = 2.0 * math.pi * max(pixel, 0.06) * 0.5
     return np.clip(np.sin(2.0 * math.pi * t) * (1.0 / width), -1.0, 1.0)
 
@@ -45,7 +45,7 @@ def _waves(x: np.ndarray, y: np.ndarray, pixel: float, phase: tuple[float, float
 
 
 def _clouds(x: np.ndarray, y: np.ndarray, pixel: float, phase: tuple[float, float]) -> np.ndarray:
-    """Smooth unrepeating blotches: waves that bend each other."""
+    """Smooth blotches without repetition: waves that bend each other."""
     bent = np.sin(math.pi * (0.9 * y - 0.4 * x + 2.0 * phase[0]))
     other = np.sin(math.pi * (0.8 * x + 0.5 * y + 2.0 * phase[1]) + 1.7 * bent)
     return 0.5 + 0.25 * (bent + other)

@@ -1,7 +1,7 @@
-"""Views of a scene: the image and its exact ground truth, each a pure function, at any resolution.
+"""Renders a scene: the image and its exact ground truth, each a pure function, at any resolution.
 
-Everything is drawn from signed distances on the pixel grid, far to near. A pixel of an image is covered by the share
-that the distance at its center says; in masks and depth a pixel belongs to what is seen through its center.
+Everything is drawn from signed distances on the pixel grid, from far to near. In an image, the distance at a pixel's
+center gives the share of the pixel that is covered; in masks and depth a pixel belongs to the object at its center.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from src.datamodules.scenes.scene import Background, Camera, Light, Mark, Rgb, Scene, SceneObject, Texture
 from src.datamodules.scenes.shapes import KINDS, Kind
 
-VISIBLE_AREA = 0.002  # share of the image that must be seen of a kind for it to count as present
+VISIBLE_AREA = 0.002  # share of the image that a kind must cover to count as present
 _TAG_GRID = 64  # the grid on which that share is counted, whatever the image's resolution
 _GRAIN_GRID = 64  # cells a side of the film grain: fixed, so that it stays with the scene and not with the pixel
 CARVED = 0.22  # depth of what is carved into a face, in radii
@@ -23,7 +23,7 @@ _SHADOW_BLUR = 0.35  # width of a shadow's edge, in radii of the object
 
 
 class Patch(NamedTuple):
-    """The part of the pixel grid that an object can touch, in the object's own coordinates."""
+    """The part of the pixel grid that an object can touch, in the object's coordinates."""
 
     rows: slice
     columns: slice
@@ -34,7 +34,7 @@ class Patch(NamedTuple):
 
 
 def image(scene: Scene, resolution: int) -> np.ndarray:
-    """The image: uint8 [3, H, W], RGB."""
+    """Returns the image: uint8 [3, H, W], RGB."""
     canvas = _backdrop(scene.background, scene.camera, resolution)
     for obj in reversed(_near_to_far(scene)):
         _paint(canvas, obj, scene, resolution)
@@ -45,7 +45,7 @@ def image(scene: Scene, resolution: int) -> np.ndarray:
 
 
 def instance_masks(scene: Scene, resolution: int) -> np.ndarray:
-    """What is seen of each object: bool [T, H, W], disjoint, in the order of ``scene.objects``."""
+    """Returns the visible part of each object: bool [T, H, W], disjoint, in the order of ``scene.objects``."""
     masks = np.zeros((len(scene.objects), resolution, resolution), bool)
     taken = np.zeros((resolution, resolution), bool)
     position = {id(obj): index for index, obj in enumerate(scene.objects)}
@@ -61,7 +61,7 @@ def instance_masks(scene: Scene, resolution: int) -> np.ndarray:
 
 
 def amodal_masks(scene: Scene, resolution: int) -> np.ndarray:
-    """Each object as if nothing stood before it: bool [T, H, W]."""
+    """Returns each object without occlusion: bool [T, H, W]."""
     masks = np.zeros((len(scene.objects), resolution, resolution), bool)
     for mask, obj in zip(masks, scene.objects, strict=True):
         patch = project(obj, scene.camera, resolution)
@@ -71,26 +71,25 @@ def amodal_masks(scene: Scene, resolution: int) -> np.ndarray:
 
 
 def boxes(scene: Scene, resolution: int) -> np.ndarray:
-    """Tight boxes around the visible part of each object: float32 [T, 4], x0 y0 x1 y1 in pixels.
+    """Returns tight bounding boxes around the visible part of each object: float32 [T, 4], x0 y0 x1 y1 in pixels.
 
-    The far edges are exclusive: a mask of one pixel has a box of one pixel. An object of which nothing is seen has an
-    empty box, all zeros.
+    x1 and y1 are exclusive: a mask of one pixel has a box of one pixel. The box of an invisible object is all zeros.
     """
     return boxes_of(instance_masks(scene, resolution))
 
 
 def boxes_of(masks: np.ndarray) -> np.ndarray:
-    """Tight boxes around masks [T, H, W]: float32 [T, 4]; zeros for an empty mask."""
-    found = np.zeros((len(masks), 4), np.float32)
-    for box, mask in zip(found, masks, strict=True):
+    """Returns tight bounding boxes around masks [T, H, W]: float32 [T, 4]; zeros for an empty mask."""
+    boxes = np.zeros((len(masks), 4), np.float32)
+    for box, mask in zip(boxes, masks, strict=True):
         columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
         if len(columns):
             box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-    return found
+    return boxes
 
 
 def depth(scene: Scene, resolution: int) -> np.ndarray:
-    """Distance along the camera's axis of what each pixel's center shows, in metres: float32 [H, W]."""
+    """Returns the distance along the camera's axis at each pixel's center, in metres: float32 [H, W]."""
     result = _backdrop_depth(scene.background, scene.camera, resolution)
     for obj in reversed(_near_to_far(scene)):
         patch = project(obj, scene.camera, resolution)
@@ -101,8 +100,8 @@ def depth(scene: Scene, resolution: int) -> np.ndarray:
 
 
 def facings(scene: Scene) -> np.ndarray:
-    """Unit vectors across the planes of the backdrop and of each object, to the camera's side: float32 [1 + T, 3], x to
-    the right, y down, z away from the camera. Reliefs and rims of objects are light, and count for nothing."""
+    """Returns the normals of the backdrop and of each object's plane, towards the camera: float32 [1 + T, 3], x to the
+    right, y down, z away from the camera. Reliefs and rims affect only the shading, not the normals."""
     across: list[tuple[float, ...]] = [(*scene.background.slope, -1.0)]
     for obj in scene.objects:
         away = axes(obj.rotation)[2]
@@ -113,26 +112,27 @@ def facings(scene: Scene) -> np.ndarray:
 
 
 def label(scene: Scene, kinds: tuple[Kind, ...] = KINDS) -> int:
-    """The kind of the main object, as its position in ``kinds``."""
+    """Returns the kind of the main object, an index into ``kinds``."""
     return kinds.index(scene.objects[0].kind)
 
 
 def box_labels(scene: Scene, kinds: tuple[Kind, ...] = KINDS) -> np.ndarray:
-    """The kind of every object: int64 [T]."""
+    """Returns the kind of every object: int64 [T]."""
     return np.asarray([kinds.index(obj.kind) for obj in scene.objects], np.int64)
 
 
 def labels(scene: Scene, kinds: tuple[Kind, ...] = KINDS) -> np.ndarray:
-    """Which kinds can be seen: bool [K]. A kind counts if ``VISIBLE_AREA`` of the image shows objects of it."""
+    """Returns the visible kinds: bool [K]. A kind is visible if its objects cover ``VISIBLE_AREA`` of the image."""
     area = np.zeros(len(kinds))
     np.add.at(area, box_labels(scene, kinds), instance_masks(scene, _TAG_GRID).mean((1, 2)))
     return area >= VISIBLE_AREA
 
 
 def project(obj: SceneObject, camera: Camera, resolution: int, *, shift: float = 0.0) -> Patch | None:
-    """Where on the pixel grid the object lies; None if it is outside of the image.
+    """Returns the part of the pixel grid that the object can touch; None if it is outside of the image.
 
-    ``shift`` widens the patch, in radii. Each pixel's ray is cut with the object's plane, so the perspective is exact.
+    ``shift`` widens the patch, in radii. Each pixel's ray is intersected with the object's plane, so the perspective is
+    exact.
     """
     right, down, normal = axes(obj.rotation)
     offset = tuple(p - c for p, c in zip(obj.position, camera.position, strict=True))
@@ -157,7 +157,7 @@ def project(obj: SceneObject, camera: Camera, resolution: int, *, shift: float =
 
 
 def axes(rotation: tuple[float, float, float]) -> tuple[tuple[float, float, float], ...]:
-    """World directions of an object's right, down and away axes: yaw after pitch after roll."""
+    """Returns the world directions of an object's right, down and away axes: yaw after pitch after roll."""
     (cr, cp, cy), (sr, sp, sy) = [math.cos(a) for a in rotation], [math.sin(a) for a in rotation]
     right = (cy * cr + sy * sp * sr, cp * sr, -sy * cr + cy * sp * sr)
     down = (-cy * sr + sy * sp * cr, cp * cr, sy * sr + cy * sp * cr)
@@ -181,7 +181,7 @@ def _window(
     reach: float,
     resolution: int,
 ) -> tuple[slice, slice] | None:
-    """Rows and columns that hold the projected square of half side ``reach`` radii."""
+    """Returns the rows and columns that contain the projected square of half side ``reach`` radii."""
     u, v = [], []
     for i in (-1.0, 1.0):
         for j in (-1.0, 1.0):
@@ -201,7 +201,7 @@ def _window(
 
 
 def _paint(canvas: np.ndarray, obj: SceneObject, scene: Scene, resolution: int) -> None:
-    """Lay the object's shadow and then the object on ``canvas`` [3, H, W]."""
+    """Draws the object's shadow, then the object, on ``canvas`` [3, H, W]."""
     patch = project(obj, scene.camera, resolution)
     if scene.light.shadow > 0.0:
         _cast(canvas, obj, scene, resolution)
@@ -223,7 +223,7 @@ def _paint(canvas: np.ndarray, obj: SceneObject, scene: Scene, resolution: int) 
 
 
 def _cast(canvas: np.ndarray, obj: SceneObject, scene: Scene, resolution: int) -> None:
-    """Darken what lies behind, away from the lamp: the object's own form, moved and blurred."""
+    """Draws the shadow: the object's form, moved away from the lamp and blurred."""
     light = scene.light
     right, down, _ = axes(obj.rotation)
     shift_x = 0.45 * _dot(light.direction, right)  # in radii; towards the lamp
@@ -241,7 +241,7 @@ def _cast(canvas: np.ndarray, obj: SceneObject, scene: Scene, resolution: int) -
 def _shading(
     distance: np.ndarray, patch: Patch, obj: SceneObject, light: Light
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Diffuse light [h, w] and highlight [h, w] or None: a carved top with a rim that falls off towards the outline."""
+    """Returns the diffuse light [h, w], and the highlight [h, w] or None, of a carved face with a rounded rim."""
     pixel = patch.pixel
     slope = np.clip(distance * (1.0 / obj.bevel) + 1.0, 0.0, 1.0)
     slope *= obj.relief
@@ -270,12 +270,12 @@ def _shading(
 
 
 def _difference(values: np.ndarray, axis: int) -> np.ndarray:
-    """Change from pixel to pixel: central, one-sided at the ends."""
+    """Returns the change from pixel to pixel: central differences, one-sided at the ends."""
     return np.gradient(values, axis=axis) if values.shape[axis] > 1 else np.zeros_like(values)
 
 
 def _mix(texture: Texture, x: np.ndarray, y: np.ndarray, pixel: float) -> np.ndarray | None:
-    """Share of the texture's second color, or None where the pattern has one color only."""
+    """Returns the share of the texture's second color, or None for a pattern of one color."""
     paint = texture.pattern.paint
     if paint is None:
         return None
@@ -284,7 +284,7 @@ def _mix(texture: Texture, x: np.ndarray, y: np.ndarray, pixel: float) -> np.nda
 
 
 def _backdrop(background: Background, camera: Camera, resolution: int) -> np.ndarray:
-    """The painted plane behind everything, without light: float32 [3, H, W]."""
+    """Returns the backdrop without light: float32 [3, H, W]."""
     u, v = _backdrop_grid(background, camera, resolution)
     step = 2.0 / resolution
     ramp = (u * math.cos(background.angle) + v * math.sin(background.angle)) * 0.5 + 0.5
@@ -302,7 +302,7 @@ def _backdrop(background: Background, camera: Camera, resolution: int) -> np.nda
 
 
 def _backdrop_grid(background: Background, camera: Camera, resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Backdrop coordinates of the pixels, u [1, W] and v [H, 1]: they move with the camera as the plane's middle."""
+    """Returns the pixels' coordinates on the backdrop, u [1, W] and v [H, 1], which move with the camera."""
     axis = _axis(resolution)
     shift = camera.focal / (background.distance - camera.position[2])
     return axis[None, :] + camera.position[0] * shift, axis[:, None] + camera.position[1] * shift
@@ -337,7 +337,7 @@ def _between(values: np.ndarray, low: float, high: float) -> slice:
 
 
 def _exposure(scene: Scene, resolution: int) -> np.ndarray:
-    """Brightness over the image, with its grain: float32 [H, W]."""
+    """Returns the brightness over the image, with film grain: float32 [H, W]."""
     axis = _axis(resolution)
     fx, fy = scene.light.falloff
     exposure = (axis * fx + 1.0)[None, :] + (axis * fy)[:, None]
@@ -357,19 +357,19 @@ def _grain(seed: int, deviation: float, resolution: int) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _axis(resolution: int) -> np.ndarray:
-    """Centers of the pixels on [-1, 1]: float32 [R]."""
+    """Returns the pixels' centers in [-1, 1]: float32 [R]."""
     return ((np.arange(resolution) + 0.5) * (2.0 / resolution) - 1.0).astype(np.float32)
 
 
 @lru_cache(maxsize=16)
 def _interpolation(resolution: int) -> np.ndarray:
-    """Linear interpolation from the grain's cells to the pixels: float32 [R, cells]."""
+    """Returns the linear interpolation from the grain's cells to the pixels: float32 [R, cells]."""
     position = np.clip((np.arange(resolution) + 0.5) * _GRAIN_GRID / resolution - 0.5, 0, _GRAIN_GRID - 1)
     return np.maximum(0.0, 1.0 - np.abs(position[:, None] - np.arange(_GRAIN_GRID))).astype(np.float32)
 
 
 def mean_rgb(obj: SceneObject) -> Rgb:
-    """The object's color with its texture mixed in evenly, before light."""
+    """Returns the object's mean color over its texture, without light."""
     if obj.texture.pattern.paint is None:
         return obj.rgb
     red, green, blue = (0.5 * (a + b) for a, b in zip(obj.rgb, obj.texture.rgb, strict=True))

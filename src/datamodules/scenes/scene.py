@@ -15,7 +15,7 @@ Rgb = tuple[float, float, float]  # each in [0, 1]
 
 @dataclass(frozen=True)
 class Camera:
-    """A pinhole at ``position`` looking along +z: a point (x, y, z) is seen at u = focal * (x - px) / (z - pz)."""
+    """A pinhole at ``position`` looking along +z: a point (x, y, z) projects to u = focal * (x - px) / (z - pz)."""
 
     position: tuple[float, float, float]
     focal: float  # in half image widths
@@ -23,13 +23,13 @@ class Camera:
 
 @dataclass(frozen=True)
 class Light:
-    """A distant lamp and what comes from everywhere else."""
+    """A distant lamp and ambient light."""
 
     direction: tuple[float, float, float]  # unit vector from the objects towards the lamp (z < 0: camera's side)
     ambient: float  # share of light without direction, in [0, 1]
     tint: Rgb  # multiplies every color
     falloff: tuple[float, float]  # relative change of brightness from the image's middle to its right, lower edge
-    shadow: float  # how much of the light a shadow takes, in [0, 1]
+    shadow: float  # share of the light that a shadow takes, in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class SceneObject:
     """A flat, bevelled object."""
 
     kind: Kind
-    color: str  # the name; ``rgb`` is this object's own shade of it
+    color: str  # the name; ``rgb`` is this object's shade of it
     rgb: Rgb
     texture: Texture
     size: float  # radius of the disc of the same area, metres
@@ -84,7 +84,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything needed to draw any view. ``objects[0]`` is the main one: nearest and, in the image, largest.
+    """Everything that is needed to render. ``objects[0]`` is the main one: nearest and, in the image, largest.
 
     Objects do not pass through each other or the backdrop: ordered by the depth of their centers, an object's farthest
     point is nearer than the next object's nearest point. The worlds keep this, and it makes occlusion exact.

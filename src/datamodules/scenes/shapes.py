@@ -1,6 +1,6 @@
-"""The kinds of objects: each a form, given by a signed distance, and what is carved into its face.
+"""The kinds of objects: each has a form, given by a signed distance, and a relief on its face.
 
-All forms are of one area, so that size does not give a kind away.
+All forms have the same area, so that size does not reveal the kind.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _GRID = 256  # points a side on which a form's area and center are integrated
 
 @dataclass(frozen=True)
 class Kind:
-    """A form, moved and scaled so that its centroid is the origin and its area that of the unit disc, and its face.
+    """A form, moved and scaled so that its centroid is the origin and its area that of the unit disc, and its relief.
 
-    ``carving`` is the height of the face in [-1, 1] where (x, y) are in radii: what a kind of object looks like close
-    up, seen by how it takes the light and whatever it is painted with. None for a smooth face.
+    ``carving`` returns the height of the face in [-1, 1] at (x, y) in radii. It shows only in the shading, so it is
+    independent of color and pattern. None for a smooth face.
 
-    ``form`` takes x (right) and y (down) in any unit inside [-1.2, 1.2] and gives a function that is negative inside,
-    zero on the outline and has a gradient of about one there.
+    ``form`` takes x (right) and y (down) inside [-1.2, 1.2] in any unit, and returns values that are negative inside,
+    zero on the outline and have a gradient of about one there.
     """
 
     name: str
@@ -50,13 +50,13 @@ class Kind:
         object.__setattr__(self, "reach", float(radius[distance < step].max()) / unit)
 
     def distance(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Signed distance to the outline at (x, y), in units of the equal-area disc's radius."""
+        """Returns the signed distance to the outline at (x, y), in radii of the disc of equal area."""
         unit = self.unit
         return self.form(x * unit + self.center[0], y * unit + self.center[1]) * (1.0 / unit)
 
 
 def _half_planes(x: np.ndarray, y: np.ndarray, normals: list[tuple[float, float, float]]) -> np.ndarray:
-    """Convex polygon: the largest of a·x + b·y - c."""
+    """Returns a convex polygon's distance: the largest of a·x + b·y - c."""
     distance: np.ndarray | None = None
     for a, b, c in normals:
         plane = a * x + (b * y - c)
@@ -66,7 +66,7 @@ def _half_planes(x: np.ndarray, y: np.ndarray, normals: list[tuple[float, float,
 
 
 def _regular(corners: int) -> list[tuple[float, float, float]]:
-    """Half-planes of the regular polygon with its first corner up at distance 1."""
+    """Returns the half-planes of a regular polygon whose first corner is at the top, at distance 1."""
     half = math.pi / corners
     angles = [-math.pi / 2 + half + 2 * half * k for k in range(corners)]
     return [(math.cos(angle), math.sin(angle), math.cos(half)) for angle in angles]
@@ -141,7 +141,7 @@ def _arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _wave(t: np.ndarray, period: float) -> np.ndarray:
-    """A corrugation of height 1, its crest at 0."""
+    """Returns a wave of height 1 with a crest at 0."""
     return np.cos(t * (2.0 * math.pi / period))
 
 

@@ -1,4 +1,4 @@
-"""The embedded data set: rendered scenes behind the interface every source has."""
+"""The embedded data set: rendered scenes as a source of images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from src.randomness import fold
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 PROMPTS = Prompts(
-    templates=(  # as the short texts begin
+    templates=(  # as the short captions begin
         "a photo of a {}",
         "a picture of a {}",
         "an image of a {}",
@@ -32,25 +32,24 @@ PROMPTS = Prompts(
     ),
     single="a photo of a {}",
 )
-_ATTEMPTS = 64  # every other one succeeds
+_ATTEMPTS = 64  # about half of them succeed
 FIELDS = ("labels", "boxes", "box_labels", "instance_masks", "segmentation", "normals", "depth")
 _OBJECT_FIELDS = ("boxes", "box_labels", "instance_masks", "segmentation", "normals")
 
 
 @dataclass(frozen=True)
 class SceneTexts:
-    """How scenes are described.
+    """The captions of scenes.
 
     Args:
-        style: "short", "long", or "alt": short as the web has it.
-        wordings: ways of a short text that training may use, positions in `captions.SHORT`; None for all.
-        mismatched, dropped, junk: of "alt", see `captions.alt_text`.
-        judged: texts of each image that retrieval is judged with.
-        variants: different texts of an image that training may see, as an image of the web has one; None for as many
-            as the style has words for.
-        judged_wordings: ways of saying them, positions in `captions.SHORT`; None for all. What is not among
-            ``wordings`` is judged unseen.
-        places: whether they also say in which part of the image the main object is.
+        style: "short", "long", or "alt": short with the noise of alt texts.
+        wordings: sentence patterns of short training captions, indices of `captions.SHORT`; None for all.
+        mismatched, dropped, junk: noise of "alt", see `captions.alt_text`.
+        judged: captions of each image in evaluation.
+        variants: number of different training captions of an image; None for no limit.
+        judged_wordings: sentence patterns in evaluation, indices of `captions.SHORT`; None for all. Those that are not
+            among ``wordings`` are unseen in training.
+        places: whether captions also mention the main object's place in the image.
     """
 
     style: Literal["short", "long", "alt"] = "short"
@@ -65,38 +64,41 @@ class SceneTexts:
 
     def __post_init__(self) -> None:
         if self.style not in ("short", "long", "alt"):
-            raise SettingError(f"scenes are described in the style short, long or alt, not '{self.style}'")
+            raise SettingError(f"data.source.texts.style must be short, long or alt, not '{self.style}'")
         for wordings in (self.wordings, self.judged_wordings):
-            known = range(len(captions.SHORT))
-            if wordings is not None and (len(wordings) == 0 or any(each not in known for each in wordings)):
-                raise SettingError(f"scenes have the wordings 0 to {len(known) - 1}, not {wordings}")
+            patterns = range(len(captions.SHORT))
+            if wordings is not None and (len(wordings) == 0 or any(wording not in patterns for wording in wordings)):
+                raise SettingError(
+                    "data.source.texts: wordings and judged_wordings are some of "
+                    f"0 to {len(patterns) - 1}, not {wordings}"
+                )
         for name in ("mismatched", "dropped", "junk"):
             if not 0 <= getattr(self, name) <= 1:
-                raise SettingError(f"the share {name}={getattr(self, name)} of scenes' texts must be in [0, 1]")
+                raise SettingError(f"data.source.texts.{name} must be a share in [0, 1], not {getattr(self, name)}")
         if self.judged < 1:
-            raise SettingError(f"retrieval needs at least one text a picture, got judged={self.judged}")
+            raise SettingError(f"data.source.texts.judged must be at least 1, not {self.judged}")
         if self.variants is not None and self.variants < 1:
-            raise SettingError(f"training needs at least one text a picture, got variants={self.variants}")
+            raise SettingError(f"data.source.texts.variants must be at least 1, not {self.variants}")
 
 
 class ScenesSource(Source):
-    """``count`` scenes of one split (one number, or one a split), with the ground truth that is asked for.
+    """``count`` scenes of one split (one number, or one a split), with the requested ground truth.
 
-    The split is folded into the seed, so no two splits share a scene, whatever their sizes; a larger ``count`` adds
-    scenes to the same ones. Fields, T being the scene's number of objects (the main object is always the first):
+    The split is folded into the seed, so splits of any size share no scene; a larger ``count`` adds scenes to the same
+    ones. Fields, T being the scene's number of objects (the main object is always the first):
 
-    - ``labels`` bool [K]: kinds of which at least 0.2 % of the image is seen
-    - ``boxes`` float32 [T, 4]: x0 y0 x1 y1 in pixels around the visible part, zeros where nothing is seen
+    - ``labels`` bool [K]: kinds that cover at least 0.2 % of the image
+    - ``boxes`` float32 [T, 4]: x0 y0 x1 y1 in pixels around the visible part, zeros for an invisible object
     - ``box_labels`` int64 [T]: kind of each object
     - ``instance_masks`` bool [T, H, W]: visible part, disjoint
     - ``segmentation`` uint8 [H, W]: 0 for the backdrop, 1 + kind for an object, as ``mask_classes`` names them
     - ``depth`` float32 [H, W]: metres along the camera's axis
 
-    With ``cache_dir`` the images and labels are rendered once into memory-mapped arrays, then also found whole in
-    ``images`` (uint8 [N, 3, H, W]) and ``labels`` (int64 [N]), and so are the ``fields``, but for ``labels``.
+    With ``cache_dir`` the images, labels and fields (except ``labels``) are rendered once into memory-mapped arrays;
+    ``images`` (uint8 [N, 3, H, W]) and ``labels`` (int64 [N]) then hold the whole split.
 
-    ``combinations`` (one, or one a split) are the world's: ``{train: seen, val: unseen, test: unseen}`` asks whether
-    what was learned of kinds and of colors holds where they meet for the first time.
+    ``combinations`` (one, or one per split), see `ObjectsWorld`: ``{train: seen, val: unseen, test: unseen}`` measures
+    generalization to unseen combinations of kind and color.
     """
 
     prompts = PROMPTS
@@ -116,7 +118,7 @@ class ScenesSource(Source):
     ) -> None:
         """
         Raises:
-            ValueError: an unknown split or field, or a count, resolution or seed that is out of range.
+            SettingError: an unknown split or field, or a count, resolution or seed that is out of range.
         """
         if split not in SPLITS:
             raise SettingError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
@@ -163,105 +165,108 @@ class ScenesSource(Source):
         return sample
 
     def name(self, index: int) -> str:
-        """Such as "scenes/train/123"."""
+        """Returns a name such as "scenes/train/123"."""
         self._check(index)
         return f"scenes/{self.split}/{index}"
 
     def scene(self, index: int) -> Scene:
-        """What sample ``index`` shows, as data."""
+        """Returns the scene of sample ``index``."""
         self._check(index)
         return self.world.scene(self._scene_seed, index)
 
     def segmentation(self, index: int) -> torch.Tensor:
-        """What each pixel shows: uint8 [H, W], 0 for the backdrop, 1 + kind for an object. Rendered when asked for,
-        whatever ``fields`` says."""
+        """Returns the class of each pixel: uint8 [H, W], 0 for the backdrop, 1 + kind for an object. It is available
+        without being listed in ``fields``."""
         self._check(index)
         objects, kinds = self._objects(index)
-        return torch.from_numpy(_classes(objects, kinds))
+        return torch.from_numpy(_class_map(objects, kinds))
 
     def tags(self, index: int) -> torch.Tensor:
-        """Kinds that can be seen: bool [K], the field ``labels``, whatever ``fields`` says."""
+        """Returns the visible kinds: bool [K], the field ``labels``, available without being listed in ``fields``."""
         return torch.from_numpy(render.labels(self.scene(index), self.world.kinds))
 
     def caption(self, index: int, choice: float) -> str:
-        """One of the ways of describing scene ``index``, in the style that was asked for."""
+        """Returns a training caption of scene ``index``; ``choice`` in [0, 1) chooses among the variants."""
         return self._described(index, int(choice * (self.texts.variants or 2**31)))
 
     def all_texts(self, index: int) -> Sequence[str]:
-        """All that `caption` may say.
+        """Returns every caption that `caption` can return.
 
         Raises:
-            SettingError: that is endless.
+            SettingError: their number is not limited by ``variants``.
         """
         if self.texts.variants is None:
-            raise SettingError("scenes are described anew every time; data.source.texts.variants gives them a list")
+            raise SettingError("data.source.texts.variants: without it scenes have no fixed list of captions")
         return tuple(self._described(index, wording) for wording in range(self.texts.variants))
 
     def regions(self, index: int, choice: float) -> Sequence[str]:
-        """A text of each object alone, in the order of the fields ``boxes`` and ``instance_masks``; ``choice`` in [0, 1)
-        chooses the words."""
-        what, wording = self._facts(self.scene(index)), fold(index, int(choice * 2**31))
-        return tuple(captions.region(what, each, fold(wording, each)).text for each in range(len(what.objects)))
+        """Returns a caption of each object, in the order of the fields ``boxes`` and ``instance_masks``; ``choice`` in
+        [0, 1) chooses the wording."""
+        scene_facts, wording = self._facts(self.scene(index)), fold(index, int(choice * 2**31))
+        return tuple(
+            captions.region(scene_facts, each, fold(wording, each)).text for each in range(len(scene_facts.objects))
+        )
 
     def captions(self, index: int) -> Sequence[str]:
-        """True short texts, whatever training is told, in the ways that judging may use: the first that differ."""
-        what, found = self._facts(self.scene(index)), dict[str, None]()
+        """Returns the different short captions for evaluation, independent of the training captions' style."""
+        scene_facts, found = self._facts(self.scene(index)), dict[str, None]()
         for wording in range(20 * self.texts.judged):
-            text = captions.short(what, fold(index, wording), wordings=self.texts.judged_wordings).text
+            text = captions.short(scene_facts, fold(index, wording), wordings=self.texts.judged_wordings).text
             found.setdefault(text)
             if len(found) == self.texts.judged:
                 break
         return tuple(found)
 
     def mistakes(self, index: int) -> Sequence[HardNegative]:
-        """One of each kind that the scene allows, in wordings that say what is wrong, and the same for right and wrong:
+        """Returns one hard negative of each kind that the scene allows. Right and wrong text have the same sentence
+        pattern, which mentions the changed fact:
 
-        - "attribute": the main object has another color, where there is no second one of another color
-        - "swapped": otherwise the two have each other's colors; every word of the right text is in the wrong one
+        - "attribute": another color of the main object, if no second object has another color
+        - "swapped": otherwise the two objects' colors are swapped; both texts have the same words
         - "relation": the second object is on the other side
-        - "count": there are more or fewer objects, as many as there may be
+        - "count": another number of objects
         """
-        what, found = self._facts(self.scene(index)), []
+        scene_facts, found = self._facts(self.scene(index)), []
         for number, (mistake, wordings) in enumerate(captions.SHOWN_BY.items()):
             choice = fold(index, number)
             if mistake == "count":
-                # a number that no scene has is wrong whatever the image shows
-                fewer, more = (len(what.objects) - 1 - limit for limit in self.world.others)
+                # the wrong number must occur in scenes, else it could be recognized without the image
+                fewer, more = (len(scene_facts.objects) - 1 - limit for limit in self.world.others)
                 choice = choice if fewer > 0 > more else int(fewer > 0)
-            wrong = captions.mistaken(what, mistake, choice)
+            wrong = captions.hard_negative(scene_facts, mistake, choice)
             if wrong is None:
                 continue
-            swapped = mistake == "attribute" and len({obj.color for obj in what.objects[:2]}) == 2
+            swapped = mistake == "attribute" and len({obj.color for obj in scene_facts.objects[:2]}) == 2
             for attempt in range(_ATTEMPTS):
                 wording = fold(index, number, attempt)
-                right, other = (captions.short(each, wording, wordings=wordings).text for each in (what, wrong))
-                if not swapped or _words(right) == _words(other):  # synonyms may have to be drawn anew
+                right, other = (captions.short(each, wording, wordings=wordings).text for each in (scene_facts, wrong))
+                if not swapped or _words(right) == _words(other):  # with other synonyms the words differ
                     found.append(HardNegative("swapped" if swapped else mistake, right, other))
                     break
         return found
 
     def grounding(self, index: int) -> Grounding:
-        """The first of `captions`, whose words for an object are its adjectives and its noun, without the article."""
+        """Returns the first of `captions`, with the spans of each object's adjectives and noun, without the article."""
         scene = self.scene(index)
-        said = captions.short(self._facts(scene), fold(index, 0))
-        spans = ((said.text.index(" ", begin) + 1, end, obj) for begin, end, obj in said.spans)
-        return Grounding(said.text, tuple(spans), torch.from_numpy(render.instance_masks(scene, self.resolution)))
+        caption = captions.short(self._facts(scene), fold(index, 0))
+        spans = ((caption.text.index(" ", begin) + 1, end, obj) for begin, end, obj in caption.spans)
+        return Grounding(caption.text, tuple(spans), torch.from_numpy(render.instance_masks(scene, self.resolution)))
 
     def _facts(self, scene: Scene) -> Facts:
         return captions.facts(scene, places=self.texts.places)
 
     def _described(self, index: int, wording: int) -> str:
-        what, wording = self._facts(self.scene(index)), fold(index, wording)
+        scene_facts, wording = self._facts(self.scene(index)), fold(index, wording)
         if self.texts.style == "long":
-            return captions.long(what, wording).text
+            return captions.long(scene_facts, wording).text
         if self.texts.style == "short":
-            return captions.short(what, wording, wordings=self.texts.wordings).text
+            return captions.short(scene_facts, wording, wordings=self.texts.wordings).text
         other = self._facts(self.scene(wording % self.count))
         shares = {"mismatched": self.texts.mismatched, "dropped": self.texts.dropped, "junk": self.texts.junk}
-        return captions.alt_text(what, wording, other=other, **shares).text
+        return captions.alt_text(scene_facts, wording, other=other, **shares).text
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the mapped arrays: a pickled one would be a copy of all images."""
+        """Leaves out the mapped arrays, because pickling would copy all images."""
         return self.__dict__ | {"images": None, "labels": None, "_truths": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -288,7 +293,7 @@ class ScenesSource(Source):
             if "boxes" in self.fields:
                 found["boxes"] = render.boxes_of(masks)
             if "segmentation" in self.fields:
-                found["segmentation"] = _classes(objects, kinds)
+                found["segmentation"] = _class_map(objects, kinds)
             if "normals" in self.fields:
                 found["normals"] = np.moveaxis(render.facings(self.scene(index))[objects], -1, 0).copy()
         if "depth" in self.fields:
@@ -300,7 +305,7 @@ class ScenesSource(Source):
         return {field: torch.from_numpy(found[field]) for field in self.fields}
 
     def _objects(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which object each pixel shows, uint8 [H, W], 0 for the backdrop, and the kinds of the objects, int64 [T]."""
+        """Returns 1 + index of the object at each pixel, 0 for the backdrop, uint8 [H, W], and the kinds, int64 [T]."""
         if "objects" in self._truths:
             objects, kinds = self._truths["objects"][index], self._truths["kinds"][index]
         else:
@@ -312,11 +317,11 @@ class ScenesSource(Source):
             raise IndexError(f"scene {index} of {self.count}")
 
 
-def _classes(objects: np.ndarray, kinds: np.ndarray) -> np.ndarray:
-    """What each pixel shows, of which object it shows: uint8 [H, W]."""
+def _class_map(objects: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """Returns the class of each pixel, uint8 [H, W], from its object and the objects' kinds."""
     return np.concatenate([[0], 1 + kinds]).astype(np.uint8)[objects]
 
 
 def _words(text: str) -> list[str]:
-    """What is said, in no order; of the articles one is as good as the other."""
+    """Returns the sorted words of a text, with "an" as "a"."""
     return sorted("a" if word == "an" else word for word in text.split())

@@ -1,4 +1,4 @@
-"""Which scenes there are: a world draws scene number ``index`` of a seed."""
+"""The distribution of scenes: a world draws scene number ``index`` of a seed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from src.randomness import fold
 Range = tuple[float, float]
 Combinations = Literal["all", "seen", "unseen"]
 
-# hue, saturation and value ranges; an object takes its own shade from them. Muted: a color says nothing of the kind, and
-# strong ones are what a self-supervised encoder would compare images by.
+# hue, saturation and value ranges; an object's shade is drawn from them. The colors are muted, because
+# they do not reveal the kind, and a self-supervised encoder would rely on strong ones.
 COLORS: dict[str, tuple[Range, Range, Range]] = {
     "red": ((-0.025, 0.02), (0.26, 0.4), (0.7, 1.0)),
     "orange": ((0.05, 0.095), (0.3, 0.4), (0.8, 1.0)),
@@ -33,33 +33,33 @@ COLORS: dict[str, tuple[Range, Range, Range]] = {
     "white": ((0.0, 1.0), (0.0, 0.032), (0.85, 1.0)),
 }
 
-_HELD_OUT = 4  # of a kind's colors every so many is never "seen"
+_HELD_OUT = 4  # every fourth color of a kind is never "seen"
 
 
 @dataclass(frozen=True)
 class ObjectsWorld:
-    """One large object before smaller ones of other kinds, on a painted backdrop. The label is the large object's kind.
+    """Scenes of a large object before smaller ones of other kinds, on a painted backdrop. The label is the large
+    object's kind.
 
-    Lengths are in half image widths unless stated. The numbers below are the measured difficulty; changing a range
-    changes it.
+    Lengths are in half image widths unless stated. The ranges below have the measured difficulty of docs/scenes.md.
 
-    ``combinations`` says which kinds come in which colors. The combination of kind i and color j, counted in
-    ``kinds`` and `COLORS`, is held out where i + j is a multiple of four: two of each kind's eight colors, so that
-    every kind and every color is still met in others. No object of a "seen" world is in a held-out combination, every
-    object of an "unseen" one is.
+    ``combinations`` restricts which kinds have which colors. The combination of kind i and color j, counted in
+    ``kinds`` and `COLORS`, is held out if i + j is a multiple of four: two of each kind's eight colors, so that
+    every kind and every color also occurs in other combinations. A "seen" world has no held-out combination, an
+    "unseen" one has only those.
     """
 
     kinds: tuple[Kind, ...] = KINDS
     patterns: tuple[Pattern, ...] = PATTERNS
     plain: float = 0.9  # share of surfaces without a pattern
     main_radius: Range = (0.7, 1.1)  # of the disc of equal area
-    main_place: float = 0.5  # the main object's center lies within ± this
+    main_place: float = 0.5  # range of the main object's center: ± this
     other_radius: Range = (0.1, 0.18)
-    others: tuple[int, int] = (0, 1)  # how many, both ends included
+    others: tuple[int, int] = (0, 1)  # number of other objects, both ends included
     roll: float = 1.2  # largest rotation of the main object in its plane, radians
     other_roll: float = 0.6
     tilt: float = 0.25  # largest pitch and yaw, radians
-    contrast: float = 0.45  # least distance of an object's color from the backdrop's
+    contrast: float = 0.45  # least distance between an object's color and the backdrop's
     backdrop_value: Range = (0.05, 0.9)  # brightness of the backdrop's colors
     marks: tuple[int, int] = (0, 2)  # strokes on the backdrop
     falloff: float = 0.25  # largest change of brightness from the image's middle to its edge
@@ -71,15 +71,15 @@ class ObjectsWorld:
             raise SettingError(f"the combinations of a world are all, seen or unseen, not '{self.combinations}'")
 
     def colors(self, kind: Kind) -> tuple[str, ...]:
-        """What objects of a kind may be called."""
-        position = [each.name for each in self.kinds].index(kind.name)
+        """Returns the names of the colors that objects of a kind can have."""
+        position = [other.name for other in self.kinds].index(kind.name)
         held_out = {name: (position + number) % _HELD_OUT == 0 for number, name in enumerate(COLORS)}
         if self.combinations == "all":
             return tuple(held_out)
         return tuple(name for name, is_so in held_out.items() if is_so == (self.combinations == "unseen"))
 
     def scene(self, seed: int, index: int) -> Scene:
-        """Scene ``index`` of ``seed``; nothing else enters."""
+        """Returns scene ``index`` of ``seed``, a function of these two only."""
         rng = np.random.Generator(np.random.PCG64(fold(seed, index)))
         camera = Camera(
             position=(_within(rng, (-0.2, 0.2)), _within(rng, (-0.2, 0.2)), 0.0), focal=_within(rng, (1.7, 2.4))
@@ -183,14 +183,14 @@ def _hsv(rng: np.random.Generator, ranges: tuple[Range, Range, Range]) -> Rgb:
 
 
 def _paper(rng: np.random.Generator, value: Range) -> Rgb:
-    """A muted color for the backdrop."""
+    """Draws a muted color for the backdrop."""
     return _hsv(rng, ((0.0, 1.0), (0.0, 0.12), value))
 
 
 def _color(
     rng: np.random.Generator, names: Sequence[str], behind: tuple[float, ...], contrast: float
 ) -> tuple[str, Rgb]:
-    """Any of the named colors, in a shade that stands out from ``behind``; the best of eight shades if none does."""
+    """Draws one of the named colors, in a shade with enough contrast to ``behind``; the best of eight if none has."""
     name = names[int(rng.integers(len(names)))]
     best, best_distance = (0.0, 0.0, 0.0), -1.0
     for _ in range(8):
@@ -208,7 +208,7 @@ def _difference(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 
 def _second(rng: np.random.Generator, rgb: Rgb) -> Rgb:
-    """The texture's other color: a darker, lighter or turned shade of the first."""
+    """Draws the texture's second color: darker, paler or of another hue than the first."""
     hue, saturation, value = colorsys.rgb_to_hsv(*rgb)
     if rng.random() < 0.6:
         value *= _within(rng, (0.6, 0.85))
@@ -248,7 +248,7 @@ def _mark(rng: np.random.Generator) -> Mark:
 def _free_place(
     rng: np.random.Generator, discs: list[tuple[tuple[float, float], float]], radius: float
 ) -> tuple[float, float]:
-    """A place that what is already there hides at most in part: the best of twelve draws."""
+    """Draws a position that the objects before it hide at most in part: the best of twelve."""
     best, best_room = (0.0, 0.0), -math.inf
     for _ in range(12):
         place = (_within(rng, (-0.9, 0.9)), _within(rng, (-0.9, 0.9)))
@@ -261,7 +261,7 @@ def _free_place(
 
 
 def depth_span(obj: SceneObject) -> tuple[float, float]:
-    """Nearest and farthest depth that any point of the object can have, metres."""
+    """Returns the nearest and farthest depth of any point of the object, in metres."""
     right, down, _ = axes(obj.rotation)
     extent = obj.size * obj.kind.reach * math.hypot(right[2], down[2])
     return obj.position[2] - extent, obj.position[2] + extent

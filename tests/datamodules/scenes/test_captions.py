@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from src.datamodules.scenes import captions, render
-from src.datamodules.scenes.captions import Facts, Noun, alt_text, facts, long, mistaken, region, short
+from src.datamodules.scenes.captions import Facts, Noun, alt_text, facts, hard_negative, long, region, short
 from src.datamodules.scenes.shapes import KINDS
 from src.datamodules.scenes.world import COLORS, ObjectsWorld
 
@@ -142,17 +142,17 @@ def test_a_long_caption_says_every_object_and_how_many():
 
 
 def test_mistakes_change_what_they_name_and_nothing_else():
-    swapped = mistaken(TWO, "attribute", 0)
+    swapped = hard_negative(TWO, "attribute", 0)
     assert [obj.color for obj in swapped.objects] == ["blue", "red"]
     assert replace(swapped, objects=TWO.objects) == TWO
     assert [obj.kind for obj in swapped.objects] == ["star", "ring"]
-    assert mistaken(TWO, "relation", 0) == replace(TWO, relation="right")
-    assert len(mistaken(TWO, "count", 0).objects) == 3
-    assert mistaken(TWO, "count", 1) == Facts(TWO.objects[:1], None)
+    assert hard_negative(TWO, "relation", 0) == replace(TWO, relation="right")
+    assert len(hard_negative(TWO, "count", 0).objects) == 3
+    assert hard_negative(TWO, "count", 1) == Facts(TWO.objects[:1], None)
     alone = Facts(TWO.objects[:1], None)
-    assert mistaken(alone, "attribute", 4).objects[0].color not in ("red",)
-    assert mistaken(alone, "relation", 0) is None
-    assert mistaken(replace(TWO, relation="before"), "relation", 0) is None
+    assert hard_negative(alone, "attribute", 4).objects[0].color not in ("red",)
+    assert hard_negative(alone, "relation", 0) is None
+    assert hard_negative(replace(TWO, relation="before"), "relation", 0) is None
 
 
 def test_alt_text_is_wrong_as_often_as_asked():

@@ -107,7 +107,7 @@ def test_what_cannot_be_is_refused_by_its_key() -> None:
         TextFilter(max_images=0)
     with pytest.raises(SettingError, match="min_words=5 must be at most max_words=4"):
         TextFilter(min_words=5, max_words=4)
-    with pytest.raises(SettingError, match="at least one text a picture, got variants=0"):
+    with pytest.raises(SettingError, match="texts.variants must be at least 1, not 0"):
         SceneTexts(variants=0)
 
     class Endless(Source):
