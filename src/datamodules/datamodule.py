@@ -86,9 +86,9 @@ class DataModule(L.LightningDataModule):
         extras: texts of the samples, such as `Captions`; None for none.
         text_filter: drops samples of the training split by their texts, such as `TextFilter`; None for none. Evaluation
             data stays as it is.
-        tokenizer: name of a tokenizer on the Hugging Face hub, or its folder; None to learn one from the training texts.
-        tokenizer_file: where a learned tokenizer is stored, with the run.
-        tokenizer_from: folder or checkpoint of another run, whose learned tokenizer is copied instead of learning one,
+        tokenizer: name of a tokenizer on the Hugging Face hub, or its folder; None to learn one from the training
+        texts. tokenizer_file: where a learned tokenizer is stored, with the run. tokenizer_from: folder or checkpoint
+        of another run, whose learned tokenizer is copied instead of learning one,
             for towers that start from that run.
         vocabulary: largest number of token ids, the size of the text tower's embedding.
         text_length: tokens of a text, start and end included.

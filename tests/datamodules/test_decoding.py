@@ -120,7 +120,7 @@ class TestCropAndResize:
 
     @pytest.mark.parametrize("box", [(0, 0, 51, 60), (-1, 0, 10, 10), (0, 0, 0, 10), (45, 0, 10, 10), (0, 55, 1, 6)])
     def test_box_outside_is_the_callers_error(self, box: tuple[int, int, int, int]) -> None:
-        with pytest.raises(ValueError, match="not within a picture of 50x60"):
+        with pytest.raises(ValueError, match="not within an image of 50x60"):
             EncodedImage(encode(textured(50, 60))).decode(box)
 
     @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ class TestModes:
         floats = Image.fromarray(np.array([[0.0, 0.5, 1.0]], np.float32))
         assert decoded(encode(floats, "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
         wide = Image.fromarray(np.array([[0, 1_000_000]], np.int32))
-        with pytest.raises(BadSample, match="what is white is not known"):
+        with pytest.raises(BadSample, match="the value of white is unknown"):
             EncodedImage(encode(wide, "TIFF")).decode()
         with pytest.raises(BadSample, match="NaN"):
             EncodedImage(encode(Image.fromarray(np.array([[0.0, np.nan]], np.float32)), "TIFF")).decode()
@@ -351,8 +351,8 @@ class TestBad:
         self.refused(bytes(data), "cannot be decoded")
 
     def test_not_a_picture(self) -> None:
-        self.refused(b"<html>404</html>", "not a picture in a known format")
-        self.refused(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture in a known format")
+        self.refused(b"<html>404</html>", "not an image in a known format")
+        self.refused(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in a known format")
 
     def test_vanished_folder_and_no_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.refused(tmp_path / "gone.jpg", r"gone\.jpg: the file does not exist")

@@ -214,8 +214,8 @@ def test_what_cannot_be_is_refused_by_its_key(tmp_path):
         ({"style": "loud"}, "not 'loud'"),
         ({"wordings": (99,)}, "0 to 5"),
         ({"judged_wordings": ()}, "0 to 5"),
-        ({"junk": 1.5}, "junk=1.5"),
-        ({"judged": 0}, "at least one text"),
+        ({"junk": 1.5}, "junk must be a share"),
+        ({"judged": 0}, "judged must be at least 1"),
     ):
         with pytest.raises(ValueError, match=said):
             SceneTexts(**wrong)

@@ -67,13 +67,13 @@ def test_what_lies_far_ahead_is_jumped_to_and_the_same(tmp_path: Path, monkeypat
     times = [0.3, 2.6, 5.5]
     straight = EncodedVideo(path).frames_at(times)
     jumps: list[float] = []
-    jump = footage._Reel._jump
+    jump = footage._ForwardDecoder._seek
 
-    def counted(reel: footage._Reel, time: float) -> None:
+    def counted(reel: footage._ForwardDecoder, time: float) -> None:
         jumps.append(time)
         jump(reel, time)
 
-    monkeypatch.setattr(footage._Reel, "_jump", counted)
+    monkeypatch.setattr(footage._ForwardDecoder, "_seek", counted)
     monkeypatch.setattr(footage, "_SEEK", 0.5)
     assert torch.equal(EncodedVideo(path).frames_at(times), straight)
     assert jumps == [2.6, 5.5]
@@ -103,7 +103,7 @@ def test_what_cannot_be_a_video_is_refused_with_a_reason(tmp_path: Path, even: E
         frame.rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    with pytest.raises(BadSample, match="no picture in it"):
+    with pytest.raises(BadSample, match="no video stream"):
         EncodedVideo(sound).frames_at([0.0])
     noise = tmp_path / "noise.mp4"
     noise.write_bytes(bytes(range(256)) * 20)

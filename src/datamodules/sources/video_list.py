@@ -165,9 +165,7 @@ class SomethingSomethingSource(ListedVideos):
         except (TypeError, ValueError) as problem:
             raise DataError(f"data.source.labels: {_below(root, labels)}: a label is no number: {problem}") from problem
         if sorted(class_to_label.values()) != list(range(len(class_to_label))):
-            raise DataError(
-                f"data.source.labels: {_below(root, labels)}: the labels are not 0 to {len(class_to_label) - 1}, each once"
-            )
+            raise DataError(f"{_below(root, labels)}: the labels are not 0 to {len(class_to_label) - 1}, each once")
         file = _list(root, files, split)
         videos_listed = []
         for number, entry in enumerate(_json(file, list), start=1):

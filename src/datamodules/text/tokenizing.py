@@ -95,7 +95,7 @@ def _copy(run: Path, file: Path) -> None:
     learned = next((place for place in places if place.is_file()), None)
     if learned is None:
         raise SettingError(
-            f"data.tokenizer_from={run}: that run has no {file.name}; name the tokenizer of its towers in data.tokenizer"
+            f"data.tokenizer_from={run}: that run has no {file.name}; name its towers' tokenizer in data.tokenizer"
         )
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, learned.read_text())

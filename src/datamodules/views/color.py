@@ -147,8 +147,8 @@ def adjust_hue(x: Tensor, turn: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, radius: int | None = None) -> Tensor:
-    """Blurs with a Gaussian of standard deviation ``sigma`` [B] pixels, cut off at ``radius`` (a twentieth of the height if
-    None); borders are mirrored."""
+    """Blurs with a Gaussian of standard deviation ``sigma`` [B] pixels, cut off at ``radius`` (a twentieth of the
+    height if None); borders are mirrored."""
     if radius is None:
         radius = max(1, x.shape[-2] // 10 // 2)
     offsets = torch.arange(-radius, radius + 1, device=x.device)

@@ -21,8 +21,8 @@ from src.errors import SettingError
 @dataclass(frozen=True)
 class DetectionView(JointView):
     """Makes boxes of the T objects of an image, of the fields ``boxes`` (float32 [T, 4], x0 y0 x1 y1 in pixels) and
-    ``box_labels`` (int64 [T]); also masks of ``instance_masks`` (bool [T, H, W]) if asked for, and ``crowd`` (bool [T]) if
-    the source has it. Images of several sizes are padded to one; objects that are cropped too much are left out.
+    ``box_labels`` (int64 [T]); also masks of ``instance_masks`` (bool [T, H, W]) if asked for, and ``crowd`` (bool [T])
+    if the source has it. Images of several sizes are padded to one; objects that are cropped too much are left out.
 
     Args:
         masks: also makes instance masks.
@@ -110,8 +110,8 @@ class DetectionView(JointView):
 
 @dataclass(frozen=True)
 class RegionView(DetectionView):
-    """A `DetectionView` that also makes ``object_index`` (int64 [T]): the positions of the objects it keeps among those of
-    the source's image, by which their texts are found."""
+    """A `DetectionView` that also makes ``object_index`` (int64 [T]): the positions of the objects it keeps among those
+    of the source's image, by which their texts are found."""
 
     batch_type: ClassVar[type] = RegionTextBatch
 

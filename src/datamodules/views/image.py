@@ -67,8 +67,8 @@ class RandomResizedCrop(ImageView):
         return uniform[..., -1] < self.flip
 
     def boxes(self, height: int, width: int, uniform: np.ndarray) -> np.ndarray:
-        """Returns integer boxes [B, 4] (top, left, height, width): the first of ten tries that fits into the image, else
-        the largest centered box of an allowed aspect ratio."""
+        """Returns integer boxes [B, 4] (top, left, height, width): the first of ten tries that fits into the image,
+        else the largest centered box of an allowed aspect ratio."""
         tries = uniform[:, : 4 * _TRIES].reshape(-1, _TRIES, 4).astype(np.float64)
         area = height * width * (self.scale[0] + tries[..., 0] * (self.scale[1] - self.scale[0]))
         log_low, log_high = np.log(self.ratio[0]), np.log(self.ratio[1])

@@ -41,8 +41,8 @@ def resample_boxes(images: Tensor, boxes: np.ndarray, size: int, flip: np.ndarra
 def resample_box(frames: Tensor, box: np.ndarray, size: int, flip: bool = False) -> Tensor:
     """Crops the same box of every frame of a clip and resizes it to size x size, as `resample_boxes`.
 
-    The box is rounded to whole pixels, and pixels around it take no part in the interpolation, which is cheaper for many
-    frames of one box.
+    The box is rounded to whole pixels, and pixels around it take no part in the interpolation, which is cheaper for
+    many frames of one box.
 
     Args:
         frames: uint8 [T, 3, H, W].

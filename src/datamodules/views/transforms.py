@@ -21,8 +21,8 @@ _TRIES = 10
 
 class RandomRescale(v2.Transform):
     """Resizes an image to the largest size at which its shorter side is at most ``shorter`` times a random number, and
-    its longer side at most ``longer`` times the same number. Images are interpolated bilinearly with antialiasing; masks
-    and depths take the nearest pixel.
+    its longer side at most ``longer`` times the same number. Images are interpolated bilinearly with antialiasing;
+    masks and depths take the nearest pixel.
 
     Args:
         shorter: side in pixels.

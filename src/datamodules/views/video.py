@@ -87,8 +87,8 @@ class DenseClip:
 
 @dataclass(frozen=True)
 class SegmentClip:
-    """One frame at a random time in each of ``frames`` equal parts of the video, as in temporal segment networks (Wang et
-    al., 2016).
+    """One frame at a random time in each of ``frames`` equal parts of the video, as in temporal segment networks (Wang
+    et al., 2016).
 
     Args:
         frames: of a clip.
@@ -155,8 +155,8 @@ class VideoView(View):
 
 @dataclass(frozen=True)
 class MultiScaleCrop:
-    """A box whose sides are the frame's shorter side times two neighboring ``scales``, at one of 13 places, as in temporal
-    segment networks (Wang et al., 2016).
+    """A box whose sides are the frame's shorter side times two neighboring ``scales``, at one of 13 places, as in
+    temporal segment networks (Wang et al., 2016).
 
     Args:
         size: side of the result in pixels.
@@ -281,8 +281,8 @@ class RandomVideoCrop(VideoView):
 
 @dataclass(frozen=True)
 class CenterVideoCrop(VideoView):
-    """Clips at even times of the video, and squares at even places along the frames' longer side; a single one is in the
-    middle. Takes no random numbers, and decodes no frame twice.
+    """Clips at even times of the video, and squares at even places along the frames' longer side; a single one is in
+    the middle. Takes no random numbers, and decodes no frame twice.
 
     The rows are ordered by clip, then by square.
 
