@@ -1,4 +1,4 @@
-"""How `configs/` becomes one configuration: files in layers, of which the last one that sets a value wins."""
+"""Composes the files of `configs/` in layers; the last layer that sets a value wins."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SECTIONS = ("data", "backbone")  # groups whose files may have a section `scale
 
 @dataclass(frozen=True)
 class Layer:
-    """What one file, or one section `scales` of a file, sets.
+    """The values of one file, or of one section `scales` of a file.
 
     Args:
         origin: such as "configs/recipe/mae.yaml" or "configs/recipe/mae.yaml (tiny)".
@@ -46,7 +46,7 @@ class Composition:
     Args:
         config: the result.
         origins: key of each value -> `Layer.origin`.
-        replaced: key -> (value without the scale, value with it), for what the scale replaced and nothing set later.
+        replaced: key -> (value without the scale, value with it), for what the scale replaced and no later layer set.
     """
 
     config: DictConfig
@@ -54,14 +54,14 @@ class Composition:
     replaced: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def origin(self, key: str) -> str:
-        """The layer that set ``key``, or the last one that set something below it."""
+        """Returns the layer that set ``key``, or the last one that set something below it."""
         if key in self.origins:
             return self.origins[key]
         below = [origin for name, origin in self.origins.items() if name.startswith(f"{key}.")]
         return below[-1] if below else ""
 
     def with_values(self, overrides: Sequence[Override]) -> Composition:
-        """The composition with the command line's ``key=value`` words applied.
+        """Returns the composition with the command line's ``key=value`` overrides.
 
         Raises:
             hydra.errors.HydraException: a value cannot be set.
@@ -81,7 +81,7 @@ class Composition:
 def compose(
     folder: Path, name: str, groups: Sequence[Override] = (), *, scale: str | None = None, default_scale: str = "smoke"
 ) -> Composition:
-    """Compose ``<folder>/<name>.yaml``.
+    """Composes ``<folder>/<name>.yaml``.
 
     The layers, from the first to the last: the files of the defaults list without the experiment; their sections
     `scales` for the chosen scale; the experiment and its section; the local file.
@@ -137,7 +137,7 @@ def compose(
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value below ``value`` with its dotted key; lists and empty mappings are values."""
+    """Yields every value below ``value`` with its dotted key; lists and empty mappings are values."""
     if isinstance(value, Mapping) and value:
         for name, item in value.items():
             yield from leaves(item, f"{prefix}.{name}" if prefix else str(name))
@@ -146,7 +146,7 @@ def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _sections(layer: Layer, scale: str) -> Iterator[Layer]:
-    """What a file replaces at ``scale``, below the keys of `_SECTIONS` and at the root."""
+    """Yields the values that a file replaces at ``scale``, below the keys of `_SECTIONS` and at the root."""
     origin = f"{layer.origin} ({scale})"
     for name in _SECTIONS:
         section = layer.values.get(name)
@@ -157,7 +157,7 @@ def _sections(layer: Layer, scale: str) -> Iterator[Layer]:
 
 
 def _replacing(values: Mapping[str, Any], existing: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a section `scales` that applies: settings of something that is null, or not there, do not."""
+    """Returns the part of a section `scales` that applies: not the settings of what is null or missing."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if not isinstance(value, Mapping):
@@ -168,7 +168,7 @@ def _replacing(values: Mapping[str, Any], existing: Mapping[str, Any]) -> dict[s
 
 
 def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Set ``changes`` in ``values``, in place: mappings are merged, everything else is replaced."""
+    """Sets ``changes`` in ``values``, in place: mappings are merged, everything else is replaced."""
     for key, value in changes.items():
         if isinstance(value, Mapping) and isinstance(values.get(key), dict):
             _merge(values[key], value)
@@ -177,7 +177,7 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 def _scales(layers: Sequence[Layer]) -> list[str]:
-    """The scales that the files know beside the paper's."""
+    """Returns the scales that the files have besides the paper's."""
     names = [str(name) for layer in layers for name in layer.values.get("scales") or {}]
     return [name for name in dict.fromkeys(names) if name != "paper"]
 
@@ -192,7 +192,7 @@ def _without_scales(layer: Layer) -> Layer:
 
 @cache
 def _load(folder: Path, path: str, package: str) -> dict[str, Any]:
-    """A file's values from the root of the configuration; not to be changed."""
+    """Returns a file's values from the root of the configuration. The result is shared: do not change it."""
     loader, repository = _loader(folder)
     config = loader._load_single_config(ResultDefault(config_path=path, package=package), repository).config
     content = OmegaConf.to_container(config, resolve=False)

@@ -1,4 +1,4 @@
-"""From words on a command line to a composed, checked configuration; mistakes are answered with the nearest names."""
+"""Composes and checks the configuration of a command line; mistakes are answered with the nearest names."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ CONFIGS = PROJECT / "configs"
 
 
 def register_resolvers() -> None:
-    """``${linear_lr:base,batch,reference}``: the learning rate in proportion to the batch, base * batch / reference;
-    ``${sqrt_lr:…}``: in proportion to its square root; ``${times:a,b}``: a * b; ``${data_dir:…}``: a
-    folder that has to be named."""
+    """Registers the functions of configuration files.
+
+    ``${linear_lr:base,batch,reference}`` is base * batch / reference, ``${sqrt_lr:base,batch,reference}`` base times
+    the root of batch / reference, ``${times:a,b}`` a * b, and ``${data_dir:folder}`` a folder that the user must name.
+    """
 
     def data_dir(folder: str | None) -> str:
         if folder is None:
-            raise UserError("this data lies in a folder of yours: say where with DATA_DIR=<folder>")
+            raise UserError("this data set is read from a folder: name it with DATA_DIR=<folder>")
         return folder
 
     OmegaConf.register_new_resolver("data_dir", data_dir, replace=True)
@@ -45,7 +47,7 @@ def register_resolvers() -> None:
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    """The configuration ``configs/<config_name>.yaml`` with ``overrides`` (Hydra's grammar).
+    """Composes ``configs/<config_name>.yaml`` with overrides (Hydra's grammar).
 
     Raises:
         UserError: an override does not parse, or names an experiment, option or key that does not exist.
@@ -54,7 +56,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def composition(config_name: str, overrides: Sequence[str], configs: Path = CONFIGS) -> Composition:
-    """As `compose`, with the file that each value comes from and what the scale replaced.
+    """Composes as `compose` does, and keeps the file of each value and what the scale replaced.
 
     Args:
         configs: the folder of the configuration's files.
@@ -80,24 +82,25 @@ def composition(config_name: str, overrides: Sequence[str], configs: Path = CONF
 
 
 def check_complete(config: DictConfig) -> None:
-    """
+    """Checks that every value is there.
+
     Raises:
-        UserError: a value is still missing, or cannot be worked out.
+        UserError: a value is missing or cannot be computed.
     """
     try:
         missing = sorted(OmegaConf.missing_keys(config))  # follows references, as the resolution does
         if missing:
-            raise UserError(f"still to be said: {', '.join(f'{key}=…' for key in missing)}")
+            raise UserError(f"missing value: {', '.join(f'{key}=…' for key in missing)}")
         OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as problem:
         raise UserError(_first_lines(_user_error(problem) or problem)) from problem
 
 
 def apply(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """A stored configuration with ``key=value`` changes.
+    """Changes a stored configuration by ``key=value`` overrides and returns it.
 
     Raises:
-        UserError: a key that the configuration does not have.
+        UserError: the configuration does not have a key.
     """
     for override in _parse(overrides):
         if _is_group(override):
@@ -108,27 +111,27 @@ def apply(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 
 def instantiate(config: Any, **kwargs: Any) -> Any:
-    """Build what a configuration describes; a constructor's complaint about a value becomes a UserError."""
+    """Builds the object that a configuration describes. A constructor's error about a value becomes a UserError."""
     try:
         return hydra_instantiate(config, _convert_="all", **kwargs)
     except InstantiationException as problem:
         cause = problem.__cause__
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
-        complaint = _complaint(cause)
-        if complaint is None:
+        message = _message(cause)
+        if message is None:
             raise
         key = getattr(problem, "full_key", None) or _named_key(problem)
-        raise UserError(f"{f'in {key}: ' if key else ''}{complaint}") from problem
+        raise UserError(f"{f'in {key}: ' if key else ''}{message}") from problem
 
 
 def names(group: str, configs: Path = CONFIGS) -> list[str]:
-    """The options of a configuration group, sorted; files whose name begins with an underscore are parts of others."""
+    """Returns the options of a configuration group, sorted, without the files that are only parts of others (_name)."""
     return sorted(path.stem for path in (configs / group).glob("*.yaml") if not path.stem.startswith("_"))
 
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
-    """Run a command's ``main`` on the command line; a UserError ends with its message and exit code 2."""
+    """Runs a command's ``main`` on the command line; a UserError ends it with its message and exit code 2."""
     if not torch.cuda.is_available():
         keep_freed_memory()
     try:
@@ -147,8 +150,8 @@ def default_scale() -> str:
 
 
 def default_precision() -> str:
-    """bf16-mixed where the hardware multiplies bfloat16 matrices faster than float32: GPUs that support it, and CPUs
-    with AMX. AVX512-BF16 alone does not count: a step with it was measured slower than in float32
+    """Returns bf16-mixed if the hardware multiplies bfloat16 matrices faster than float32: GPUs that support it, and
+    CPUs with AMX. AVX512-BF16 alone does not count: a training step was measured slower with it than in float32
     (docs/benchmarks.md)."""
     if torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
@@ -164,7 +167,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     for line in overrides:
         key, equals, value = line.partition("=")
         if _NUMBERED.search(value) and value[:1] not in "'\"[{":
-            # shards {000..099}.tar, whose quotes the shell has taken: nothing else is written that way
+            # a pattern of shards such as {000..099}.tar, whose quotes the shell has removed
             line = f"{key}{equals}'{value}'"
         try:
             parsed.append(parser.parse_override(line))
@@ -212,8 +215,8 @@ def _check_value(override: Override, config: DictConfig) -> None:
 
 
 def _arguments(config: DictConfig, key: str) -> dict[str, Any]:
-    """The arguments that the ``_target_`` at ``key`` takes, by dotted key, with their defaults: files leave out those
-    whose default they keep."""
+    """Returns the arguments of the ``_target_`` at ``key`` with their defaults, by dotted key. Files leave out
+    arguments that keep their default."""
     node = OmegaConf.select(config, key, throw_on_resolution_failure=False) if key else None
     if not isinstance(node, DictConfig) or not isinstance(node.get("_target_"), str):
         return {}
@@ -237,21 +240,21 @@ def _keys(config: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
             yield from _keys(node, f"{path}.")
 
 
-def _complaint(cause: BaseException | None) -> str | None:
-    """What a constructor has to say of a value it was given; None for what looks like a mistake in its code."""
-    # only now: a list of the experiments need not wait for them
+def _message(cause: BaseException | None) -> str | None:
+    """Returns a constructor's message about a value; None if its error looks like a mistake in its code."""
+    # imported here because `make list` need not wait for them
     import timm
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     if isinstance(cause, ValueError | OSError | ImportError | MisconfigurationException):
         return str(cause)
-    said = str(cause)
-    if isinstance(cause, RuntimeError) and said.startswith("Unknown model"):
-        return f"{said}{nearest(said.removeprefix('Unknown model (').rstrip(')'), timm.list_models())}"
+    text = str(cause)
+    if isinstance(cause, RuntimeError) and text.startswith("Unknown model"):
+        return f"{text}{nearest(text.removeprefix('Unknown model (').rstrip(')'), timm.list_models())}"
     # timm and Lightning check values by assertions and types
-    of_a_library = isinstance(cause, AssertionError) and bool(said)
-    of_a_signature = isinstance(cause, TypeError) and ("unexpected keyword argument" in said or "should be" in said)
-    return said if of_a_library or of_a_signature else None
+    of_a_library = isinstance(cause, AssertionError) and bool(text)
+    of_a_signature = isinstance(cause, TypeError) and ("unexpected keyword argument" in text or "should be" in text)
+    return text if of_a_library or of_a_signature else None
 
 
 def _named_key(problem: InstantiationException) -> str | None:
@@ -262,7 +265,7 @@ def _named_key(problem: InstantiationException) -> str | None:
 
 
 def _user_error(problem: BaseException | None) -> UserError | None:
-    """The resolver's own answer, which OmegaConf wraps in errors of its own."""
+    """Returns the resolver's error, which OmegaConf wraps in its own."""
     while problem is not None and not isinstance(problem, UserError):
         problem = problem.__cause__ or problem.__context__
     return problem

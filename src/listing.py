@@ -14,11 +14,11 @@ _FAMILIES = ("masked", "joint embedding", "supervised", "image-text", "video", "
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment's file, and its recipe's, say of it.
+    """The description of an experiment, from its file and its recipe.
 
     Args:
-        name: of its file in configs/experiment.
-        recipe: the class and module of its method, which experiments of one method share.
+        name: its file in configs/experiment, without ending.
+        recipe: the file that describes the method, without ending.
         family, data, paper, summary, deviations: see ``about`` in configs/train.yaml.
     """
 
@@ -32,7 +32,7 @@ class Experiment:
 
 
 def experiments(project: Path = configuration.PROJECT) -> list[Experiment]:
-    """All experiments, by family and name."""
+    """Returns all experiments, by family and name."""
     configs = project / "configs"
     listed = []
     for name in configuration.names("experiment", configs):

@@ -16,7 +16,7 @@ BEGIN, END = "<!-- families: made by `make pages` -->", "<!-- end of families --
 
 
 def write(project: Path) -> None:
-    """Bring docs/methods.md and the README's table of families up to date."""
+    """Brings docs/methods.md and the README's table of families up to date."""
     listed = experiments(project)
     (project / "docs/methods.md").write_text(methods(listed, claims(project)))
     readme = project / "README.md"
@@ -25,7 +25,7 @@ def write(project: Path) -> None:
 
 
 def families(listed: Sequence[Experiment]) -> str:
-    """The README's table: the experiments of every family."""
+    """Returns the README's table: the experiments of every family."""
     rows = ["| family | experiments |", "|---|---|"]
     for family in dict.fromkeys(experiment.family for experiment in listed):
         names = [f"`{experiment.name}`" for experiment in listed if experiment.family == family]
@@ -34,7 +34,7 @@ def families(listed: Sequence[Experiment]) -> str:
 
 
 def methods(listed: Sequence[Experiment], claims: Mapping[str, Sequence[str]]) -> str:
-    """docs/methods.md.
+    """Returns docs/methods.md.
 
     Args:
         claims: experiment -> one line for each claim about it, with its verdict.
@@ -74,7 +74,7 @@ def _method(group: Sequence[Experiment], claims: Mapping[str, Sequence[str]]) ->
 
 
 def claims(project: Path) -> dict[str, list[str]]:
-    """Experiment -> the claims of its method, each with its verdict on every data set."""
+    """Returns the claims about each experiment's method, with their verdicts: experiment -> lines."""
     file = project / "docs/claims.json"
     stored: Mapping[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     found: dict[str, list[str]] = {}
@@ -88,7 +88,7 @@ def claims(project: Path) -> dict[str, list[str]]:
 
 
 def _experiments_of(claim: str, project: Path) -> list[str]:
-    """The experiments whose name, without the backbone, begins the claim's: the longest such name."""
+    """Returns the experiments whose name without the backbone is the longest that begins the claim's name."""
     methods: dict[str, list[str]] = {}
     for name in configuration.names("experiment", project / "configs"):
         methods.setdefault(name.rpartition("_")[0], []).append(name)

@@ -1,4 +1,4 @@
-"""`make resume`: take a run up where its last checkpoint left it, or extend it by naming a new horizon."""
+"""`make resume`: continue a run from its last checkpoint, or extend it with a new length."""
 
 from __future__ import annotations
 
@@ -13,28 +13,25 @@ from src.train import fit
 def main(argv: Sequence[str]) -> int:
     paths = [word.removeprefix("run=") for word in argv if word.startswith("run=")]
     if len(paths) != 1 or not paths[0]:
-        raise UserError("say which run: make resume RUN=runs/<experiment>/<name>")
+        raise UserError("name a run: make resume RUN=runs/<experiment>/<name>")
     run = runs.find(paths[0])
     config = configuration.apply(run.config(), [word for word in argv if not word.startswith("run=")])
     if not run.last.exists():
-        raise UserError(f"{run.title} has no checkpoint to continue from: start it again under another NAME=")
-    _refuse_finished(run, config)
+        raise UserError(f"{run.title} has no checkpoint to continue from: start a new run under another NAME=")
+    _check_unfinished(run, config)
     runs.adopt(run)
     runs.store(run, config)
     return fit(config, run, resume=run.last)
 
 
-def _refuse_finished(run: runs.Run, config: configuration.DictConfig) -> None:
-    try:
-        progress = load_checkpoint(run.last)
-    except ValueError as problem:
-        raise UserError(str(problem)) from problem
+def _check_unfinished(run: runs.Run, config: configuration.DictConfig) -> None:
+    progress = load_checkpoint(run.last)
     epochs = progress["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     by_steps = 0 <= config.trainer.max_steps <= progress["global_step"]
     if by_steps or (config.trainer.max_epochs is not None and 0 <= config.trainer.max_epochs <= epochs):
         raise UserError(
-            f"{run.title} is finished ({epochs} epochs, {progress['global_step']} steps); to extend it name the new "
-            f'horizon: make resume RUN={run.title} ARGS="trainer.max_epochs={2 * max(1, epochs)}"'
+            f"{run.title} is finished ({epochs} epochs, {progress['global_step']} steps); to extend it give a new "
+            f'length: make resume RUN={run.title} ARGS="trainer.max_epochs={2 * max(1, epochs)}"'
         )
 
 

@@ -1,4 +1,4 @@
-"""A run is a folder: `runs/<experiment>/<name>/`, its identity decided once, before anything is launched."""
+"""A run's folder, `runs/<experiment>/<name>/`, which is created once, before any process is started."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from src.checkpoint_io import best_or_last
 from src.configuration import PROJECT, register_resolvers
 from src.errors import UserError, nearest
 
-# the launching process decides, the processes it starts read
+# set by the first process, read by the processes it starts
 _ENVIRONMENT = "PRETEXT_RUN_DIR"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What lies in a run's folder."""
+    """The files in a run's folder."""
 
     dir: Path
 
@@ -43,11 +43,11 @@ class Run:
 
     @property
     def title(self) -> str:
-        """``runs/<experiment>/<name>``, as the make targets take it."""
+        """The folder as `make` targets take it: ``runs/<experiment>/<name>``."""
         return os.path.relpath(self.dir)
 
     def config(self) -> DictConfig:
-        """The composed configuration the run was started with; its folder may have moved since."""
+        """Reads the composed configuration of the run, whose folder may have moved since it was written."""
         register_resolvers()
         config = OmegaConf.load(self.config_file)
         assert isinstance(config, DictConfig)
@@ -59,7 +59,7 @@ class Run:
         return json.loads(self.metrics_file.read_text()) if self.metrics_file.exists() else {}
 
     def checkpoint(self) -> Path:
-        """The best checkpoint there is, else the last.
+        """Returns the best checkpoint, or the last if there is no best one.
 
         Raises:
             UserError: the run has none.
@@ -71,12 +71,12 @@ class Run:
 
 
 def create(config: DictConfig) -> Run:
-    """Give a new run its name and folder and store its configuration there.
+    """Creates the folder of a new run and stores its configuration there.
 
     Processes that a launcher starts later find the folder in their environment and share it.
 
     Raises:
-        UserError: a run of that name exists, or the name cannot be a folder's.
+        UserError: a run of that name exists, or the name cannot be that of a folder.
     """
     inherited = os.environ.get(_ENVIRONMENT)
     if inherited:
@@ -107,39 +107,39 @@ def create(config: DictConfig) -> Run:
 
 
 def store(run: Run, config: DictConfig) -> None:
-    """Write the configuration as the run's, whole or not at all."""
+    """Writes the configuration of a run, atomically."""
     temporary = run.config_file.with_suffix(".tmp")
     temporary.write_text(OmegaConf.to_yaml(config))
     temporary.replace(run.config_file)
 
 
 def find(path: str) -> Run:
-    """The run whose folder is ``path``.
+    """Returns the run in the folder ``path``.
 
     Raises:
-        UserError: there is none; the message names close ones.
+        UserError: there is none; the message names the nearest ones.
     """
     directory = Path(path)
     if (directory / "config.yaml").is_file():
         return Run(directory.resolve())
-    known = [os.path.relpath(found.parent) for found in sorted((PROJECT / "runs").glob("*/*/config.yaml"))]
+    known = [os.path.relpath(file.parent) for file in sorted((PROJECT / "runs").glob("*/*/config.yaml"))]
     hint = nearest(path.rstrip("/"), known) if known else "; there are no runs yet: `make train EXP=mae_vitb` makes one"
     raise UserError(f"'{path}' is not a run's folder (no config.yaml in it){hint}")
 
 
 def inherited() -> Run | None:
-    """In a process that a launcher started beside the first one, the run they share; else None."""
+    """Returns the shared run in a process that a launcher started; None in the first process."""
     directory = os.environ.get(_ENVIRONMENT)
     return Run(Path(directory)) if directory and int(os.environ.get("LOCAL_RANK", "0")) > 0 else None
 
 
 def adopt(run: Run) -> None:
-    """This process and those it starts work on an existing run."""
+    """Makes this process and those that it starts work on an existing run."""
     os.environ[_ENVIRONMENT] = str(run.dir)
 
 
 def unused(parent: Path, name: str) -> Path:
-    """A new folder in ``parent``, called ``name`` or, where that is taken, ``name_2`` and so on."""
+    """Creates a folder in ``parent``: ``name``, or ``name_2`` and so on if it exists."""
     parent.mkdir(parents=True, exist_ok=True)
     for suffix in ["", *(f"_{count}" for count in range(2, 1000))]:
         directory = parent / f"{name}{suffix}"

@@ -1,4 +1,4 @@
-"""`make submit`: train on a cluster under SLURM, one task for each process; what SLURM stops goes on where it was."""
+"""`make submit`: train on a SLURM cluster, one task for each process; a job that SLURM stops continues where it was."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from src import configuration, runs, train
 from src.errors import UserError
 
-STOP = signal.SIGUSR2  # how the cluster says that time is up, or that another job comes first
+STOP = signal.SIGUSR2  # SLURM sends it before the time limit, or before it preempts the job
 
 
 def main(argv: Sequence[str]) -> int:
-    mine = [word for word in argv if word.startswith(("cluster=", "cluster."))]
-    cluster = configuration.compose("submit", mine).cluster
-    config = train.compose([word for word in argv if word not in mine])
+    cluster_words = [word for word in argv if word.startswith(("cluster=", "cluster."))]
+    cluster = configuration.compose("submit", cluster_words).cluster
+    config = train.compose([word for word in argv if word not in cluster_words])
     parameters = resources(config, cluster)
     run = runs.create(config)
     job = submit(run, cluster, parameters)
@@ -28,17 +28,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def resources(config: DictConfig, cluster: DictConfig) -> dict[str, Any]:
-    """What to ask the cluster for, in submitit's words: machines and tasks as ``config.trainer`` has them, the rest as
-    ``cluster`` says.
+    """Returns submitit's parameters: machines and tasks of ``config.trainer``, the rest of ``cluster``.
 
     Raises:
-        UserError: the number of devices is left to the machine that the command runs on.
+        UserError: the number of devices is not given.
     """
     devices = config.trainer.devices
     if not isinstance(devices, int) or devices < 1:
-        raise UserError(f"say how many processes a machine of the cluster is to run: DEVICES=8 (it is '{devices}')")
+        raise UserError(f"set the number of processes on each machine of the cluster: DEVICES=8 (it is '{devices}')")
     on_gpus = config.trainer.accelerator != "cpu"
-    asked = {
+    parameters = {
         "name": f"{config.run.experiment}",
         "nodes": config.trainer.num_nodes,
         "tasks_per_node": devices,
@@ -47,15 +46,15 @@ def resources(config: DictConfig, cluster: DictConfig) -> dict[str, Any]:
     }
     settings = OmegaConf.to_container(cluster, resolve=True)
     assert isinstance(settings, dict)
-    given = {str(key): value for key, value in settings.items() if key not in ("kind", "max_requeues")}
-    return asked | {key: value for key, value in given.items() if value is not None}
+    settings = {str(key): value for key, value in settings.items() if key not in ("kind", "max_requeues")}
+    return parameters | {key: value for key, value in settings.items() if value is not None}
 
 
 def submit(run: runs.Run, cluster: DictConfig, parameters: dict[str, Any]) -> Any:
-    """The job, a `submitit.Job`.
+    """Submits the run and returns the job, a `submitit.Job`.
 
     Raises:
-        UserError: submitit is not installed, or there is no such cluster here.
+        UserError: submitit is not installed, or this machine has no such cluster.
     """
     if importlib.util.find_spec("submitit") is None:
         raise UserError("make submit needs the package submitit: .venv/bin/pip install -e '.[slurm]'")
@@ -70,7 +69,7 @@ def submit(run: runs.Run, cluster: DictConfig, parameters: dict[str, Any]) -> An
 
 
 class Training:
-    """What each task runs: the run in ``folder``, from its last checkpoint where it has one."""
+    """The work of each task: trains the run in ``folder``, from its last checkpoint if it has one."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -80,17 +79,17 @@ class Training:
         runs.adopt(run)
         config = run.config()
         if config.callbacks.stop_on_signal:
-            # caught before submitit catches it, so that a step is finished and a checkpoint written; not stored: who
-            # resumes the run by hand has no cluster that would send it
+            # caught before submitit does, so that the step is finished and a checkpoint written; not stored, because a
+            # run resumed by hand gets no such signal
             OmegaConf.update(config, "callbacks.stop_on_signal.signals", [STOP.name], force_add=True)
         code = train.fit(config, run, resume=run.last if run.last.exists() else None)
         if code == train.PREEMPTED:
-            signal.raise_signal(STOP)  # now to submitit, which puts the job back into the queue
+            signal.raise_signal(STOP)  # for submitit, which requeues the job
         elif code:
             raise RuntimeError(f"{run.title} ended with code {code}")
 
     def checkpoint(self) -> Any:
-        """What submitit puts back into the queue."""
+        """Returns what submitit requeues."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)

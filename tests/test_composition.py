@@ -9,7 +9,7 @@ import yaml
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from src import composition, configuration, show_config, train
+from src import composition, configuration, panels, show_config, train
 from src.composition import leaves
 from src.configuration import CONFIGS
 from src.errors import UserError
@@ -140,7 +140,7 @@ def test_the_first_panel_says_what_the_scale_replaced():
     lines = train.compose(["experiment=mae_vitb", "scale=smoke"]).run.replaced
     assert lines[:2] == ["batch 4096 → 8", "epochs 800 → 1"]
     assert "learning rate 1.5e-4 × batch / 256 → 0.0003" in lines
-    assert "replaced by it" in train.recipe(train.compose(["experiment=mae_vitb", "scale=smoke"]))
+    assert "replaced by the scale" in panels.recipe_rows(train.compose(["experiment=mae_vitb", "scale=smoke"]))
     assert train.compose(["experiment=mae_vitb", "scale=paper"]).run.replaced == []
     own = train.compose(["experiment=mae_vitb", "scale=smoke", "data.batch_size=16"]).run.replaced
     assert not any(line.startswith("batch") for line in own)
