@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         folder = runs.unused(run.dir / "evaluate", f"{FINETUNE}_{data}")
         finetuning = FineTuning(config.evaluate.finetune, recipe_overrides, folder=folder)
         first = next(iter(load_checkpoint(checkpoint).get("encoders", {})), "encoder")
-        top1 = value_of(finetuning(subject_of(config, checkpoint)), "eval/top1")
+        top1 = value_of(finetuning(trained.RunSubject.configured(config, checkpoint)), "eval/top1")
         scores.setdefault(first, {})["finetune_top1"] = top1
         store(run, data, scores)
     Console().print(score_table(f"{run.title} ({checkpoint.name}) on {data}", scores))
@@ -68,11 +68,11 @@ def requested(eval_argument: str | None, default: Sequence[str], evaluations: Se
     Raises:
         UserError: there is no evaluation of a name.
     """
-    known = [*evaluations, FINETUNE, *BASELINES]
+    options = [*evaluations, FINETUNE, *BASELINES]
     names = [name for name in re.split(r"[,\s]+", (eval_argument or "").strip("[] ")) if name]
     for name in names:
-        if name not in known:
-            raise UserError(f"there is no evaluation '{name}'{nearest(name, known)}")
+        if name not in options:
+            raise UserError(f"there is no evaluation '{name}'{nearest(name, options)}")
     if set(names) <= set(BASELINES):
         names += default
     return list(dict.fromkeys(names))
@@ -90,7 +90,7 @@ def evaluate(config: DictConfig, checkpoint: Path, names: Sequence[str]) -> Scor
         UserError: an evaluation is not applicable, or features are NaN or infinite.
     """
     evaluations: dict[str, Evaluation] = {name: evaluation_of(config, name) for name in names if name not in BASELINES}
-    subject = subject_of(config, checkpoint)
+    subject = trained.RunSubject.configured(config, checkpoint)
     subject.needs = joined_needs(list(evaluations.values()))
     baselines: dict[str, nn.Module] = {}
     if "random" in names:
@@ -111,18 +111,6 @@ def evaluate(config: DictConfig, checkpoint: Path, names: Sequence[str]) -> Scor
         for encoder, numbers in values.items():
             scores[encoder] = scores.get(encoder, {}) | numbers
     return scores
-
-
-def subject_of(config: DictConfig, checkpoint: Path) -> trained.RunSubject:
-    """Returns the run with the limits of configs/evaluate.yaml."""
-    settings = config.evaluate
-    return trained.RunSubject(
-        config,
-        checkpoint,
-        split=settings.split,
-        bank_samples=settings.bank_samples,
-        query_samples=settings.query_samples,
-    )
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ def evaluation_config(
     for override in overrides:
         key = override.partition("=")[0]
         if "." not in key and key not in config:
-            known = ["run", "eval", "checkpoint", "data", *map(str, config)]
-            raise UserError(f"there is no argument or key '{key}'{nearest(key, known)}")
+            keys = ["run", "eval", "checkpoint", "data", *map(str, config)]
+            raise UserError(f"there is no argument or key '{key}'{nearest(key, keys)}")
     return configuration.apply(config, overrides)
 
 
@@ -57,10 +57,10 @@ def evaluation_of(config: DictConfig, spec: str | Mapping[str, Any]) -> Evaluati
         UserError: there is no evaluation of that name, or its arguments are wrong.
     """
     if isinstance(spec, str):
-        known = config.get("evaluation") or dict.fromkeys(configuration.names("evaluation"))
-        if spec not in known:
-            raise UserError(f"there is no evaluation '{spec}'{nearest(spec, [str(name) for name in known])}")
-        name, spec = spec, known[spec] or _file(spec)
+        files = config.get("evaluation") or dict.fromkeys(configuration.names("evaluation"))
+        if spec not in files:
+            raise UserError(f"there is no evaluation '{spec}'{nearest(spec, [str(name) for name in files])}")
+        name, spec = spec, files[spec] or _file(spec)
     else:
         name = "metric"
     config = config.copy()
@@ -81,12 +81,12 @@ def _file(name: str) -> Any:
 
 def _online(config: DictConfig) -> dict[str, Any]:
     """Returns the settings of the evaluations that ran during training, by name."""
-    found: dict[str, Any] = {}
+    settings_of: dict[str, Any] = {}
     for callback in (config.get("callbacks") or {}).values():
-        found |= {
+        settings_of |= {
             str(name): settings for name, settings in ((callback or {}).get("evaluations") or {}).items() if settings
         }
-    return found
+    return settings_of
 
 
 def _other_data(config: DictConfig, data: str) -> DictConfig:

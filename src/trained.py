@@ -41,6 +41,18 @@ class RunSubject(Subject):
         self.config = config
         self.checkpoint = checkpoint
 
+    @classmethod
+    def configured(cls, config: DictConfig, checkpoint: Path | None) -> RunSubject:
+        """Returns a run with the split and the limits of ``config.evaluate``, see `evaluation_config`."""
+        settings = config.evaluate
+        return cls(
+            config,
+            checkpoint,
+            split=settings.split,
+            bank_samples=settings.bank_samples,
+            query_samples=settings.query_samples,
+        )
+
     @cached_property
     def device(self) -> torch.device:
         return device_of(self.config)

@@ -79,6 +79,8 @@ class OnlineEvaluation(L.Callback):
 
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
         self._evaluated_at = trainer.global_step
+        if not self.evaluations:
+            return {}
         begin = time.perf_counter()
         subject = Subject(
             cast(DataModule, trainer.datamodule),  # type: ignore[attr-defined]

@@ -48,7 +48,7 @@ class FeatureEvaluation(EncoderEvaluation):
 
     @property
     def needs(self) -> FeatureNeeds:
-        """What is read besides embeddings and labels."""
+        """The features and labels that are read besides embeddings and class labels."""
         return FeatureNeeds()
 
     @abstractmethod
@@ -62,7 +62,7 @@ class FeatureEvaluation(EncoderEvaluation):
 
     def by_encoder(self, subject: Subject) -> dict[str, dict[str, float]]:
         sets = subject.features(self.needs)
-        return {name: score_exactly(self, each, subject.device) for name, each in sets.items()}
+        return {name: score_exactly(self, of_encoder, subject.device) for name, of_encoder in sets.items()}
 
 
 class Scorer(Protocol):

@@ -26,8 +26,8 @@ _FULL = ("32", "32-true", "64", "64-true", "16-true", "bf16-true")
 
 @dataclass(frozen=True)
 class FeatureNeeds:
-    """What an evaluation reads besides embeddings and labels. The needs of several evaluations are joined with ``|``,
-    so that one pass over the data serves all of them.
+    """The data that an evaluation reads besides embeddings and labels. The needs of several evaluations are joined with
+    ``|``, so that one pass over the data serves all of them.
 
     Args:
         readouts: further vectors of the same forward passes, by name, as `FeatureSets.readouts` holds them.
@@ -88,7 +88,7 @@ class FeatureSet:
 
 @dataclass(frozen=True)
 class FeatureSets:
-    """The features an evaluation may learn from (``bank``) and those it is judged on (``query``)."""
+    """The features an evaluation may learn from (``bank``) and those it is evaluated on (``query``)."""
 
     bank: FeatureSet
     query: FeatureSet

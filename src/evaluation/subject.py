@@ -1,4 +1,4 @@
-"""What is evaluated: a method, its encoders and the data, shared by all evaluations of one call."""
+"""A method, its encoders and its data as the subject of evaluations, which share whatever is computed of them."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class Subject:
             wanted = self.needs | needs
             self._features = wanted, self._read(wanted)
         sets = {name: self._features[1][name] for name in self.encoders}
-        return sets if needs.accepts_shards else {name: each.whole(self.device) for name, each in sets.items()}
+        return sets if needs.accepts_shards else {name: shard.whole(self.device) for name, shard in sets.items()}
 
     def query_loader(self, samples: int | None = None) -> DataLoader[dict[str, torch.Tensor]]:
         """Returns a loader of the images of ``split``, at most ``samples`` of them.

@@ -143,7 +143,7 @@ def within(scores: Tensor, labels: Tensor, k: int = 1) -> float:
         raise BadFeatures(f"the class scores of {int(bad.sum())} of {len(bad)} images are NaN or infinite")
     own = scores.gather(1, labels[:, None])
     columns = torch.arange(scores.shape[1], device=scores.device)
-    # counts the classes that are not behind: a score that compares with nothing would otherwise make a perfect result
+    # counts the classes that are not behind: if it counted those ahead, NaN scores would be perfect
     behind = (scores < own) | ((scores == own) & (columns > labels[:, None]))
     return ((~behind).sum(dim=1) - 1 < k).double().mean().item()
 

@@ -75,7 +75,7 @@ def measure(
     """
     samples = {row["setting"]: row["judged_on"] for key, row in earlier.items() if key not in task_runs}
     for task_run in task_runs.values():
-        if samples.setdefault(task_run.setting, task_run.judged_on) != task_run.judged_on:
+        if samples.setdefault(task_run.setting, task_run.sample_fingerprint) != task_run.sample_fingerprint:
             raise UserError(
                 f"{task_run.entry.title} would be evaluated by {task_run.setting} on other samples than the rest: "
                 'give the same for all, such as ARGS="data.source.count={train: 2000, val: 500, test: 500} '

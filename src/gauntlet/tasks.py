@@ -71,9 +71,7 @@ class GauntletEntry:
         content: Any = OmegaConf.to_container(self.config, resolve=False)
         if self.checkpoint is None:
             return OmegaConf.create({key: content[key] for key in ("image_size", "data")})
-        return OmegaConf.create(
-            {key: value for key, value in content.items() if key not in ("evaluate", "evaluation")}
-        )
+        return OmegaConf.create({key: value for key, value in content.items() if key not in ("evaluate", "evaluation")})
 
     @cached_property
     def recipe(self) -> str:
@@ -85,7 +83,7 @@ class GauntletEntry:
         return fingerprint(OmegaConf.create({key: value for key, value in content.items() if key != "seed"}))
 
     @cached_property
-    def judged_on(self) -> str:
+    def sample_fingerprint(self) -> str:
         """A fingerprint of the samples, which must be the same for all in a setting; resolution and normalization are
         each encoder's own."""
         settings = {key: self.config.evaluate[key] for key in ("split", "bank_samples", "query_samples")}
@@ -103,14 +101,7 @@ class GauntletEntry:
     @cached_property
     def subject(self) -> RunSubject:
         """The first encoder as the subject of evaluations, which share its features."""
-        settings = self.config.evaluate
-        subject = RunSubject(
-            self.config,
-            self.checkpoint,
-            split=settings.split,
-            bank_samples=settings.bank_samples,
-            query_samples=settings.query_samples,
-        ).only()
+        subject = RunSubject.configured(self.config, self.checkpoint).only()
         subject.needs = joined_needs([evaluation_of(self.config, name) for name in self.frozen])
         return subject
 
@@ -131,7 +122,7 @@ class Task(Protocol):
     @property
     def adaptation(self) -> str: ...
 
-    def judged_on(self, entry: GauntletEntry) -> str:
+    def sample_fingerprint(self, entry: GauntletEntry) -> str:
         """Returns a fingerprint, equal for two entries that are evaluated on the same samples."""
         ...
 
@@ -171,16 +162,16 @@ class Frozen:
     adaptation: ClassVar[str] = "frozen"
 
     def recipe(self, entry: GauntletEntry) -> tuple[DictConfig, Any]:
-        known: Mapping[str, Any] = entry.config.evaluation
-        if self.evaluation not in known:
-            raise UserError(f"there is no evaluation '{self.evaluation}'{nearest(self.evaluation, list(known))}")
+        evaluations: Mapping[str, Any] = entry.config.evaluation
+        if self.evaluation not in evaluations:
+            raise UserError(f"there is no evaluation '{self.evaluation}'{nearest(self.evaluation, list(evaluations))}")
         settings = {key: entry.config.evaluate[key] for key in ("split", "bank_samples", "query_samples")}
-        settings |= {"evaluation": OmegaConf.to_container(known[self.evaluation], resolve=True)}
+        settings |= {"evaluation": OmegaConf.to_container(evaluations[self.evaluation], resolve=True)}
         return entry.feature_config, [asdict(self), settings, entry.weights]
 
-    def judged_on(self, entry: GauntletEntry) -> str:
+    def sample_fingerprint(self, entry: GauntletEntry) -> str:
         if self.data is None:
-            return entry.judged_on
+            return entry.sample_fingerprint
         evaluation = OmegaConf.to_container(entry.config.evaluation[self.evaluation], resolve=False)
         return fingerprint(OmegaConf.create({"evaluation": evaluation, "split": entry.config.evaluate.split}))
 
@@ -218,7 +209,7 @@ class FineTuned:
         config.checkpoint = None  # the hash of the weights counts, not their path
         return config, [asdict(self), entry.weights]
 
-    def judged_on(self, entry: GauntletEntry) -> str:
+    def sample_fingerprint(self, entry: GauntletEntry) -> str:
         return samples_of(self._config(entry).data, {})
 
     def __call__(self, entry: GauntletEntry) -> float:
@@ -260,8 +251,8 @@ class TaskRun:
         return self.task.recipe(self.entry)
 
     @cached_property
-    def judged_on(self) -> str:
-        return self.task.judged_on(self.entry)
+    def sample_fingerprint(self) -> str:
+        return self.task.sample_fingerprint(self.entry)
 
     @property
     def extra(self) -> Any:
@@ -291,7 +282,7 @@ class TaskRun:
             "kind": self.task.kind,
             "adaptation": self.task.adaptation,
             "lower_is_better": self.task.lower_is_better,
-            "judged_on": self.judged_on,
+            "judged_on": self.sample_fingerprint,
         }
 
 

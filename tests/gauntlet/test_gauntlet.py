@@ -61,8 +61,8 @@ class Fake:
     def recipe(self, entry: GauntletEntry) -> tuple[DictConfig, Any]:
         return entry.feature_config, [self.name, self.version, entry.weights]
 
-    def judged_on(self, entry: GauntletEntry) -> str:
-        return entry.judged_on if self.data is None else self.data
+    def sample_fingerprint(self, entry: GauntletEntry) -> str:
+        return entry.sample_fingerprint if self.data is None else self.data
 
     def __call__(self, entry: GauntletEntry) -> float:
         self.seen.append(entry.title)
