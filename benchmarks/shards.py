@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.input_pipeline import photo_like
 from src.datamodules.dataset import SampleKey, ViewedDataset
-from src.datamodules.extras.captions import CaptionedSource, Captions
+from src.datamodules.extras.captions import Captions
 from src.datamodules.sources.captioned_files import CaptionListSource
 from src.datamodules.sources.webdataset import CaptionedWebDatasetSource
 from src.datamodules.text import tokenizer as tokenizers
@@ -55,7 +55,7 @@ def measure(pictures: int = PICTURES, repetitions: int = REPETITIONS) -> dict[st
     return {**{name: statistics.median(passes) for name, passes in speeds.items()}, "ratio": statistics.median(ratios)}
 
 
-def written(root: Path, pictures: int) -> dict[str, CaptionedSource]:
+def written(root: Path, pictures: int) -> dict[str, CaptionListSource | CaptionedWebDatasetSource]:
     """Writes the same pairs as files with a list and as img2dataset's tars below ``root``; returns both sources."""
     names = [f"{number:05d}" for number in range(pictures)]
     (root / "files").mkdir()
@@ -80,7 +80,7 @@ def _text(number: int) -> str:
     return f"a photo with the number {number} of a place that is mostly grey, with some color"
 
 
-def _passes(source: CaptionedSource) -> Callable[[int], None]:
+def _passes(source: CaptionListSource | CaptionedWebDatasetSource) -> Callable[[int], None]:
     texts = [source.caption(index, 0.0) for index in range(len(source))]
     learned = tokenizers.train_tokenizer(texts, vocabulary=512, length=32)
     data = ViewedDataset(

@@ -126,8 +126,8 @@ def _ours(folder: str) -> Callable[[int], int]:
     """Returns a function that reads all videos once in random order with the DataModule, and returns their number."""
     data = DataModule(
         source=partial(VideoFolderSource, root=folder),
-        train_view=RandomVideoCrop(CLIP, CROP),  # type: ignore[arg-type]
-        eval_view=CenterVideoCrop(CLIP, CROP.size),  # type: ignore[arg-type]
+        train_view=RandomVideoCrop(CLIP, CROP),
+        eval_view=CenterVideoCrop(CLIP, CROP.size),
         batch_size=_BATCH,
         num_workers=0,
     )
