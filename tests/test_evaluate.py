@@ -52,7 +52,7 @@ def scores(run: runs.Run, *words: str) -> dict:
     return json.loads((run.dir / "evaluate" / "scenes.json").read_text())
 
 
-def test_offline_numbers_are_the_online_ones(run, capsys):
+def test_offline_numbers_equal_online_ones(run, capsys):
     online = run.metrics()["train"]["eval/knn_top1"]
     found = scores(run, "eval=knn", "checkpoint=last")
     assert found["encoder"]["knn_top1"] == pytest.approx(online, abs=1e-7)
@@ -61,7 +61,7 @@ def test_offline_numbers_are_the_online_ones(run, capsys):
     assert f"{100 * online:.2f} %" in printed
 
 
-def test_every_encoder_and_floor_is_judged_by_the_shared_protocol(run):
+def test_every_encoder_and_baseline_is_evaluated_by_the_shared_protocol(run):
     found = scores(run, "eval=[knn,linear,random,pixels]", "checkpoint=last")
     config = run.config()
     encoders = {
@@ -77,7 +77,7 @@ def test_every_encoder_and_floor_is_judged_by_the_shared_protocol(run):
     assert not torch.equal(trained_weight, random_weight)
 
 
-def test_results_are_added_to_what_is_known(run):
+def test_results_are_added_to_stored_ones(run):
     scores(run, "eval=knn")
     before = run.metrics()
     scores(run, "eval=linear")
@@ -203,7 +203,7 @@ SHORT_FILMS = [
 ]
 
 
-def test_further_protocols_are_words_and_the_data_is_read_once(run, monkeypatch):
+def test_further_evaluations_read_the_data_once(run, monkeypatch):
     read, read_features = [], Subject._read
     monkeypatch.setattr(Subject, "_read", lambda self, needs: read.append(needs) or read_features(self, needs))
     words = "lineargrid,lowshot,multilabel,instances,patchknn,labelpropagation"
@@ -220,7 +220,7 @@ def test_further_protocols_are_words_and_the_data_is_read_once(run, monkeypatch)
     assert {name: found[name] for name in alone} == pytest.approx(alone)
 
 
-def test_what_the_data_cannot_be_asked_for_is_said(run):
+def test_an_evaluation_that_is_not_applicable_is_refused(run):
     with pytest.raises(
         UserError,
         match=r"EVAL=fewshot is not applicable: .* has . samples of class .* raise evaluate.bank",
@@ -228,7 +228,7 @@ def test_what_the_data_cannot_be_asked_for_is_said(run):
         scores(run, "eval=fewshot")
 
 
-def test_floors_alone_are_judged_by_all_evaluators():
+def test_baselines_alone_are_evaluated_by_the_default_evaluations():
     evaluations, default = ["fewshot", "knn", "linear"], ["knn", "linear"]
     assert evaluate.requested("pixels", default, evaluations) == ["pixels", "knn", "linear"]
     assert evaluate.requested(None, default, evaluations) == ["knn", "linear"]

@@ -138,7 +138,7 @@ def test_at_start_is_what_training_starts_from(tmp_path: Path) -> None:
     assert [(int(row["step"]), float(row["eval/calls"])) for row in rows] == [(0, 1), (2, 3)]
 
 
-def test_without_labels_it_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_labels_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     recorder = Recorder()
     with caplog.at_level(logging.WARNING):
         trainer = fit(
@@ -154,7 +154,7 @@ def test_without_labels_it_says_so_once(caplog: pytest.LogCaptureFixture) -> Non
     assert not any(name.startswith("eval/") for name in trainer.callback_metrics)
 
 
-def test_what_encoders_say_of_positions_is_judged_along() -> None:
+def test_evaluations_of_patches_run_online() -> None:
     follow = LabelPropagation(partial(FilmsSource, count=1, resolution=32, duration=0.5, rate=8.0))
     trainer = fit([OnlineEvaluation({"knn": KNN(k=3), "labelpropagation": follow})], max_epochs=1)
     module = trainer.lightning_module
@@ -171,7 +171,7 @@ def test_refuses_what_makes_no_sense() -> None:
         OnlineEvaluation({}, every_n_epochs=0)
 
 
-def test_what_is_not_applicable_rests_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_evaluations_that_are_not_applicable_are_skipped(caplog: pytest.LogCaptureFixture) -> None:
     evaluations = {"multilabel": MultiLabelProbe(), "knn": KNN(k=3), "left_out": None, "zeroshot": ZeroShot()}
     with caplog.at_level(logging.WARNING):
         trainer = fit([OnlineEvaluation(evaluations, every_n_epochs=1, seconds="knn_seconds")], max_epochs=2)
@@ -184,7 +184,7 @@ def test_what_is_not_applicable_rests_and_the_others_go_on(caplog: pytest.LogCap
     assert {"eval/knn_top1", "eval/knn_seconds"} <= set(trainer.callback_metrics)
 
 
-def test_the_probe_is_judged_where_features_are_read_and_there_alone() -> None:
+def test_the_probe_is_evaluated_only_if_features_are_read() -> None:
     def names(*evaluations: OnlineEvaluation) -> set[str]:
         found = fit([*evaluations, OnlineProbe()], max_epochs=1).callback_metrics
         return {name for name in found if name.startswith("eval/")}

@@ -37,14 +37,14 @@ def trained(tmp_path, module: nn.Module | None = None, **options: Any) -> Config
     return Configured(towers(module or Reader(made, **options), made))
 
 
-def test_a_number_of_two_towers_is_the_evaluation_s_own(tmp_path):
+def test_numbers_of_two_towers_are_those_of_the_evaluation(tmp_path):
     prompts = {"_target_": "src.evaluation.zero_shot.ZeroShot", "templates": ["{}"], "single": "{}"}
     assert Metric(prompts, "zeroshot_top1")(trained(tmp_path)) == 1
     assert Metric("retrieval", "retrieval_i2t_r1")(trained(tmp_path, blind=True)) == 0.1
     assert Metric("geometry", "gap")(trained(tmp_path)) < 1e-6
 
 
-def test_what_cannot_be_judged_is_refused(tmp_path):
+def test_not_applicable_evaluations_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"no 'zeroshot_top'.*zeroshot_top1"):
         Metric("zeroshot", "zeroshot_top")(trained(tmp_path))
     with pytest.raises(UserError, match="an image tower and a text tower is needed, which Linear is not"):
@@ -66,7 +66,7 @@ def test_a_metric_names_an_evaluation_and_a_value(spec, message):
         Metric.parse(spec)
 
 
-def test_what_training_logged_has_a_split_and_no_random_baseline():
+def test_logged_values_have_a_split_and_no_random_baseline():
     logged = {"evaluation": {"_target_": "src.claims.metrics.Logged"}}
     health, online = (Metric.parse(logged | {"value": value}) for value in ("health/feature_std", "eval/knn_top1"))
     assert (health.splits, online.splits, health.untrained) == (("train",), ("val",), False)
@@ -75,7 +75,7 @@ def test_what_training_logged_has_a_split_and_no_random_baseline():
     assert Logged()(subject({}, bands(), logged={"a": 1.0})) == {"a": 1.0}
 
 
-def test_a_fine_tuned_number_goes_on_from_the_checkpoint_and_is_of_the_claim_s_split(tmp_path, monkeypatch):
+def test_fine_tuning_starts_from_the_checkpoint_and_uses_the_claim_s_split(tmp_path, monkeypatch):
     given = []
 
     def fine_tune(recipe: DictConfig, folder: Path) -> dict[str, float]:
@@ -99,7 +99,7 @@ def test_a_fine_tuned_number_goes_on_from_the_checkpoint_and_is_of_the_claim_s_s
         Metric(finetuning, "eval/loss")(RunSubject(config, None))
 
 
-def test_a_number_of_positions_is_the_evaluation_s_own():
+def test_numbers_of_patches_are_those_of_the_evaluation():
     colors = Configured(subject({"it": Colors()}, bands()))
     expected = PatchSegmentation()(subject({"it": Colors()}, bands(), split="test"))
     for value in ("patch_miou", "patch_accuracy"):

@@ -68,7 +68,7 @@ def test_cider_is_what_coco_s_code_says():
     assert cider_d(CANDIDATES, REFERENCES) == pytest.approx(2.971378923612959, abs=1e-12)
 
 
-def test_cider_of_perfect_captions_and_of_one_picture():
+def test_cider_of_perfect_captions_and_of_one_image():
     said = [each[0] for each in REFERENCES if len(words(each[0])) >= 4]  # with runs of every length
     assert cider_d(said, [[text] for text in said]) == pytest.approx(10)
     assert cider_d(said[:1], [said[:1]]) == 0  # words that every image's texts have say nothing
@@ -95,7 +95,7 @@ class Teller(nn.Module):
         return ids.masked_fill(~mask, end)
 
 
-def test_what_is_said_is_compared_with_the_picture_s_own_texts(tmp_path):
+def test_generated_captions_are_compared_with_the_image_s_references(tmp_path):
     made = data(tmp_path, broken=(3,))
     teller, mute = Teller(made).train(), Teller(made, mute=True)
     assert isinstance(teller, Captioner)
@@ -130,7 +130,7 @@ class Both(L.LightningModule):
         self.logged |= dictionary
 
 
-def test_captions_are_judged_while_training_runs_where_that_is_asked_for(tmp_path):
+def test_online_evaluation_includes_captions_if_configured(tmp_path):
     made = data(tmp_path)
     trainer = SimpleNamespace(
         received_sigterm=False, current_epoch=0, global_step=1, datamodule=made, precision="32-true", callbacks=[]
@@ -146,7 +146,7 @@ def test_captions_are_judged_while_training_runs_where_that_is_asked_for(tmp_pat
     assert module.logged["eval/captions_cider"] == CaptionEvaluation()(towers(module, made))["captions_cider"]
 
 
-def test_captions_are_asked_for_beside_pairs_or_alone(tmp_path, monkeypatch):
+def test_make_evaluate_runs_captions_alone_or_with_others(tmp_path, monkeypatch):
     monkeypatch.setattr(trained, "load", lambda config, checkpoint: trained.fresh(config))
     small = ["scale=tiny", "data.source.count={train: 16, val: 8, test: 8}", "data.source.cache_dir=null"]
 

@@ -85,7 +85,7 @@ def test_another_number_is_named():
 
 
 @pytest.mark.parametrize("others", [(0, 1), (0, 3), (1, 2)])
-def test_a_number_that_no_scene_has_would_need_no_picture(others):
+def test_wrong_counts_cannot_be_recognized_without_the_image(others):
     source = ScenesSource("val", count=60, resolution=16, world=ObjectsWorld(others=others))
     told = Counter()
     for index in range(len(source)):

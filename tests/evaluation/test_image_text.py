@@ -93,7 +93,7 @@ def everything(module: nn.Module, made: DataModule, *, negatives: int | None = 1
     return scores
 
 
-def test_towers_that_agree_find_everything(tmp_path):
+def test_towers_that_agree_are_perfect(tmp_path):
     made = data(tmp_path)
     reader = Reader(made).train()
     scores = everything(reader, made, templates=["{}", "once {}"])
@@ -103,7 +103,7 @@ def test_towers_that_agree_find_everything(tmp_path):
     assert scores["gap"] < 1e-6
 
 
-def test_towers_that_say_nothing_are_at_chance(tmp_path):
+def test_constant_towers_are_at_chance(tmp_path):
     made = data(tmp_path)
     scores = everything(Reader(made, blind=True), made, templates=["{}"])
     assert scores["zeroshot_top1"] == 0.1
@@ -138,7 +138,7 @@ class Prejudiced(Reader):
         return found
 
 
-def test_classes_that_training_has_not_seen_are_judged_among_themselves(tmp_path):
+def test_unseen_classes_are_evaluated_among_themselves(tmp_path):
     view = CenterCrop(8, share=1.0)
     made = DataModule(source=Untaught, train_view=view, eval_view=view, batch_size=2, num_workers=0, tokenizer="none")
     made.tokenizer = TOKENIZER
@@ -162,7 +162,7 @@ class TokenReader(Reader):
         return query.amax(dim=1) @ keys.amax(dim=1).T
 
 
-def test_a_method_that_compares_in_its_own_way_is_asked_for_it(tmp_path):
+def test_custom_similarity_is_used(tmp_path):
     made = data(tmp_path)
     scores = everything(TokenReader(made), made, templates=["{}", "once {}"])
     for name in ("zeroshot_top1", "zeroshot_top5", "retrieval_i2t_r1", "retrieval_t2i_r1", "retrieval_t2i_r10"):
@@ -170,14 +170,14 @@ def test_a_method_that_compares_in_its_own_way_is_asked_for_it(tmp_path):
     assert "gap" not in scores
 
 
-def test_pictures_that_cannot_be_read_are_not_judged(tmp_path):
+def test_unreadable_images_are_left_out(tmp_path):
     made = data(tmp_path, broken=(3, 7))
     scores = everything(Reader(made), made, templates=["{}"])
     assert scores["retrieval_i2t_r1"] == 1
     assert scores["retrieval_rsum"] == 600
 
 
-def test_mistaken_texts_are_told_from_right_ones_where_there_are_any(tmp_path):
+def test_hard_negatives_are_compared_with_right_texts(tmp_path):
     made = data(tmp_path, JudgedSource)
     scores = everything(Reader(made), made, single="{}")
     assert (scores["hardnegatives_number"], scores["hardnegatives_saying"]) == (1, 0.5)
@@ -187,7 +187,7 @@ def test_mistaken_texts_are_told_from_right_ones_where_there_are_any(tmp_path):
     assert not any(name.startswith("hardnegatives") for name in everything(Reader(plain), plain))
 
 
-def test_so_many_pictures_are_compared_with_mistaken_texts_chosen_evenly(tmp_path):
+def test_images_of_hard_negatives_are_evenly_spaced(tmp_path):
     made, asked = data(tmp_path, JudgedSource), []
     mistakes = JudgedSource.mistakes
     made.val_source.mistakes = lambda index: asked.append(index) or mistakes(made.val_source, index)
@@ -195,7 +195,7 @@ def test_so_many_pictures_are_compared_with_mistaken_texts_chosen_evenly(tmp_pat
     assert asked == [0, 2, 5, 7]
 
 
-def test_the_data_s_own_prompts_count_unless_others_are_named(tmp_path):
+def test_prompts_of_the_data_are_the_default(tmp_path):
     """The source's single prompt has no place for the name: it is used, and refused."""
     made = data(tmp_path, JudgedSource)
     with pytest.raises(ValueError, match="got 'once or twice'"):
@@ -213,7 +213,7 @@ def test_an_ensemble_that_disagrees_with_the_single_prompt_is_reported_beside_it
     assert (scores["zeroshot_top1"], scores["zeroshot_single_top1"]) == (1, 0.1)
 
 
-def test_the_geometry_is_that_of_each_picture_with_its_first_text(tmp_path):
+def test_geometry_pairs_each_image_with_its_first_caption(tmp_path):
     class Two(JudgedSource):
         def captions(self, index: int) -> list[str]:
             return [f"{NUMBERS[index]} said", "nothing"][: 1 + index % 2]
@@ -248,7 +248,7 @@ def test_the_split_and_the_limit_are_the_subject_s(tmp_path):
 
 @pytest.mark.parametrize("evaluation", [ZeroShot(["{}"], "{}"), Retrieval(), HardNegatives(), Geometry()])
 @pytest.mark.parametrize("tower", ["encode_image", "encode_text"])
-def test_vectors_that_are_no_numbers_are_refused_by_name(tmp_path, evaluation, tower):
+def test_non_finite_vectors_are_refused_by_name(tmp_path, evaluation, tower):
     made = data(tmp_path, JudgedSource)
     reader = Reader(made)
     encode = getattr(reader, tower)
@@ -287,7 +287,7 @@ def test_rows_may_be_several_tensors(tmp_path):
     assert "gap" not in scores
 
 
-def test_what_is_missing_is_said_in_a_sentence(tmp_path):
+def test_not_applicable_says_what_is_missing(tmp_path):
     made = data(tmp_path)
     with pytest.raises(NotApplicable, match="an image tower and a text tower is needed, which Linear is not"):
         Retrieval()(towers(nn.Linear(1, 1), made))

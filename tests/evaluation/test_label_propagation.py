@@ -108,7 +108,7 @@ def naive(
     return torch.tensor(labels)
 
 
-def test_labels_wander_as_described_patch_by_patch() -> None:
+def test_propagation_equals_a_patch_by_patch_implementation() -> None:
     features = F.normalize(random_rows(5 * 12, 6, seed=0), dim=1).view(5, 12, 6)
     first = F.one_hot(torch.arange(12) % 3, 3).float()
     evaluation = LabelPropagation(Walkers, context=2, neighbors=4, radius=10, temperature=0.2)
@@ -118,7 +118,7 @@ def test_labels_wander_as_described_patch_by_patch() -> None:
     torch.testing.assert_close(found.sum(dim=2), torch.ones(5, 12))
 
 
-def test_a_neighborhood_is_a_square_cut_by_the_picture() -> None:
+def test_a_neighborhood_is_a_square_cut_by_the_image() -> None:
     near = neighborhood((3, 4), 1)
     assert near[0].view(3, 4).int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
     assert near[6].view(3, 4).int().tolist() == [[0, 1, 1, 1]] * 3
@@ -165,7 +165,7 @@ def test_the_first_and_the_last_frame_are_not_judged_and_things_count_alike(monk
     }
 
 
-def test_encoders_of_videos_are_shown_frames_that_stand_still() -> None:
+def test_video_encoders_read_clips_of_one_repeated_frame() -> None:
     view = CenterVideoCrop(DenseClip(frames=6, stride=1), 16)
     data = DataModule(
         source=partial(Squares, length=4),
@@ -190,7 +190,7 @@ def test_a_film_knows_its_masks_in_every_frame() -> None:
     assert 0 < found(subject({"": Patches()}, squares()))["labelpropagation_jf"] < 1
 
 
-def test_what_cannot_be_judged_is_said() -> None:
+def test_not_applicable_sources_are_refused() -> None:
     with pytest.raises(SettingError, match="videos with masks are needed, which films have and Squares does not"):
         LabelPropagation(partial(Squares, length=3))(subject({"it": Patches()}, squares()))  # type: ignore[arg-type]
     with pytest.raises(SettingError, match="walkers 0 has 2"):

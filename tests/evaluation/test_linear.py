@@ -99,7 +99,7 @@ def test_of_equally_good_strengths_the_strongest() -> None:
     }
 
 
-def test_queries_decide_nothing() -> None:
+def test_hyperparameters_do_not_depend_on_queries() -> None:
     bank, query = problem(150, 20, 3, noise=4.0), problem(60, 20, 3, noise=4.0, seed=1)
     wrong = FeatureSet(query.features, (query.labels + 1) % 3)
     probe = LinearProbe(l2=(1e-4, 1e-2, 1e-1, 1.0))

@@ -96,7 +96,7 @@ def data(tmp_path, source=Grounded, **options) -> DataModule:
 
 
 @pytest.mark.parametrize("tower", [Pixels, Words])
-def test_who_sees_what_is_named_points_at_it(tmp_path, tower):
+def test_a_perfect_map_points_at_the_named_object(tmp_path, tower):
     made = data(tmp_path, broken=(3,))
     module = tower(made).train()
     scores = Localization()(towers(module, made))
@@ -106,7 +106,7 @@ def test_who_sees_what_is_named_points_at_it(tmp_path, tower):
     assert scores["localization_iou"] == 1  # interpolation is at the half where a thing ends
 
 
-def test_who_sees_the_opposite_does_not(tmp_path):
+def test_an_inverted_map_does_not_point_at_the_object(tmp_path):
     made = data(tmp_path)
     scores = Localization(threshold=1.0)(towers(Pixels(made, wrong=True), made))
     assert scores["localization_pointing"] == 0
@@ -126,7 +126,7 @@ def test_maps_by_hand():
     assert rows[1, 2].item() == pytest.approx(3 / (8 + 4))
 
 
-def test_scenes_say_which_words_name_what(tmp_path):
+def test_scenes_know_which_words_name_an_object(tmp_path):
     source = ScenesSource("val", count=12, resolution=16, fields=("instance_masks",))
     several = 0
     for index in range(12):
@@ -158,7 +158,7 @@ def test_a_token_s_place_is_found_in_its_text():
                 assert TOKENIZER.inner.decode([int(ids[row, place])]) == piece
 
 
-def test_what_cannot_be_judged_is_refused(tmp_path):
+def test_not_applicable_evaluations_are_refused(tmp_path):
     made = data(tmp_path)
     with pytest.raises(NotApplicable, match="a method that encodes patches and texts is needed, which Linear is not"):
         Localization()(towers(nn.Linear(1, 1), made))
@@ -171,7 +171,7 @@ def test_what_cannot_be_judged_is_refused(tmp_path):
         Localization(threshold=0.0)
 
 
-def test_vectors_that_are_no_numbers_are_refused(tmp_path):
+def test_non_finite_maps_are_refused(tmp_path):
     made = data(tmp_path)
 
     class Broken(Pixels):

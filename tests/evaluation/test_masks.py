@@ -21,7 +21,7 @@ def test_regions_by_hand() -> None:
     assert (jaccard(empty, empty), jaccard(empty, square(0, 0, 2))) == (1.0, 0.0)
 
 
-def test_a_boundary_is_one_pixel_wide_and_not_where_the_picture_ends() -> None:
+def test_a_boundary_is_one_pixel_wide_and_not_at_the_border_of_the_image() -> None:
     found = boundary(square(1, 1, 2, size=4))
     # pixels that differ from the one to the right, below, or to the right below
     assert found.astype(int).tolist() == [[1, 1, 1, 0], [1, 0, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]

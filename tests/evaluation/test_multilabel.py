@@ -53,7 +53,7 @@ def test_each_class_has_the_minimizer_it_would_have_alone() -> None:
     np.testing.assert_allclose(weights[:, 1].numpy(), expected, atol=1e-3)
 
 
-def test_tags_are_learned_and_queries_decide_nothing() -> None:
+def test_tags_are_learned_and_l2_does_not_depend_on_queries() -> None:
     bank, query = tagged(300, 0), tagged(200, 1)
     found = MultiLabelProbe().score(FeatureSets(bank, query), CPU)
     assert found["multilabel_map"] > 0.8
@@ -63,7 +63,7 @@ def test_tags_are_learned_and_queries_decide_nothing() -> None:
     assert turned["multilabel_map"] < 0.6
 
 
-def test_scenes_tags_stand_in_their_pictures_rows() -> None:
+def test_tags_of_scenes_are_in_the_rows_of_their_images() -> None:
     source = partial(ScenesSource, count=12, resolution=32, fields=("labels",))
     data = make_data(source, eval_batch_size=5)
     sets = features({"": PixelEncoder(2)}, data, [MultiLabelProbe()], query_samples=7)[""]
@@ -78,7 +78,7 @@ def test_scenes_tags_stand_in_their_pictures_rows() -> None:
     assert 0 < found["multilabel_map"] <= 1
 
 
-def test_data_of_one_class_a_picture_is_refused_and_others_are_judged() -> None:
+def test_data_with_one_class_per_image_is_not_applicable() -> None:
     assert "knn_top1" in run_evaluations(subject({"": PixelEncoder(1)}, squares()), [KNN()])
     with pytest.raises(NotApplicable, match="all classes of an image are needed"):
         run_evaluations(subject({"": PixelEncoder(1)}, squares()), [KNN(), MultiLabelProbe()])

@@ -86,14 +86,14 @@ def test_a_rare_class_counts_as_much_as_the_background() -> None:
     assert scores == {"patch_miou": pytest.approx(0.45), "patch_accuracy": pytest.approx(0.9)}
 
 
-def test_a_patch_is_what_most_of_it_shows() -> None:
+def test_the_class_of_a_patch_covers_most_of_it() -> None:
     """Two patches of 2 x 2: three pixels of class 2 and one of background; two of each, where the first one has it."""
     kinds = torch.tensor([[2, 2, 0, 1], [0, 2, 1, 0]])
     shares = F.one_hot(kinds, 3).permute(2, 0, 1)[None].float()
     assert patch_labels(shares, (1, 2)).tolist() == [[2, 0]]
 
 
-def test_masks_are_cropped_like_pictures() -> None:
+def test_masks_are_cropped_like_images() -> None:
     """The middle half of an image, enlarged: 3 red columns of 8 leave the first of 4, which fills 2 of 8 columns."""
     data = bands(share=0.5)
     index = torch.tensor([3])
@@ -148,7 +148,7 @@ def test_two_processes_read_what_one_does() -> None:
     assert sorted(together.tolist()) == sorted(one.tolist())
 
 
-def test_scenes_say_what_each_pixel_shows() -> None:
+def test_scenes_know_the_class_of_each_pixel() -> None:
     source = ScenesSource("test", count=3, resolution=32, fields=("instance_masks", "box_labels"))
     for index in range(3):
         fields = source[index]["fields"]

@@ -84,7 +84,7 @@ def test_ranks_by_another_similarity():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_scores_that_are_no_numbers_are_never_perfect(value):
+def test_non_finite_scores_are_refused(value):
     """Comparisons with NaN are false, so that counting what is greater would find nothing before the right answer."""
     scores, labels = torch.full((3, 4), value), torch.tensor([0, 1, 2])
     with pytest.raises(BadFeatures, match="the class scores of 3 of 3 images are NaN or infinite"):

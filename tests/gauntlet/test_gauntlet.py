@@ -88,7 +88,7 @@ def run_with(two: list[runs.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 TITLES = ["mae_tiny/run0", "random mae_tiny/run0", "mae_tiny/run1", "random mae_tiny/run1"]
 
 
-def test_what_was_measured_is_not_measured_again(run_with: Any, tmp_path: Path) -> None:
+def test_stored_results_are_not_measured_again(run_with: Any, tmp_path: Path) -> None:
     knn = Fake("knn")
     first = run_with(knn, count=1)
     assert knn.seen == TITLES[:2]
@@ -118,7 +118,7 @@ def test_what_was_measured_is_not_measured_again(run_with: Any, tmp_path: Path) 
     assert changed.seen == TITLES
 
 
-def test_a_task_that_fails_is_told_and_tried_again(run_with: Any, tmp_path: Path, capsys: Any) -> None:
+def test_failed_tasks_are_reported_and_tried_again(run_with: Any, tmp_path: Path, capsys: Any) -> None:
     good = Fake("good")
     broken, refused = Fake("broken", RuntimeError("out of memory")), Fake("refused", UserError("no masks there"))
     rows = run_with(broken, refused, Fake("nan"), good, count=1, words=("floor=false",))
@@ -137,7 +137,7 @@ def test_a_task_that_fails_is_told_and_tried_again(run_with: Any, tmp_path: Path
     assert "out of memory" not in (tmp_path / "report.md").read_text()
 
 
-def test_numbers_that_are_none_are_told(run_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_numbers_are_reported(run_with: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Fake, "__call__", lambda self, entry: float("nan"))
     assert run_with(Fake("knn"), count=1) == {}
     assert "top1 is not a finite number" in (tmp_path / "report.md").read_text()
