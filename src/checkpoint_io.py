@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 
+from src.errors import UserError
 from src.files import sync_folder
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.Size, torch.dtype, torch.device)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A file cannot be read as a checkpoint, or a state cannot be saved as one. The message names the file or entry."""
 
 

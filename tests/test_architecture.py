@@ -21,7 +21,8 @@ FLOORS = (
     ("src.models",),
     ("src.evaluation",),
     ("src.callbacks",),
-    ("src.runs", "src.trained", "src.panels", "src.train", "src.resume", "src.submit", "src.show_config", "src.listing"),
+    ("src.runs", "src.trained", "src.panels", "src.train", "src.resume", "src.submit", "src.show_config")
+    + ("src.listing",),
     ("src.finetuning", "src.evaluation_config", "src.evaluation_results", "src.evaluate", "src.export"),
     ("src.measure",),
     ("src.claims", "src.gauntlet"),
@@ -36,7 +37,7 @@ def modules() -> Iterator[tuple[str, ast.Module]]:
     for folder in ("src", "benchmarks"):
         for path in sorted((PROJECT / folder).rglob("*.py")):
             name = ".".join(path.relative_to(PROJECT).with_suffix("").parts)
-            yield name.removesuffix(".__main__"), ast.parse(path.read_text())
+            yield name, ast.parse(path.read_text())
 
 
 def imported(tree: ast.Module, names: set[str]) -> set[str]:
