@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from src import configuration, runs
-from src.checkpoint_io import CheckpointError, load_checkpoint
+from src.checkpoint_io import load_checkpoint
 from src.datamodules.datamodule import DataModule
 from src.datamodules.sources.source import Split
 from src.errors import UserError
@@ -122,8 +122,6 @@ def load(config: DictConfig, checkpoint: Path) -> PretrainModule:
         content = load_checkpoint(checkpoint)
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"])
-    except CheckpointError as problem:
-        raise UserError(str(problem)) from problem
     except (RuntimeError, KeyError) as problem:
         reason = " ".join(str(problem).split())[:400]
         raise UserError(f"{checkpoint} does not fit the run's configuration: {reason}") from problem

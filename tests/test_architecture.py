@@ -21,8 +21,16 @@ FLOORS = (
     ("src.models",),
     ("src.evaluation",),
     ("src.callbacks",),
-    ("src.runs", "src.trained", "src.panels", "src.train", "src.resume", "src.submit", "src.show_config")
-    + ("src.listing",),
+    (
+        "src.runs",
+        "src.trained",
+        "src.panels",
+        "src.train",
+        "src.resume",
+        "src.submit",
+        "src.show_config",
+        "src.listing",
+    ),
     ("src.finetuning", "src.evaluation_config", "src.evaluation_results", "src.evaluate", "src.export"),
     ("src.measure",),
     ("src.claims", "src.gauntlet"),
