@@ -57,9 +57,10 @@ class RegionTexts(Extras):
         self, texts: Sequence[Sequence[str]], fields: Mapping[str, Any], tokenizer: Tokenizer | None
     ) -> dict[str, Any]:
         assert tokenizer is not None
-        kept = [[of[object_] for object_ in index] for of, index in zip(texts, fields["object_index"], strict=True)]
-        ids, mask = tokenizer([text for of in kept for text in of])
-        counts = [len(of) for of in kept]
+        per_image = zip(texts, fields["object_index"], strict=True)
+        kept = [[of_objects[index] for index in indices] for of_objects, indices in per_image]
+        ids, mask = tokenizer([text for of_objects in kept for text in of_objects])
+        counts = [len(of_objects) for of_objects in kept]
         return {"region_text": list(ids.split(counts)), "region_text_mask": list(mask.split(counts))}
 
 

@@ -7,10 +7,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from src.datamodules.batches.base import optional_labels
 from src.datamodules.batches.image import MultiViewBatch
 from src.errors import SettingError
 from src.models.backbones.image_encoder import Pool, mean_patch
-from src.models.joint_embedding.moco_v2 import MoCoV2, labels_or_none
+from src.models.joint_embedding.moco_v2 import MoCoV2
 from src.models.losses.contrastive import contrastive_accuracy, mix_hard_negatives, queue_info_nce
 from src.optim import OptimizerRecipe
 
@@ -96,7 +97,7 @@ class MoCHi(MoCoV2):
             "proxy_accuracy": accuracy(),
             "proxy_accuracy_mixed": accuracy(synthetic=synthetic),
         }
-        label = labels_or_none(batch)
+        label = optional_labels(batch)
         if self.queue.full and (label >= 0).all():
             logs["false_negatives"] = self.false_negatives(query, excluded, label)
         return loss, logs

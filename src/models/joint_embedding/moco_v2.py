@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from src.datamodules.batches.base import optional_labels
 from src.datamodules.batches.image import MultiViewBatch
 from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
@@ -75,7 +76,7 @@ class MoCoV2(JointEmbedding):
         with torch.no_grad():
             key = l2_normalize(self.teacher["projector"](self.teacher["encoder"](second).embedding))
         loss, logs = self.compare(query, key, batch)
-        self.queue.stage(key, index=batch["index"], label=labels_or_none(batch))
+        self.queue.stage(key, index=batch["index"], label=optional_labels(batch))
         return {"loss": loss, "logs": logs, "embedding": h.detach().float()}
 
     def compare(self, query: Tensor, key: Tensor, batch: MultiViewBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
@@ -94,8 +95,3 @@ class MoCoV2(JointEmbedding):
 
     def encoders(self) -> dict[str, Encoder]:
         return {"student": self.student["encoder"], "teacher": self.teacher["encoder"]}  # type: ignore[dict-item]
-
-
-def labels_or_none(batch: MultiViewBatch) -> Tensor:
-    """Returns the batch's labels, int64 [B], -1 for all images if it has none. Only logs read them, no loss."""
-    return batch["label"] if "label" in batch else torch.full_like(batch["index"], -1)
