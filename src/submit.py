@@ -46,8 +46,8 @@ def resources(config: DictConfig, cluster: DictConfig) -> dict[str, Any]:
     }
     settings = OmegaConf.to_container(cluster, resolve=True)
     assert isinstance(settings, dict)
-    settings = {str(key): value for key, value in settings.items() if key not in ("kind", "max_requeues")}
-    return parameters | {key: value for key, value in settings.items() if value is not None}
+    own = ("kind", "max_requeues")  # not submitit's
+    return parameters | {str(key): value for key, value in settings.items() if key not in own and value is not None}
 
 
 def submit(run: runs.Run, cluster: DictConfig, parameters: dict[str, Any]) -> Any:
