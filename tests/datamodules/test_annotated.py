@@ -1,4 +1,4 @@
-"""Images and their ground truth to batches: moved alike, deterministic, replaced where they are bad."""
+"""Batches of images with ground truth: transformed alike, deterministic, replaced if they are bad."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHAPES = ((40, 56), (24, 20), (64, 64))
 
 
 class Encoded(Source):
-    """Images whose red channel is ten times their class, their depth in decimetres, and one box a class.
+    """Images whose red channel is ten times their class, their depth in decimeters, and one box a class.
 
     What a view does to a mask can so be read off the image. Every class is a block of pixels; blocks are 8 wide.
     """
@@ -94,7 +94,7 @@ def rows(view: JointView, indices: Any = range(12), epoch: int = 0, seed: int = 
 
 
 def inner(classes: Tensor, reach: int = 4) -> Tensor:
-    """Where the pixels around [B, H, W] are all of one class: there the image is not blended."""
+    """Returns where all neighbors [B, H, W] have one class, so that the image is not blended."""
     values = classes.float()[:, None]
     side = 2 * reach + 1
     largest = torch.nn.functional.max_pool2d(values, side, 1, reach)
@@ -105,7 +105,7 @@ def inner(classes: Tensor, reach: int = 4) -> Tensor:
 
 
 class TestGeometry:
-    def test_a_mask_goes_where_its_picture_goes(self) -> None:
+    def test_masks_are_transformed_as_their_image(self) -> None:
         batch = rows(SegmentationView(GEOMETRY))
         image, mask = batch["image"], batch["mask"].long()
         assert image.shape == (12, 3, 32, 32)
@@ -117,7 +117,7 @@ class TestGeometry:
         shown = sharp["mask"] != IGNORED
         assert torch.equal(sharp["image"][:, 0][shown], 10 * sharp["mask"][shown])
 
-    def test_what_is_too_small_is_filled_and_counts_for_nothing(self) -> None:
+    def test_small_images_are_padded_and_the_padding_is_ignored(self) -> None:
         batch = rows(SegmentationView((PaddedCrop(32, fill=(1, 2, 3)),)), [1])  # 24 x 20
         filled = torch.ones(32, 32, dtype=torch.bool)
         filled[:24, :20] = False
@@ -128,7 +128,7 @@ class TestGeometry:
         depth = rows(DepthView((PaddedCrop(32),)), [1])
         assert torch.equal(depth["valid"][0], ~filled)
 
-    def test_depths_are_those_of_single_pixels(self) -> None:
+    def test_depths_are_not_interpolated(self) -> None:
         batch = rows(DepthView(GEOMETRY))
         known = {round(0.1 * each, 1) for each in range(1, 25)}
         found = batch["depth"][batch["valid"]]
@@ -136,8 +136,8 @@ class TestGeometry:
         pure = inner(batch["depth"]) & batch["valid"]
         torch.testing.assert_close(batch["image"][:, 0][pure].float() / 100 + 0.1, batch["depth"][pure])
 
-    def test_normals_are_mirrored_with_their_picture(self) -> None:
-        """An image's class says its normal: to the right and down, but where the image was turned round."""
+    def test_normals_are_mirrored_with_their_image(self) -> None:
+        """The class determines the normal: to the right and down, unless the image was mirrored."""
         for flip, senses in (
             (v2.RandomHorizontalFlip(p=0.0), (1, 1)),
             (v2.RandomHorizontalFlip(p=1.0), (-1, 1)),
@@ -164,7 +164,7 @@ class TestGeometry:
         assert row["valid"].tolist() == [[False, False, True, False, False]]
         assert row["depth"].tolist() == [[0.0, 0.0, 0.5, 0.0, 0.0]]
 
-    def test_boxes_and_masks_of_things_go_with_the_picture(self) -> None:
+    def test_boxes_and_masks_of_objects_are_transformed_as_the_image(self) -> None:
         view = DetectionView((PaddedCrop(32), v2.RandomHorizontalFlip(p=1.0)), masks=True)
         batch = rows(view)
         for image, size, boxes, labels, masks in zip(
@@ -181,7 +181,7 @@ class TestGeometry:
                 outside[top:bottom, left:right] = False
                 assert not outside.any()
 
-    def test_a_box_scales_with_its_picture_and_what_is_left_of_it_counts(self) -> None:
+    def test_boxes_scale_with_their_image_and_empty_boxes_are_left_out(self) -> None:
         image = torch.zeros(3, 20, 40, dtype=torch.uint8)
         fields = {
             "boxes": torch.tensor([[4.0, 2.0, 12.0, 10.0], [0.0, 0.0, 0.0, 0.0]]),
@@ -219,7 +219,7 @@ class TestGeometry:
                 kept += 1
         assert kept > 30
 
-    def test_a_tight_box_is_drawn_around_what_is_left_of_its_mask(self) -> None:
+    def test_a_tight_box_surrounds_the_rest_of_its_mask(self) -> None:
         image, masks = torch.zeros(3, 8, 16, dtype=torch.uint8), torch.zeros(2, 8, 16, dtype=torch.bool)
         masks[0, 1:3, 9:11] = masks[0, 5:7, 2:4] = True  # two corners of the box 2, 1, 11, 7
         masks[1, 4:6, 1:3] = True
@@ -241,13 +241,13 @@ class TestGeometry:
         batch = DetectionView(masks=True).collate([tight, tight])
         assert [each.tolist() for each in batch["crowd"]] == [[True], [True]]
 
-    def test_sizes_are_the_largest_that_both_limits_allow(self) -> None:
+    def test_rescaling_respects_the_limits_of_both_sides(self) -> None:
         rescale = RandomRescale(512, 2048)
         for size, expected in (((480, 640), [512, 683]), ((100, 1000), [205, 2048])):
             image = v2.functional.to_image(torch.zeros(3, *size, dtype=torch.uint8))
             assert rescale.make_params([image])["size"] == expected
 
-    def test_a_crop_that_one_class_fills_is_drawn_again(self) -> None:
+    def test_a_crop_filled_by_one_class_is_drawn_again(self) -> None:
         mask = torch.zeros(8, 64, dtype=torch.uint8)
         mask[:, 60:] = 1
         image = torch.zeros(3, 8, 64, dtype=torch.uint8)
@@ -261,7 +261,7 @@ class TestGeometry:
                 )
         assert both[0.75] > 2 * both[1.0]
 
-    def test_pictures_are_filled_up_to_the_largest_and_a_multiple(self) -> None:
+    def test_images_are_padded_to_the_largest_and_to_a_multiple(self) -> None:
         batch = rows(DetectionView(multiple=32, masks=True, fill=(9, 9, 9)), [0, 1])
         assert batch["image"].shape == (2, 3, 64, 64)  # 40 x 56 and 24 x 20
         assert batch["size"].tolist() == [[40, 56], [24, 20]]
@@ -269,7 +269,7 @@ class TestGeometry:
         assert all(masks.shape[1:] == (64, 64) for masks in batch["masks"])
         assert not batch["masks"][1][:, 24:].any()
 
-    def test_truth_that_stays_is_the_source_s(self) -> None:
+    def test_without_move_truth_the_mask_is_the_source_s(self) -> None:
         view = SegmentationView((RandomRescale(16),), move_truth=False)
         batch = rows(view, [0])
         assert batch["image"].shape[-2:] == (16, 22)
@@ -282,7 +282,7 @@ class TestGeometry:
 
 
 class TestDraws:
-    def test_a_sample_is_the_same_whatever_comes_with_it(self) -> None:
+    def test_a_sample_does_not_depend_on_the_rest_of_its_batch(self) -> None:
         view = SegmentationView(GEOMETRY)
         torch.manual_seed(1)
         first = rows(view, [7, 3, 11], epoch=2)
@@ -304,7 +304,7 @@ class TestDraws:
                 for mine, other in zip(value, theirs[name], strict=True):
                     assert torch.equal(mine, other), name
 
-    def test_a_loader_taken_up_goes_on_with_the_next_batch(self) -> None:
+    def test_a_resumed_loader_continues_with_the_next_batch(self) -> None:
         data = module(DepthView(GEOMETRY))
         whole = list(data.train_dataloader())
         loader = data.train_dataloader()
@@ -313,7 +313,7 @@ class TestDraws:
         assert len(rest) == 2
         assert all(torch.equal(a["depth"], b["depth"]) for a, b in zip(rest, whole[2:], strict=True))
 
-    def test_ground_truth_that_does_not_fit_its_picture_is_replaced(self, tmp_path: Path) -> None:
+    def test_a_sample_whose_ground_truth_does_not_fit_is_replaced(self, tmp_path: Path) -> None:
         data = module(
             SegmentationView(GEOMETRY), partial(Encoded, torn=(4,)), bad_log=tmp_path / "bad.tsv", batch_size=24
         )
@@ -321,7 +321,7 @@ class TestDraws:
         assert batch["index"][batch["replaced"]].tolist() == [4]
         assert "encoded/4\tits segmentation has 23x20 pixels, the image 24x20" in (tmp_path / "bad.tsv").read_text()
 
-    def test_things_that_do_not_fit_are_bad(self) -> None:
+    def test_objects_with_mismatched_fields_are_bad_samples(self) -> None:
         image, uniform = torch.zeros(3, 8, 8, dtype=torch.uint8), np.zeros(2, np.float32)
         fields = {"boxes": torch.zeros(2, 4), "box_labels": torch.zeros(3, dtype=torch.int64)}
         with pytest.raises(BadSample, match=r"3 objects have boxes of the shape \[2, 4\]"):
@@ -343,7 +343,7 @@ class TestBatches:
         ],
         ids=["segmentation", "depth", "normals", "boxes", "things"],
     )
-    def test_they_are_what_their_type_says(self, view: JointView, kind: type) -> None:
+    def test_batches_match_their_type(self, view: JointView, kind: type) -> None:
         data = module(view)
         assert data.batch_type is kind
         batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
@@ -356,7 +356,7 @@ class TestBatches:
                 with pytest.raises(BatchError, match=r"\['(boxes|masks|box_labels)'\]\[2\] has T = "):
                     validate({**batch, name: worse}, kind)
 
-    def test_truth_is_exact_whatever_a_run_computes_in(self) -> None:
+    def test_ground_truth_stays_float32_in_lower_precision(self) -> None:
         data = module(DepthView(GEOMETRY))
         batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
         validate({**batch, "image": batch["image"].bfloat16()}, DepthBatch, torch.bfloat16)
@@ -367,7 +367,7 @@ class TestBatches:
                 torch.bfloat16,
             )
 
-    def test_what_the_source_cannot_give_is_said(self) -> None:
+    def test_missing_ground_truth_is_refused_by_its_key(self) -> None:
         scenes = partial(ScenesSource, count=8, resolution=32, fields=["depth"])
         with pytest.raises(
             SettingError, match=r"data.source.fields: SegmentationView needs the ground truth segm.*depth"
@@ -383,7 +383,7 @@ class TestBatches:
 class TestScenes:
     FIELDS = ("segmentation", "depth", "normals", "boxes", "box_labels", "instance_masks")
 
-    def test_truth_from_the_cache_is_that_which_is_rendered(self, tmp_path: Path) -> None:
+    def test_cached_ground_truth_equals_the_rendered_one(self, tmp_path: Path) -> None:
         make = partial(ScenesSource, "val", count=6, resolution=24, fields=self.FIELDS)
         drawn, kept = make(), make(cache_dir=tmp_path)
         assert sorted(each.name.split("-")[0] for each in tmp_path.iterdir() if each.is_dir()) == [
@@ -411,11 +411,11 @@ class TestScenes:
         theirs["depth"].zero_()  # a sample is a copy
         assert kept[5]["fields"]["depth"].min() > 0
 
-    def test_only_what_is_asked_for_is_kept(self, tmp_path: Path) -> None:
+    def test_only_requested_fields_are_cached(self, tmp_path: Path) -> None:
         ScenesSource("val", count=2, resolution=16, fields=["depth"], cache_dir=tmp_path)
         assert not list(tmp_path.glob("things-*"))
 
-    def test_pixels_are_named(self) -> None:
+    def test_mask_classes_are_named(self) -> None:
         source = ScenesSource("val", count=1, resolution=16)
         assert source.mask_classes == ("backdrop", *source.classes)
 
@@ -431,12 +431,12 @@ class TestScenes:
         (lambda: DetectionView(tight=True), "masks=true is needed"),
     ],
 )
-def test_nonsense_is_refused(make: Any, message: str) -> None:
+def test_invalid_settings_are_refused(make: Any, message: str) -> None:
     with pytest.raises(SettingError, match=message):
         make()
 
 
-def test_plain_images_stay_what_they_were() -> None:
+def test_an_image_view_ignores_ground_truth() -> None:
     data = DataModule(
         source=partial(ScenesSource, count=8, resolution=16, fields=["depth"]),
         train_view=CenterCrop(16, 1.0),
@@ -447,7 +447,7 @@ def test_plain_images_stay_what_they_were() -> None:
     assert "depth" not in next(iter(data.train_dataloader()))
 
 
-def test_data_without_ground_truth_refuses_a_view_that_needs_it() -> None:
+def test_a_view_that_needs_ground_truth_refuses_data_without_it() -> None:
     data = DataModule(
         source=partial(ScenesSource, count=8, resolution=16),
         train_view=SegmentationView(),  # type: ignore[arg-type]

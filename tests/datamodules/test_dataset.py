@@ -18,7 +18,7 @@ from src.errors import SettingError
 
 
 class Arrays(Source):
-    """Images in memory, whole."""
+    """Images in memory as one array."""
 
     classes = ("a", "b")
 
@@ -83,7 +83,7 @@ def order_of(sampler: TrainSampler) -> list[list[int]]:
     return [[draw.position for draw in batch] for batch in sampler]
 
 
-def test_a_sample_is_the_same_whatever_comes_with_it_and_another_in_every_epoch():
+def test_a_sample_does_not_depend_on_its_batch_and_changes_every_epoch():
     dataset = ViewedDataset(Arrays(), VIEW, seed=5)
     first = dataset[draws(2, [7, 3, 11])]["image"]
     assert torch.equal(first[1], dataset[draws(2, [3])]["image"][0])
@@ -91,7 +91,7 @@ def test_a_sample_is_the_same_whatever_comes_with_it_and_another_in_every_epoch(
     assert not torch.equal(first[1], ViewedDataset(Arrays(), VIEW, seed=6)[draws(2, [3])]["image"][0])
 
 
-def test_arrays_single_pictures_and_pictures_of_several_sizes_give_the_same_batch():
+def test_arrays_single_images_and_several_sizes_give_the_same_batch():
     wanted = draws(1, [4, 9, 2])
     arrays = ViewedDataset(Arrays(), VIEW, seed=0)[wanted]
     single = ViewedDataset(OneByOne(), VIEW, seed=0)[wanted]
@@ -101,7 +101,7 @@ def test_arrays_single_pictures_and_pictures_of_several_sizes_give_the_same_batc
     assert mixed["image"].shape == (3, 3, 8, 8)
 
 
-def test_a_bad_sample_is_replaced_by_the_same_other_one_named_and_marked(tmp_path, caplog):
+def test_a_bad_sample_is_replaced_logged_and_marked(tmp_path, caplog):
     log = tmp_path / "bad.tsv"
     dataset = ViewedDataset(OneByOne(bad=(3,)), VIEW, seed=0, bad_log=log)
     batch = dataset[draws(0, [2, 3, 4])]
@@ -113,7 +113,7 @@ def test_a_bad_sample_is_replaced_by_the_same_other_one_named_and_marked(tmp_pat
     assert log.read_text() == "arrays/3\tcut off\n"  # once a process, however often it is met
 
 
-def test_a_bad_sample_may_have_a_name_that_no_encoding_has(tmp_path):
+def test_a_bad_sample_may_have_an_undecodable_name(tmp_path):
     class Foreign(OneByOne):
         def name(self, index: int) -> str:
             return b"gr\xfc\xdfe".decode("utf-8", "surrogateescape")
@@ -123,13 +123,13 @@ def test_a_bad_sample_may_have_a_name_that_no_encoding_has(tmp_path):
     assert log.read_text(encoding="utf-8") == "gr\\udcfc\\udcdfe\tcut off\n"
 
 
-def test_when_nothing_can_be_read_the_run_stops_naming_the_last_file():
+def test_if_nothing_can_be_read_the_error_names_the_last_file():
     dataset = ViewedDataset(OneByOne(bad=tuple(range(24))), VIEW, seed=0)
     with pytest.raises(BadSample, match=r"16 samples in a row.*arrays/"):
         dataset[draws(0, [0])]
 
 
-def test_processes_and_micro_batches_share_out_the_same_global_batches():
+def test_processes_and_micro_batches_split_the_same_global_batches():
     whole = order_of(TrainSampler(26, batch_size=8, seed=3))
     assert len(whole) == 3
     assert len({index for batch in whole for index in batch}) == 24
@@ -157,12 +157,12 @@ def test_another_epoch_has_another_order():
         ({"batch_size": 32}, r"data.batch_size=32 is more than the 24 training samples"),
     ],
 )
-def test_batches_that_cannot_be_cut_are_refused(arguments, message):
+def test_batches_that_cannot_be_divided_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         TrainSampler(24, seed=0, **arguments)
 
 
-def test_evaluation_sees_every_sample_once_over_all_processes():
+def test_evaluation_reads_every_sample_once_over_all_processes():
     shares = [list(EvalSampler(11, batch_size=2, rank=rank, world_size=3)) for rank in range(3)]
     seen = sorted(draw.position for share in shares for batch in share for draw in batch)
     assert seen == list(range(11))
@@ -172,7 +172,7 @@ def test_evaluation_sees_every_sample_once_over_all_processes():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_taken_up_in_mid_epoch_goes_on_with_the_next_batch(workers):
+def test_a_loader_resumed_within_an_epoch_continues_with_the_next_batch(workers):
     def loader() -> ResumableLoader:
         dataset = ViewedDataset(Arrays(), VIEW, seed=0)
         made = ResumableLoader(dataset, TrainSampler(24, batch_size=4, seed=0), num_workers=workers)
@@ -208,7 +208,7 @@ def datamodule(**changes) -> DataModule:
     return DataModule(**{**settings, "num_workers": 0, **changes})
 
 
-def test_batches_are_what_their_type_says_once_they_are_on_the_device():
+def test_batches_match_their_type_on_the_device():
     module = datamodule()
     raw = next(iter(module.train_dataloader()))
     assert raw["image"].dtype == torch.uint8
@@ -219,7 +219,7 @@ def test_batches_are_what_their_type_says_once_they_are_on_the_device():
     assert torch.allclose(module.denormalize(batch["image"]) * 255, raw["image"].float(), atol=1e-3)
 
 
-def test_choices_are_of_each_class_by_seed_and_grow() -> None:
+def test_larger_choices_of_each_class_contain_smaller_ones() -> None:
     labels = np.array([0, 2, -1, 0, 2, 2, 0, 5, 0, -1, 2, 5])
     few, more = (of_each_class(labels, lambda _, n=count: n, seed=3) for count in (1, 2))
     assert sorted(labels[few]) == [0, 2, 5]
@@ -231,8 +231,8 @@ def test_choices_are_of_each_class_by_seed_and_grow() -> None:
     assert len({tuple(each) for each in again}) > 1
 
 
-def test_training_on_few_of_each_class_takes_others_with_another_seed() -> None:
-    """24 images of two classes; the bank that evaluations learn from is of the same few, validation is whole."""
+def test_few_shots_of_each_class_depend_on_the_seed() -> None:
+    """24 images of two classes; the bank has the same few, validation all."""
 
     def seen(seed: int, **options: object) -> list[int]:
         module = datamodule(train_shots=3, batch_size=2, seed=seed, **options)
@@ -256,7 +256,7 @@ def test_training_on_few_of_each_class_takes_others_with_another_seed() -> None:
         unlabelled.train_dataloader()
 
 
-def test_the_bank_holds_training_images_a_smaller_one_being_part_of_a_larger():
+def test_a_smaller_bank_is_part_of_a_larger_one():
     def indices(loader) -> list[int]:
         return [int(index) for batch in loader for index in batch["index"]]
 
@@ -270,7 +270,7 @@ def test_the_bank_holds_training_images_a_smaller_one_being_part_of_a_larger():
     assert indices(module.val_dataloader()) == list(range(24))
 
 
-def test_validation_reads_the_split_that_is_asked_for():
+def test_validation_reads_the_eval_split():
     def source(split: str) -> Arrays:
         asked.append(split)
         return make(split)
@@ -299,7 +299,7 @@ def test_validation_reads_the_split_that_is_asked_for():
         ({"index": torch.zeros(2, 1, dtype=torch.int64)}, r"batch\['index'\] must have the axes \[B\], got \[2, 1\]"),
     ],
 )
-def test_a_batch_that_is_not_what_its_type_says_is_refused_by_field(change, message):
+def test_a_batch_that_does_not_match_its_type_is_refused_by_field(change, message):
     batch = {
         "image": torch.zeros(2, 3, 8, 8),
         "label": torch.zeros(2, dtype=torch.int64),
@@ -322,12 +322,12 @@ def test_a_batch_that_is_not_what_its_type_says_is_refused_by_field(change, mess
         ({"std": (1.0, 0.0, 1.0)}, "std above 0"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_by_their_key(change, message):
+def test_settings_out_of_range_are_refused_by_their_key(change, message):
     with pytest.raises(SettingError, match=message):
         datamodule(**change)
 
 
-def test_a_step_of_no_micro_batches_is_refused_by_its_key():
+def test_zero_micro_batches_are_refused_by_their_key():
     with pytest.raises(SettingError, match=r"trainer\.accumulate_grad_batches must be at least 1, got 0"):
         TrainSampler(8, batch_size=4, seed=0, micro_batches=0)
 

@@ -1,4 +1,4 @@
-"""Decoding: every kind of file gives the right image or a reason, at full and at reduced scale."""
+"""Decoding: every kind of file gives the right image or an error with a reason, at full and reduced scale."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def textured(height: int, width: int, seed: int = 0) -> Image.Image:
-    """Blobs of several sizes in color, no symmetry."""
+    """Colored blobs of several sizes, without symmetry."""
     draw = np.random.default_rng(seed)
     pixels = np.zeros((height, width, 3))
     for cells, strength in ((4, 60.0), (16, 30.0), (48, 12.0)):
@@ -46,7 +46,7 @@ def decoded(data: bytes | Path, **options) -> np.ndarray:
 
 @pytest.fixture
 def drafts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Sizes (width, height) at which JPEGs were decoded."""
+    """Records the sizes (width, height) at which JPEGs are decoded."""
     seen: list[tuple[int, int]] = []
     load = JpegImagePlugin.JpegImageFile.load_prepare
 
@@ -92,7 +92,7 @@ class TestSize:
 
 
 class TestCropAndResize:
-    def test_without_reduction_is_one_resize_of_the_full_picture(self, drafts: list[tuple[int, int]]) -> None:
+    def test_without_reduction_the_full_image_is_resized_once(self, drafts: list[tuple[int, int]]) -> None:
         data = encode(textured(375, 500), "JPEG", quality=90)
         full = Image.open(io.BytesIO(data)).convert("RGB")
         got = EncodedImage(data).decode((20, 30, 301, 250), (224, 224))
@@ -104,7 +104,7 @@ class TestCropAndResize:
         np.testing.assert_array_equal(decoded(encode(image), box=(5, 7, 11, 13)), np.asarray(image)[5:16, 7:20])
 
     def test_interior_equals_crop_then_resize(self) -> None:
-        """Only pixels within the kernel's reach of the border see what is outside of the box."""
+        """Only pixels near the border depend on pixels outside of the box."""
         image = textured(375, 500)
         got = EncodedImage(encode(image)).decode((20, 30, 301, 250), (224, 224))
         cropped = image.crop((30, 20, 280, 321)).resize((224, 224), BICUBIC)
@@ -146,7 +146,7 @@ class TestCropAndResize:
         assert error.max() <= 3
 
     def test_reduced_scale_on_texture(self) -> None:
-        """Detail at the limit of the resolution: the difference the docstring states, and no shift."""
+        """Fine detail differs as much as the docstring states, and is not shifted."""
         noise = np.random.default_rng(0).normal(size=(900, 900, 1)) * 12 + np.asarray(textured(900, 900), float)
         data = encode(Image.fromarray(noise.clip(0, 255).astype(np.uint8)), "JPEG", quality=90)
         full = Image.open(io.BytesIO(data)).convert("RGB")
@@ -198,14 +198,14 @@ class TestExif:
         assert EncodedImage(data).size == upright.size[::-1]
         np.testing.assert_array_equal(decoded(data), np.asarray(upright.convert("RGB")))
 
-    def test_nonsense_orientation_is_none(self) -> None:
+    def test_an_invalid_orientation_is_ignored(self) -> None:
         exif = Image.Exif()
         exif[0x0112] = 77
         image = textured(30, 40)
         np.testing.assert_array_equal(decoded(encode(image, exif=exif)), np.asarray(image))
 
     @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-    def test_broken_exif_does_not_cost_the_picture(self) -> None:
+    def test_broken_exif_does_not_affect_the_pixels(self) -> None:
         data = encode(textured(30, 40), "JPEG", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff garbage")
         assert EncodedImage(data).decode().size == (40, 30)
 
@@ -253,7 +253,7 @@ class TestModes:
         assert decoded(encode(image))[0, :, 0].tolist() == [0, 255, 0]
 
     def test_cmyk_as_adobe_writes_it(self) -> None:
-        """Inverted inks with an Adobe marker, the only CMYK JPEGs there are in practice: no ink is white."""
+        """Inverted inks with an Adobe marker, the only CMYK JPEGs in practice: no ink is white."""
         ink = np.zeros((16, 32, 4), np.uint8)
         ink[:, 16:] = (0, 255, 255, 0)  # magenta and yellow make red
         data = encode(Image.fromarray(ink, "CMYK"), "JPEG", quality=100)
@@ -323,8 +323,8 @@ class TestBad:
 
     @pytest.mark.parametrize("size", [None, (64, 64)])
     @pytest.mark.parametrize("mode", ["RGB", "L"])
-    def test_jpeg_cut_but_closed(self, mode: str, size: tuple[int, int] | None) -> None:
-        """What Pillow returns as an image with a grey or smeared lower half."""
+    def test_a_truncated_jpeg_with_an_end_marker(self, mode: str, size: tuple[int, int] | None) -> None:
+        """Pillow decodes these files to an image with a gray or smeared lower half."""
         noise = np.random.default_rng(0).integers(60, 200, (300, 300, 3), dtype=np.uint8)
         data = encode(Image.fromarray(noise).convert(mode), "JPEG", quality=90)
         half = data[: len(data) // 2]
@@ -332,7 +332,7 @@ class TestBad:
             Image.open(io.BytesIO(broken)).load()  # Pillow alone says nothing
             self.refused(broken, "truncated: its last rows are missing", size=size)
 
-    def test_whole_jpegs_are_not_taken_for_cut(self) -> None:
+    def test_complete_jpegs_are_not_reported_as_truncated(self) -> None:
         grey = encode(Image.new("RGB", (300, 200), (128, 128, 128)), "JPEG")
         assert (decoded(grey) == 128).all()
         data = encode(textured(300, 300), "JPEG", quality=90)
@@ -350,11 +350,11 @@ class TestBad:
         data[len(data) // 2] ^= 0xFF
         self.refused(bytes(data), "cannot be decoded")
 
-    def test_not_a_picture(self) -> None:
+    def test_not_an_image(self) -> None:
         self.refused(b"<html>404</html>", "not an image in a known format")
         self.refused(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in a known format")
 
-    def test_vanished_folder_and_no_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_missing_file_folder_and_no_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.refused(tmp_path / "gone.jpg", r"gone\.jpg: the file does not exist")
         self.refused(tmp_path, "a directory, not a file")
 
@@ -364,7 +364,7 @@ class TestBad:
         monkeypatch.setattr(Path, "read_bytes", deny)
         self.refused(tmp_path / "mine.jpg", r"mine\.jpg: permission denied")
 
-    def test_bomb_is_refused_by_its_header(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_decompression_bomb_is_refused_by_its_header(self, monkeypatch: pytest.MonkeyPatch) -> None:
         data = encode(textured(100, 100))
         monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
         monkeypatch.setattr(decoding, "MAX_PIXELS", 9_999)
@@ -373,8 +373,8 @@ class TestBad:
 
     @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
     @pytest.mark.parametrize("side", [10_000, 60_000])
-    def test_real_bomb(self, side: int) -> None:
-        """A few bytes that claim to be huge, below and above the point where Pillow itself refuses."""
+    def test_a_real_decompression_bomb(self, side: int) -> None:
+        """A small file of a huge size, below and above Pillow's own limit."""
         header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
         data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header
         data += (
@@ -393,7 +393,7 @@ class TestBad:
         monkeypatch.setattr(Image.Image, "load", explode)
         self.refused(data, "cannot be decoded: in the decoder")
 
-    def test_no_memory_is_not_the_pictures_fault(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_lack_of_memory_is_no_bad_sample(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def exhaust(self: Image.Image) -> None:
             raise MemoryError
 

@@ -1,4 +1,4 @@
-"""Texts go with the image they belong to, whatever had to be replaced."""
+"""Captions stay with their images, also if samples are replaced."""
 
 import io
 import json
@@ -38,7 +38,7 @@ NUMBERS = WORDS[0].split()[:10]
 
 
 class Numbered(Source):
-    """Images of one grey each, and texts that say which."""
+    """Images of one gray level each, with captions that name it."""
 
     classes = ("odd", "even")
 
@@ -71,7 +71,7 @@ def read(batch, tokenizer=TOKENIZER) -> list[str]:
     return tokenizer.decode(batch["text"])
 
 
-def test_a_text_says_what_its_picture_is_and_is_chosen_anew_in_every_epoch():
+def test_captions_match_their_image_and_are_drawn_anew_in_every_epoch():
     data, seen = dataset(), set()
     for epoch in range(6):
         batch = data[[SampleKey(epoch, position) for position in (4, 0, 9)]]
@@ -85,7 +85,7 @@ def test_a_text_says_what_its_picture_is_and_is_chosen_anew_in_every_epoch():
 
 
 class Worded(Numbered):
-    """Texts that say which number chose them."""
+    """Captions that contain the random number that selected them."""
 
     def caption(self, index: int, choice: float) -> str:
         if index == 3 and choice:
@@ -93,7 +93,7 @@ class Worded(Numbered):
         return f"{NUMBERS[index]} said {'once' if choice == 0 else f'{choice:.6f}'}"
 
 
-def test_rewrites_are_a_few_texts_of_a_picture_that_stay_the_same():
+def test_rewrites_are_a_few_fixed_captions_of_an_image():
     def texts(rewrites: int, position: int, seed: int = 3) -> list[str]:
         extras = Captions(rewrites)
         data = ViewedDataset(Worded(), CenterCrop(8, share=1.0), extras=extras, tokenizer=LONGER, seed=seed)
@@ -111,7 +111,7 @@ def test_rewrites_are_a_few_texts_of_a_picture_that_stay_the_same():
 
 
 @pytest.mark.parametrize("bad", [{"silent": (2, 5)}, {"broken": (2, 5)}])
-def test_a_picture_without_text_and_a_text_without_picture_are_replaced_together(bad):
+def test_an_image_and_its_caption_are_replaced_together(bad):
     batch = dataset(**bad)[[SampleKey(0, position) for position in range(10)]]
     assert batch["replaced"].nonzero().flatten().tolist() == [2, 5]
     for text, grey in zip(read(batch), batch["image"][:, 0, 0, 0], strict=True):
@@ -150,7 +150,7 @@ def test_scenes_come_with_their_texts(tmp_path):
     assert torch.equal(next(iter(again.train_dataloader()))["text"], batch["text"])
 
 
-def test_judged_texts_are_true_differ_and_stay():
+def test_evaluation_captions_are_true_different_and_fixed():
     source = ScenesSource("val", count=6, resolution=16, texts=SceneTexts(style="alt", mismatched=1.0))
     for index in range(6):
         texts = source.captions(index)
@@ -158,7 +158,7 @@ def test_judged_texts_are_true_differ_and_stay():
         assert len(set(texts)) == len(texts) == 5
 
 
-def test_wordings_can_be_kept_for_judging():
+def test_wordings_can_be_reserved_for_evaluation():
     texts = SceneTexts(wordings=(1,), judged_wordings=(5,))
     source = ScenesSource("val", count=20, resolution=16, texts=texts)
     for index in range(20):
@@ -168,7 +168,7 @@ def test_wordings_can_be_kept_for_judging():
         assert not any(" and " in source.caption(index, choice) for choice in (0.0, 0.3, 0.9))
 
 
-def test_another_run_s_tokenizer_is_taken_over(tmp_path):
+def test_another_run_s_tokenizer_is_copied(tmp_path):
     first = module(tmp_path / "first", tokenizer_file=tmp_path / "first" / "tokenizer.json")
     first.prepare_data()
     checkpoint = tmp_path / "first" / "checkpoints" / "last.ckpt"
@@ -187,7 +187,7 @@ def test_another_run_s_tokenizer_is_taken_over(tmp_path):
         ).prepare_data()
 
 
-def test_what_cannot_be_is_refused_by_its_key(tmp_path):
+def test_invalid_settings_are_refused_by_their_key(tmp_path):
     class Mute(Source):
         def __init__(self, split: str) -> None: ...
 
@@ -229,7 +229,7 @@ def encoded(grey: int, kind: str = "PNG") -> bytes:
 
 @pytest.fixture
 def pairs(tmp_path):
-    """Twelve images of one grey each and what is said of them: one is missing, one is cut, one has no text, one a
+    """Twelve images of one gray level each with captions: one is missing, one truncated, one has no caption, one a
     text of another encoding, one a text that is too long."""
     for number in (0, *range(2, 12)):
         data = encoded(number)
@@ -241,7 +241,7 @@ def pairs(tmp_path):
     return partial(CaptionListSource, root=tmp_path, files="pairs.csv", val_share=0.0)
 
 
-def test_what_is_bad_in_a_list_is_replaced_by_name_and_ends_nothing(tmp_path, pairs, caplog):
+def test_bad_entries_of_a_list_are_replaced_and_logged(tmp_path, pairs, caplog):
     log = tmp_path / "bad.tsv"
     data = module(tmp_path, pairs, train_view=CenterCrop(8, share=1.0), batch_size=12, bad_log=log, text_length=24)
     with caplog.at_level(logging.WARNING):
@@ -257,7 +257,7 @@ def test_what_is_bad_in_a_list_is_replaced_by_name_and_ends_nothing(tmp_path, pa
         assert f"replaced {tmp_path}/{number}.png" in caplog.text
 
 
-def test_a_text_longer_than_the_context_is_cut_and_still_ends(tmp_path, pairs):
+def test_a_long_caption_is_truncated_before_its_end_token(tmp_path, pairs):
     data = module(tmp_path, pairs, train_view=CenterCrop(8, share=1.0), batch_size=12, text_length=16)
     batch = next(iter(data.train_dataloader()))
     (row,) = [row for row, index in enumerate(batch["index"].tolist()) if index == 5]
@@ -268,7 +268,7 @@ def test_a_text_longer_than_the_context_is_cut_and_still_ends(tmp_path, pairs):
     assert mask.all()
 
 
-def test_shards_with_texts_are_taken_up_where_they_were_left(tmp_path):
+def test_a_loader_of_captioned_shards_resumes(tmp_path):
     for shard in range(2):
         with tarfile.open(tmp_path / f"{shard:05d}.tar", "w") as tar:
             for number in range(10 * shard, 10 * shard + 10):
@@ -298,7 +298,7 @@ def test_shards_with_texts_are_taken_up_where_they_were_left(tmp_path):
         assert all(torch.equal(mine[name], other[name]) for name in other)
 
 
-def test_training_goes_without_filtered_texts_and_judging_does_not(tmp_path):
+def test_the_text_filter_applies_to_training_alone(tmp_path):
     texts = SceneTexts(style="alt", dropped=0.8, variants=1)
     source = partial(ScenesSource, count=24, resolution=16, texts=texts)
     data = module(tmp_path, source, text_filter=TextFilter(max_images=None, min_words=2), batch_size=2)
@@ -312,7 +312,7 @@ def test_training_goes_without_filtered_texts_and_judging_does_not(tmp_path):
     assert len(data.val_source) == 24
 
 
-def test_every_set_with_texts_can_be_named_beside_an_experiment(tmp_path):
+def test_every_captioned_data_set_fits_an_experiment(tmp_path):
     (tmp_path / "train2017").mkdir()
     (tmp_path / "val2017").mkdir()
     (tmp_path / "annotations").mkdir()

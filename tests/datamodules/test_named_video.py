@@ -1,4 +1,4 @@
-"""Videos with names of their classes, and films that hold some of them back."""
+"""Videos with class names, and films with held-out classes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def named(tmp_path: Path, source: Any = films, **options: Any) -> DataModule:
     )
 
 
-def test_classes_are_called_by_name(tmp_path: Path) -> None:
+def test_class_texts_are_the_names_in_a_template(tmp_path: Path) -> None:
     made = named(tmp_path)
     made.prepare_data()
     assert made.class_texts() == NAMES
@@ -60,7 +60,7 @@ def test_classes_without_names_are_refused(tmp_path: Path) -> None:
         named(tmp_path, Nameless).class_texts()
 
 
-def test_what_is_held_out_is_never_trained_on_and_judged_as_ever(tmp_path: Path) -> None:
+def test_held_out_classes_are_in_no_training_film_and_in_all_other_splits(tmp_path: Path) -> None:
     held = ("slides", "nods")
     labels = tuple(NAMES.index(name) for name in held)
     every, some = films("train"), films("train", held_out=held)
@@ -81,14 +81,14 @@ def test_what_is_held_out_is_never_trained_on_and_judged_as_ever(tmp_path: Path)
     assert named(tmp_path).held_out == ()
 
 
-def test_films_that_hold_out_have_a_cache_of_their_own(tmp_path: Path) -> None:
+def test_films_without_held_out_classes_have_their_own_cache(tmp_path: Path) -> None:
     some = films("train", held_out=("slides",), cache_dir=tmp_path)
     assert [some[index]["label"] for index in range(40)] == [some.film(index).action for index in range(40)]
     films("train", cache_dir=tmp_path)
     assert sum(each.is_dir() for each in tmp_path.glob("films-*")) == 2
 
 
-def test_only_what_happens_can_be_held_out() -> None:
+def test_only_existing_actions_can_be_held_out() -> None:
     with pytest.raises(SettingError, match=r"held_out: some of rests, .*, not flies"):
         films("train", held_out=("flies",))
     with pytest.raises(SettingError, match="not all of them"):

@@ -1,4 +1,4 @@
-"""The text of a thing stays with its box, whatever a view leaves of the image."""
+"""The text of an object stays with its box, whichever objects a view keeps."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ TOKENIZER = train_tokenizer(WORDS, vocabulary=400, length=8)
 PART = RegionView((RandomRescale(32, 64, (0.5, 2.0)), PaddedCrop(16), v2.RandomHorizontalFlip()))
 
 
-class Told(Encoded):
-    """Each thing is called by its class, whose tenfold is its color."""
+class Described(Encoded):
+    """Each object is described by its class; its gray level is ten times the class."""
 
     def __init__(
         self, split: Split = "train", *, silent: tuple[int, ...] = (), broken: tuple[int, ...] = (), **options: Any
@@ -48,8 +48,8 @@ class Told(Encoded):
         return [*texts[:-1], " "] if index in self.silent else texts
 
 
-class Empty(Told):
-    """Nothing is in its images."""
+class Empty(Described):
+    """Images without objects."""
 
     def __getitem__(self, index: int) -> Any:
         sample = super().__getitem__(index)
@@ -58,7 +58,7 @@ class Empty(Told):
 
 
 def batch(positions: range, epoch: int = 0, view: RegionView = PART, **options: Any) -> dict[str, Any]:
-    data = ViewedDataset(Told(**options), view, extras=RegionTexts(), tokenizer=TOKENIZER, seed=5)
+    data = ViewedDataset(Described(**options), view, extras=RegionTexts(), tokenizer=TOKENIZER, seed=5)
     return data[[SampleKey(epoch, position) for position in positions]]
 
 
@@ -66,11 +66,11 @@ def texts(batch: dict[str, Any]) -> list[list[str]]:
     return [TOKENIZER.decode(each) for each in batch["region_text"]]
 
 
-def test_a_text_is_that_of_its_box():
+def test_each_text_describes_the_object_of_its_box():
     found, whole = batch(range(12)), batch(range(12), view=RegionView())
     for boxes, labels, told in zip(found["boxes"], found["box_labels"], texts(found), strict=True):
         assert len(boxes) == len(told)
-        assert [text.split()[-1] for text in told] == [Told.mask_classes[label] for label in labels]
+        assert [text.split()[-1] for text in told] == [Described.mask_classes[label] for label in labels]
     assert 0 < sum(map(len, found["boxes"])) < sum(map(len, whole["boxes"]))  # some things are outside of the parts
     for boxes, labels, things, every in zip(
         *(found[name] for name in ("boxes", "box_labels", "object_index")), whole["box_labels"], strict=True
@@ -82,7 +82,7 @@ def test_a_text_is_that_of_its_box():
     )
 
 
-def test_words_are_chosen_anew_in_every_epoch_and_masks_end_where_texts_end():
+def test_texts_are_drawn_anew_in_every_epoch_and_masks_cover_them():
     seen = set()
     for epoch in range(6):
         found = batch(range(1), epoch)
@@ -94,16 +94,16 @@ def test_words_are_chosen_anew_in_every_epoch_and_masks_end_where_texts_end():
     assert seen == {"large", "small"}
 
 
-def test_a_thing_without_text_is_no_sample(caplog):
+def test_an_image_with_an_object_without_text_is_replaced(caplog):
     found = batch(range(6), silent=(2,), broken=(4,), view=RegionView())
     assert found["replaced"].tolist() == [False, False, True, False, True, False]
     for labels, told in zip(found["box_labels"], texts(found), strict=True):
-        assert [text.split()[-1] for text in told] == [Told.mask_classes[label] for label in labels]
+        assert [text.split()[-1] for text in told] == [Described.mask_classes[label] for label in labels]
     assert "replaced encoded/2: an object of it has no text" in caplog.text
     assert "replaced encoded/4: its texts are cut off" in caplog.text
 
 
-def test_pictures_of_nothing_have_no_texts():
+def test_images_without_objects_have_no_texts():
     data = ViewedDataset(Empty(), RegionView(), extras=RegionTexts(), tokenizer=TOKENIZER, seed=5)
     found = data[[SampleKey(0, 0), SampleKey(0, 3)]]
     assert [tuple(each.shape) for each in found["region_text"]] == [(0, 8), (0, 8)]
@@ -111,7 +111,7 @@ def test_pictures_of_nothing_have_no_texts():
 
 
 def module(folder: Path, **options: Any) -> DataModule:
-    known: dict[str, Any] = {"source": Told, "train_view": PART, "eval_view": RegionView(), "batch_size": 6}
+    known: dict[str, Any] = {"source": Described, "train_view": PART, "eval_view": RegionView(), "batch_size": 6}
     return DataModule(
         extras=RegionTexts(),
         **{**known, "num_workers": 0, "text_length": 8, "tokenizer_file": folder / "tokenizer.json", **options},
@@ -126,12 +126,12 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path):
             assert all(torch.equal(*pair) for pair in zip(ours[name], theirs[name], strict=True)), name
 
 
-def test_what_has_no_texts_of_its_things_is_told(tmp_path: Path):
+def test_data_without_texts_of_objects_is_refused(tmp_path: Path):
     with pytest.raises(SettingError, match="Encoded has no texts of the objects in its images"):
         module(tmp_path, source=Encoded).prepare_data()
     with pytest.raises(SettingError, match=r"data.eval_view: texts of objects need a RegionView, not a DetectionView"):
         module(tmp_path, eval_view=DetectionView()).batch_type  # noqa: B018
-    plain = module(tmp_path, source=partial(_without_boxes, Told))
+    plain = module(tmp_path, source=partial(_without_boxes, Described))
     with pytest.raises(SettingError, match="RegionView needs the ground truth boxes, box_labels"):
         plain.train_dataloader()
 
@@ -142,7 +142,7 @@ def _without_boxes(kind: type, split: Split) -> Any:
     return source
 
 
-def test_scenes_say_what_each_of_their_things_is(tmp_path: Path):
+def test_scenes_describe_each_object(tmp_path: Path):
     views = [f"data.{name}._target_=src.datamodules.views.detection.RegionView" for name in ("train_view", "eval_view")]
     words = ["experiment=detection_vitb", "scale=tiny", "data=scenes_regions", "masks=false", *views]
     small = ["data.batch_size=8", "data.source.count=40", "data.source.cache_dir=null", f"run.dir='{tmp_path}'"]

@@ -1,4 +1,4 @@
-"""Videos to batches: clips, crops, films and files."""
+"""Batches of videos: clips, crops, films and files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_segments_cover_the_video_evenly() -> None:
 
 
 class Ramp:
-    """Frame n is n everywhere, 10 a second, with one column that tells left from right."""
+    """Frame n has value n, 10 frames a second, with one marked column."""
 
     duration, rate = 3.0, 10.0
 
@@ -96,7 +96,7 @@ def test_multi_scale_boxes_are_neighboring_sides_at_thirteen_places() -> None:
         MultiScaleCrop(8, scales=(1.2,))
 
 
-def test_the_middle_of_a_video_needs_no_randomness() -> None:
+def test_the_center_crop_of_a_video_takes_no_random_numbers() -> None:
     view = CenterVideoCrop(clip=SegmentClip(frames=3), size=8, share=1.0)
     assert view.num_uniforms == 0
     video = view.from_video(Ramp(), np.zeros(0, np.float32))["video"]
@@ -130,7 +130,7 @@ def test_films_become_batches_of_clips() -> None:
     assert torch.equal(data.on_after_batch_transfer(again, 0)["video"], batch["video"])
 
 
-def test_a_films_frames_are_its_scenes_at_their_times() -> None:
+def test_the_frames_of_a_film_are_its_scene_at_their_times() -> None:
     source = films()("val")
     footage = source[1]["image"]
     still = footage.frames_at([0.0, 0.26, 0.25, 9.0])
@@ -139,7 +139,7 @@ def test_a_films_frames_are_its_scenes_at_their_times() -> None:
     assert torch.equal(still[3], footage.frames_at([0.99])[0])  # after the end the last one is held
 
 
-def test_films_from_the_cache_are_those_that_are_drawn(tmp_path: Path) -> None:
+def test_cached_films_equal_rendered_ones(tmp_path: Path) -> None:
     drawn, kept = films()("val"), films(cache_dir=tmp_path)("val")
     [folder] = [each for each in tmp_path.iterdir() if each.is_dir()]
     assert folder.name.startswith("films-24px-4-")
@@ -165,7 +165,7 @@ def test_splits_share_no_film() -> None:
         films()("val").film(4)
 
 
-def test_files_in_folders_and_one_that_is_broken(tmp_path: Path) -> None:
+def test_a_broken_file_in_a_folder_is_replaced(tmp_path: Path) -> None:
     for kind in ("dive", "run"):
         for split, count in (("train", 3), ("val", 1)):
             folder = tmp_path / split / kind
@@ -216,7 +216,7 @@ def test_one_decoded_video_gives_several_rows_of_a_batch() -> None:
         RandomVideoCrop(view.clip, view.crop, repeats=0)
 
 
-def test_a_batch_of_repeated_clips_is_no_larger() -> None:
+def test_repeated_augmentation_keeps_the_batch_size() -> None:
     view = RandomVideoCrop(DenseClip(frames=4, stride=2), MultiScaleCrop(16), repeats=2)
     data = module(films(), train_view=view)
     loader = data.train_dataloader()
@@ -233,7 +233,7 @@ def test_a_batch_of_repeated_clips_is_no_larger() -> None:
 
 
 class Corners:
-    """Frame n, 10 a second, 20 x 60: columns are their own number, plus 80 n."""
+    """Frame n, 10 a second, 20 x 60: column c has value c + 20 n."""
 
     duration, rate = 1.0, 10.0
 
@@ -243,7 +243,7 @@ class Corners:
         return (columns + 20 * numbers.view(-1, 1, 1, 1)).to(torch.uint8)
 
 
-def test_segments_and_crops_of_a_test_at_hand_worked_places() -> None:
+def test_segments_and_crops_at_hand_worked_places() -> None:
     view = CenterVideoCrop(DenseClip(frames=2, stride=2), size=20, share=1.0, segments=3, crops=3)
     video = view.from_video(Corners(), np.zeros(0, np.float32))["video"]
     assert view.rows == 9
@@ -261,7 +261,7 @@ def test_segments_and_crops_of_a_test_at_hand_worked_places() -> None:
     assert [[int(frame[0, 0, 0]) // 20 - 1 for frame in clip] for clip in video] == [[0, 5], [2, 7]]
 
 
-def test_several_clips_of_a_video_stay_together_and_are_averaged() -> None:
+def test_several_clips_of_a_video_are_consecutive_and_averaged() -> None:
     view = CenterVideoCrop(DenseClip(frames=2, stride=1), size=16, share=1.0, segments=3)
     data = module(films(), eval_view=view, eval_batch_size=7)
     batches = list(data.val_dataloader())
@@ -280,7 +280,7 @@ def test_several_clips_of_a_video_stay_together_and_are_averaged() -> None:
         torch.testing.assert_close(row, normalized.mean(dim=(0, 1, 3, 4)))
 
 
-def test_rows_of_a_sample_are_averaged_and_others_left_alone() -> None:
+def test_rows_of_one_sample_are_averaged() -> None:
     rows = torch.tensor([[1.0, 0.0], [3.0, 2.0], [5.0, 5.0]])
     mean, first = mean_of_samples(rows, torch.tensor([7, 7, 2]))
     assert mean.tolist() == [[2.0, 1.0], [5.0, 5.0]]
@@ -311,7 +311,7 @@ def test_all_frames_change_alike_and_one_rectangle_is_erased() -> None:
     assert view.from_video(Ramp(), np.random.default_rng(0).random(view.num_uniforms))["video"].shape == (2, 3, 3, 8, 8)
 
 
-def test_a_view_of_pictures_is_refused() -> None:
+def test_a_view_of_images_is_refused_for_videos() -> None:
     with pytest.raises(SettingError, match=r"is a view of videos, but data.eval_view, CenterCrop, is one of images"):
         module(films(), eval_view=CenterCrop(size=16)).batch_type  # noqa: B018
     with pytest.raises(SettingError, match="a clip needs frames"):

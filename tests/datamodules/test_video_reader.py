@@ -1,4 +1,4 @@
-"""Videos of a few frames, written here: what is shown when, and what is refused."""
+"""Video files of a few frames: frames by time, and errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = (48, 64)
 
 
 def write(path: Path, times: list[float], *, keys: int = 12, base: int = 600) -> Path:
-    """Frame n is grey of level 10 n, its left half black; shown from ``times[n]`` on."""
+    """Frame n has gray level 10 n and a black left half; it starts at ``times[n]``."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(base))
         stream.width, stream.height, stream.pix_fmt = SIZE[1], SIZE[0], "yuv420p"
@@ -46,14 +46,14 @@ def even(tmp_path_factory: pytest.TempPathFactory) -> EncodedVideo:
     return EncodedVideo(write(tmp_path_factory.mktemp("videos") / "even.mp4", [n / 10 for n in range(20)]))
 
 
-def test_a_frame_is_shown_until_the_next_one_begins(even: EncodedVideo) -> None:
+def test_a_frame_lasts_until_the_next_one_starts(even: EncodedVideo) -> None:
     assert levels(even, [0.0, 0.05, 0.0999, 0.1, 0.55, 1.9]) == [0, 0, 1, 1, 5, 19]
     assert even.frames_at([0.3]).shape == (1, 3, *SIZE)
     assert even.rate == pytest.approx(10, rel=0.1)
     assert even.duration == pytest.approx(2.0, abs=0.1)
 
 
-def test_any_order_and_again_and_beyond_both_ends(even: EncodedVideo) -> None:
+def test_times_in_any_order_repeated_and_beyond_both_ends(even: EncodedVideo) -> None:
     assert levels(even, [1.2, 0.4, 1.2, -3.0, 99.0]) == [12, 4, 12, 0, 19]
 
 
@@ -62,7 +62,7 @@ def test_frames_of_a_variable_rate_are_found_by_their_times(tmp_path: Path) -> N
     assert levels(video, [0.15, 1.4, 1.55, 2.9, 3.05]) == [1, 2, 3, 4, 5]
 
 
-def test_what_lies_far_ahead_is_jumped_to_and_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seeking_gives_the_same_frames_as_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "long.mkv", [n / 4 for n in range(24)], keys=4)
     times = [0.3, 2.6, 5.5]
     straight = EncodedVideo(path).frames_at(times)
@@ -80,7 +80,7 @@ def test_what_lies_far_ahead_is_jumped_to_and_the_same(tmp_path: Path, monkeypat
     assert levels(EncodedVideo(path), times) == [1, 10, 22]
 
 
-def test_a_phones_video_is_turned_upright(tmp_path: Path) -> None:
+def test_a_rotated_video_is_turned_upright(tmp_path: Path) -> None:
     path = write(tmp_path / "phone.mp4", [0.0, 0.1])
     data = bytearray(path.read_bytes())
     at = data.index(b"tkhd") + 4 + 40  # of a version 0 header: the matrix
@@ -95,7 +95,7 @@ def test_a_phones_video_is_turned_upright(tmp_path: Path) -> None:
     assert frame[:, :8].float().mean() < 3 < 8 < frame[:, -8:].float().mean() < 12
 
 
-def test_what_cannot_be_a_video_is_refused_with_a_reason(tmp_path: Path, even: EncodedVideo) -> None:
+def test_files_that_are_no_videos_are_bad_samples_with_a_reason(tmp_path: Path, even: EncodedVideo) -> None:
     sound = tmp_path / "sound.wav"
     with av.open(str(sound), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")

@@ -1,4 +1,4 @@
-"""Masks and depths in files: whole, shifted, listed, and all that may be wrong with them."""
+"""Masks, depths and normals in files: formats, lists, and errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def ade(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_numbers_become_classes_and_what_is_none_counts_for_nothing(ade: Path) -> None:
+def test_numbers_become_classes_and_others_are_ignored(ade: Path) -> None:
     source = SegmentationFiles("train", root=ade, **ADE)
     assert (len(source), source.name(0), source.classes) == (2, str(ade / "images/training/a.png"), ())
     assert source.mask_classes == ["class 0", "class 1", "class 2"]
@@ -88,7 +88,7 @@ def test_a_bad_mask_is_named(ade: Path, spoil: Any, message: str) -> None:
         SegmentationFiles("train", root=ade, **ADE)[0]
 
 
-def test_a_folder_that_is_not_there_is_named(ade: Path) -> None:
+def test_a_missing_folder_is_named(ade: Path) -> None:
     with pytest.raises(DataError, match=r"data.source.images has nothing for the split 'test', only train, val"):
         SegmentationFiles("test", root=ade, **ADE)
     with pytest.raises(DataError, match=r"data.source.masks: the folder .*labels does not exist"):
@@ -128,7 +128,7 @@ def nyu(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_depths_in_millimetres_by_list_and_by_folder(nyu: Path) -> None:
+def test_depths_in_millimeters_by_list_and_by_folder(nyu: Path) -> None:
     listed = DepthFiles("train", root=nyu, images={"train": "train.txt"})
     assert listed.name(0) == str(nyu / "rgb/b.png")
     torch.testing.assert_close(listed[0]["fields"]["depth"], torch.tensor([[0.5, 65.535, 0.001]]))
@@ -139,7 +139,7 @@ def test_depths_in_millimetres_by_list_and_by_folder(nyu: Path) -> None:
     torch.testing.assert_close(whole[0]["fields"]["depth"], torch.tensor([[1.0, 0.0, 2.5]]))
 
 
-def test_depths_in_metres_in_arrays(nyu: Path) -> None:
+def test_depths_in_meters_in_arrays(nyu: Path) -> None:
     (nyu / "depth/a.png").unlink()
     np.save(nyu / "depth/a.npy", np.array([[1.5, np.nan, -1.0]], np.float64))
     source = DepthFiles("train", root=nyu, images={"train": "rgb"}, depths={"train": "depth"})
@@ -157,7 +157,7 @@ def test_depths_in_metres_in_arrays(nyu: Path) -> None:
 
 
 def test_normals_in_colors_and_in_arrays(nyu: Path) -> None:
-    """Right is +x; up and to the camera where the data set says so by its signs; grey and black say nothing."""
+    """Red is +x, to the right; signs turn y and z; gray and black pixels are unknown."""
     said = np.array([[[255, 128, 128], [128, 255, 128], [128, 128, 255]]], np.uint8)
     for name in "ab":
         save(nyu / f"normals/{name}.png", said)
@@ -188,7 +188,7 @@ def test_normals_in_colors_and_in_arrays(nyu: Path) -> None:
         NormalFiles("train", root=nyu, **folders, signs=(1, 0, 1))
 
 
-def test_lists_and_settings_that_make_no_sense_are_refused(nyu: Path) -> None:
+def test_broken_lists_and_invalid_settings_are_refused(nyu: Path) -> None:
     (nyu / "bad.txt").write_text("rgb/a.png\n")
     with pytest.raises(
         DataError, match=r"bad.txt, line 1: an image and its ground truth are expected, got 'rgb/a.png'"

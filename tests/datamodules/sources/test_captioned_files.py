@@ -1,4 +1,4 @@
-"""Lists of images and texts: what is read, what is told from what, and what a bad entry costs."""
+"""Lists of images and captions: formats, splits, and the effect of bad entries."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def content(source: Any) -> dict[str, list[str]]:
 
 
 class TestRows:
-    def test_csv_with_a_byte_order_mark_commas_and_several_rows_a_picture(self, root: Path) -> None:
+    def test_csv_with_a_byte_order_mark_commas_and_several_rows_an_image(self, root: Path) -> None:
         text = (
             '\ufeffimage,source,caption\r\n03.png,web,"a ring, red"\r\n\r\n01.png,,Grüße \r\n03.png,x,"two\nlines"\r\n'
         )
@@ -59,7 +59,7 @@ class TestRows:
         again = copy.deepcopy(source)
         assert content(again) == content(source)
 
-    def test_tsv_without_names_and_with_quotes_that_are_only_characters(self, root: Path) -> None:
+    def test_tsv_without_header_and_with_quotes_as_characters(self, root: Path) -> None:
         source = pairs(
             root,
             "a.tsv",
@@ -70,7 +70,7 @@ class TestRows:
         )
         assert content(source) == {"01.png": ['a "star"', "x"], "02.png": ['"ring', "y"]}
 
-    def test_json_lines_with_one_text_a_list_and_several_keys(self, root: Path) -> None:
+    def test_json_lines_with_a_text_a_list_and_several_keys(self, root: Path) -> None:
         rows = [
             {"file": "01.png", "raw": "one", "more": ["two", "three"]},
             {"file": str(root / "02.png"), "raw": None, "more": ["four", 5, ""]},
@@ -81,7 +81,7 @@ class TestRows:
         assert content(source) == {"01.png": ["one", "two", "three", "again"], "02.png": ["four"]}
         assert source.name(1) == str(root / "02.png")  # a whole path stays what it is
 
-    def test_all_texts_of_a_picture_are_in_one_split(self, root: Path) -> None:
+    def test_all_captions_of_an_image_are_in_one_split(self, root: Path) -> None:
         rows = [f"{number:02d}.png,text {number}" for number in range(20)]
         (root / "a.csv").write_text("\n".join(["image,caption", *rows]))
         (root / "b.csv").write_text("\n".join(["image,caption", *rows]))
@@ -102,7 +102,7 @@ class TestRows:
 
 
 class TestBadRows:
-    def test_a_text_that_is_no_utf_8_costs_itself_alone(self, root: Path) -> None:
+    def test_a_text_that_is_not_utf_8_affects_no_other_row(self, root: Path) -> None:
         latin = "image,caption\n00.png,Grüße\n01.png,fine\n02.png,gut\n02.png,süß\n".encode("latin-1")
         source = pairs(root, "a.csv", latin)
         with pytest.raises(BadSample, match="its text is not valid UTF-8"):
@@ -116,7 +116,7 @@ class TestBadRows:
                 source.caption(index, 0.0)
         assert source.caption(1, 0.0) == "😀"
 
-    def test_a_picture_without_text_is_kept_and_named(self, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_an_image_without_caption_is_kept_and_counted(self, root: Path, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.WARNING):
             source = pairs(root, "a.csv", "image,caption\n00.png,a\n01.png,   \n02.png\n03.png,\n03.png,b")
         assert content(source) == {"00.png": ["a"], "01.png": [], "02.png": [], "03.png": ["b"]}
@@ -124,7 +124,7 @@ class TestBadRows:
         assert source.problems == {"images without a caption (replaced when drawn)": 2}
         assert "images without a caption (replaced when drawn): 2, the first is 01.png" in caplog.text
 
-    def test_a_picture_that_is_missing_is_a_bad_sample(self, root: Path) -> None:
+    def test_a_missing_image_is_a_bad_sample(self, root: Path) -> None:
         source = pairs(root, "a.csv", "image,caption\ngone.png,a\n01.png,b\na\0b.png,c")
         for index, said in ((0, r"gone\.png: the file does not exist"), (2, "null byte")):
             image = source[index]["image"]
@@ -145,7 +145,7 @@ class TestBadRows:
         }
         assert f"lines that cannot be read (left out): 3, the first is line 1 of {root}/a.jsonl" in caplog.text
 
-    def test_a_quote_out_of_place_costs_its_own_lines(self, root: Path) -> None:
+    def test_a_misplaced_quote_affects_its_own_lines_alone(self, root: Path) -> None:
         rows = [
             "image,caption",
             '00.png,"never closed',
@@ -186,7 +186,9 @@ class TestBadRows:
             ("a.txt", "00.png a", r"data.source.files: .*a.txt is none of .csv, .tsv, .jsonl"),
         ],
     )
-    def test_a_list_without_a_usable_row_names_its_key(self, root: Path, name: str, text: str, said: str) -> None:
+    def test_a_list_without_a_usable_row_is_refused_by_its_key(
+        self, root: Path, name: str, text: str, said: str
+    ) -> None:
         with pytest.raises(DataError, match=said):
             pairs(root, name, text)
 
@@ -202,7 +204,7 @@ class TestCoco:
     def write(root: Path, name: str, images: list[Any], annotations: list[Any]) -> None:
         (root / name).write_text(json.dumps({"images": images, "annotations": annotations}))
 
-    def test_texts_are_found_by_their_picture_s_number(self, root: Path) -> None:
+    def test_captions_are_matched_by_image_id(self, root: Path) -> None:
         images = [{"id": 9, "file_name": "03.png"}, {"id": 4, "file_name": "01.png"}]
         told = [(4, "a"), (9, "b"), (4, "c "), (9, "d")]
         annotations = [{"image_id": owner, "id": n, "caption": text} for n, (owner, text) in enumerate(told)]
@@ -219,7 +221,7 @@ class TestCoco:
         with pytest.raises(DataError, match=r"data.source.annotations has nothing for the split 'test'"):
             CocoCaptionsSource("test", **options)
 
-    def test_one_file_is_split_by_picture(self, root: Path) -> None:
+    def test_one_file_is_split_by_image(self, root: Path) -> None:
         images = [{"id": number, "file_name": f"{number:02d}.png"} for number in range(20)]
         self.write(root, "a.json", images, [{"image_id": each["id"], "caption": "x"} for each in images])
         train, val = (
@@ -229,7 +231,7 @@ class TestCoco:
         assert sorted(content(val)) == PINNED_VAL
         assert len(train) + len(val) == 20
 
-    def test_what_does_not_belong_is_counted(self, root: Path) -> None:
+    def test_entries_that_do_not_belong_are_counted(self, root: Path) -> None:
         images = [
             {"id": 1, "file_name": "01.png"},
             {"id": 1, "file_name": "02.png"},
@@ -248,7 +250,7 @@ class TestCoco:
             "images without a caption (replaced when drawn)": 1,
         }
 
-    def test_a_file_that_is_another_or_cut_is_refused(self, root: Path) -> None:
+    def test_another_or_a_truncated_file_is_refused(self, root: Path) -> None:
         self.write(root, "a.json", [{"id": 1, "file_name": "01.png"}], [{"image_id": 1, "bbox": [0, 0, 1, 1]}])
         for text, said in (
             (None, "annotations=a.json: none of the 1 images has a usable caption"),
@@ -265,7 +267,7 @@ class TestCoco:
 
 
 class TestKarpathy:
-    def test_splits_folders_and_the_rest_of_val(self, root: Path) -> None:
+    def test_splits_folders_and_restval(self, root: Path) -> None:
         (root / "in" / "val2014").mkdir(parents=True)
         for number in range(4):
             (root / f"{number:02d}.png").rename(root / "in" / "val2014" / f"{number:02d}.png")
@@ -289,7 +291,7 @@ class TestKarpathy:
         assert content(KarpathySource("val", **options)) == {"02.png": ["text 2"]}
         assert content(KarpathySource("test", **options)) == {"03.png": ["text 3"]}
 
-    def test_without_folders_as_flickr30k_is(self, root: Path) -> None:
+    def test_without_folders_as_in_flickr30k(self, root: Path) -> None:
         entries = [
             {"filename": "05.png", "split": "test", "sentences": [{"raw": "a"}, {"raw": "b"}]},
             {"split": "test"},
@@ -302,7 +304,7 @@ class TestKarpathy:
             KarpathySource("val", root=root, annotations="f.json")
 
 
-def test_packed_texts_are_lists_again() -> None:
+def test_packed_lists_are_returned_as_they_were() -> None:
     lists = [["a", ""], [], ["ü😀", "\ud83d", "\udcfc"], []]
     packed = PackedStringLists(lists)
     assert [packed[index] for index in range(4)] == lists

@@ -1,4 +1,4 @@
-"""COCO's instances, from small files in COCO's form."""
+"""COCO's instances, from small files in COCO's format."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SQUARE = [[3, 2, 9, 2, 9, 8, 3, 8]]  # the same, as a polygon
 
 
 def runs(mask: np.ndarray) -> list[int]:
-    """Lengths of zeros and ones in turn, columns after each other, as COCO counts."""
+    """Run lengths of zeros and ones in turn, column by column, as in COCO."""
     counts, current, length = [], 0, 0
     for pixel in mask.flatten(order="F").tolist():
         if pixel != current:
@@ -65,7 +65,7 @@ def source(folder: Path, split: str = "train", **options: Any) -> CocoDetectionS
     [SQUARE, {"counts": runs(BLOCK), "size": [HEIGHT, WIDTH]}, {"counts": PACKED, "size": [HEIGHT, WIDTH]}],
     ids=["polygon", "run lengths", "packed run lengths"],
 )
-def test_boxes_and_masks_are_exact_however_they_are_written(tmp_path, outline):
+def test_boxes_and_masks_are_exact_in_all_encodings(tmp_path, outline):
     made = source(write(tmp_path, [thing(2, outline=outline)]))
     assert isinstance(made, Source)
     sample = made[0]
@@ -78,14 +78,14 @@ def test_boxes_and_masks_are_exact_however_they_are_written(tmp_path, outline):
     assert torch.equal(fields["instance_masks"][0], torch.from_numpy(BLOCK).bool())
 
 
-def test_several_polygons_are_one_thing(tmp_path):
+def test_several_polygons_are_one_object(tmp_path):
     fields = source(write(tmp_path, [thing(1, outline=[*SQUARE, [12, 9, 15, 9, 15, 11, 12, 11]])]))[0]["fields"]
     expected = BLOCK.copy()
     expected[9:11, 12:15] = 1
     assert torch.equal(fields["instance_masks"][0], torch.from_numpy(expected).bool())
 
 
-def test_classes_are_counted_from_zero_in_the_order_of_their_ids_or_as_they_are_asked_for(tmp_path):
+def test_labels_follow_the_ids_or_the_chosen_classes(tmp_path):
     write(tmp_path, [thing(1, 90), thing(1, 7), thing(1, 33)])
     made = source(tmp_path)
     assert made.classes == ["train", "suitcase", "brush"]
@@ -98,7 +98,7 @@ def test_classes_are_counted_from_zero_in_the_order_of_their_ids_or_as_they_are_
         source(tmp_path, classes=["cat"])
 
 
-def test_crowds_are_for_evaluation_and_empty_pictures_for_whom_wants_them(tmp_path):
+def test_crowds_are_for_evaluation_and_empty_images_are_optional(tmp_path):
     heap = {"counts": runs(1 - BLOCK), "size": [HEIGHT, WIDTH]}
     crowd = {"outline": heap, "iscrowd": 1}
     write(tmp_path, [thing(1), thing(1, box=(0, 0, 16, 12), **crowd), thing(2, **crowd)])
@@ -114,7 +114,7 @@ def test_crowds_are_for_evaluation_and_empty_pictures_for_whom_wants_them(tmp_pa
     assert len(source(tmp_path, empty=True)) == 3
 
 
-def test_what_cannot_be_used_is_left_out_and_counted_by_its_first_place(tmp_path, caplog):
+def test_unusable_entries_are_left_out_and_counted(tmp_path, caplog):
     write(
         tmp_path,
         [
@@ -146,7 +146,7 @@ def test_what_cannot_be_used_is_left_out_and_counted_by_its_first_place(tmp_path
     assert len(boxes_only[0]["fields"]["boxes"]) == 5
 
 
-def test_a_picture_that_is_missing_or_of_another_size_is_a_bad_sample(tmp_path):
+def test_a_missing_image_or_one_of_another_size_is_a_bad_sample(tmp_path):
     write(tmp_path, [thing(1), thing(2), thing(3)])
     (tmp_path / "001.png").unlink()
     Image.new("RGB", (WIDTH, HEIGHT + 1)).save(tmp_path / "002.png")
@@ -158,13 +158,13 @@ def test_a_picture_that_is_missing_or_of_another_size_is_a_bad_sample(tmp_path):
     assert "label" not in made[2]
 
 
-def test_run_lengths_that_do_not_add_up_are_a_bad_sample(tmp_path):
+def test_inconsistent_run_lengths_are_a_bad_sample(tmp_path):
     made = source(write(tmp_path, [thing(1, outline={"counts": [5, 3, 9999], "size": [HEIGHT, WIDTH]})]))
     with pytest.raises(BadSample, match="a mask cannot be decoded"):
         made[0]
 
 
-def test_a_list_that_is_no_coco_is_refused_with_its_name(tmp_path):
+def test_a_file_that_is_no_coco_is_refused_by_name(tmp_path):
     with pytest.raises(DataError, match=r"cannot read .*train.json"):
         source(tmp_path)
     (tmp_path / "train.json").write_text("{")
@@ -190,7 +190,7 @@ def test_a_list_that_is_no_coco_is_refused_with_its_name(tmp_path):
         source(tmp_path, "test")
 
 
-def test_one_list_is_shared_by_a_hash_of_the_paths(tmp_path):
+def test_one_list_is_split_by_a_hash_of_the_paths(tmp_path):
     write(tmp_path, [thing(number) for number in range(1, 41)], pictures=40)
     shares = [source(tmp_path, split, annotations="train.json", val_share=0.3) for split in ("train", "val")]
     names = [{each.name(index) for index in range(len(each))} for each in shares]

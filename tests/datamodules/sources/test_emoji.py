@@ -1,4 +1,4 @@
-"""The emoji: classes, families that stay together, images, and the cache."""
+"""Emoji: classes, families, images, and the cache."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def every() -> list[Drawing]:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch, every: list[Drawing]) -> list[Drawing]:
-    """Twelve drawings of "val" and one of "train" are all there are."""
+    """Twelve drawings of "val" and one of "train", and no others."""
     chosen = [drawing for drawing in every if split_of(drawing) == "val"][::40][:12]
     chosen.append(next(drawing for drawing in every if split_of(drawing) == "train"))
     monkeypatch.setattr(emoji, "list_drawings", lambda *, skin_tones: chosen)
@@ -88,7 +88,7 @@ class TestDrawings:
         assert max(len(splits) for splits in splits_of_base.values()) == 1
         assert len({drawing.name for drawing in every}) == len(every)
 
-    def test_no_drawing_is_there_twice(self, every: list[Drawing]) -> None:
+    def test_no_drawing_occurs_twice(self, every: list[Drawing]) -> None:
         folder = emoji._folder()
         digests = {hashlib.md5((folder / f"{drawing.code}.svg").read_bytes()).digest() for drawing in every}
         assert len(digests) == len(every)
@@ -112,13 +112,13 @@ class TestDrawings:
     def test_families(self, names: tuple[str, ...], family: str) -> None:
         assert {family_of(name) for name in names} == {family}
 
-    def test_different_things_stay_apart(self) -> None:
+    def test_different_emoji_are_different_families(self) -> None:
         assert family_of("backhand index pointing right") != family_of("backhand index pointing left")
         assert family_of("kiss mark", "Smileys & Emotion") != family_of("kiss")
         assert family_of("Oman", "Flags") != family_of("Man", "Flags")
 
     def test_split_is_pinned(self) -> None:
-        """Another split would make results on the emoji incomparable."""
+        """Results would not be comparable with another split."""
         found = {name: split_of(Drawing("", name, name, 0)) for name in PINNED_SPLITS}
         assert found == PINNED_SPLITS
 
@@ -137,7 +137,7 @@ class TestSource:
         np.testing.assert_array_equal(sample["image"].numpy(), source.images[3])
         assert sample["label"] == source.labels[3]
 
-    def test_background_and_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_background_and_position(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A red circle: red in the middle, the background in the corners, black outline between, RGB in that order."""
         circle = Drawing("1F534", "red circle", "red circle", 7)
         monkeypatch.setattr(emoji, "list_drawings", lambda *, skin_tones: [circle])
@@ -158,7 +158,7 @@ class TestSource:
 
 
 class TestCache:
-    def test_is_used_and_tells_settings_apart(
+    def test_the_cache_is_used_and_distinguishes_settings(
         self, few: list[Drawing], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         first = EmojiSource("val", resolution=16, cache_dir=tmp_path / "cache")
@@ -171,7 +171,7 @@ class TestCache:
         assert {file.suffix for file in (tmp_path / "cache").iterdir()} == {".npy"}
         assert len(list((tmp_path / "cache").iterdir())) == 2
 
-    def test_damaged_file_is_rendered_anew(
+    def test_a_damaged_file_is_rendered_again(
         self, few: list[Drawing], tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         first = EmojiSource("val", resolution=16, cache_dir=tmp_path)
@@ -192,7 +192,7 @@ def test_missing_packages_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
         EmojiSource("train")
 
 
-def test_texts_are_names_and_aliases_in_the_languages_asked_for(few: list[Drawing]) -> None:
+def test_texts_are_names_and_aliases_in_the_chosen_languages(few: list[Drawing]) -> None:
     source = EmojiSource("val", resolution=8)
     for index, drawing in enumerate(source.drawings):
         texts = source.captions(index)

@@ -1,4 +1,4 @@
-"""Tables read with the Hugging Face library, from local files only."""
+"""Tables read with the Hugging Face library, from local files."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class TestFormats:
         train = HuggingFaceSource("train", path=tmp_path / "saved", val_share=0.0, **keys)
         assert train.labels.tolist() == [1, 0, -1]
 
-    def test_folder_of_pictures(self, tmp_path: Path, cache: Path) -> None:
+    def test_folder_of_images(self, tmp_path: Path, cache: Path) -> None:
         for split in ("train", "test"):
             for label, name in enumerate(("ant", "bee")):
                 folder = tmp_path / "pictures" / split / name
@@ -99,7 +99,7 @@ class TestFormats:
             assert bare.classes == []
 
 
-def test_val_is_taken_out_of_train_and_fixed(tmp_path: Path) -> None:
+def test_val_is_a_fixed_share_of_train(tmp_path: Path) -> None:
     table(list(range(30)), [row % 3 for row in range(30)], datasets.Value("int64")).save_to_disk(tmp_path / "saved")
     train, val = (HuggingFaceSource(split, path=tmp_path / "saved", val_share=0.3) for split in ("train", "val"))
     rows = [grey_of(val[index]["image"]) for index in range(len(val))]
@@ -109,7 +109,7 @@ def test_val_is_taken_out_of_train_and_fixed(tmp_path: Path) -> None:
 
 
 class TestBad:
-    def test_undecodable_and_missing_pictures(self, tmp_path: Path) -> None:
+    def test_undecodable_and_missing_images(self, tmp_path: Path) -> None:
         features = datasets.Features({"image": datasets.Image()})
         cells = [{"bytes": png(5)[:40], "path": None}, None]
         datasets.Dataset.from_dict({"image": cells}, features=features).save_to_disk(tmp_path / "saved")
@@ -179,7 +179,7 @@ class TestTexts:
         assert both.caption(3, 0.5) == "most 3"
         assert both.caption(19, 0.5) == ""
 
-    def test_a_text_that_is_no_utf_8(self, tmp_path: Path, cache: Path) -> None:
+    def test_a_text_that_is_not_utf_8(self, tmp_path: Path, cache: Path) -> None:
         offsets, letters = np.array([0, 2, 4], np.int32), b"ok" + b"\xfc\xdf"
         texts = pa.StringArray.from_buffers(2, pa.py_buffer(offsets), pa.py_buffer(letters))
         images = pa.array([{"bytes": png(1), "path": None}] * 2)
@@ -190,7 +190,7 @@ class TestTexts:
         with pytest.raises(BadSample, match=r"train\[1\]: its text is not valid UTF-8"):
             source.captions(1)
 
-    def test_a_column_that_is_missing_or_holds_no_texts(self, tmp_path: Path) -> None:
+    def test_a_column_that_is_missing_or_has_no_texts(self, tmp_path: Path) -> None:
         table([1], [2], datasets.Value("int64")).save_to_disk(tmp_path / "saved")
         with pytest.raises(DataError, match=r"no column data.source.text_key='caption', only image, label"):
             CaptionedHuggingFaceSource("train", path=tmp_path / "saved")

@@ -1,4 +1,4 @@
-"""Folders of images: layouts, labels, splits, and messages for what is wrong."""
+"""Folders of images: layouts, labels, splits, and messages for errors."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class TestLayouts:
         after = names(ImageFolderSource("val", root=tmp_path, **shares))
         assert set(before) ^ set(after) <= {"ant/000.png", "bee/3.png"}
 
-    def test_train_without_val_gives_up_a_share(self, split_root: Path, tmp_path: Path) -> None:
+    def test_without_val_a_share_of_train_is_val(self, split_root: Path, tmp_path: Path) -> None:
         for number in range(60):
             picture(tmp_path / "train" / "ant" / f"{number}.png")
         shutil.rmtree(split_root / "val")
@@ -111,13 +111,13 @@ class TestLayouts:
         (split_root / "train" / "ant" / "loop").symlink_to(split_root / "train" / "ant")
         assert len(ImageFolderSource("train", root=split_root)) == 6
 
-    def test_reaches_workers(self, split_root: Path) -> None:
+    def test_the_source_can_be_pickled(self, split_root: Path) -> None:
         source = ImageFolderSource("train", root=split_root)
         assert names(pickle.loads(pickle.dumps(source))) == names(source)
 
 
 class TestBad:
-    def test_missing_root_names_what_is_expected_and_near(self, tmp_path: Path) -> None:
+    def test_a_missing_root_names_the_layout_and_similar_folders(self, tmp_path: Path) -> None:
         (tmp_path / "ImageNet").mkdir()
         with pytest.raises(
             DataError, match=r"imagnet does not exist \(did you mean .*ImageNet\?\): expected <root>/train"
@@ -136,7 +136,7 @@ class TestBad:
         with pytest.raises(DataError, match=r"birds has: did you mean that one\?"):
             ImageFolderSource("train", root=tmp_path)
 
-    def test_no_pictures(self, tmp_path: Path) -> None:
+    def test_a_folder_without_images_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no images for the split 'train'"):
             ImageFolderSource("train", root=tmp_path)
 
@@ -161,7 +161,7 @@ class TestBad:
         with pytest.raises(DataError, match="no images for the split 'test'"):
             ImageFolderSource("test", root=split_root)
 
-    def test_empty_class_is_kept_and_said(self, split_root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_an_empty_class_is_kept_and_logged(self, split_root: Path, caplog: pytest.LogCaptureFixture) -> None:
         (split_root / "train" / "axolotl").mkdir()
         with caplog.at_level(logging.WARNING):
             source = ImageFolderSource("train", root=split_root)
@@ -170,7 +170,7 @@ class TestBad:
         assert "without a training image" in caplog.text
         assert "axolotl" in caplog.text
 
-    def test_stray_pictures_are_said(self, split_root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_images_beside_class_folders_are_logged(self, split_root: Path, caplog: pytest.LogCaptureFixture) -> None:
         picture(split_root / "train" / "overview.png")
         with caplog.at_level(logging.WARNING):
             assert len(ImageFolderSource("train", root=split_root)) == 6

@@ -1,4 +1,4 @@
-"""Shards behind a server on this machine: the samples that local shards give, no more copied than is needed."""
+"""Shards behind a local server: the samples of local shards, with no more copies than needed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZES = (4, 5, 6, 3)
 
 
 class Server:
-    """Serves a folder on loopback and remembers what was asked for."""
+    """Serves a folder on loopback and records the requests."""
 
     def __init__(self, folder: Path) -> None:
         self.asked: list[str] = []
@@ -56,7 +56,7 @@ class Server:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    """Four shards of 4, 5, 6 and 3 images, whose greys count on from shard to shard."""
+    """Four shards of 4, 5, 6 and 3 images with consecutive gray levels."""
     folder, grey = tmp_path / "there", 0
     folder.mkdir()
     for shard, size in enumerate(SIZES):
@@ -97,13 +97,13 @@ def test_samples_are_those_of_local_shards(server: Server, tmp_path: Path) -> No
     assert len(server.asked) == 8  # neither counts nor shards once more
 
 
-def test_shards_that_nobody_counted_are_read_at_the_start(server: Server, tmp_path: Path) -> None:
+def test_shards_without_statistics_are_read_at_the_start(server: Server, tmp_path: Path) -> None:
     (tmp_path / "there/00001_stats.json").unlink()
     assert len(streamed(server, tmp_path)) == 18
     assert server.shards_asked() == ["00001.tar"]
 
 
-def test_a_shard_with_less_than_was_said(server: Server, tmp_path: Path) -> None:
+def test_a_shard_with_fewer_samples_than_stated(server: Server, tmp_path: Path) -> None:
     (tmp_path / "there/00000_stats.json").write_text(json.dumps({"successes": 6}))
     source = streamed(server, tmp_path)
     with pytest.raises(BadSample, match=r"00000.tar#5: the shard has only 4 samples"):
@@ -135,12 +135,12 @@ class TestOrder:
         assert np.corrcoef(mine, np.arange(len(mine)))[0, 1] < 0.5
         assert server.shards_asked() == []
 
-    def test_the_first_so_many(self, server: Server, tmp_path: Path) -> None:
+    def test_only_the_first_samples(self, server: Server, tmp_path: Path) -> None:
         order = self.source(server, tmp_path).order(7, np.random.default_rng(0))
         assert sorted(order) == list(range(7))
 
     def test_with_replacement(self, server: Server, tmp_path: Path) -> None:
-        """Whole shards come again, whole shards are missing, and the epoch is as long as without."""
+        """Shards are repeated or missing as a whole, and the epoch keeps its length."""
         source = self.source(server, tmp_path, resampled=True, shuffle_shards=1)
         counts = np.stack([np.bincount(source.order(18, np.random.default_rng(s)), minlength=18) for s in range(400)])
         assert (counts.sum(1) == 18).all()
@@ -150,7 +150,7 @@ class TestOrder:
         # each shard as often as any other: a sample's mean is near 1 but for the cut at the end
         assert np.abs(counts.mean(0) - 1).max() < 0.25
 
-    def test_processes_deal_one_order_and_a_resumed_one_goes_on(self, server: Server, tmp_path: Path) -> None:
+    def test_processes_share_one_order_and_a_resumed_one_continues(self, server: Server, tmp_path: Path) -> None:
         source = self.source(server, tmp_path, shuffle_shards=1)
 
         def dealt(start: int = 0, **options: int) -> list[list[int]]:
@@ -166,7 +166,7 @@ class TestOrder:
         assert len({index for batch in whole for index in batch}) == 16
 
 
-def test_the_copy_read_longest_ago_makes_room(server: Server, tmp_path: Path) -> None:
+def test_the_least_recently_read_copy_is_deleted(server: Server, tmp_path: Path) -> None:
     room = sum((tmp_path / f"there/0000{shard}.tar").stat().st_size for shard in range(3))
     source = streamed(server, tmp_path, keep_gb=room / 1e9)
     copies = tmp_path / "here/shards"
@@ -180,10 +180,10 @@ def test_the_copy_read_longest_ago_makes_room(server: Server, tmp_path: Path) ->
     assert server.shards_asked().count("00001.tar") == 2
 
 
-def test_a_shard_that_cannot_be_had_does_not_end_the_run(
+def test_a_shard_that_cannot_be_copied_does_not_end_the_run(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Tried as often as said, then left alone; its samples are replaced by those that lie next to them."""
+    """It is tried ``attempts`` times, then skipped; its samples are replaced by neighbors."""
     (tmp_path / "there/00001.tar").unlink()
     source = streamed(server, tmp_path, attempts=2)
     source._copies.pause = 0.01
@@ -200,7 +200,7 @@ def test_a_shard_that_cannot_be_had_does_not_end_the_run(
     assert near == set(range(5, 14))  # of the shard itself or the next one
 
 
-def test_texts_are_learned_from_and_limits_taken_where_the_data_begins(
+def test_tokenizers_and_limits_use_the_first_shards(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("src.datamodules.text.tokenizing._MAX_SAMPLES", 6)
@@ -221,7 +221,7 @@ def test_texts_are_learned_from_and_limits_taken_where_the_data_begins(
     assert server.shards_asked() == ["00000.tar", "00001.tar"]
 
 
-def test_what_is_refused(server: Server, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(server: Server, tmp_path: Path) -> None:
     address = f"{server.address}/00000.tar"
     with pytest.raises(DataError, match=r"data\.source\.shards\.val: streamed shards cannot be split by keys"):
         StreamedShards("val", shards={"train": address}, cache_dir=tmp_path)

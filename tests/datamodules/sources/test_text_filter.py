@@ -16,7 +16,7 @@ from src.datamodules.sources.texts import TextListSource
 from src.errors import SettingError
 
 
-class Told(TextListSource, Source):
+class Listed(TextListSource, Source):
     classes = ("thing",)
 
     def __init__(self, texts: list[list[str]], broken: tuple[int, ...] = ()) -> None:
@@ -29,7 +29,7 @@ class Told(TextListSource, Source):
         return {"image": torch.full((3, 2, 2), index, dtype=torch.uint8), "label": 0}
 
     def name(self, index: int) -> str:
-        return f"told/{index}"
+        return f"listed/{index}"
 
     def raw_texts(self, index: int) -> list[str]:
         if index in self.broken:
@@ -47,12 +47,12 @@ TEXTS = [
 ]
 
 
-def test_texts_are_dropped_by_length_and_by_how_many_pictures_share_them(caplog: pytest.LogCaptureFixture) -> None:
-    source = Told(TEXTS, broken=(5,))
+def test_texts_are_dropped_by_length_and_by_the_images_that_share_them(caplog: pytest.LogCaptureFixture) -> None:
+    source = Listed(TEXTS, broken=(5,))
     with caplog.at_level(logging.WARNING):
         kept = TextFilter(max_images=2, min_words=3, max_words=5)(source)
     # 3 images share one text, which takes 1 and 2 along; 3's is too long; what has no text or is broken stays
-    assert [kept.name(index) for index in range(len(kept))] == ["told/0", "told/4", "told/5"]
+    assert [kept.name(index) for index in range(len(kept))] == ["listed/0", "listed/4", "listed/5"]
     assert kept.captions(0) == ["the only one"]
     assert {kept.caption(0, choice) for choice in np.linspace(0, 0.99, 5)} == {"the only one"}
     assert kept.captions(1) == []
@@ -72,8 +72,8 @@ def test_texts_are_dropped_by_length_and_by_how_many_pictures_share_them(caplog:
     assert "dropped by data.text_filter: images that have no other text: 3 of 6" in caplog.text
 
 
-def test_the_bounds_themselves_pass() -> None:
-    kept = TextFilter(max_images=3, min_words=2, max_words=6)(Told(TEXTS, broken=(5,)))
+def test_texts_at_the_limits_pass() -> None:
+    kept = TextFilter(max_images=3, min_words=2, max_words=6)(Listed(TEXTS, broken=(5,)))
     assert [kept.captions(index) for index in range(4)] == [
         ["A  photo of x", "two words", "the only one"],
         ["a photo of X", "a photo of x"],
@@ -81,10 +81,10 @@ def test_the_bounds_themselves_pass() -> None:
         ["one two three four five six"],
     ]
     assert kept.problems == {}
-    assert len(TextFilter(max_images=None, min_words=0, max_words=None)(Told(TEXTS))) == 6
+    assert len(TextFilter(max_images=None, min_words=0, max_words=None)(Listed(TEXTS))) == 6
 
 
-def test_scenes_have_a_list_of_texts_where_it_is_asked_for() -> None:
+def test_scenes_list_their_texts_with_variants() -> None:
     source = ScenesSource("train", count=40, resolution=16, texts=SceneTexts(style="alt", dropped=0.8, variants=1))
     assert {source.caption(3, choice) for choice in (0.0, 0.5, 0.99)} == set(source.all_texts(3))
     kept = TextFilter(max_images=1, min_words=1)(source)
@@ -98,11 +98,11 @@ def test_scenes_have_a_list_of_texts_where_it_is_asked_for() -> None:
     assert {several.caption(1, choice) for choice in np.linspace(0, 0.999, 40)} == set(several.all_texts(1))
 
 
-def test_what_cannot_be_is_refused_by_its_key() -> None:
+def test_invalid_settings_are_refused_by_their_key() -> None:
     with pytest.raises(SettingError, match=r"data.source.texts.variants"):
         TextFilter()(ScenesSource("train", count=3, resolution=16))
     with pytest.raises(SettingError, match=r"data.text_filter: none of the 1 texts passes"):
-        TextFilter()(Told([["short"]]))
+        TextFilter()(Listed([["short"]]))
     with pytest.raises(SettingError, match=r"data.text_filter.max_images must be at least 1"):
         TextFilter(max_images=0)
     with pytest.raises(SettingError, match="min_words=5 must be at most max_words=4"):

@@ -1,4 +1,4 @@
-"""torchvision's sets, read from small files in each set's own format on disk."""
+"""torchvision's data sets, read from small files in their formats."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ class TestCIFAR:
             np.testing.assert_array_equal(sample["image"].numpy(), source.images[index])
         assert source.name(3) == "CIFAR10 test 3"
 
-    def test_a_changed_sample_leaves_the_set_as_it_is(self, cifar: Path) -> None:
+    def test_changing_a_sample_does_not_change_the_source(self, cifar: Path) -> None:
         source = CIFAR10Source("test", root=cifar)
         sample = source[0]["image"]
         assert isinstance(sample, torch.Tensor)
         sample.zero_()
         np.testing.assert_array_equal(source.images[0], cifar_pixels(0, 100))
 
-    def test_val_is_taken_out_of_train_and_fixed(self, cifar: Path) -> None:
+    def test_val_is_a_fixed_share_of_train(self, cifar: Path) -> None:
         train, val = (CIFAR10Source(split, root=cifar, val_share=0.25) for split in ("train", "val"))
         assert [val.name(index) for index in range(len(val))] == [f"CIFAR10 train {index}" for index in PINNED_VAL]
         rest = [index for index in range(40) if index not in PINNED_VAL]
@@ -115,7 +115,7 @@ class TestCIFAR:
 class TestSTL10:
     @pytest.fixture
     def root(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        """12 labelled, 5 unlabelled and 3 test images: column-major planes, labels from 1."""
+        """12 labeled, 5 unlabeled and 3 test images: column-major planes, labels from 1."""
         folder = tmp_path / "stl10_binary"
         folder.mkdir()
         for name, count in (("train", 12), ("unlabeled", 5), ("test", 3)):
@@ -134,7 +134,7 @@ class TestSTL10:
         seed = {"train": 0, "unlabeled": 1, "test": 2}[name] * 100 + index
         return np.random.default_rng(seed).integers(0, 256, (3, 96, 96), dtype=np.uint8)
 
-    def test_unlabelled_pictures_follow_with_label_minus_one(self, root: Path) -> None:
+    def test_unlabeled_images_follow_with_label_minus_one(self, root: Path) -> None:
         source = STL10Source("train", root=root, val_share=0.0)
         assert source.labels.tolist() == [*(index % 10 for index in range(12)), -1, -1, -1, -1, -1]
         np.testing.assert_array_equal(source.images[11], self.pixels("train", 11))
@@ -225,6 +225,6 @@ class TestFiles:
 @pytest.mark.parametrize(
     "source", [CIFAR10Source, CIFAR100Source, STL10Source, Food101Source, Flowers102Source, OxfordIIITPetSource]
 )
-def test_missing_set_says_how_to_get_it(tmp_path: Path, source: type) -> None:
+def test_a_missing_data_set_says_how_to_get_it(tmp_path: Path, source: type) -> None:
     with pytest.raises(DataError, match=rf"is not complete in {tmp_path} .*; set data.source.download=true"):
         source("train", root=tmp_path)

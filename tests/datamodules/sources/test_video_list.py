@@ -1,4 +1,4 @@
-"""The lists that data sets of videos come with, written here as they are distributed."""
+"""Lists of video data sets, in their published formats."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_paths_and_labels_by_spaces_and_commas(tmp_path: Path) -> None:
         ("\n", "no video is listed for the split 'train'"),
     ],
 )
-def test_a_list_that_is_none_is_refused_with_its_line(tmp_path: Path, text: str, told: str) -> None:
+def test_a_broken_list_is_refused_with_the_line(tmp_path: Path, text: str, told: str) -> None:
     touch(tmp_path, "a/one.mp4")
     (tmp_path / "train.txt").write_text(text)
     (tmp_path / "names.txt").write_text("dive\nrun\n")
@@ -62,7 +62,7 @@ def test_a_list_that_is_none_is_refused_with_its_line(tmp_path: Path, text: str,
         VideoListSource("train", root=tmp_path, files={"train": "train.txt"}, names="names.txt")
 
 
-def test_lists_that_are_missing(tmp_path: Path) -> None:
+def test_missing_lists_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train\.txt cannot be read as a list: .*No such file"):
         VideoListSource("train", root=tmp_path, files={"train": "train.txt"})
     with pytest.raises(DataError, match=r"data\.source\.files has no list for the split 'test', only for train"):
@@ -78,7 +78,7 @@ def kinetics(root: Path, train: str, val: str = "") -> None:
     (root / "val.csv").write_text(HEAD + val)
 
 
-def test_kinetics_as_its_lists_say(tmp_path: Path) -> None:
+def test_kinetics_by_its_lists(tmp_path: Path) -> None:
     kinetics(
         tmp_path,
         '"tai chi",aaa,3,13,train\nabseiling,bbb,20,30,train\n"tai chi",-c_,0,10,train\n',
@@ -99,7 +99,7 @@ def test_kinetics_as_its_lists_say(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path", ["train/tai_chi/aaa_000003_000013.mp4", "train/aaa_000003_000013.mp4", "tai chi/aaa_000003_000013.mp4"]
 )
-def test_kinetics_is_found_in_the_layouts_there_are(tmp_path: Path, path: str) -> None:
+def test_kinetics_in_all_layouts(tmp_path: Path, path: str) -> None:
     kinetics(tmp_path, "tai chi,aaa,3,13,train\n")
     touch(tmp_path, path)
     assert labelled(KineticsSource("train", root=tmp_path, files=KINETICS)) == {f"{tmp_path}/{path}": 0}
@@ -149,7 +149,7 @@ def something(root: Path, train: object, labels: object) -> dict[str, str]:
     return {"train": "train.json", "test": "test.json"}
 
 
-def test_something_something_as_it_is_downloaded(tmp_path: Path) -> None:
+def test_something_something_as_downloaded(tmp_path: Path) -> None:
     entries = [
         {"id": "7", "label": "holding a cup", "template": "Holding [something]", "placeholders": ["a cup"]},
         {"id": "12", "template": "Dropping [something] onto [something]"},

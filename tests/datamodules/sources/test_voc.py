@@ -1,4 +1,4 @@
-"""Pascal VOC, from a small folder in its own form."""
+"""Pascal VOC, from a small folder in its format."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def source(root: Path, split: str = "train", **options: Any) -> VOCSource:
     return VOCSource(split, **{"root": root, "sets": lists} | options)
 
 
-def test_boxes_begin_at_zero_and_end_behind_their_last_pixel(tmp_path):
+def test_boxes_start_at_0_and_end_after_their_last_pixel(tmp_path):
     made = source(write(tmp_path, a=[thing("dog", (1, 1, 20, 10)), thing("aeroplane", (3, "4.0", 3, 5))], b=[]))
     assert isinstance(made, Source)
     fields = made[0]["fields"]
@@ -51,7 +51,7 @@ def test_boxes_begin_at_zero_and_end_behind_their_last_pixel(tmp_path):
     assert list(VOC_CLASSES) == sorted(VOC_CLASSES)
 
 
-def test_what_is_difficult_can_be_left_out_of_training_and_is_a_crowd_to_evaluation(tmp_path):
+def test_difficult_objects_may_be_left_out_of_training_and_are_crowd_in_evaluation(tmp_path):
     write(tmp_path, a=[thing("dog", (1, 1, 5, 5), difficult=1), thing("cat", (2, 2, 9, 9))])
     assert source(tmp_path)[0]["fields"]["crowd"].tolist() == [True, False]
     easy = source(tmp_path, difficult=False)[0]["fields"]
@@ -59,12 +59,12 @@ def test_what_is_difficult_can_be_left_out_of_training_and_is_a_crowd_to_evaluat
     assert source(tmp_path, "val", difficult=False)[0]["fields"]["crowd"].tolist() == [True, False]
 
 
-def test_boxes_are_cut_to_the_picture_and_dropped_outside_of_it(tmp_path):
+def test_boxes_are_clipped_to_the_image_and_dropped_outside_of_it(tmp_path):
     write(tmp_path, a=[thing("dog", (15, 5, 40, 40)), thing("dog", (30, 1, 35, 5)), thing("dog", (9, 5, 4, 8))])
     assert source(tmp_path)[0]["fields"]["boxes"].tolist() == [[14.0, 4.0, 20.0, 10.0]]
 
 
-def test_masks_go_by_the_order_of_the_things_whatever_is_left_out(tmp_path):
+def test_masks_follow_the_order_of_objects_even_if_some_are_left_out(tmp_path):
     write(tmp_path, a=[thing("dog", (1, 1, 4, 4), difficult=1), thing("cat", (6, 2, 10, 6))])
     numbers = np.zeros((HEIGHT, WIDTH), np.uint8)
     numbers[0:4, 0:4], numbers[1:6, 5:10], numbers[1:6, 4] = 1, 2, 255
@@ -78,14 +78,14 @@ def test_masks_go_by_the_order_of_the_things_whatever_is_left_out(tmp_path):
     assert torch.equal(cat, torch.from_numpy(numbers == 2))
 
 
-def test_lists_of_a_class_name_those_that_show_it(tmp_path):
+def test_class_lists_leave_out_images_without_the_class(tmp_path):
     write(tmp_path, a=[thing("dog", (1, 1, 4, 4))], b=[], c=[])
     (tmp_path / YEAR / "ImageSets/Main/dog_train.txt").write_text("a  1\nb -1\nc  0\n")
     made = source(tmp_path, sets={"train": [f"{YEAR}/ImageSets/Main/dog_train.txt"], "val": f"{YEAR}/none"})
     assert [Path(made.name(index)).stem for index in range(len(made))] == ["a", "c"]
 
 
-def test_what_is_broken_is_a_bad_sample_with_its_name(tmp_path):
+def test_broken_files_are_bad_samples_named(tmp_path):
     write(tmp_path, a=[], b=[thing("dragon", (1, 1, 4, 4))], c=[thing("dog", (1, "x", 4, 4))], d=[], e=[])
     folder = tmp_path / YEAR
     (folder / "Annotations/a.xml").write_text("<annotation><object>")
@@ -105,7 +105,7 @@ def test_what_is_broken_is_a_bad_sample_with_its_name(tmp_path):
         source(tmp_path, fields=["instance_masks"])[0]
 
 
-def test_a_missing_list_or_folder_is_said(tmp_path):
+def test_a_missing_list_or_folder_is_named(tmp_path):
     with pytest.raises(DataError, match=r"cannot read .*trainval.txt"):
         source(tmp_path)
     write(tmp_path, a=[])

@@ -1,4 +1,4 @@
-"""Tar shards read by offset: grouping, labels, the kept index, and broken archives."""
+"""Tar shards read by offset: grouping, labels, the stored index, and broken archives."""
 
 from __future__ import annotations
 
@@ -158,9 +158,7 @@ class TestKeptIndex:
             file.write_text("{damaged")
         assert grey_of(load()[0]["image"]) == 50
 
-    def test_a_folder_that_cannot_be_written_costs_only_time(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_an_unwritable_cache_folder_is_only_logged(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         shard = write(tmp_path / "a.tar", plain(0, 2))
         (tmp_path / "cache").write_text("a file")
         with caplog.at_level(logging.WARNING):
@@ -170,7 +168,9 @@ class TestKeptIndex:
 
 
 class TestBad:
-    def test_truncated_shard_gives_its_whole_samples(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_truncated_shard_gives_its_complete_samples(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         shard = write(tmp_path / "a.tar", plain(0, 10))
         with tarfile.open(shard) as tar:
             inside = tar.getmember("0006.png").offset_data
@@ -184,7 +184,7 @@ class TestBad:
             assert source.problems == {"shards that end too early": 1}
             assert "shards that end too early: 1 in 1 shards" in caplog.text
 
-    def test_members_that_do_not_belong_are_counted(self, tmp_path: Path) -> None:
+    def test_unusable_members_are_counted(self, tmp_path: Path) -> None:
         members = [
             ("README", b"text"),
             (".png", encoded(1)),
@@ -204,7 +204,7 @@ class TestBad:
             "samples without a readable label (label -1)": 2,
         }
 
-    def test_one_bad_shard_does_not_cost_the_others(self, tmp_path: Path) -> None:
+    def test_a_bad_shard_does_not_affect_the_others(self, tmp_path: Path) -> None:
         write(tmp_path / "a-0.tar", plain(0, 3))
         (tmp_path / "a-1.tar").write_bytes(b"<html>not found</html>" * 100)
         (tmp_path / "a-2.tar").touch()
@@ -232,7 +232,7 @@ class TestBad:
         with pytest.raises(DataError, match="nothing for the split 'test', only train"):
             WebDatasetSource("test", shards={"train": str(tmp_path / "a-0.tar")})
 
-    def test_shard_that_changes_or_vanishes_meanwhile(self, tmp_path: Path) -> None:
+    def test_a_shard_that_changes_or_disappears_during_the_run(self, tmp_path: Path) -> None:
         shard = write(tmp_path / "a.tar", plain(0, 3))
         source = WebDatasetSource("train", shards=str(shard), val_share=0.0)
         shard.write_bytes(shard.read_bytes()[:600])
@@ -242,7 +242,7 @@ class TestBad:
         with pytest.raises(BadSample, match=r"a\.tar#0000: No such file"):
             source[0]
 
-    def test_the_first_of_a_name_counts(self, tmp_path: Path) -> None:
+    def test_the_first_member_of_a_name_is_used(self, tmp_path: Path) -> None:
         members = [
             ("0001.png", encoded(1)),
             ("0001.png", encoded(2)),
@@ -259,7 +259,7 @@ class TestBad:
 
 
 def told(numbers: range | list[int], text: bytes = b"text %d") -> list[tuple[str, bytes]]:
-    """As img2dataset writes them."""
+    """Writes shards as img2dataset does."""
     members = []
     for number in numbers:
         members += [
@@ -274,7 +274,7 @@ class TestTexts:
     def load(self, shard: Path, **options: object) -> CaptionedWebDatasetSource:
         return CaptionedWebDatasetSource("train", shards=str(shard), **{"val_share": 0.0, **options})  # type: ignore[arg-type]
 
-    def test_a_text_belongs_to_its_picture_in_any_order_and_split(self, tmp_path: Path) -> None:
+    def test_a_text_stays_with_its_image_in_any_order_and_split(self, tmp_path: Path) -> None:
         for shard in range(3):
             write(tmp_path / f"{shard:05d}.tar", told(range(10 * shard, 10 * shard + 10)))
         shards = str(tmp_path / "{00000..00002}.tar")
@@ -303,7 +303,9 @@ class TestTexts:
         with pytest.raises(BadSample, match=r"a\.tar#4: its text is no JSON"):
             source.caption(4, 0.0)
 
-    def test_one_without_the_other(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_images_without_text_and_texts_without_image(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         members = [*told([0]), ("1.jpg", encoded(1)), ("2.txt", b"of nothing"), ("3.jpg", encoded(3)), ("3.txt", b"")]
         with caplog.at_level(logging.WARNING):
             source = self.load(write(tmp_path / "a.tar", members))
@@ -313,7 +315,7 @@ class TestTexts:
         with pytest.raises(DataError, match=r"data.source.text=txt: none of the 1 samples of 1 shards has a member"):
             self.load(write(tmp_path / "a.tar", [("1.jpg", encoded(1))]))
 
-    def test_a_text_that_is_no_utf_8(self, tmp_path: Path) -> None:
+    def test_a_text_that_is_not_utf_8(self, tmp_path: Path) -> None:
         members = [
             *told([0], b"\xef\xbb\xbfwith a mark\n"),
             *told([1], "süß".encode("latin-1")),
@@ -325,7 +327,7 @@ class TestTexts:
         with pytest.raises(BadSample, match="its text is not valid UTF-8"):
             source.captions(1)
 
-    def test_a_cut_shard_gives_its_whole_samples_and_says_so_once(
+    def test_a_truncated_shard_gives_its_complete_samples_and_is_logged_once(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         shard = write(tmp_path / "a.tar", told(range(6)))
@@ -340,7 +342,7 @@ class TestTexts:
             assert [source.captions(index) for index in range(len(source))] == [[f"text {n}"] for n in range(3)], cut
             assert [record.getMessage() for record in caplog.records] == ["shards that end too early: 1 in 1 shards"]
 
-    def test_a_text_that_vanishes_meanwhile(self, tmp_path: Path) -> None:
+    def test_a_text_that_disappears_during_the_run(self, tmp_path: Path) -> None:
         shard = write(tmp_path / "a.tar", told(range(2)))
         source = self.load(shard)
         shard.write_bytes(shard.read_bytes()[:3000])

@@ -1,4 +1,4 @@
-"""Texts to ids and back."""
+"""Tokenizers: texts to token ids and back."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from src.datamodules.text.tokenizer import Tokenizer, load_or_train, load_pretra
 TEXTS = ["a photo of a red star", "a blue ring above a red star", "a red star below a blue ring"] * 4
 
 
-def test_any_text_comes_back_in_lower_case():
+def test_any_text_is_decoded_in_lower_case():
     tokenizer = train_tokenizer(TEXTS, vocabulary=300, length=24)
     texts = ["A photo of a red STAR", "Grüße, 世界", "tab\tand \\ and emoji 🦊"]
     ids, mask = train_tokenizer(TEXTS, vocabulary=300, length=64)(texts)
@@ -19,7 +19,7 @@ def test_any_text_comes_back_in_lower_case():
     assert tokenizer.vocabulary <= 300
 
 
-def test_what_was_seen_often_becomes_one_token():
+def test_frequent_words_become_one_token():
     tokenizer = train_tokenizer(TEXTS, vocabulary=340, length=24)
     assert [tokenizer.inner.decode([i]) for i in tokenizer.inner("a red star")["input_ids"]] == [
         "<start>",
@@ -30,7 +30,7 @@ def test_what_was_seen_often_becomes_one_token():
     ]
 
 
-def test_a_long_text_keeps_start_and_end():
+def test_truncation_keeps_start_and_end():
     tokenizer = train_tokenizer(TEXTS, vocabulary=340, length=5)
     ids, mask = tokenizer([TEXTS[1], "a"])
     assert ids.shape == (2, 5)
@@ -40,7 +40,7 @@ def test_a_long_text_keeps_start_and_end():
     assert tokenizer.is_truncated([TEXTS[1], "a"]).tolist() == [True, False]
 
 
-def test_it_is_trained_once_and_read_the_second_time(tmp_path):
+def test_the_tokenizer_is_trained_once_and_then_loaded(tmp_path):
     path = tmp_path / "run" / "tokenizer.json"
     first = load_or_train(path, lambda: TEXTS, vocabulary=300, length=16)
 
@@ -53,8 +53,8 @@ def test_it_is_trained_once_and_read_the_second_time(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_clip_of_transformers_finds_the_end():
-    """It reads the text's feature where the end token stands, by a rule that depends on that token's id."""
+def test_transformers_clip_pools_at_the_end_token():
+    """It pools at the end token, which it finds by a rule that depends on that token's id."""
     tokenizer = train_tokenizer(TEXTS, vocabulary=300, length=12)
     torch.manual_seed(0)
     config = CLIPTextConfig(
@@ -75,7 +75,7 @@ def test_clip_of_transformers_finds_the_end():
     torch.testing.assert_close(found.pooler_output, found.last_hidden_state[torch.arange(2), last])
 
 
-def test_what_cannot_be_is_refused(tmp_path):
+def test_invalid_arguments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="text_length=2 must be at least 3"):
         train_tokenizer(TEXTS, vocabulary=300, length=2)
     inner = train_tokenizer(TEXTS, vocabulary=300, length=8).inner

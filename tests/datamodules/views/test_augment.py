@@ -21,7 +21,7 @@ def draws(view, epoch: int, indices: list[int], seed: int = 0) -> np.ndarray:
     return uniform(seed, [epoch] * len(indices), indices, view.num_uniforms)
 
 
-def test_a_picture_depends_on_epoch_and_index_alone():
+def test_a_view_depends_on_epoch_and_index_alone():
     view, images = RandAugmentCrop(24), pictures(6)
     whole = view.from_decoded(images, draws(view, 3, [0, 1, 2, 3, 4, 5]))["image"]
     random.seed(1), np.random.seed(1), torch.manual_seed(1)  # what is around does not matter
@@ -31,14 +31,14 @@ def test_a_picture_depends_on_epoch_and_index_alone():
     assert all(not torch.equal(a, b) for a, b in zip(whole, other_epoch, strict=True))
 
 
-def test_equal_pictures_at_different_indices_become_different():
+def test_equal_images_at_different_indices_get_different_views():
     view = RandAugmentCrop(24)
     same = pictures(1).repeat(8, 1, 1, 1)
     result = view.from_decoded(same, draws(view, 0, list(range(8))))["image"]
     assert len({picture.numpy().tobytes() for picture in result}) == 8
 
 
-def test_the_generators_of_the_process_are_left_alone():
+def test_global_generators_are_unchanged():
     view = RandAugmentCrop(24)
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     expected = random.random(), np.random.rand(), torch.rand(1)
@@ -47,7 +47,7 @@ def test_the_generators_of_the_process_are_left_alone():
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
 
 
-def test_a_file_and_its_pixels_give_the_same_picture_but_for_rounding_in_the_crop():
+def test_a_file_and_its_pixels_give_the_same_view_up_to_rounding():
     pixels = np.random.default_rng(1).integers(0, 256, (50, 60, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -59,14 +59,14 @@ def test_a_file_and_its_pixels_give_the_same_picture_but_for_rounding_in_the_cro
     assert (encoded.int() - decoded.int()).abs().max() <= 1
 
 
-def test_without_policy_and_erasing_it_is_the_plain_crop():
+def test_without_policy_and_erasing_the_view_is_a_random_crop():
     strong, plain = RandAugmentCrop(24, policy=None, erase=0.0), RandomResizedCrop(24, scale=(0.08, 1.0))
     numbers = draws(strong, 0, [0, 1, 2])
     expected = plain.from_decoded(pictures(3), numbers[:, : plain.num_uniforms])["image"]
     assert torch.equal(strong.from_decoded(pictures(3), numbers)["image"], expected)
 
 
-def test_erasing_fills_one_rectangle_with_noise_and_keeps_every_other_pixel():
+def test_erasing_changes_one_rectangle_to_noise_and_no_other_pixel():
     plain, erasing = RandAugmentCrop(32, policy=None, erase=0.0), RandAugmentCrop(32, policy=None, erase=1.0)
     grey = torch.full((40, 3, 40, 40), 120, dtype=torch.uint8)
     numbers = draws(erasing, 0, list(range(40)))
@@ -85,7 +85,7 @@ def test_erasing_fills_one_rectangle_with_noise_and_keeps_every_other_pixel():
     torch.testing.assert_close(values.std(dim=1), torch.tensor([0.22, 0.215, 0.21]), atol=0.025, rtol=0)
 
 
-def test_the_share_of_erased_pictures_is_the_probability():
+def test_the_share_of_erased_images_is_the_probability():
     view = RandAugmentCrop(16, policy=None, erase=0.25)
     grey = torch.full((400, 3, 16, 16), 120, dtype=torch.uint8)
     result = view.from_decoded(grey, draws(view, 0, list(range(400))))["image"]
@@ -103,7 +103,7 @@ def test_strongest_posterization_keeps_a_bit():
     view.from_decoded(pictures(64, 16), draws(view, 0, list(range(64))))  # level 10 throughout: 0 bits would be refused
 
 
-def test_autoaugment_is_drawn_from_the_sample_s_own_numbers_and_mirrors_where_asked():
+def test_autoaugment_follows_the_sample_s_numbers_and_mirrors():
     view = RandAugmentCrop(16, scale=(1.0, 1.0), policy="original", erase=0.0, flip=0.0)
     given, numbers = pictures(32, 16), draws(view, 0, list(range(32)))
     found = view.from_decoded(given, numbers)["image"]
@@ -129,7 +129,7 @@ def test_a_worker_process_gets_the_same_view():
     )
 
 
-def test_nonsense_is_refused():
+def test_invalid_settings_are_refused():
     with pytest.raises(ValueError, match=r"erase is a probability, got 1.5"):
         RandAugmentCrop(24, erase=1.5)
     with pytest.raises(ValueError, match=r"timm's 'rand-…', got 'strong'"):

@@ -18,7 +18,7 @@ from src.randomness import uniform
 
 
 def pictures(count: int = 5, size: int = 12) -> Tensor:
-    """Random pixels, and in the first image greys, blacks, whites and colors whose largest channel is not alone."""
+    """Random pixels; the first image has grays, black, white, and colors with two equal largest channels."""
     images = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
     images[0, :, 0] = 0.3
     images[0, :, 1] = 0.0
@@ -46,28 +46,28 @@ def numbers(count: int, draws: int = Color.num_uniforms, seed: int = 0) -> np.nd
     ],
     ids=["brightness", "contrast", "saturation", "hue"],
 )
-def test_each_picture_is_changed_as_torchvision_changes_it_with_its_factor(ours, theirs, factors):
+def test_each_image_changes_as_in_torchvision_with_its_factor(ours, theirs, factors):
     images = pictures()
     result = ours(images, torch.tensor(factors))
     for image, factor, changed in zip(images, factors, result, strict=True):
         assert torch.allclose(changed, theirs(image, factor), atol=2e-6)
 
 
-def test_grey_and_solarization_are_torchvision_s():
+def test_grayscale_and_solarization_equal_torchvision():
     images = pictures()
     assert torch.allclose(luma(images), tv.rgb_to_grayscale(images), atol=1e-6)
     assert torch.equal(solarize(images), tv.solarize(images, 0.5))
 
 
 @pytest.mark.parametrize(("size", "kernel"), [(24, 3), (64, 7), (96, 9)])
-def test_the_blur_is_torchvision_s_with_a_kernel_of_a_tenth_of_the_side(size, kernel):
+def test_the_blur_equals_torchvision_with_a_kernel_of_a_tenth_of_the_side(size, kernel):
     images, sigma = pictures(3, size), [0.1, 0.8, 2.0]
     result = gaussian_blur(images, torch.tensor(sigma))
     for image, width, blurred in zip(images, sigma, result, strict=True):
         assert torch.allclose(blurred, tv.gaussian_blur(image, [kernel, kernel], [width, width]), atol=2e-6)
 
 
-def test_a_recipe_is_torchvision_s_functions_in_the_order_and_by_the_factors_of_its_numbers():
+def test_color_applies_torchvision_s_functions_in_the_drawn_order_with_the_drawn_factors():
     recipe = Color(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grey=0.2, blur=0.5, solarize=0.3)
     count = 40
     images, rows = eight_bit(count), numbers(count)
@@ -93,7 +93,7 @@ def test_a_recipe_is_torchvision_s_functions_in_the_order_and_by_the_factors_of_
     assert len(seen) > 10  # of 24 orders
 
 
-def test_a_factor_below_zero_is_cut_as_torchvision_does():
+def test_negative_factors_are_clamped_as_in_torchvision():
     strong = Color(brightness=2.0, jitter=1.0)
     rows = numbers(2)
     rows[0, 4], rows[1, 4] = 0.0, 0.5
@@ -101,13 +101,13 @@ def test_a_factor_below_zero_is_cut_as_torchvision_does():
     assert strong(image, rows)[:, 0, 0, 0].tolist() == [0, 150]  # factors from [0, 3]
 
 
-def test_without_strength_or_luck_nothing_changes():
+def test_zero_strength_or_probability_changes_nothing():
     images, rows = eight_bit(6), numbers(6)
     assert torch.equal(Color()(images, rows), images)
     assert torch.equal(Color(brightness=0.8, hue=0.2, jitter=0.0)(images, rows), images)
 
 
-def test_a_picture_s_colors_do_not_depend_on_its_neighbors_nor_on_how_many_there_are():
+def test_colors_do_not_depend_on_the_rest_of_the_batch():
     recipe = Color(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grey=0.2, blur=0.5, solarize=0.2)
     images, rows = eight_bit(30, 64), numbers(30)
     whole = recipe(images, rows)
@@ -116,7 +116,7 @@ def test_a_picture_s_colors_do_not_depend_on_its_neighbors_nor_on_how_many_there
         assert (alone.int() - whole[index].int()).abs().max() <= 1
 
 
-def test_each_change_happens_as_often_as_its_probability_says_and_independently():
+def test_changes_are_independent_and_have_their_probability():
     count = 2000
     images = torch.tensor([200, 40, 90], dtype=torch.uint8).view(1, 3, 1, 1).expand(count, 3, 24, 24).contiguous()
     rows = numbers(count)
@@ -136,6 +136,6 @@ def test_each_change_happens_as_often_as_its_probability_says_and_independently(
         ({"sigma": (0.0, 2.0)}, "sigma must be 0 < low"),
     ],
 )
-def test_nonsense_is_refused_by_its_name(settings, message):
+def test_invalid_settings_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):
         Color(**settings)

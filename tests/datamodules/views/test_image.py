@@ -56,7 +56,7 @@ def test_boxes_have_torchvision_s_distribution():
         assert mine.std() == pytest.approx(theirs.std(), rel=0.06)
 
 
-def test_a_picture_too_narrow_for_any_ratio_falls_back_to_its_center():
+def test_a_narrow_image_falls_back_to_its_center():
     view = RandomResizedCrop(size=8, scale=(0.9, 1.0))
     assert view.boxes(10, 100, uniform(0, [0], [0], view.num_uniforms)).tolist() == [[0, 43, 10, 13]]
 
@@ -73,7 +73,7 @@ def test_flips_happen_with_their_probability_and_follow_the_numbers():
     assert abs(int(mirrored.sum()) - 100) < 35  # four standard deviations
 
 
-def test_a_picture_of_its_own_gets_what_it_gets_in_a_batch():
+def test_a_single_image_gets_the_view_it_gets_in_a_batch():
     view = RandomResizedCrop(size=16)
     images = pictures(4, 32, 32)
     numbers = uniform(0, [3] * 4, range(4), view.num_uniforms)
@@ -81,7 +81,7 @@ def test_a_picture_of_its_own_gets_what_it_gets_in_a_batch():
     assert torch.equal(view.from_decoded(images[2:3], numbers[2:3])["image"][0], together[2])
 
 
-def test_center_crop_is_the_resized_middle():
+def test_the_center_crop_is_the_resized_center():
     images = pictures(1, 64, 96)
     found = CenterCrop(size=28, share=0.875).from_decoded(images, np.zeros((1, 0)))["image"][0]
     pil = Image.fromarray(images[0].permute(1, 2, 0).numpy())
@@ -91,6 +91,6 @@ def test_center_crop_is_the_resized_middle():
     assert torch.equal(untouched, pictures(1, 64, 64))
 
 
-def test_a_scale_that_is_no_share_is_refused():
+def test_a_scale_outside_of_0_to_1_is_refused():
     with pytest.raises(ValueError, match="scale"):
         RandomResizedCrop(size=8, scale=(0.5, 1.5))

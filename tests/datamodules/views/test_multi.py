@@ -32,7 +32,7 @@ def draws(view, epoch: int, indices: list[int], seed: int = 0) -> np.ndarray:
     return uniform(seed, [epoch] * len(indices), indices, view.num_uniforms)
 
 
-def test_views_come_by_size_and_each_as_its_kind_alone_would_be():
+def test_views_of_one_size_share_a_tensor_and_equal_their_kind_alone():
     rows = draws(MIXED, 0, [0, 1, 2, 3])
     batch = MIXED.from_decoded(pictures(4), rows)
     assert batch["views"].shape == (4, 2, 3, 24, 24)
@@ -45,7 +45,7 @@ def test_views_come_by_size_and_each_as_its_kind_alone_would_be():
 
 
 def test_views_of_one_kind_are_independent():
-    """Flips agree half the time, and boxes do not follow each other."""
+    """Flips agree half the time, and box positions are uncorrelated."""
     view = MultiView({"both": Augmented(RandomResizedCrop(8, scale=(0.2, 0.5)), PLAIN, count=2)})
     ramp = torch.arange(40, dtype=torch.uint8).mul(6).expand(600, 3, 40, 40).contiguous()  # brighter to the right
     both = view.from_decoded(ramp, draws(view, 0, list(range(600))))["views"].float()
@@ -72,7 +72,7 @@ def test_a_sample_s_views_depend_on_seed_epoch_and_index_alone():
         assert all(not torch.equal(a, b) for a, b in zip(whole["views"][:, 0], other[:, 0], strict=True))
 
 
-def test_a_file_and_its_pixels_give_the_same_views_but_for_rounding():
+def test_a_file_and_its_pixels_give_the_same_views_up_to_rounding():
     pixels = np.random.default_rng(1).integers(0, 256, (50, 60, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
@@ -133,7 +133,7 @@ def whole_batch() -> dict[str, torch.Tensor]:
     }
 
 
-def test_a_batch_may_lack_small_views_but_not_have_wrong_ones():
+def test_local_views_are_optional_but_checked():
     batch = whole_batch()
     validate(batch, MultiViewBatch)
     validate({**batch, "local_views": torch.zeros(3, 6, 3, 4, 4)}, MultiViewBatch)
@@ -145,14 +145,14 @@ def test_a_batch_may_lack_small_views_but_not_have_wrong_ones():
         validate({name: value for name, value in batch.items() if name != "views"}, MultiViewBatch)
 
 
-def test_a_picture_that_is_not_a_number_is_named():
+def test_a_view_with_nan_is_named():
     batch = whole_batch()
     batch["views"][1, 0, 2, 3, 4] = float("nan")
     with pytest.raises(BatchError, match=r"batch\['views'\] holds NaN"):
         validate(batch, MultiViewBatch)
 
 
-def test_sizes_that_do_not_agree_and_no_views_at_all_are_refused():
+def test_groups_of_several_sizes_or_without_views_are_refused():
     with pytest.raises(ValueError, match=r"views must be views of one size, got \[24, 32\]"):
         MultiView({"a": Augmented(RandomResizedCrop(24)), "b": Augmented(RandomResizedCrop(32))})
     with pytest.raises(ValueError, match="local_views must be views of one size, got none"):
@@ -193,7 +193,7 @@ def test_recorded_crops_at_hand_worked_numbers():
 
 
 @pytest.mark.parametrize("kind", ["decoded", "encoded"])
-def test_recorded_boxes_and_flips_are_those_of_the_pixels(kind):
+def test_recorded_boxes_and_flips_match_the_pixels(kind):
     """The means of a crop's columns and rows are the center of its box, and mirrored columns decrease."""
     view, image = recording(), coordinates(48, 72)
     if kind == "decoded":
@@ -234,7 +234,7 @@ class Wide(Source):
         return str(index)
 
 
-def test_recording_changes_no_pixel_and_no_number_of_workers_a_box():
+def test_recording_crops_changes_no_pixel_and_boxes_do_not_depend_on_workers():
     def batches(view, workers):
         data = DataModule(
             source=Wide, train_view=view, eval_view=CenterCrop(8), batch_size=4, seed=2, num_workers=workers

@@ -1,4 +1,4 @@
-"""The 27 numbers of a clip, by hand on frames of 16 pixels: blocks of 4, rings of 2, triangles of 8."""
+"""The 27 statistics of a clip, worked by hand for frames of 16 pixels: blocks of 4, rings of 2, triangles of 8."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ SIZE = 16
 
 
 def region_of(partition: int, row: int, column: int) -> list[int]:
-    """Numbers from 1 of the regions that a pixel lies in."""
+    """Returns the numbers, from 1, of the regions of a pixel."""
     return (np.flatnonzero(partitions(SIZE)[partition].masks[:, row, column]) + 1).tolist()
 
 
-def test_blocks_are_counted_row_by_row() -> None:
+def test_blocks_are_numbered_row_by_row() -> None:
     masks = partitions(SIZE)[0].masks
     assert masks.sum(axis=(1, 2)).tolist() == [16] * 16
     assert (masks.sum(axis=0) == 1).all()
     assert [region_of(0, *place) for place in ((0, 0), (3, 15), (4, 0), (15, 15))] == [[1], [4], [5], [16]]
 
 
-def test_rings_are_counted_from_the_middle() -> None:
+def test_rings_are_numbered_from_the_center() -> None:
     masks = partitions(SIZE)[1].masks
     # squares of 4, 8, 12 and 16 pixels less what they hold
     assert masks.sum(axis=(1, 2)).tolist() == [16, 48, 80, 112]
@@ -66,7 +66,7 @@ def still(frames: int = 3) -> np.ndarray:
     return np.zeros((frames, 2, SIZE, SIZE), np.float32)
 
 
-def test_where_nothing_moves_against_anything_there_is_nothing_to_say() -> None:
+def test_without_motion_boundaries_all_statistics_are_zero() -> None:
     flow = still()
     assert motion_statistics(flow).tolist() == [0.0] * 14
     flow[:, 0], flow[:, 1] = 3.7, -0.3  # a camera's motion has no boundaries
@@ -106,7 +106,7 @@ def test_a_step_in_the_vertical_flow_downwards() -> None:
 
 
 def test_means_decide_among_rings_and_sums_elsewhere() -> None:
-    """Strength 1 on the 16 pixels in the middle, 0.9 on the outer ring's 112: more in sum, less on average."""
+    """Strength 1 on the 16 central pixels, 0.9 on the outer ring's 112: more in sum, less on average."""
     strength = np.zeros((SIZE, SIZE))
     blocks, rings, _ = partitions(SIZE)
     strength[rings.masks[0]], strength[rings.masks[3]] = 1.0, 0.9
@@ -130,7 +130,7 @@ def test_a_pixel_gives_its_strength_to_the_two_directions_it_lies_between() -> N
         assert statistics._strongest(boundary, whole)[1] == expected
 
 
-def test_what_boundaries_of_different_frames_say_is_summed_with_their_signs() -> None:
+def test_boundaries_of_all_frames_are_summed_with_their_signs() -> None:
     flow = still(2)
     flow[0, 0, :, 13:], flow[1, 0, :, 13:] = 2.0, -2.0  # they cancel, but each frame has its own
     assert motion_statistics(flow).tolist() == [0.0] * 12 + [1.0, 0.0]
@@ -161,7 +161,7 @@ def test_the_octants_of_color(color: tuple[int, int, int], octant: int) -> None:
     assert appearance_statistics(painted(color)).tolist() == [1, octant, 1, octant] * 3 + [octant]
 
 
-def test_where_colors_change_and_where_they_stay() -> None:
+def test_regions_with_changing_and_constant_colors() -> None:
     """Green, with the block of rows 0-3 and columns 12-15 red at first and blue afterwards."""
     video = painted(GREEN)
     for frame, color in enumerate((RED, BLUE, BLUE, BLUE)):
@@ -184,14 +184,14 @@ def test_overlap_is_intersection_over_union_averaged_over_channels() -> None:
 
 
 def test_a_color_counts_exactly_and_over_all_frames() -> None:
-    """Three reds that differ, twice each, against one blue that is there three times."""
+    """Three reds that differ, twice each, against one blue that occurs three times."""
     pixels = np.array([[[200, 201, 202, 0], [200, 201, 202, 0]], [[0] * 4, [0] * 4], [[0, 0, 0, 255], [0, 0, 0, 255]]])
     pixels = np.concatenate([pixels, np.array([[[0]] * 2, [[0]] * 2, [[255], [0]]])], axis=2).transpose(1, 0, 2)
     assert statistics._dominant(pixels.astype(np.uint8)) == 1
 
 
 def test_a_ring_has_its_own_color_alone() -> None:
-    """The second ring is red and the middle white: the strip below the middle is a strip of rows, not of frames."""
+    """The second ring is red and the center white."""
     video = painted(GREEN)
     rings = partitions(SIZE)[1].masks
     video[:, :, rings[1]] = np.array(RED, np.uint8).reshape(3, 1)
@@ -212,7 +212,7 @@ def test_flow_is_cropped_resized_and_mirrored_with_its_frames() -> None:
     torch.testing.assert_close(crop_flow(flow, box, 8, flip=False)[0, 0, 0, 1:7], 2 * (4.25 + 0.5 * torch.arange(6.0)))
 
 
-def test_numbers_are_those_of_what_is_seen_after_crop_and_mirror() -> None:
+def test_statistics_are_taken_after_crop_and_mirror() -> None:
     source = FilmsSource("train", count=2, resolution=24, duration=1.0, rate=8.0)
     view = StatisticsCrop(DenseClip(frames=4, stride=2), RandomSquare(16, share=0.75))
     footage = source[1]["image"]
@@ -238,7 +238,7 @@ def test_numbers_are_those_of_what_is_seen_after_crop_and_mirror() -> None:
     validate(batch, StatisticsBatch)
 
 
-def test_a_films_flow_is_that_of_its_frames() -> None:
+def test_the_flow_of_a_film_follows_its_frames() -> None:
     source = FilmsSource("val", count=1, resolution=24, duration=1.0, rate=8.0)
     footage = source[0]["image"]
     flow = footage.flow([0.0, 0.25, 0.25, 9.0])
@@ -249,7 +249,7 @@ def test_a_films_flow_is_that_of_its_frames() -> None:
     np.testing.assert_array_equal(flow[2].numpy(), exact_flow(film, 0.25, 7 / 8, 24))
 
 
-def test_sizes_that_cannot_be_divided_are_refused() -> None:
+def test_sizes_that_are_no_multiple_of_8_are_refused() -> None:
     with pytest.raises(SettingError, match="image_size=20: four rings and sixteen blocks"):
         StatisticsCrop(DenseClip(), RandomSquare(20))
     assert math.isclose(float(RandomSquare(8, share=0.5).boxes(20, 40, np.full((1, 3), 0.5))[0, 0]), 5.0)
