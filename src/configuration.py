@@ -208,7 +208,7 @@ def _check_value(override: Override, config: DictConfig) -> None:
             raise UserError(
                 f"there is no key '{key}'{nearest(key, [*keys, *arguments]) or '; see config.yaml of any run'}"
             )
-        old, override.type = arguments[key], OverrideType.ADD
+        old, override.type = arguments[key], OverrideType.FORCE_ADD
     is_number = isinstance(old, int | float) and not isinstance(old, bool)
     if is_number and (isinstance(new, bool) or (isinstance(new, str) and "${" not in new)):
         raise UserError(f"{key} is a number ({old}); '{str(new).lower() if isinstance(new, bool) else new}' is not")
