@@ -107,7 +107,7 @@ def test_invalid_settings_are_refused_by_their_key() -> None:
         TextFilter(max_images=0)
     with pytest.raises(SettingError, match="min_words=5 must be at most max_words=4"):
         TextFilter(min_words=5, max_words=4)
-    with pytest.raises(SettingError, match="texts.variants must be at least 1, not 0"):
+    with pytest.raises(SettingError, match=r"texts.variants must be at least 1, not 0"):
         SceneTexts(variants=0)
 
     class Endless(Source):
