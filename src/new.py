@@ -10,16 +10,15 @@ import tempfile
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from src import configuration, methods_page
 from src.configuration import PROJECT
 from src.errors import UserError, nearest
 
-# of an experiment's file: its opening comment, and two entries of `about`
-_COMMENT = re.compile(r"^# (?!@package).*\n(?:# .*\n)*", re.MULTILINE)
-_PAPER = re.compile(r"^  paper:.*\n(?:    .*\n)*", re.MULTILINE)
-_DEVIATIONS = re.compile(r"^  deviations:.*\n(?:    .*\n)*", re.MULTILINE)
+_COMMENT = re.compile(r"^# (?!@package).*\n(?:# .*\n)*", re.MULTILINE)  # the opening comment of a file
+_ABOUT = re.compile(r"^about:\n(?:  .*\n)+", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -102,19 +101,26 @@ def _files(project: Path, old: Method, new: Method) -> Iterator[tuple[Path, str]
     experiments = {name: _experiment_name(name, old, new) for name in _experiments(project, old)}
     names = {old.module: new.module} | _classes(read(old.file), old, new)
     yield new.file, _renamed(read(old.file), names)
-    yield Path(f"configs/recipe/{new.recipe}.yaml"), _renamed(read(f"configs/recipe/{old.recipe}.yaml"), names)
+    recipe = _renamed(read(f"configs/recipe/{old.recipe}.yaml"), names)
+    yield Path(f"configs/recipe/{new.recipe}.yaml"), _ABOUT.sub(partial(_described, title=new.title), recipe)
     for name, renamed in experiments.items():
         text = _renamed(read(f"configs/experiment/{name}.yaml"), names | experiments)
         text = text.replace(f"override /recipe: {old.recipe}\n", f"override /recipe: {new.recipe}\n")
         text = _COMMENT.sub(f"# {new.title}. Deviations: not published yet.\n", text, count=1)
-        text = _PAPER.sub(f"  paper: {new.title} (yours)\n", text)
-        text = _DEVIATIONS.sub("  deviations: not published yet\n", text)
+        text = _ABOUT.sub(partial(_described, title=new.title), text)
         yield Path(f"configs/experiment/{renamed}.yaml"), text
-    if (project / old.test).exists():
+    if old.file.stem == old.recipe and (project / old.test).exists():  # another recipe's tests are not this one's
         yield new.test, _renamed(read(old.test), names | experiments)
     else:
         first = next(iter(experiments.values()))
         yield new.test, _TEST.format(title=new.title, module=new.module, experiment=first)
+
+
+def _described(about: re.Match[str], title: str) -> str:
+    """Returns a section `about` with the new method's paper and deviations."""
+    text = re.sub(r"^  paper:.*\n(?:    .*\n)*", f"  paper: {title} (yours)\n", about[0], flags=re.MULTILINE)
+    new = "  deviations: not published yet\n"
+    return re.sub(r"^  deviations:.*\n(?:    .*\n)*", new, text, flags=re.MULTILINE)
 
 
 def _experiments(project: Path, old: Method) -> list[str]:
@@ -188,7 +194,8 @@ import torch
 from src import configuration, train
 from {module} import {title}
 
-OVERRIDES = ["data.batch_size=8", "data.train_samples=64", "data.num_workers=0", "trainer.accelerator=cpu"]
+OVERRIDES = ["data.source.count={{train: 64, val: 16, test: 16}}", "data.source.cache_dir=null", "data.batch_size=8"]
+OVERRIDES += ["data.train_samples=64", "data.eval_samples=16", "data.num_workers=0", "trainer.accelerator=cpu"]
 OVERRIDES += ["trainer.devices=1", "callbacks.evaluation=null", "callbacks.visualizations=null"]
 
 

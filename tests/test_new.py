@@ -55,8 +55,8 @@ def test_a_new_method_is_a_copy_that_passes_its_own_test_and_trains(copy):
     assert "class MyOwnDecoder" in module
     experiment = (copy / "configs/experiment/my_own_vitb.yaml").read_text()
     assert "override /recipe: my_own" in experiment
-    assert "paper: MyOwn (yours)" in experiment
-    assert "| `my_own_tiny` |" in (copy / "docs/methods.md").read_text()
+    assert "paper: MyOwn (yours)" in (copy / "configs/recipe/my_own.yaml").read_text()
+    assert "### `my_own_tiny`, `my_own_vitb`" in (copy / "docs/methods.md").read_text()
     run(copy, "pytest", "-n", "0", "-p", "no:cacheprovider", str(created[-1].relative_to(copy)))
     train = ["experiment=my_own_tiny", "data.source.count=16", "data.source.cache_dir=null", "image_size=16"]
     train += ["data.batch_size=4", "data.train_samples=8", "data.eval_samples=8", "trainer.max_epochs=1"]
