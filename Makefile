@@ -1,12 +1,12 @@
-# Every command of Pretext. `make help` explains; each target sets up .venv first if it is missing or stale.
+# Every command of Pretext. `make help` lists them; each target sets up .venv first if it is missing or stale.
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
 export PYTHONUNBUFFERED := 1
 PY := .venv/bin/python
 
-# NAME counts only where it is typed: some systems keep the machine's name in the environment
+# NAME counts only if it is typed: some systems keep the machine's name in the environment
 TYPED_NAME := $(if $(filter command,$(origin NAME)),$(NAME))
-# words of the command line -> overrides; ARGS="key=value ..." are passed on as they are
+# variables of the command line become overrides; ARGS="key=value ..." is passed on unchanged
 COMMON := $(if $(SEED),seed=$(SEED)) $(if $(DEVICES),trainer.devices=$(DEVICES))
 TRAIN  := $(if $(EXP),experiment=$(EXP)) $(if $(SCALE),scale=$(SCALE)) $(if $(DATA),data=$(DATA)) \
           $(if $(DATA_DIR),paths.data='"$(DATA_DIR)"') $(if $(CKPT),checkpoint='"$(CKPT)"') \
@@ -32,7 +32,7 @@ submit: setup ## train under SLURM, as EXP=... but with NODES=2 DEVICES=8 ARGS="
 resume: setup ## continue a run, to the same bits: RUN=runs/<experiment>/<name>
 	@$(PY) -m src.resume run='$(RUN)' $(if $(DEVICES),trainer.devices=$(DEVICES)) $(ARGS)
 
-evaluate: setup ## judge a run's encoder: RUN=... EVAL=knn,linear,finetune [DATA=emoji]
+evaluate: setup ## evaluate a run's encoder: RUN=... EVAL=knn,linear,finetune [DATA=emoji]
 	@$(PY) -m src.evaluate run='$(RUN)' $(if $(EVAL),eval=$(EVAL)) $(if $(DATA),data=$(DATA)) \
 	  $(if $(DATA_DIR),paths.data='"$(DATA_DIR)"') $(ARGS)
 
@@ -40,7 +40,7 @@ gauntlet: setup ## rank several runs' encoders by many tasks: RUN="runs/a/x runs
 	@$(PY) -m src.gauntlet run='$(RUN)' $(if $(DATA),data='$(DATA)') \
 	  $(if $(DATA_DIR),paths.data='"$(DATA_DIR)"') $(ARGS)
 
-export: setup ## write a run's encoder, or both its towers, for others: RUN=... FORMAT=timm|hf
+export: setup ## export a run's encoder, or both its towers: RUN=... FORMAT=timm|hf
 	@$(PY) -m src.export run='$(RUN)' $(if $(FORMAT),format=$(FORMAT)) $(ARGS)
 
 config: setup ## every value of an experiment and its file: EXP=mae_vitb [SCALE=tiny], or the differences: VS=dino_vits
@@ -52,16 +52,16 @@ list: setup ## every experiment: name, family, data, paper
 pages: setup ## bring docs/methods.md and the README's families up to date
 	@$(PY) -m src.methods_page
 
-new: setup ## start a method of your own from one that is here: METHOD=mine FROM=mae
+new: setup ## begin a method of your own from an existing one: METHOD=mine FROM=mae
 	@$(PY) -m src.new method='$(METHOD)' from='$(FROM)'
 
 bench: setup ## measure speed and write docs/benchmarks.md
 	@$(PY) -m benchmarks $(ARGS)
 
-claim: setup ## measure what a paper claims: CLAIM=mae_mask_ratio [DATA=scenes] (without CLAIM: the list)
+claim: setup ## check a paper's claim: CLAIM=mae_mask_ratio [DATA=scenes] (without CLAIM: the list)
 	@$(PY) -m src.claims $(if $(CLAIM),claim='$(CLAIM)') $(if $(DATA),data=$(DATA)) $(ARGS)
 
-claims: setup ## measure every claim that is not yet [DATA=scenes], and write docs/claims.md
+claims: setup ## measure every claim that has not been measured [DATA=scenes], and write docs/claims.md
 	@$(PY) -m src.claims all=true $(if $(DATA),data=$(DATA)) $(ARGS)
 
 tensorboard: setup ## dashboards of all runs, on this machine only
@@ -70,10 +70,10 @@ tensorboard: setup ## dashboards of all runs, on this machine only
 test: setup ## every test, offline, on CPU
 	@HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= $(PY) -m pytest $(ARGS)
 
-lint: setup ## style, imports, types
+lint: setup ## check style, imports and types
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
-format: setup ## put style and imports right
+format: setup ## fix style and imports
 	@$(PY) -m ruff check --fix . && $(PY) -m ruff format .
 
 clean: ## remove caches and .venv, never runs
