@@ -114,8 +114,7 @@ class DINO(JointEmbedding):
 
     def collapse_metrics(self, targets: Tensor, scores: Tensor) -> dict[str, Tensor | float]:
         """The paper's two signs of collapse, the entropy of the targets and their divergence from the scores of the
-        view
-        in reverse order, and the number of prototypes in use: [B, V, K], [B, V, K]."""
+        views in reverse order, and the number of prototypes in use: [B, V, K], [B, V, K]."""
         return {
             "teacher_entropy": entropy(targets),
             "divergence": divergence(targets.flip(1), scores, self.student_temperature),
