@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from src.datamodules.batches.image import ImageBatch
 from src.datamodules.decoding import EncodedImage
-from src.datamodules.views.resample import resample_boxes
+from src.datamodules.views.resample import Interpolation, resample_boxes
 from src.datamodules.views.view import ImageView
 from src.errors import SettingError
 
@@ -28,15 +28,17 @@ class RandomResizedCrop(ImageView):
         scale: smallest and largest share of the image's area.
         ratio: smallest and largest aspect ratio, width over height.
         flip: probability of a left-right mirror.
+        interpolation: "bicubic", or "bilinear" as torchvision's crops are without a setting.
 
     Raises:
-        SettingError: the scale is not 0 < low <= high <= 1.
+        SettingError: the scale is not 0 < low <= high <= 1, or an unknown interpolation.
     """
 
     size: int
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    interpolation: Interpolation = "bicubic"
 
     batch_type: ClassVar[type] = ImageBatch
     num_uniforms: ClassVar[int] = 4 * _TRIES + 1
@@ -44,23 +46,35 @@ class RandomResizedCrop(ImageView):
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise SettingError(f"RandomResizedCrop: scale must be 0 < low <= high <= 1, got {tuple(self.scale)}")
+        if self.interpolation not in get_args(Interpolation):
+            raise SettingError(
+                f"RandomResizedCrop: interpolation must be {' or '.join(get_args(Interpolation))}, "
+                f"got '{self.interpolation}'"
+            )
 
     def from_encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
         height, width = image.size
         top, left, rows, columns = self.boxes(height, width, uniform[None])[0]
-        pixels = to_tensor(image.decode(box=(top, left, rows, columns), size=(self.size, self.size)))
+        box, size = (top, left, rows, columns), (self.size, self.size)
+        pixels = to_tensor(image.decode(box=box, size=size, interpolation=self._resampling))
         return {"image": pixels.flip(-1) if self.flipped(uniform) else pixels}
 
     def from_decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
         boxes = self.boxes(images.shape[-2], images.shape[-1], uniform)
-        return {"image": resample_boxes(images, boxes, self.size, flip=self.flipped(uniform))}
+        flip = self.flipped(uniform)
+        return {"image": resample_boxes(images, boxes, self.size, flip=flip, interpolation=self.interpolation)}
 
     def from_pil(self, image: Image, uniform: np.ndarray) -> Tensor:
         """Makes one of several views of an image that is decoded once: uniform [num_uniforms] -> uint8 [3, S, S]."""
         top, left, rows, columns = self.boxes(image.height, image.width, uniform[None])[0]
         box = (left, top, left + columns, top + rows)
-        pixels = to_tensor(image.resize((self.size, self.size), Resampling.BICUBIC, box=box))
+        pixels = to_tensor(image.resize((self.size, self.size), self._resampling, box=box))
         return pixels.flip(-1) if self.flipped(uniform) else pixels
+
+    @property
+    def _resampling(self) -> Resampling:
+        """Pillow's name of the interpolation."""
+        return Resampling[self.interpolation.upper()]
 
     def flipped(self, uniform: np.ndarray) -> np.ndarray:
         """Returns which crops are mirrored: uniform [..., num_uniforms] -> bool [...]."""

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Interpolation = Literal["bilinear", "bicubic"]
+"""Antialiased interpolation, as Pillow's; torchvision's crops are bilinear without a setting."""
 
-def resample_boxes(images: Tensor, boxes: np.ndarray, size: int, flip: np.ndarray | None = None) -> Tensor:
-    """Crops a box of every image and resizes it to size x size with antialiased bicubic interpolation.
+
+def resample_boxes(
+    images: Tensor,
+    boxes: np.ndarray,
+    size: int,
+    flip: np.ndarray | None = None,
+    interpolation: Interpolation = "bicubic",
+) -> Tensor:
+    """Crops a box of every image and resizes it to size x size with antialiased interpolation.
 
     Both axes are resampled by one small matrix an image, so that a batch costs two matrix products. Values agree with
-    ``PIL.Image.resize(box=…, resample=BICUBIC)`` up to rounding.
+    ``PIL.Image.resize(box=…, resample=…)`` up to rounding.
 
     Args:
         images: uint8 [B, 3, H, W].
         boxes: float [B, 4] as (top, left, height, width) in pixels.
         size: side of the result.
         flip: bool [B], True to mirror left to right; None for no mirroring.
+        interpolation: "bilinear" or "bicubic".
 
     Returns:
         uint8 [B, 3, size, size].
     """
     height, width = images.shape[-2:]
-    rows = torch.from_numpy(_weights(boxes[:, 0], boxes[:, 2], height, size)).to(images.device)
-    columns = _weights(boxes[:, 1], boxes[:, 3], width, size)
+    rows = torch.from_numpy(_weights(boxes[:, 0], boxes[:, 2], height, size, interpolation)).to(images.device)
+    columns = _weights(boxes[:, 1], boxes[:, 3], width, size, interpolation)
     if flip is not None:
         columns = np.where(flip[:, None, None], columns[:, ::-1], columns)
     columns_t = torch.from_numpy(np.ascontiguousarray(columns.transpose(0, 2, 1))).to(images.device)
@@ -38,8 +50,10 @@ def resample_boxes(images: Tensor, boxes: np.ndarray, size: int, flip: np.ndarra
     return result.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def resample_box(frames: Tensor, box: np.ndarray, size: int, flip: bool = False) -> Tensor:
-    """Crops the same box of every frame of a clip and resizes it to size x size, as `resample_boxes`.
+def resample_box(
+    frames: Tensor, box: np.ndarray, size: int, flip: bool = False, interpolation: Interpolation = "bicubic"
+) -> Tensor:
+    """Crops the same box of every frame of a clip and resizes it to size x size, antialiased, as PIL does.
 
     The box is rounded to whole pixels, and pixels around it take no part in the interpolation, which is cheaper for
     many frames of one box.
@@ -49,6 +63,7 @@ def resample_box(frames: Tensor, box: np.ndarray, size: int, flip: bool = False)
         box: float [4] as (top, left, height, width) in pixels.
         size: side of the result.
         flip: mirrors left to right.
+        interpolation: "bilinear" or "bicubic".
 
     Returns:
         uint8 [T, 3, size, size].
@@ -56,7 +71,7 @@ def resample_box(frames: Tensor, box: np.ndarray, size: int, flip: bool = False)
     top, left, rows, columns = whole_pixels(box)
     part = frames[..., top : top + rows, left : left + columns]
     if (rows, columns) != (size, size):
-        part = F.interpolate(part, (size, size), mode="bicubic", antialias=True)
+        part = F.interpolate(part, (size, size), mode=interpolation, antialias=True)
     return part.flip(-1) if flip else part
 
 
@@ -66,18 +81,19 @@ def whole_pixels(box: np.ndarray) -> tuple[int, int, int, int]:
     return top, left, max(1, bottom - top), max(1, right - left)
 
 
-def _weights(start: np.ndarray, length: np.ndarray, source: int, size: int) -> np.ndarray:
+def _weights(start: np.ndarray, length: np.ndarray, source: int, size: int, interpolation: Interpolation) -> np.ndarray:
     """Returns interpolation matrices [B, size, source]; row o weighs the source pixels of output pixel o."""
     scale = (length / size)[:, None, None]
     stretch = np.maximum(scale, 1.0)
-    support = 2.0 * stretch
+    kernel, reach = (_bicubic, 2.0) if interpolation == "bicubic" else (_bilinear, 1.0)
+    support = reach * stretch
     center = start[:, None, None] + (np.arange(size)[None, :, None] + 0.5) * scale
     # PIL uses whole pixels between these bounds alone, which matters at the edge of the support
     first = np.maximum(np.floor(center - support + 0.5), 0)
     last = np.minimum(np.floor(center + support + 0.5), source)
     taps = int(np.ceil(2 * support.max())) + 1  # largest number of weights of a row
     pixel = first + np.arange(taps)
-    weight = _bicubic((pixel + 0.5 - center) / stretch) * (pixel < last)
+    weight = kernel((pixel + 0.5 - center) / stretch) * (pixel < last)
     weight /= weight.sum(axis=-1, keepdims=True)
     matrix = np.zeros((len(start), size, source + taps), np.float32)  # zero weights may lie beyond the image
     np.put_along_axis(matrix, pixel.astype(np.int64), weight.astype(np.float32), axis=-1)
@@ -90,3 +106,8 @@ def _bicubic(x: np.ndarray) -> np.ndarray:
     near = (1.5 * x - 2.5) * x * x + 1.0
     far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+def _bilinear(x: np.ndarray) -> np.ndarray:
+    """The triangle kernel, as in PIL."""
+    return np.maximum(0.0, 1.0 - np.abs(x))

@@ -1,9 +1,12 @@
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from src.datamodules.decoding import EncodedImage
 from src.datamodules.views.image import CenterCrop, RandomResizedCrop
 from src.datamodules.views.resample import resample_boxes
 from src.randomness import uniform
@@ -15,14 +18,16 @@ def pictures(count: int, height: int, width: int) -> torch.Tensor:
     return torch.from_numpy(coarse.repeat(4, axis=2).repeat(4, axis=3))
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [16, 33, 96])  # shrinking, odd, enlarging
-def test_resampling_a_batch_equals_pil_box_by_box(size):
+def test_resampling_a_batch_equals_pil_box_by_box(size, interpolation):
     images = pictures(3, 48, 64)
     boxes = np.array([[0, 0, 48, 64], [5, 9, 31, 22], [17.5, 30.25, 20, 28.5]])
-    found = resample_boxes(images, boxes, size)
+    found = resample_boxes(images, boxes, size, interpolation=interpolation)
+    resampling = Image.Resampling[interpolation.upper()]
     for image, (top, left, height, width), result in zip(images, boxes, found, strict=True):
         pil = Image.fromarray(image.permute(1, 2, 0).numpy())
-        expected = pil.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+        expected = pil.resize((size, size), resampling, box=(left, top, left + width, top + height))
         difference = np.abs(result.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected).astype(int))
         # PIL rounds its weights to fixed point, which may tip a rounding in either pass
         assert difference.max() <= 2
@@ -91,6 +96,27 @@ def test_the_center_crop_is_the_resized_center():
     assert torch.equal(untouched, pictures(1, 64, 64))
 
 
-def test_a_scale_outside_of_0_to_1_is_refused():
+def test_the_crop_s_interpolation_reaches_files_and_decoded_images_alike():
+    """Two gray levels side by side, enlarged: a triangle stays between them, a cubic kernel overshoots."""
+    pixels = np.full((8, 8, 3), 60, np.uint8)
+    pixels[:, 4:] = 180
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    numbers = np.full((1, RandomResizedCrop.num_uniforms), 0.5)
+    for interpolation, low, high in (("bilinear", 60, 180), ("bicubic", 51, 189)):
+        view = RandomResizedCrop(32, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, interpolation=interpolation)
+        made = [
+            view.from_decoded(images, numbers)["image"][0],
+            view.from_encoded(EncodedImage(file.getvalue()), numbers[0])["image"],
+            view.from_pil(Image.fromarray(pixels), numbers[0]),
+        ]
+        for image in made:
+            assert (int(image.min()), int(image.max())) == (low, high)
+
+
+def test_a_scale_outside_of_0_to_1_and_an_unknown_interpolation_are_refused():
     with pytest.raises(ValueError, match="scale"):
         RandomResizedCrop(size=8, scale=(0.5, 1.5))
+    with pytest.raises(ValueError, match="interpolation must be bilinear or bicubic, got 'nearest'"):
+        RandomResizedCrop(size=8, interpolation="nearest")
