@@ -21,6 +21,7 @@ from src.callbacks.ema_teacher import EMATeacher
 from src.callbacks.last_validation import LastValidation
 from src.callbacks.nan_guard import NonFiniteLoss
 from src.callbacks.recipe_card import RecipeCard
+from src.callbacks.resumed_position import ResumedPosition
 from src.callbacks.stop_on_signal import Preempted
 from src.checkpoint_io import AtomicCheckpointIO, CheckpointError
 from src.datamodules.batches.base import BatchError
@@ -81,6 +82,7 @@ def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int
             callbacks=[
                 *build_each(config, "callbacks"),
                 LastValidation(),
+                ResumedPosition(),
                 RecipeCard(run.dir, config=plain(config), summary=panels.recipe_rows(config)),
             ],
             logger=build_each(config, "logger"),

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from src.callbacks.resumed_position import schedule_step
 from src.callbacks.schedules import horizon_of
 from src.errors import SettingError
 
@@ -59,7 +60,7 @@ class FreezeAtFirst(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if trainer.global_step < horizon_of(trainer).warmup_steps(self.duration):
+        if schedule_step(trainer) < horizon_of(trainer).warmup_steps(self.duration):
             for parameter in self._matching(pl_module):
                 parameter.grad = None
 

@@ -14,6 +14,8 @@ from rich.progress import ProgressColumn, Task
 from rich.text import Text
 from torch import Tensor
 
+from src.callbacks.schedules import total_steps
+
 _FIRST_LINES = 3
 _RATES = ("schedule/optimizer.lr", "lr")
 
@@ -175,4 +177,4 @@ def _short(rate: float) -> str:
 
 def _total_steps(trainer: L.Trainer) -> int | None:
     total = trainer.estimated_stepping_batches
-    return int(total) if math.isfinite(total) and total >= 0 else None
+    return total_steps(trainer) if math.isfinite(total) and total >= 0 else None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
 import torch
 
+from src.callbacks.resumed_position import schedule_step, surplus_steps
 from src.errors import SettingError, nearest
 from src.models.logging import logs_now
-from src.schedules import Horizon, Schedule, share_of
+from src.schedules import Horizon, Schedule, share_of, value_for
 
 _OPTIMIZER_SETTINGS = ("lr", "weight_decay")
 
@@ -48,9 +50,12 @@ class Schedules(L.Callback):
     ) -> None:
         horizon, logs = horizon_of(trainer), logs_now(trainer)
         for path, schedule in self.schedules.items():
-            value = schedule.value(trainer.global_step, horizon)
-            if _is_of_optimizer(path):
-                _set_groups(_optimizer_of(trainer, pl_module, path), path.rpartition(".")[2], value)
+            step = schedule_step(trainer)
+            value = schedule.value(step, horizon)
+            if path.endswith(".lr") and _is_of_optimizer(path):
+                _set_rates(_optimizer_of(trainer, pl_module, path), schedule, step, horizon)
+            elif _is_of_optimizer(path):
+                _set_weight_decay(_optimizer_of(trainer, pl_module, path), value)
             else:
                 owner, name = _resolve(pl_module, path)
                 setattr(owner, name, value)
@@ -59,14 +64,25 @@ class Schedules(L.Callback):
 
 
 def horizon_of(trainer: L.Trainer) -> Horizon:
-    """The run's length as Lightning will carry it out, with the cap on warm-ups that its `Schedules` set, if any."""
+    """The run's length in steps of the present batch size, with the cap on warm-ups that its `Schedules` set."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return Horizon(
-        total_steps=int(trainer.estimated_stepping_batches),
+        total_steps=total_steps(trainer) - surplus_steps(trainer),
         steps_per_epoch=trainer.num_training_batches / trainer.accumulate_grad_batches,
         batch_size=trainer.datamodule.batch_size,  # type: ignore[attr-defined]
         max_warmup=next((callback.max_warmup for callback in callbacks if isinstance(callback, Schedules)), None),
     )
+
+
+def total_steps(trainer: L.Trainer) -> int:
+    """The optimizer steps of the whole run: those done and, in batches of the present size, those to come."""
+    limit, surplus = trainer.max_steps, surplus_steps(trainer)
+    if surplus == 0 or trainer.max_epochs == -1:
+        return int(trainer.estimated_stepping_batches)
+    trainer.fit_loop.setup_data()  # does nothing if the length of an epoch is known
+    steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    epochs = steps_per_epoch * max(trainer.max_epochs or 0, 1) + surplus
+    return min(limit, epochs) if limit != -1 else epochs
 
 
 def _flatten(schedules: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Schedule]]:
@@ -108,11 +124,15 @@ def _optimizer_of(trainer: L.Trainer, pl_module: L.LightningModule, path: str) -
     return trainer.optimizers[names.index(name[0])]
 
 
-def _set_groups(optimizer: torch.optim.Optimizer, setting: str, value: float) -> None:
+def _set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, horizon: Horizon) -> None:
     for group in optimizer.param_groups:
-        if setting == "lr" and not group.get("constant_lr", False):
-            group["lr"] = value * group["lr_multiplier"]
-        elif setting == "weight_decay" and group["decayed"]:
+        if not group.get("constant_lr", False):
+            group["lr"] = value_for(schedule, group["lr_multiplier"], step, horizon)
+
+
+def _set_weight_decay(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        if group["decayed"]:
             group["weight_decay"] = value
 
 

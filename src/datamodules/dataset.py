@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 import torch
@@ -198,7 +198,8 @@ class TrainSampler(Sampler[list[SampleKey]]):
 
     Optimizer step s of an epoch uses the s-th ``batch_size`` entries of the permutation. They are cut into
     ``micro_batches`` x ``world_size`` equal parts, and each process takes its part of one micro-batch after the other.
-    Entries that do not fill a whole batch are left out in this epoch.
+    Entries that do not fill a whole batch are left out in this epoch. An epoch that is resumed after ``start`` of its
+    entries takes its further steps from the entries that follow, whatever the batch size was before.
 
     Args:
         length: number of samples.
@@ -242,20 +243,29 @@ class TrainSampler(Sampler[list[SampleKey]]):
         self.micro_batches = micro_batches
         self.order = order
         self.epoch = 0
-        self.start = 0
+        self.start = 0  # entries of the epoch's permutation that all processes together have used
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of an epoch."""
+        return self.length // self.batch_size
+
+    def steps_before(self, entries: int) -> int:
+        """Steps of an epoch that are no longer to be taken after ``entries`` of its entries."""
+        return self.steps - (self.length - entries) // self.batch_size
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length // self.batch_size * self.micro_batches
+        return self.steps * self.micro_batches
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         generator = np.random.default_rng(fold(self.seed, self.epoch))
         order = generator.permutation(self.length) if self.order is None else self.order(self.length, generator)
         share = self.batch_size // (self.world_size * self.micro_batches)
-        for micro_batch in range(self.start, len(self)):
-            begin = (micro_batch * self.world_size + self.rank) * share
+        for micro_batch in range((self.steps - self.steps_before(self.start)) * self.micro_batches):
+            begin = self.start + (micro_batch * self.world_size + self.rank) * share
             yield [SampleKey(self.epoch, int(index)) for index in order[begin : begin + share]]
 
 
@@ -274,9 +284,22 @@ class EvalSampler(Sampler[list[SampleKey]]):
             yield [SampleKey(0, index) for index in self.indices[begin : begin + self.batch_size]]
 
 
+class LoaderPosition(TypedDict):
+    """How far a `ResumableLoader` has come."""
+
+    epoch: int
+    samples: int  # of this epoch, served by all processes
+    batch_size: int  # samples of one optimizer step
+    micro_batches: int  # forward passes of one optimizer step
+
+
 class ResumableLoader(DataLoader[dict[str, Any]]):
-    """A DataLoader that counts the batches it has served, so that a run resumed within an epoch continues with the next
-    batch. Lightning saves and restores the count."""
+    """A DataLoader that counts the samples it has served, so that a run resumed within an epoch continues with the next
+    sample. Lightning saves and restores the count.
+
+    The count is one of samples over all processes, saved with the batch size and the micro-batches by which Lightning's
+    own counters are to be read: `ResumedPosition` converts them where a run is resumed with others.
+    """
 
     def __init__(
         self, dataset: ViewedDataset, sampler: TrainSampler, *, num_workers: int = 0, pin_memory: bool = False
@@ -291,23 +314,31 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
             prefetch_factor=4 if num_workers > 0 else None,
         )
         self._epoch = 0
-        self._served = 0
-        self._resume: dict[str, int] | None = None
+        self._served = 0  # micro-batches of this process since `_start`
+        self._start = 0
+        self._resume: LoaderPosition | None = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         # a generator, because Lightning asks for the iterator before it sets the epoch of a resumed run
         sampler: TrainSampler = self.sampler  # type: ignore[assignment]
         # the state of a finished epoch names that epoch; the next one then starts at its beginning
         resumes = self._resume is not None and self._resume["epoch"] == sampler.epoch
-        sampler.start = self._resume["batch"] if resumes and self._resume else 0
+        sampler.start = self._resume["samples"] if resumes and self._resume else 0
         self._resume = None
-        self._epoch, self._served = sampler.epoch, sampler.start
+        self._epoch, self._start, self._served = sampler.epoch, sampler.start, 0
         for batch in super().__iter__():
             self._served += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self._epoch, "batch": self._served}
+    def state_dict(self) -> LoaderPosition:
+        sampler: TrainSampler = self.sampler  # type: ignore[assignment]
+        return {
+            "epoch": self._epoch,
+            # a checkpoint is never saved between the micro-batches of a step
+            "samples": self._start + self._served // sampler.micro_batches * sampler.batch_size,
+            "batch_size": sampler.batch_size,
+            "micro_batches": sampler.micro_batches,
+        }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._resume = dict(state)
+    def load_state_dict(self, state: LoaderPosition) -> None:
+        self._resume = state

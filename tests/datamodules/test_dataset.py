@@ -185,7 +185,7 @@ def test_a_loader_resumed_within_an_epoch_continues_with_the_next_batch(workers)
     for _ in range(2):
         next(iterator)
     state = stopped.state_dict()
-    assert state == {"epoch": 1, "batch": 2}
+    assert state == {"epoch": 1, "samples": 8, "batch_size": 4, "micro_batches": 1}
     resumed = loader()
     resumed.load_state_dict(state)
     rest = [batch["image"] for batch in resumed]
@@ -196,9 +196,29 @@ def test_a_loader_resumed_within_an_epoch_continues_with_the_next_batch(workers)
     assert len(list(resumed)) == 6  # only the epoch it was taken up in is short
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"batch_size": 8, "micro_batches": 4}, [range(8, 10), range(10, 12), range(12, 14), range(14, 16)]),
+        ({"batch_size": 4}, [range(8, 12), range(12, 16), range(16, 20), range(20, 24)]),
+        ({"batch_size": 6}, [range(8, 14), range(14, 20)]),  # four samples of this epoch are left over
+        ({"batch_size": 16}, [range(8, 24)]),
+        ({"batch_size": 8, "micro_batches": 2, "rank": 1, "world_size": 2}, [range(10, 12), range(14, 16)]),
+        ({"batch_size": 24}, []),
+    ],
+)
+def test_an_epoch_goes_on_after_the_samples_served_whatever_the_new_batches_are(options, expected):
+    """8 of 24 samples were served."""
+    (order,) = order_of(TrainSampler(24, batch_size=24, seed=3))
+    sampler = TrainSampler(24, seed=3, **options)
+    sampler.start = 8
+    assert order_of(sampler)[: len(expected)] == [[order[position] for position in part] for part in expected]
+    assert len(order_of(sampler)) == (16 // sampler.batch_size) * sampler.micro_batches
+
+
 def test_the_state_of_a_finished_epoch_starts_the_next_one_from_its_beginning():
     loader = ResumableLoader(ViewedDataset(Arrays(), VIEW, seed=0), TrainSampler(24, batch_size=4, seed=0))
-    loader.load_state_dict({"epoch": 0, "batch": 6})
+    loader.load_state_dict({"epoch": 0, "samples": 24, "batch_size": 4, "micro_batches": 1})
     loader.sampler.set_epoch(1)
     assert len(list(loader)) == 6
 
