@@ -72,6 +72,10 @@ class Horizon:
                 return amount / 100 * self.total_steps
         return amount
 
+    def epoch_start(self, step: int) -> float:
+        """Returns the first step of the epoch that ``step`` belongs to."""
+        return math.floor(step / self.steps_per_epoch + 1e-9) * self.steps_per_epoch
+
     def warmup_steps(self, duration: int | float | str) -> float:
         """Converts a warm-up to optimizer steps, at most ``max_warmup`` of the run. Durations in percent
         scale with the run and are not capped.
@@ -105,6 +109,14 @@ class Schedule(Protocol):
     def value(self, step: int, horizon: Horizon) -> float:
         """The value for the step after ``step`` optimizer steps."""
         ...
+
+
+def value_for(schedule: Schedule, lr_multiplier: float, step: int, horizon: Horizon) -> float:
+    """The learning rate of a parameter group: ``lr_multiplier`` times the schedule's value, unless the schedule has a
+    rule of its own (`CosineWithWarmup`)."""
+    if isinstance(schedule, CosineWithWarmup):
+        return schedule.value_for(lr_multiplier, step, horizon)
+    return schedule.value(step, horizon) * lr_multiplier
 
 
 @dataclass(frozen=True)
@@ -149,14 +161,20 @@ class Linear:
 
 @dataclass(frozen=True)
 class LinearWarmup:
-    """From ``start`` to ``end`` in a straight line over ``warmup``, then ``end`` for the rest of the run."""
+    """From ``start`` to ``end`` in a straight line over ``warmup``, then ``end`` for the rest of the run.
+
+    Args:
+        per_epoch: the value changes once an epoch: all its steps have that of the first.
+    """
 
     start: float
     end: float
     warmup: int | float | str
+    per_epoch: bool = False
 
     def value(self, step: int, horizon: Horizon) -> float:
-        return self.start + (self.end - self.start) * _progress(step, 0.0, horizon.warmup_steps(self.warmup))
+        now = horizon.epoch_start(step) if self.per_epoch else step
+        return self.start + (self.end - self.start) * _progress(now, 0.0, horizon.warmup_steps(self.warmup))
 
 
 @dataclass(frozen=True)
@@ -177,18 +195,22 @@ class _Warmup(ABC):
 
     Step 0 has the value ``start``: with ``start=0`` the first update of a run with a warm-up changes nothing, as in the
     code of MAE and its followers.
+
+    Args:
+        per_epoch: the value changes once an epoch, as in MoCo's code: all its steps have that of the first.
     """
 
     peak: float
     warmup: int | float | str = 0
     start: float = 0.0
     end: float = 0.0
+    per_epoch: bool = False
 
     def value(self, step: int, horizon: Horizon) -> float:
-        warmup = horizon.warmup_steps(self.warmup)
-        if step < warmup:
-            return self.start + (self.peak - self.start) * step / warmup
-        return self.after(_progress(step, warmup, horizon.total_steps))
+        warmup, now = horizon.warmup_steps(self.warmup), horizon.epoch_start(step) if self.per_epoch else step
+        if now < warmup:
+            return self.start + (self.peak - self.start) * now / warmup
+        return self.after(_progress(now, warmup, horizon.total_steps))
 
     @abstractmethod
     def after(self, progress: float) -> float:
@@ -200,6 +222,30 @@ class WarmupCosine(_Warmup):
 
     def after(self, progress: float) -> float:
         return _half_cosine(self.peak, self.end, progress)
+
+
+@dataclass(frozen=True)
+class CosineWithWarmup:
+    """Half a cosine from ``peak`` to ``end`` over the whole run, whose beginning a warm-up in a straight line from 0
+    replaces, so that it goes on below ``peak``: timm's ``CosineLRScheduler`` without ``warmup_prefix``.
+
+    All parameter groups end at ``end``, whatever their ``lr_multiplier``.
+    """
+
+    peak: float
+    warmup: int | float | str = 0
+    end: float = 0.0
+
+    def value(self, step: int, horizon: Horizon) -> float:
+        return self.value_for(1.0, step, horizon)
+
+    def value_for(self, lr_multiplier: float, step: int, horizon: Horizon) -> float:
+        """The learning rate of a parameter group with ``lr_multiplier``."""
+        warmup = horizon.warmup_steps(self.warmup)
+        peak = self.peak * lr_multiplier
+        if step < warmup:
+            return peak * step / warmup
+        return _half_cosine(peak, self.end, _progress(step, 0.0, horizon.total_steps))
 
 
 class WarmupLinear(_Warmup):

@@ -2,11 +2,14 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
+from timm.scheduler import CosineLRScheduler
 
 from src.errors import SettingError
 from src.schedules import (
     Constant,
     Cosine,
+    CosineWithWarmup,
     Horizon,
     Linear,
     LinearWarmup,
@@ -15,6 +18,7 @@ from src.schedules import (
     WarmupCosine,
     WarmupDrops,
     WarmupLinear,
+    value_for,
 )
 
 RUN = Horizon(total_steps=1000, steps_per_epoch=50.0, batch_size=256)
@@ -54,6 +58,26 @@ def test_warmup_cosine_at_hand_worked_points():
     assert schedule.value(600, RUN) == pytest.approx(1.1)  # half of the way down
     assert schedule.value(1000, RUN) == pytest.approx(0.2)
     assert schedule.value(1200, RUN) == pytest.approx(0.2)
+
+
+def test_a_cosine_over_the_whole_run_is_timms():
+    schedule = CosineWithWarmup(peak=2.0, warmup="4 epochs", end=0.02)
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": [parameter], "lr": lr} for parameter, lr in zip(parameters, (2.0, 20.0), strict=True)]
+    theirs = CosineLRScheduler(
+        torch.optim.SGD(groups),
+        t_initial=1000,
+        lr_min=0.02,
+        warmup_t=200,
+        warmup_lr_init=0,
+        cycle_limit=1,
+        t_in_epochs=False,
+    )
+    for step in (0, 100, 199, 200, 500, 999):
+        assert [value_for(schedule, factor, step, RUN) for factor in (1, 10)] == pytest.approx(theirs._get_lr(step))
+    assert schedule.value(200, RUN) == pytest.approx(0.02 + 1.98 * 0.5 * (1 + math.cos(0.2 * math.pi)))  # not the peak
+    assert value_for(schedule, 10, 1000, RUN) == schedule.value(1000, RUN) == pytest.approx(0.02)
+    assert value_for(WarmupCosine(peak=2.0), 10, 500, RUN) == pytest.approx(10.0)
 
 
 def test_warmup_linear_at_hand_worked_points():
