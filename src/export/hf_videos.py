@@ -35,7 +35,7 @@ def write_video_encoder(model: TrainedModel, folder: Path) -> ExportInfo:
         VideoMAEImageProcessor(
             size={"shortest_edge": round(model.size / model.crop_share)},
             crop_size={"height": model.size, "width": model.size},
-            resample=3,  # bicubic
+            resample=2,  # bilinear, as CenterVideoCrop
             image_mean=model.mean,
             image_std=model.std,
         ).save_pretrained(folder)

@@ -38,6 +38,18 @@ def test_a_dense_clip_at_hand_worked_times() -> None:
     assert DenseClip(frames=16, stride=4).times(1.0, 10.0, np.array([0.9]))[0] == 0.0  # longer than its video
 
 
+def test_spread_frames_are_those_of_videomaes_fine_tuning() -> None:
+    """numpy.linspace(s, s + 64, 16) without its fraction, at most s + 63, where s < length - 64."""
+    clip = DenseClip(frames=16, stride=4, spread=True)
+    steps = [0, 4, 8, 12, 17, 21, 25, 29, 34, 38, 42, 46, 51, 55, 59, 63]
+    for uniform, start in ((0.0, 0), (0.5, 18), (0.999, 35)):  # 100 frames: the first one is 0 to 35
+        times = clip.times(4.0, 25.0, np.array([uniform]))
+        assert np.rint(times * 25).astype(int).tolist() == [start + step for step in steps]
+    assert clip.times(1.0, 25.0, np.array([0.9]))[0] == 0.0  # longer than its video
+    with pytest.raises(SettingError, match=r"spread=true counts frames of the video, which rate=4\.0 does not"):
+        DenseClip(rate=4.0, spread=True)
+
+
 def test_segments_cover_the_video_evenly() -> None:
     clip = SegmentClip(frames=4)
     np.testing.assert_allclose(clip.times(2.0, 30.0, np.array([0.0, 0.5, 0.5, 0.9])), [0.0, 0.75, 1.25, 1.95])
@@ -94,6 +106,22 @@ def test_multi_scale_boxes_are_neighboring_sides_at_thirteen_places() -> None:
     np.testing.assert_array_equal(crop.boxes(40, 60, np.array([[0.0, 0.5, 0.0]])), [[0, 20, 40, 40]])
     with pytest.raises(SettingError, match="scales must lie in"):
         MultiScaleCrop(8, scales=(1.2,))
+
+
+def test_five_places_are_the_corners_and_the_center() -> None:
+    crop = MultiScaleCrop(size=8, scales=(0.5,), places=5)
+    boxes = crop.boxes(40, 60, np.random.default_rng(0).random((200, 3)))
+    assert set(map(tuple, boxes.astype(int).tolist())) == {
+        (top, left, 20, 20) for top, left in ((0, 0), (0, 40), (20, 0), (20, 40), (10, 20))
+    }
+    with pytest.raises(SettingError, match="places must be 5 or 13, got 9"):
+        MultiScaleCrop(8, places=9)
+
+
+def test_a_side_within_two_pixels_of_the_result_is_taken_without_resizing() -> None:
+    draw = np.array([[0.0, 0.0, 0.0]])
+    for shorter, side in ((222, 222), (226, 224), (227, 227), (224, 224)):  # 224 do not fit into 222
+        assert MultiScaleCrop(224, scales=(1.0,)).boxes(shorter, 300, draw)[0, 2:].tolist() == [side, side]
 
 
 def test_the_center_crop_of_a_video_takes_no_random_numbers() -> None:
@@ -191,6 +219,9 @@ def test_frames_of_one_box_are_resized_as_pillow_does() -> None:
             picture = Image.fromarray(frame.permute(1, 2, 0).numpy()).crop((left, top, left + columns, top + rows))
             expected = to_tensor(picture.resize((16, 16), Image.Resampling.BICUBIC))
             assert (mine.int() - expected.int()).abs().max() <= 1
+            bilinear = resample_box(frame[None], np.array(box, float), 16, interpolation="bilinear")[0]
+            expected = to_tensor(picture.resize((16, 16), Image.Resampling.BILINEAR))
+            assert (bilinear.int() - expected.int()).abs().max() <= 1
         assert torch.equal(resample_box(frames, np.array(box, float), 16, flip=True), seen.flip(-1))
     assert whole_pixels(np.array([1.6, 2.4, 3.0, 0.1])) == (2, 2, 3, 1)
 

@@ -56,14 +56,17 @@ class StatisticsCrop(VideoView):
     def from_video(self, video: VideoReader, uniform: np.ndarray) -> dict[str, Tensor]:
         with_flow: FlowFilmReader = video  # type: ignore[assignment]  # the DataModule refuses videos without flow
         times = self.clip.times(video.duration, video.rate, uniform).tolist()
-        frames, flow = with_flow.frames_at(times), with_flow.flow(times)
+        after = times[-1] + (times[-1] - times[-2] if len(times) > 1 else 1 / video.rate)
+        # as in the authors' code, each frame has a flow field, the last one to the frame after the clip
+        frames, flow = with_flow.frames_at(times), with_flow.flow([*times, after])
         of_crop = uniform[self.clip.num_uniforms :]
         (box,) = self.crop.boxes(frames.shape[-2], frames.shape[-1], of_crop[None])
         flip = bool(of_crop[-1] < self.crop.flip)
-        cropped = resample_box(frames, box, self.crop.size, flip)
+        cropped = resample_box(frames, box, self.crop.size, flip, self.crop.interpolation)
+        flow = crop_flow(flow, box, self.crop.size, flip)
         return {
             "video": cropped,
-            "motion": motion_statistics(crop_flow(flow, box, self.crop.size, flip).numpy()),
+            "motion": motion_statistics(flow.numpy(), frames=max(1, len(times) - 1)),
             "appearance": appearance_statistics(cropped.numpy()),
         }
 
@@ -95,7 +98,7 @@ def crop_flow(flow: Tensor, box: np.ndarray, size: int, flip: bool) -> Tensor:
     return cropped * torch.tensor([sign * size / columns, size / rows]).view(2, 1, 1)
 
 
-def motion_statistics(flow: np.ndarray) -> Tensor:
+def motion_statistics(flow: np.ndarray, frames: int | None = None) -> Tensor:
     """Returns the place, direction and time of the strongest motion boundaries: 14 numbers.
 
     Motion boundaries are derivatives of the flow's horizontal part u and vertical part v; the camera's motion, the same
@@ -105,11 +108,12 @@ def motion_statistics(flow: np.ndarray) -> Tensor:
 
     Args:
         flow: float [N, 2, S, S], S a multiple of 8.
+        frames: the strongest frame is one of the first ``frames``, N - 1 in the authors' code; None for all.
 
     Returns:
         float32 [14].
     """
-    boundaries = [_boundaries(flow[:, part]) for part in range(2)]
+    boundaries = [_boundaries(flow[:, part], frames) for part in range(2)]
     numbers: list[int] = []
     for regions in partitions(flow.shape[-1]):
         for boundary in boundaries:
@@ -126,11 +130,11 @@ class _Boundaries(NamedTuple):
     frame: int  # with the strongest boundaries, from 1; 0 for none
 
 
-def _boundaries(part: np.ndarray) -> _Boundaries:
+def _boundaries(part: np.ndarray, frames: int | None) -> _Boundaries:
     across, down = (convolve(part.astype(np.float64), kernel) for kernel in (_ACROSS, _DOWN))
     of_frame = np.hypot(across, down)
     of_frame[of_frame < _STILL] = 0.0
-    totals = of_frame.sum(axis=(1, 2))
+    totals = of_frame[:frames].sum(axis=(1, 2))
     x, y = across.sum(axis=0), down.sum(axis=0)
     strength = np.hypot(x, y)
     strength[strength < _STILL] = 0.0

@@ -15,7 +15,7 @@ from src.datamodules.sources.source import Sample
 from src.datamodules.video_reader import VideoReader
 from src.datamodules.views.augment import StrongFrames
 from src.datamodules.views.color import Color
-from src.datamodules.views.resample import resample_box
+from src.datamodules.views.resample import Interpolation, resample_box
 from src.datamodules.views.view import View
 from src.errors import SettingError
 
@@ -57,14 +57,17 @@ class DenseClip:
         frames: of a clip.
         stride: step in frames of the video.
         rate: frames a second, whatever the video's own rate; None for the stride.
+        spread: spreads the frames over the whole ``frames * stride`` frames of the video, from the first to the last
+            one, so that some steps are ``stride`` and others ``stride + 1``: VideoMAE's clips for fine-tuning.
 
     Raises:
-        SettingError: frames or stride are below 1, or the rate is not above 0.
+        SettingError: frames or stride are below 1, the rate is not above 0, or ``spread`` is set with a rate.
     """
 
     frames: int = 16
     stride: int = 4
     rate: float | None = None
+    spread: bool = False
 
     num_uniforms: ClassVar[int] = 1
 
@@ -74,11 +77,24 @@ class DenseClip:
                 f"a clip needs frames and stride of at least 1 and a rate above 0; got {self.frames}, {self.stride}, "
                 f"{self.rate}"
             )
+        if self.spread and self.rate is not None:
+            raise SettingError(
+                f"clip: spread=true counts frames of the video, which rate={self.rate} does not; drop one"
+            )
 
     def times(self, duration: float, rate: float, uniform: np.ndarray) -> np.ndarray:
+        if self.spread:
+            return self._spread(round(duration * rate), float(uniform[0])) / rate
         step = self.stride / rate if self.rate is None else 1 / self.rate
         room = max(0.0, duration - 1 / rate - (self.frames - 1) * step)
         return room * float(uniform[0]) + step * np.arange(self.frames)
+
+    def _spread(self, length: int, uniform: float) -> np.ndarray:
+        """Returns the numbers of the frames in a video of ``length`` frames."""
+        covered = self.frames * self.stride
+        start = int(uniform * max(1, length - covered))
+        steps = np.linspace(0, covered, self.frames).astype(np.int64)
+        return start + np.minimum(steps, covered - 1)
 
     def even_positions(self, count: int) -> np.ndarray:
         """Returns positions from the first clip to the last one, the middle for one clip."""
@@ -130,6 +146,11 @@ class FrameCrop(Protocol):
         ...
 
     @property
+    def interpolation(self) -> Interpolation:
+        """Interpolation of the resize, antialiased."""
+        ...
+
+    @property
     def num_uniforms(self) -> int:
         """Random numbers needed for one box."""
         ...
@@ -155,39 +176,49 @@ class VideoView(View):
 
 @dataclass(frozen=True)
 class MultiScaleCrop:
-    """A box whose sides are the frame's shorter side times two neighboring ``scales``, at one of 13 places, as in
-    temporal segment networks (Wang et al., 2016).
+    """A box whose sides are the frame's shorter side times two neighboring ``scales``, at one of 5 or 13 places, as in
+    temporal segment networks (Wang et al., 2016). A side within two pixels of ``size`` becomes ``size``, which saves
+    the resize.
 
     Args:
         size: side of the result in pixels.
         scales: in descending order.
+        places: 5 for the corners and the center, 13 also for the centers of the sides and the points between.
         flip: probability of a left-right mirror; 0 if labels distinguish left and right.
+        interpolation: "bilinear" or "bicubic".
 
     Raises:
-        SettingError: a scale is not in (0, 1].
+        SettingError: a scale is not in (0, 1], or another number of places.
     """
 
     size: int
     scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
+    places: int = 13
     flip: float = 0.5
+    interpolation: Interpolation = "bilinear"
 
     num_uniforms: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
         if not self.scales or not 0 < min(self.scales) <= max(self.scales) <= 1:
             raise SettingError(f"MultiScaleCrop: scales must lie in (0, 1], got {tuple(self.scales)}")
+        if self.places not in (5, len(_PLACES)):
+            raise SettingError(f"MultiScaleCrop: places must be 5 or {len(_PLACES)}, got {self.places}")
 
     def boxes(self, height: int, width: int, uniform: np.ndarray) -> np.ndarray:
-        sides = [int(min(height, width) * scale) for scale in self.scales]
+        shorter = min(height, width)
+        sides = [int(shorter * scale) for scale in self.scales]
+        sides = [self.size if abs(side - self.size) < 3 and self.size <= shorter else side for side in sides]
         pairs = np.array([(a, b) for i, a in enumerate(sides) for j, b in enumerate(sides) if abs(i - j) <= 1])
         rows, columns = pairs[(uniform[:, 0] * len(pairs)).astype(int)].T
         # in quarters of the free space: corners, centers of sides, the center, and points between them
-        top, left = _PLACES[(uniform[:, 1] * len(_PLACES)).astype(int)].T
+        top, left = _PLACES[(uniform[:, 1] * self.places).astype(int)].T
         return np.stack([(height - rows) // 4 * top, (width - columns) // 4 * left, rows, columns], axis=1).astype(
             float
         )
 
 
+# the corners and the center come first
 _PLACES = np.array(
     [(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2), (1, 1), (1, 3), (3, 1), (3, 3)]
 )
@@ -201,6 +232,7 @@ class RandomSquare:
         size: side of the result in pixels.
         share: side of the square over the frame's shorter side.
         flip: probability of a left-right mirror; 0 if labels distinguish left and right.
+        interpolation: "bilinear" or "bicubic".
 
     Raises:
         SettingError: the share is not in (0, 1].
@@ -209,6 +241,7 @@ class RandomSquare:
     size: int
     share: float = 0.875
     flip: float = 0.5
+    interpolation: Interpolation = "bilinear"
 
     num_uniforms: ClassVar[int] = 3
 
@@ -227,7 +260,7 @@ class RandomVideoCrop(VideoView):
 
     Args:
         clip: selects the frames.
-        crop: selects the region of the frames, and the size it is resized to.
+        crop: selects the region of the frames, the size it is resized to, and how.
         repeats: number of augmentations of the same frames, each with a box and changes of its own: repeated
             augmentation (Hoffer et al., 2020), which decodes a video once for several rows of a batch.
         strong: RandAugment and random erasing of the frames; None for neither.
@@ -273,7 +306,8 @@ class RandomVideoCrop(VideoView):
         if self.strong is not None:
             frames = self.strong.augment(frames, of_changes)
         (box,) = self.crop.boxes(frames.shape[-2], frames.shape[-1], of_crop[None])
-        cropped = resample_box(frames, box, self.crop.size, flip=bool(of_crop[-1] < self.crop.flip))
+        flip = bool(of_crop[-1] < self.crop.flip)
+        cropped = resample_box(frames, box, self.crop.size, flip=flip, interpolation=self.crop.interpolation)
         if self.color is not None:
             cropped = self.color(cropped, np.tile(of_changes[-Color.num_uniforms :], (len(frames), 1)))
         return cropped if self.strong is None else self.strong.erase_rectangle(cropped, of_changes)
@@ -292,6 +326,7 @@ class CenterVideoCrop(VideoView):
         share: side of the square over the frame's shorter side.
         segments: clips of a video.
         crops: squares of each clip.
+        interpolation: "bilinear" or "bicubic".
 
     Raises:
         SettingError: segments or crops are below 1.
@@ -302,6 +337,7 @@ class CenterVideoCrop(VideoView):
     share: float = 0.875
     segments: int = 1
     crops: int = 1
+    interpolation: Interpolation = "bilinear"
 
     batch_type: ClassVar[type] = VideoBatch
     num_uniforms: ClassVar[int] = 0
@@ -332,7 +368,8 @@ class CenterVideoCrop(VideoView):
         height, width = frames.shape[-2:]
         side = min(height, width) * self.share
         down, right = (place, 0.5) if height > width else (0.5, place)
-        return resample_box(frames, np.array([(height - side) * down, (width - side) * right, side, side]), self.size)
+        box = np.array([(height - side) * down, (width - side) * right, side, side])
+        return resample_box(frames, box, self.size, interpolation=self.interpolation)
 
 
 def _even_places(count: int) -> np.ndarray:

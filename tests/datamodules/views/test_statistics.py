@@ -136,6 +136,14 @@ def test_boundaries_of_all_frames_are_summed_with_their_signs() -> None:
     assert motion_statistics(flow).tolist() == [0.0] * 12 + [1.0, 0.0]
 
 
+def test_the_last_field_counts_in_the_sum_but_is_no_candidate_for_the_strongest_frame() -> None:
+    flow = still(3)
+    flow[0, 0, :, 13:], flow[2, 0, :, :3] = 1.0, -4.0
+    assert motion_statistics(flow).tolist()[0] == motion_statistics(flow, frames=2).tolist()[0] == 1
+    assert motion_statistics(flow).tolist()[12:] == [3, 0]
+    assert motion_statistics(flow, frames=2).tolist()[12:] == [1, 0]
+
+
 BLUE, GREEN, RED, WHITE, BLACK = (0, 0, 255), (0, 255, 0), (255, 0, 0), (255, 255, 255), (0, 0, 0)
 
 
@@ -222,10 +230,13 @@ def test_statistics_are_taken_after_crop_and_mirror() -> None:
     mirrored = view.from_video(footage, numbers)
     torch.testing.assert_close(mirrored["video"], plain["video"].flip(-1))
     times = view.clip.times(1.0, 8.0, numbers).tolist()
-    moved = crop_flow(footage.flow(times), np.array([2.0, 4.0, 18.0, 18.0]), 16, flip=False)
-    assert torch.equal(plain["motion"], motion_statistics(moved.numpy()))
+    # each frame has a field, the last one to the frame after the clip, which is not among the strongest ones
+    fields = footage.flow([*times, times[-1] + 0.25])
+    moved = crop_flow(fields, np.array([2.0, 4.0, 18.0, 18.0]), 16, flip=False)
+    assert len(moved) == 4
+    assert torch.equal(plain["motion"], motion_statistics(moved.numpy(), frames=3))
     turned = moved.flip(-1) * torch.tensor([-1.0, 1.0]).view(2, 1, 1)
-    torch.testing.assert_close(mirrored["motion"], motion_statistics(turned.numpy()))
+    torch.testing.assert_close(mirrored["motion"], motion_statistics(turned.numpy(), frames=3))
     assert torch.equal(plain["appearance"], appearance_statistics(plain["video"].numpy()))
     # blocks change sides: number b of a row of four becomes 5 - b
     assert (int(plain["motion"][0]) - 1) % 4 + (int(mirrored["motion"][0]) - 1) % 4 == 3
