@@ -6,6 +6,7 @@ from einops import rearrange
 from torch import Tensor
 
 from src.errors import SettingError
+from src.models.functional import at_least_float32
 
 
 def patchify(image: Tensor, patch_size: int) -> Tensor:
@@ -29,9 +30,9 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 
 
 def normalize_patches(patches: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalizes each patch to zero mean and unit variance over its values, in float32: (normalized, mean, std). The
-    variance is unbiased, as in MAE's code."""
-    patches = patches.float()
+    """Normalizes each patch to zero mean and unit variance over its values, in float32 or float64: (normalized, mean,
+    std). The variance is unbiased, as in MAE's code."""
+    patches = at_least_float32(patches)
     mean = patches.mean(dim=-1, keepdim=True)
     std = (patches.var(dim=-1, keepdim=True) + eps).sqrt()
     return (patches - mean) / std, mean, std
@@ -44,5 +45,5 @@ def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         prediction, target: [B, N, D].
         mask: [B, N], 1 where masked.
     """
-    error = (prediction.float() - target.float()).pow(2).mean(dim=-1)
+    error = (at_least_float32(prediction) - at_least_float32(target)).pow(2).mean(dim=-1)
     return (error * mask).sum() / mask.sum()

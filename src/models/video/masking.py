@@ -57,8 +57,9 @@ def masked_tubelets(masking: Masking, grid: Grid) -> Tensor:
 def running_cell_masking(masking: Masking, grid: Grid) -> Tensor:
     """Returns half of all tubelets, masked or visible, VideoMAE V2's decoder mask (Wang et al., 2023).
 
-    In every cell of 2 x 2 positions two are predicted. They rotate round the cell with time, so that over any four
-    times each position is predicted twice. The first two are random for each clip.
+    In every cell of 2 x 2 positions two are predicted. They move through the cell with time, in raster order from the
+    last position to the first, so that over any four times each position is predicted twice. The first two are random
+    for each clip.
 
     Raises:
         SettingError: the grid is no whole number of cells.
@@ -72,7 +73,7 @@ def running_cell_masking(masking: Masking, grid: Grid) -> Tensor:
     time, row, column = torch.meshgrid(*(torch.arange(size, device=device) for size in grid), indexing="ij")
     position_in_cell = (row % 2) * 2 + column % 2
     first = torch.randint(4, (batch, 1), device=device)
-    phase = (position_in_cell - time).flatten() + first
+    phase = (position_in_cell + time).flatten() + first
     order = (phase % 4 < 2).to(torch.uint8).argsort(dim=1, stable=True)
     return order[:, : order.shape[1] // 2]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from einops import rearrange
@@ -11,9 +11,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from src.datamodules.batches.video import VideoBatch
+from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.video_encoder import VideoEncoder
 from src.models.backbones.video_vit import sinusoids
+from src.models.functional import at_least_float32
 from src.models.losses.reconstruction import masked_mse
 from src.models.masked.mae import initialize
 from src.models.masked.masking import Masking, gather_tokens
@@ -25,8 +27,7 @@ from src.optim import OptimizerRecipe
 class VideoMAE(PretrainModule):
     """VideoMAE: Masked Autoencoders are Data-Efficient Learners for Self-Supervised Video Pre-Training (Tong et al.,
     2022). With ``decoder_masking=running_cell_masking`` it is VideoMAE V2: Scaling Video Masked Autoencoders with Dual
-    Masking (Wang et al., 2023). Deviations: targets are computed from the normalized input instead of from pixels in
-    [0, 1]; they differ only through the 1e-6 added to the standard deviation.
+    Masking (Wang et al., 2023). Deviations: the warm-up reaches its peak one step later.
 
     Args:
         backbone: a timm ViT with a `TubeletEmbed` and neither class token nor head. Its positional embedding is
@@ -35,6 +36,7 @@ class VideoMAE(PretrainModule):
         mask_ratio: share of the tubelets that the encoder does not see.
         masking: chooses these tubelets.
         decoder_masking: chooses the tubelets that the decoder predicts.
+        pixel_std: see `normalize_tubelets`.
         decoder_dim, decoder_depth, decoder_heads: of the decoder's transformer.
     """
 
@@ -46,6 +48,7 @@ class VideoMAE(PretrainModule):
         mask_ratio: float = 0.9,
         masking: VideoMasking = tube_masking,
         decoder_masking: DecoderMasking = masked_tubelets,
+        pixel_std: Sequence[float] | None = None,
         decoder_dim: int = 384,
         decoder_depth: int = 4,
         decoder_heads: int = 6,
@@ -55,6 +58,7 @@ class VideoMAE(PretrainModule):
         self.mask_ratio = mask_ratio
         self.masking = masking
         self.decoder_masking = decoder_masking
+        self.pixel_std = pixel_std
         self.backbone = backbone
         self.grid: tuple[int, int, int] = embed.grid
         self.tubelet: tuple[int, int, int] = (embed.tubelet_frames, *embed.patch_size)
@@ -65,9 +69,10 @@ class VideoMAE(PretrainModule):
             depth=decoder_depth,
             heads=decoder_heads,
             tubelets=embed.num_patches,
-            out_dim=3 * self.tubelet[0] * self.tubelet[1] * self.tubelet[2],
+            out_dim=embed.projection.in_channels * self.tubelet[0] * self.tubelet[1] * self.tubelet[2],
         )
-        initialize(self)
+        initialize(backbone)
+        self.decoder.initialize()
 
     def training_step(self, batch: VideoBatch, batch_idx: int) -> StepOutput:
         video = batch["video"]
@@ -75,7 +80,7 @@ class VideoMAE(PretrainModule):
         visible = self.encode(video, masking)
         decoded = self.decoder_masking(masking, self.grid)
         prediction = self.decoder(visible, masking.keep, decoded)
-        target = normalize_tubelets(to_tubelets(video, self.tubelet))[0].flatten(2)
+        target = normalize_tubelets(to_tubelets(video, self.tubelet), self.pixel_std)[0].flatten(2)
         # only masked tubelets enter the loss; with V2's decoder mask some of the decoded ones are visible
         loss = masked_mse(prediction, gather_tokens(target, decoded), masking.mask.gather(1, decoded))
         return {"loss": loss, "embedding": visible.detach().float().mean(dim=1)}
@@ -100,7 +105,7 @@ class VideoMAE(PretrainModule):
         decoded = self.decoder_masking(masking, self.grid)
         prediction = self.decoder(self.encode(video, masking), masking.keep, decoded).float()
         tubelets = to_tubelets(video, self.tubelet)
-        _, mean, std = normalize_tubelets(tubelets)
+        _, mean, std = normalize_tubelets(tubelets, self.pixel_std)
         visible = tubelets.float() * (1 - masking.mask[..., None, None])
         predicted = visible.flatten(2).scatter(1, decoded.unsqueeze(-1).expand_as(prediction), prediction)
         predicted = predicted.view_as(visible) * std + mean
@@ -127,6 +132,13 @@ class VideoMAEDecoder(nn.Module):
         self.blocks = nn.Sequential(*[Block(dim, heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)])
         self.norm = LayerNorm(dim)
         self.pred = nn.Linear(dim, out_dim)
+
+    def initialize(self) -> None:
+        """Initializes blocks and prediction as the encoder's. `embed` keeps torch's initialization, and the mask token
+        is normal, truncated at one standard deviation of 0.02, as in the authors' code."""
+        for part in (self.blocks, self.norm, self.pred):
+            initialize(part)
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(self, visible: Tensor, positions: Tensor, decoded: Tensor) -> Tensor:
         """
@@ -157,9 +169,28 @@ def from_tubelets(tubelets: Tensor, tubelet: tuple[int, int, int], grid: tuple[i
     return rearrange(tubelets, "b (n h w) (t p q) c -> b (n t) c (h p) (w q)", n=n, h=h, w=w, t=t, p=p, q=q)
 
 
-def normalize_tubelets(tubelets: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalizes each channel of each tubelet to zero mean and unit variance in float32: (normalized, mean, std)."""
-    tubelets = tubelets.float()
+def normalize_tubelets(
+    tubelets: Tensor, pixel_std: Sequence[float] | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalizes each channel of each tubelet to zero mean and unit variance: (normalized, mean, std), in float32 or
+    float64.
+
+    Args:
+        tubelets: [B, N, P, C], see `to_tubelets`.
+        pixel_std: standard deviation of each channel that the data divided pixels in [0, 1] by, ``data.std``; None for
+            pixels that are not divided.
+        eps: added to the standard deviation of pixels in [0, 1].
+
+    Raises:
+        SettingError: not a deviation for each channel.
+    """
+    tubelets = at_least_float32(tubelets)
+    divisor = tubelets.new_ones(tubelets.shape[-1]) if pixel_std is None else tubelets.new_tensor(list(pixel_std))
+    if len(divisor) != tubelets.shape[-1]:
+        raise SettingError(
+            f"model.pixel_std={divisor.tolist()} must have a value for each of the {tubelets.shape[-1]} channels of a "
+            "frame, as data.std has"
+        )
     mean = tubelets.mean(dim=2, keepdim=True)
-    std = tubelets.var(dim=2, keepdim=True).sqrt() + eps
+    std = tubelets.var(dim=2, keepdim=True).sqrt() + eps / divisor
     return (tubelets - mean) / std, mean, std

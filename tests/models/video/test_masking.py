@@ -65,7 +65,9 @@ def test_running_cells_predict_every_position_twice_in_any_four_times() -> None:
         assert torch.equal(chosen[:, start : start + 4].sum(dim=1), torch.full((16, 4, 6), 2.0))
     cells = chosen.view(16, 8, 2, 2, 3, 2).sum(dim=(3, 5))
     assert torch.equal(cells, torch.full_like(cells, 2.0))
-    assert not torch.equal(chosen[:, 0], chosen[:, 1])  # the cells rotate with time
+    # at each time the authors' queue (two masked, two not) moves by one: what place p is, place p - 1 is next
+    queue = chosen.view(16, 8, 2, 2, 3, 2).permute(0, 1, 2, 4, 3, 5).reshape(16, 8, -1, 4)
+    assert torch.equal(queue[:, 1:], queue[:, :-1].roll(-1, dims=-1))
     assert len({tuple(row.tolist()) for row in decoded}) == 4  # random first positions
 
 

@@ -16,7 +16,8 @@ from src.models.backbones.video_vit import TubeletEmbed, sinusoids
 from src.models.losses.reconstruction import masked_mse
 from src.models.video.masking import running_cell_masking, tube_masking
 from src.models.video.videomae import VideoMAE, from_tubelets, normalize_tubelets, to_tubelets
-from src.optim import OptimizerRecipe
+from src.optim import OptimizerRecipe, Rule
+from src.train import compose
 
 RECIPE = OptimizerRecipe(torch.optim.AdamW, lr=1e-3)
 
@@ -78,14 +79,14 @@ def theirs(ours: VideoMAE) -> VideoMAEForPreTraining:
 
 def test_the_loss_equals_that_of_transformers() -> None:
     """transformers ported the authors' code independently; same weights, clips and masks here."""
-    ours = method()
+    ours = method(pixel_std=(0.229, 0.224, 0.225))
     with torch.no_grad():  # biases are initialized to zero, where a wrong one would not show
         for parameter in ours.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model = theirs(ours)
     torch.manual_seed(3)
-    # transformers undoes ImageNet's normalization before it normalizes targets; ours normalizes the input as it is
+    # transformers undoes ImageNet's normalization before it normalizes targets
     unit = torch.rand(3, 4, 3, 32, 32)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     video = (unit - mean) / std
@@ -113,6 +114,45 @@ def test_each_channel_of_a_tubelet_is_normalized_alone() -> None:
     assert mean.flatten().tolist() == [1.0, 20.0]
     torch.testing.assert_close(std.flatten(), torch.tensor([2**0.5, 200**0.5]))
     torch.testing.assert_close(target.flatten(), torch.tensor([-1.0, -1.0, 1.0, 1.0]) / 2**0.5, rtol=1e-5, atol=0)
+
+
+def test_the_addition_to_the_deviation_is_one_of_pixels_before_their_normalization() -> None:
+    """Dark pixels whose deviation is near the 1e-6 that the authors add to it in [0, 1]."""
+    pixels = 1e-6 * torch.arange(8.0, dtype=torch.float64).view(1, 1, 4, 2)
+    std = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    expected = (pixels - pixels.mean(dim=2, keepdim=True)) / (pixels.std(dim=2, keepdim=True) + 1e-6)
+    target, _, _ = normalize_tubelets((pixels - 0.4) / std, std.tolist())
+    torch.testing.assert_close(target, expected, rtol=1e-6, atol=0)
+    assert not torch.allclose(normalize_tubelets((pixels - 0.4) / std, (1.0, 1.0))[0], expected, rtol=0.05)
+    with pytest.raises(SettingError, match=r"model\.pixel_std=\[1\.0\] must have a value for each of the 2 channels"):
+        normalize_tubelets(pixels, [1.0])
+
+
+def test_initialization_is_the_authors() -> None:
+    torch.manual_seed(0)
+    ours = VideoMAE(vit(), RECIPE, decoder_dim=96, decoder_depth=1, decoder_heads=2)
+    # torch's own, uniform to 1 / sqrt(24); Xavier's bound would be sqrt(6 / (24 + 96))
+    embed = ours.decoder.embed.weight
+    assert embed.abs().max() <= 24**-0.5
+    assert embed.std().item() == pytest.approx((3 * 24) ** -0.5, rel=0.05)
+    for weight in (ours.backbone.blocks[0].attn.qkv.weight, ours.decoder.blocks[0].mlp.fc1.weight):
+        assert weight.std().item() == pytest.approx((2 / sum(weight.shape)) ** 0.5, rel=0.05)
+    # a normal distribution within one deviation of 0.02 has 0.54 times that
+    token = ours.decoder.mask_token
+    assert token.abs().max() <= 0.02
+    assert token.std().item() == pytest.approx(0.54 * 0.02, rel=0.15)
+    assert ours.decoder.pred.bias.abs().max() == 0
+
+
+def test_the_recipe_decays_what_the_authors_decay() -> None:
+    config = compose(["experiment=videomae_vitb", "scale=tiny"])
+    rules = [
+        Rule(**{key: value for key, value in rule.items() if key != "_target_"}) for rule in config.optimizer.rules
+    ]
+    groups = OptimizerRecipe(torch.optim.AdamW, lr=1.0, weight_decay=0.05, rules=rules).build(method()).param_groups
+    decay = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    assert decay["decoder.mask_token"] == decay["decoder.norm.weight"] == decay["backbone.norm.bias"] == 0
+    assert decay["decoder.embed.weight"] == decay["backbone.patch_embed.projection.weight"] == 0.05
 
 
 def test_with_dual_masking_the_loss_is_of_tubelets_both_masked_and_decoded() -> None:
