@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from src.datamodules.batches.base import Field, ListField, fields_of
 from src.datamodules.dataset import EvalSampler, OrderedSource, ResumableLoader, TrainSampler, ViewedDataset
-from src.datamodules.extras.class_names import class_texts
+from src.datamodules.extras.class_names import class_names, class_texts, read_class_names
 from src.datamodules.extras.extras import Extras
 from src.datamodules.sources.source import Source, Split
 from src.datamodules.sources.splits import of_each_class
@@ -92,6 +92,8 @@ class DataModule(L.LightningDataModule):
             for towers that start from that run.
         vocabulary: largest number of token ids, the size of the text tower's embedding.
         text_length: tokens of a text, start and end included.
+        class_names: file with the names of the classes that prompts are made of, see `read_class_names`; None for the
+            data's own.
         train_samples, eval_samples: number of samples used, a fixed random choice (of an `OrderedSource` the first);
             None for all.
         train_shots: number of training samples of each class, another choice with each seed; None for all.
@@ -121,6 +123,7 @@ class DataModule(L.LightningDataModule):
         tokenizer_from: str | Path | None = None,
         vocabulary: int = 1024,
         text_length: int = 77,
+        class_names: str | Path | None = None,
         train_samples: int | None = None,
         eval_samples: int | None = None,
         train_shots: int | None = None,
@@ -158,6 +161,7 @@ class DataModule(L.LightningDataModule):
             vocabulary=vocabulary,
             length=text_length,
         )
+        self.class_names_file = None if class_names is None else Path(class_names)
         self.train_samples = train_samples
         self.eval_samples = eval_samples
         self.train_shots = train_shots
@@ -201,7 +205,10 @@ class DataModule(L.LightningDataModule):
     @cached_property
     def train_source(self) -> Source:
         source = self.make_source("train")
-        return source if self.text_filter is None else self.text_filter(source)
+        source = source if self.text_filter is None else self.text_filter(source)
+        if self.class_names_file is not None:
+            source.class_names = read_class_names(self.class_names_file, source.classes)
+        return source
 
     @cached_property
     def val_source(self) -> Source:
@@ -218,6 +225,11 @@ class DataModule(L.LightningDataModule):
     def classes(self) -> Sequence[str]:
         """Class names by label; empty if there are none."""
         return self.train_source.classes
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes in words, by label; see `src.datamodules.extras.class_names.class_names`."""
+        return class_names(self.train_source)
 
     @property
     def mask_classes(self) -> Sequence[str]:
@@ -248,7 +260,10 @@ class DataModule(L.LightningDataModule):
         """
         extras = self.extras
         if extras is None and self.tokenizer_settings.name is None:
-            raise SettingError("data.extras: without texts no tokenizer can be learned; add extras such as Captions")
+            raise SettingError(
+                "data.extras: without texts no tokenizer can be learned; name extras: Captions for captions of images, "
+                "ClassNames for a method that compares with the names of classes, or name a tokenizer in data.tokenizer"
+            )
         return self.tokenizer_settings.load(
             lambda: [] if extras is None else extras.vocabulary_texts(self.train_source)
         )
@@ -266,7 +281,7 @@ class DataModule(L.LightningDataModule):
             SettingError: the source lacks what the view or the extras need, or the batch is no whole number of videos.
         """
         rank, world_size, micro_batches = self._launch()
-        dataset = self._dataset(self.train_source, self.train_view, self.train_samples)
+        dataset = self._dataset(self.train_source, self.train_view, self.train_samples, self.extras)
         rows = self.train_view.rows
         if self.batch_size % rows:
             raise SettingError(
@@ -397,19 +412,19 @@ class DataModule(L.LightningDataModule):
             return value
         return trainer.precision_plugin.convert_input(value)
 
-    def _dataset(self, source: Source, view: View, limit: int | None) -> ViewedDataset:
-        self._check(source, view)
+    def _dataset(self, source: Source, view: View, limit: int | None, extras: Extras | None) -> ViewedDataset:
+        self._check(source, view, extras)
         return ViewedDataset(
             source,
             view,
             seed=self.seed,
-            extras=self.extras,
-            tokenizer=None if self.extras is None else self.tokenizer,
+            extras=extras,
+            tokenizer=None if extras is None else self.tokenizer,
             subset=self._subset(source, limit),
             bad_log=self.bad_log,
         )
 
-    def _check(self, source: Source, view: View) -> None:
+    def _check(self, source: Source, view: View, extras: Extras | None) -> None:
         """Checks that the source gives what the view and the extras read."""
         name = type(source).__name__
         if source.input_key != _input_key(view):
@@ -428,8 +443,8 @@ class DataModule(L.LightningDataModule):
                 f"data.train_view: {type(view).__name__} needs the optical flow of videos, which {name} does not have: "
                 "choose data=films, or a source whose videos are FlowFilmReaders"
             )
-        if self.extras is not None:
-            self.extras.check(source)
+        if extras is not None:
+            extras.check(source)
 
     def _subset(self, source: Source, limit: int | None) -> np.ndarray | None:
         if self.train_shots is not None and source is self.train_source:
@@ -458,7 +473,9 @@ class DataModule(L.LightningDataModule):
 
     def _eval_loader(self, source: Source, limit: int | None) -> DataLoader[dict[str, Any]]:
         rank, world_size, _ = self._launch()
-        dataset = self._dataset(source, self.eval_view, limit)
+        # zero-shot classification needs images and labels, but no texts of the images
+        extras = self.extras if self.extras is not None and self.extras.available(source) else None
+        dataset = self._dataset(source, self.eval_view, limit, extras)
         batch_size = max(1, self.eval_batch_size // self.eval_view.rows)
         sampler = EvalSampler(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
         return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers)

@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -73,11 +75,32 @@ class CaptionEvaluation:
 
 
 def bleu4(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Returns corpus BLEU of up to four words (Papineni et al., 2002)."""
-    from torchmetrics.functional.text import bleu_score
+    """Returns corpus BLEU of up to four words (Papineni et al., 2002), as COCO's server computes it: of references
+    whose length is equally near to a candidate's the shortest counts, and an n-gram that never matches counts 1e-15
+    times, so that the value is not 0 if only the longest n-grams are missing.
 
-    tokenized = [[" ".join(words(text)) for text in texts] for texts in references]
-    return bleu_score([" ".join(words(text)) for text in candidates], tokenized).item()
+    Args:
+        candidates: one for each image.
+        references: at least one for each image.
+
+    Raises:
+        SettingError: no candidate, another number of candidates than images, or an image without reference.
+    """
+    _check(candidates, references, "BLEU-4")
+    matched, total, length, reference_length = [0] * 4, [0] * 4, 0, 0
+    for candidate, texts in zip(candidates, references, strict=True):
+        counts, of_references = _ngrams(candidate, 4), [_ngrams(text, 4) for text in texts]
+        most: Counter[_Ngram] = reduce(or_, of_references)
+        for ngram, count in counts.items():
+            total[len(ngram) - 1] += count
+            matched[len(ngram) - 1] += min(count, most[ngram])
+        words_in = _count_words(counts)
+        length += words_in
+        reference_length += min(map(_count_words, of_references), key=lambda other: (abs(other - words_in), other))
+    tiny, small = 1e-15, 1e-9  # the constants of COCO's code
+    precision = math.prod((m + tiny) / (t + small) for m, t in zip(matched, total, strict=True)) ** 0.25
+    ratio = (length + tiny) / (reference_length + small)
+    return precision * min(1.0, math.exp(1 - 1 / ratio))
 
 
 def cider_d(
@@ -98,8 +121,7 @@ def cider_d(
     Raises:
         SettingError: no candidate, another number of candidates than images, or an image without reference.
     """
-    if not candidates or len(candidates) != len(references) or not all(references):
-        raise SettingError("CIDEr-D: one candidate and at least one reference are needed for every image")
+    _check(candidates, references, "CIDEr-D")
     candidate_ngrams = [_ngrams(text, longest) for text in candidates]
     reference_ngrams = [[_ngrams(text, longest) for text in texts] for texts in references]
     images_with = Counter(ngram for texts in reference_ngrams for ngram in set().union(*texts))
@@ -108,7 +130,7 @@ def cider_d(
         rarity = {ngram: math.log(len(candidates) / max(1, images_with[ngram])) for ngram in counts}
         weights = {ngram: count * rarity[ngram] for ngram, count in counts.items()}
         norms = [math.hypot(*(w for ngram, w in weights.items() if len(ngram) == n)) for n in range(1, longest + 1)]
-        return _Vector(weights, norms, sum(count for ngram, count in counts.items() if len(ngram) == 1))
+        return _Vector(weights, norms, _count_words(counts))
 
     scores = []
     for counts, texts in zip(candidate_ngrams, reference_ngrams, strict=True):
@@ -131,6 +153,15 @@ def _ngrams(text: str, longest: int) -> Counter[_Ngram]:
     """Counts the n-grams of 1 to ``longest`` words."""
     tokens = words(text)
     return Counter(tuple(tokens[i : i + n]) for n in range(1, longest + 1) for i in range(len(tokens) - n + 1))
+
+
+def _count_words(counts: Mapping[_Ngram, int]) -> int:
+    return sum(count for ngram, count in counts.items() if len(ngram) == 1)
+
+
+def _check(candidates: Sequence[str], references: Sequence[Sequence[str]], name: str) -> None:
+    if not candidates or len(candidates) != len(references) or not all(references):
+        raise SettingError(f"{name}: one candidate and at least one reference are needed for every image")
 
 
 def _cosine(candidate: _Vector, reference: _Vector, sigma: float) -> float:

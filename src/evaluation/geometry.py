@@ -24,8 +24,8 @@ _HELD_OUT = 0.2  # share of the pairs that separability is evaluated on
 
 @dataclass(frozen=True)
 class Geometry:
-    """Reports ``gap``, the distance between the mean image and the mean caption, and ``geometry_<name>``, see
-    `geometry`, of each image with its first caption."""
+    """Reports ``gap``, the distance between the mean image and the mean caption (Liang et al., 2022), and
+    ``geometry_<name>``, see `geometry`, both of each image with its first caption."""
 
     def __call__(self, subject: Subject) -> dict[str, float]:
         if isinstance(subject.module, CustomSimilarity):
@@ -36,8 +36,9 @@ class Geometry:
         image, text = cast(Tensor, images.rows), cast(Tensor, captions.rows)
         if len(image) < 2:
             raise NotApplicable("geometry needs at least two images with captions")
+        text = cast(Tensor, take_rows(text, captions.first))
         with exact_products():
-            values = geometry(image, cast(Tensor, take_rows(text, captions.first)))
+            values = geometry(image, text)
         gap = (image.mean(dim=0) - text.mean(dim=0)).norm().item()
         return {"gap": gap, **{f"geometry_{name}": value for name, value in values.items()}}
 

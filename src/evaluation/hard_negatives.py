@@ -11,7 +11,7 @@ from torch import Tensor
 
 from src.datamodules.sources.source import HardNegative
 from src.errors import SettingError
-from src.evaluation.errors import NotApplicable
+from src.evaluation.errors import BadFeatures, NotApplicable
 from src.evaluation.image_text import encode_texts, encoded_images, encoding
 from src.evaluation.similarity import pairwise, similarity_of, take_rows
 from src.evaluation.subject import Subject
@@ -72,9 +72,12 @@ def preference(right: Tensor, wrong: Tensor, kinds: Sequence[str]) -> dict[str, 
 
     Raises:
         SettingError: the numbers differ.
+        BadFeatures: similarities are NaN or infinite.
     """
     if not len(right) == len(wrong) == len(kinds):
         raise SettingError(f"preference: {len(right)} right texts, {len(wrong)} wrong ones and {len(kinds)} kinds")
+    if not (torch.isfinite(right).all() and torch.isfinite(wrong).all()):
+        raise BadFeatures("similarities of images and hard negatives are NaN or infinite")
     won = ((right > wrong).float() + (right >= wrong).float()).cpu() / 2
     shares = {}
     for kind in sorted(set(kinds)):

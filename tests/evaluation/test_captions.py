@@ -49,6 +49,26 @@ def test_bleu_at_a_hand_worked_point():
     assert bleu4(["a red ring left"], [["a red ring left of it."]]) == pytest.approx(math.exp(1 - 6 / 4))
 
 
+@pytest.mark.parametrize(
+    ("candidates", "references", "expected"),
+    [
+        (CANDIDATES, REFERENCES, 0.6312199276443707),
+        # of six words, as far from five as from seven: the shorter reference, so that nothing is taken off
+        (
+            ["a red ring left of it", "a blue star"],
+            [["a red ring left of it today", "the red ring left of"], ["a star", "there is a star"]],
+            0.8442136251087429,
+        ),
+        (["a red ring", "a star"], [["a red star", "one ring"], ["a blue star"]], 3.498330123231561e-06),  # no 4-gram
+    ],
+)
+def test_bleu_is_what_coco_s_code_says(candidates, references, expected):
+    """The numbers are those of the class BleuScorer of pycocoevalcap 1.2 ("closest"), on the same words."""
+    assert bleu4(candidates, references) == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="BLEU-4: one candidate and at least one reference"):
+        bleu4(candidates, references[:1])
+
+
 def test_cider_at_a_hand_worked_point():
     """Two images, each word and pair in the texts of one of them, but for "a", which says nothing: its weight is 0.
 

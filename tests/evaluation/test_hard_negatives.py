@@ -8,6 +8,7 @@ import torch
 from src.datamodules.scenes import captions
 from src.datamodules.scenes.source import ScenesSource
 from src.datamodules.scenes.world import ObjectsWorld
+from src.evaluation.errors import BadFeatures
 from src.evaluation.hard_negatives import HardNegativeSource, preference
 from tests.datamodules.test_image_text import Numbered
 
@@ -22,6 +23,8 @@ def test_the_nearer_text_wins_and_equals_count_half():
     assert preference(right, wrong, kinds) == {"count": 0.5, "relation": 1.0, "swapped": 0.5}
     with pytest.raises(ValueError, match="5 right texts, 4 wrong ones and 5 kinds"):
         preference(right, wrong[:4], kinds)
+    with pytest.raises(BadFeatures, match="hard negatives are NaN or infinite"):
+        preference(right, wrong * torch.nan, kinds)
 
 
 def mistakes(kind: str):

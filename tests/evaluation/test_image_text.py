@@ -1,14 +1,18 @@
 """A pair of towers that reads numbers off images and texts is judged perfect, one that says nothing at chance."""
 
+import hashlib
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from src import configuration
+from src.configuration import CONFIGS
 from src.datamodules.datamodule import DataModule
 from src.datamodules.extras.captions import Captions
 from src.datamodules.sources.source import HardNegative, Prompts, Source
@@ -128,6 +132,44 @@ class Untaught(Source):
         return f"number/{index}"
 
 
+def test_labelled_images_without_captions_are_enough(tmp_path):
+    """A method that was trained on captions is evaluated on images in folders of classes."""
+    view = CenterCrop(8, share=1.0)
+    made, options = data(tmp_path), {"source": Untaught, "train_view": view, "eval_view": view, "batch_size": 2}
+    bare = DataModule(extras=Captions(), tokenizer_file=tmp_path / "tokenizer.json", num_workers=0, **options)
+    bare.tokenizer = TOKENIZER
+    scores = ZeroShot(["{}"], name="mine")(towers(Reader(made), bare))
+    assert (scores["mine_top1"], scores["mine_mean_per_class"]) == (1, 1)
+    with pytest.raises(SettingError, match=r"Untaught has no captions"):
+        bare.train_dataloader()
+    # the names of the file are wrong for half of the classes: the reader takes these for "zero"
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"{name} it is" if number < 5 else "eleven" for number, name in enumerate(NUMBERS)))
+    bare = DataModule(
+        source=Untaught,
+        train_view=view,
+        eval_view=view,
+        batch_size=2,
+        num_workers=0,
+        tokenizer="none",
+        class_names=names,
+    )
+    bare.tokenizer = TOKENIZER
+    assert ZeroShot(["{}"])(towers(Reader(made), bare))["zeroshot_top1"] == 0.5
+    names.write_text("\n".join(NUMBERS[:9]))
+    del bare.train_source
+    with pytest.raises(SettingError, match="has 9 names; the data has 10 classes"):
+        bare.train_source  # noqa: B018
+
+
+def test_the_eighty_templates_are_those_of_the_authors_notebook():
+    """SHA-256 of the sorted list in openai/CLIP, notebooks/Prompt_Engineering_for_ImageNet.ipynb, commit d05afc4."""
+    config = OmegaConf.load(CONFIGS / "evaluation" / "zeroshot80.yaml")
+    templates = configuration.instantiate(config).templates
+    digest = hashlib.sha256("\n".join(sorted(templates)).encode()).hexdigest()
+    assert digest == "a8a4822f2921936e2ef07cf2e7a5df69be9532aab2f3f4880156bb03563e2467"
+
+
 class Prejudiced(Reader):
     """Takes every number for two before it takes it for itself, and one for zero as well."""
 
@@ -221,6 +263,7 @@ def test_geometry_pairs_each_image_with_its_first_caption(tmp_path):
     made = data(tmp_path, Two)
     scores = everything(Reader(made), made, single="{}")
     assert scores["geometry_alignment"] == 0
+    assert scores["gap"] < 1e-6  # of first captions alone: with "nothing" the mean caption would be another
     assert scores["geometry_positive_cosine"] == 1
     assert scores["geometry_uniformity_image"] == pytest.approx(-4)  # ten numbers, all at right angles
     assert scores["geometry_cross_uniformity"] == pytest.approx(-4)

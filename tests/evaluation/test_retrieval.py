@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 
 from src.evaluation.errors import BadFeatures
 from src.evaluation.retrieval import ranks, retrieval
-from src.evaluation.zero_shot import class_scores, classifier, within
+from src.evaluation.zero_shot import class_scores, classifier, mean_per_class, within
 
 
 def test_ranks_by_hand():
@@ -57,6 +57,29 @@ def test_prompts_are_normalized_before_and_after_their_mean():
     assert within(torch.zeros(3, 2), labels) == pytest.approx(2 / 3)  # ties: class 0 is nearer
     with pytest.raises(ValueError, match=r"one \{\} for the name"):
         classifier(["cat"], lambda texts: torch.eye(1), ["a cat"])
+
+
+def test_accuracy_per_class_weighs_classes_alike():
+    """Of three images of class 0 two are right, of one of class 2 none: (2/3 + 0) / 2."""
+    scores = torch.eye(3)[[0, 0, 1, 1]]
+    assert mean_per_class(scores, torch.tensor([0, 0, 0, 2])) == pytest.approx(1 / 3)
+    assert within(scores, torch.tensor([0, 0, 0, 2])) == 0.5
+
+
+def test_prompts_are_encoded_in_parts_that_change_nothing():
+    vector_of = lambda text: torch.tensor([len(text), text.count("a"), 1.0])  # noqa: E731
+    asked: list[int] = []
+
+    def encode(texts):
+        asked.append(len(texts))
+        return torch.stack([vector_of(text) for text in texts])
+
+    templates, names = ["a {}"] * 99 + ["the {}"], [f"{'ab' * number}" for number in range(1, 6)]
+    found = classifier(names, encode, templates)
+    one_by_one = [normalize(torch.stack([vector_of(t.format(name)) for t in templates]), dim=1) for name in names]
+    expected = normalize(torch.stack([vectors.mean(dim=0) for vectors in one_by_one]), dim=1)
+    torch.testing.assert_close(found, expected)
+    assert asked == [200, 200, 100]
 
 
 def test_templates_may_be_averaged_as_scores():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from src.datamodules.sources.source import Source
 from src.datamodules.views.view import View
+from src.errors import SettingError
 
 if TYPE_CHECKING:
     from src.datamodules.text.tokenizer import Tokenizer
@@ -31,6 +32,15 @@ class Extras(ABC):
         Raises:
             SettingError: it does not.
         """
+
+    def available(self, source: Source) -> bool:
+        """Returns True if the source has the texts. Evaluation also reads data that has none, such as labelled images
+        for zero-shot classification."""
+        try:
+            self.check(source)
+        except SettingError:
+            return False
+        return True
 
     @abstractmethod
     def vocabulary_texts(self, source: Source) -> Iterable[str]:

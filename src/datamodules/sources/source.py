@@ -36,6 +36,8 @@ class Source(ABC):
     Attributes:
         input_key: kind of the samples, and name of the field of a batch that encoders read: "image" or "video".
         classes: class names by label; empty if there are no labels, or if labels have no names.
+        class_names: names in words by label, which prompts are made of; None to make them of ``classes`` (see
+            `src.datamodules.extras.class_names.class_names`).
         labels: labels of all samples, int64 [N], -1 for unlabeled ones; None if they are unknown before samples are
             read, or if there are none.
         images: all images in memory, uint8 [N, 3, H, W], for sources of decoded images of one size; None otherwise.
@@ -54,6 +56,7 @@ class Source(ABC):
     input_key: ClassVar[Literal["image", "video"]] = "image"
 
     classes: Sequence[str] = ()
+    class_names: Sequence[str] | None = None
     labels: np.ndarray | None = None
     images: np.ndarray | None = None
     fields: Sequence[str] = ()

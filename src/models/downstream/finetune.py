@@ -18,7 +18,7 @@ from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.downstream.classifier import Classifier, truncated_normal
-from src.models.downstream.mixing import mix
+from src.models.layers.mixing import mix
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe, Rule, layer_decay_rules
 
@@ -41,6 +41,8 @@ class FineTune(Classifier):
     Raises:
         SettingError: a value is out of range.
     """
+
+    new_parameters = ("fc_norm.",)
 
     def __init__(
         self,

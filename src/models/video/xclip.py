@@ -20,9 +20,9 @@ from src.errors import SettingError
 from src.models.backbones.cross_frame_encoder import CrossFrameEncoder
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import cls_token
-from src.models.downstream.mixing import mix
 from src.models.functional import at_least_float32, full_precision, l2_normalize
 from src.models.image_text.base import ImageTextModule, load_towers
+from src.models.layers.mixing import mix
 from src.models.layers.multiframe_integration import MultiframeIntegration
 from src.models.layers.video_prompts import VideoPrompts
 from src.models.pretrain_module import StepOutput
