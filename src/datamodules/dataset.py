@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, runtime_checkable
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from src.datamodules.decoding import BadSample
+from src.datamodules.channels import VideoInChannels, to_channels
+from src.datamodules.decoding import BadSample, EncodedImage
 from src.datamodules.extras.extras import Extras
 from src.datamodules.sources.source import Sample, Source
 from src.datamodules.views.view import ImageView, View
 from src.errors import SettingError
+from src.files import DistinctLines
 from src.randomness import fold, uniform
 
 if TYPE_CHECKING:
@@ -63,7 +66,13 @@ class ViewedDataset(Dataset[dict[str, Any]]):
         extras: further fields of the batch, such as captions; None for none.
         tokenizer: of the extras' texts.
         subset: positions of the source that are used, in order; None for all.
-        bad_log: file that lists replaced samples, one tab-separated line each; several processes may append to it.
+        bad_log: file that lists replaced samples, one tab-separated line each, whatever the number of epochs, processes
+            and resumed runs that meet them.
+        channels: of the images and videos that the view reads.
+        white: value of white in image files of 16 bits; None for 65535.
+
+    Raises:
+        SettingError: image files cannot be decoded to so many channels.
     """
 
     def __init__(
@@ -76,6 +85,8 @@ class ViewedDataset(Dataset[dict[str, Any]]):
         tokenizer: Tokenizer | None = None,
         subset: np.ndarray | None = None,
         bad_log: Path | None = None,
+        channels: int = 3,
+        white: int | None = None,
     ) -> None:
         self.source = source
         self.view = view
@@ -83,7 +94,9 @@ class ViewedDataset(Dataset[dict[str, Any]]):
         self.extras = extras
         self.tokenizer = tokenizer
         self.subset = subset
-        self.bad_log = bad_log
+        self.bad_log = None if bad_log is None else DistinctLines(bad_log)
+        self.channels = channels
+        self.white = white
         self._reported: set[int] = set()
 
     def __len__(self) -> int:
@@ -118,7 +131,9 @@ class ViewedDataset(Dataset[dict[str, Any]]):
         if images is None or not isinstance(self.view, ImageView):
             return None
         return _ReadBatch(
-            fields=self.view.from_decoded(torch.from_numpy(np.asarray(images[positions])), numbers),
+            fields=self.view.from_decoded(
+                to_channels(torch.from_numpy(np.asarray(images[positions])), self.channels), numbers
+            ),
             labels=None if labels is None else labels[positions].tolist(),
             positions=positions,
             extras=[self._extra(position, choice) for position, choice in zip(positions, choices, strict=True)],
@@ -150,7 +165,7 @@ class ViewedDataset(Dataset[dict[str, Any]]):
         for attempt in range(_REPLACEMENTS):
             try:
                 extra = self._extra(candidate, choice)
-                sample = self.source[candidate]
+                sample = self._in_channels(self.source[candidate])
                 # a decoded image waits for the others, so that all are viewed at once
                 waits = isinstance(sample["image"], Tensor) and isinstance(self.view, ImageView)
                 row = None if waits else self.view.from_sample(sample, numbers)
@@ -164,6 +179,14 @@ class ViewedDataset(Dataset[dict[str, Any]]):
                     candidate = number % len(self.source)
         raise BadSample(f"{_REPLACEMENTS} samples in a row could not be read, the last {self.source.name(candidate)}")
 
+    def _in_channels(self, sample: Sample) -> Sample:
+        image = sample["image"]
+        if isinstance(image, EncodedImage):
+            return {**sample, "image": image.as_channels(self.channels, self.white)}
+        if isinstance(image, Tensor):
+            return {**sample, "image": to_channels(image, self.channels)}
+        return sample if self.channels == 3 else {**sample, "image": VideoInChannels(image, self.channels)}
+
     def _extra(self, position: int, choice: float) -> Any:
         return None if self.extras is None else self.extras.read(self.source, position, choice, self.seed)
 
@@ -175,8 +198,10 @@ class ViewedDataset(Dataset[dict[str, Any]]):
         name = self.source.name(index).encode("utf-8", "backslashreplace").decode()
         log.warning("replaced %s: %s", name, problem)
         if self.bad_log is not None:
-            with self.bad_log.open("a", encoding="utf-8") as file:
-                file.write(f"{name}\t{problem}\n")
+            try:
+                self.bad_log.add(f"{name}\t{problem}".replace("\n", " "))
+            except OSError as failure:  # such as a full disk, which must not end the run
+                log.warning("could not note this in %s: %s", self.bad_log.path, failure.strerror or failure)
 
 
 class _ReadSample(NamedTuple):
@@ -284,6 +309,14 @@ class EvalSampler(Sampler[list[SampleKey]]):
             yield [SampleKey(0, index) for index in self.indices[begin : begin + self.batch_size]]
 
 
+def ignore_stop_signals(worker: int) -> None:
+    """Makes a loader's worker leave stop signals to the training process: a terminal, a service manager or a cluster sends
+    them to all processes of a job, and a run cannot finish its step without its workers. The run ends them itself."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        if name in signal.Signals.__members__:  # Windows has fewer
+            signal.signal(signal.Signals[name], signal.SIG_IGN)
+
+
 class LoaderPosition(TypedDict):
     """How far a `ResumableLoader` has come."""
 
@@ -310,6 +343,7 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
             batch_size=None,
             num_workers=num_workers,
             pin_memory=pin_memory,
+            worker_init_fn=ignore_stop_signals,
             persistent_workers=num_workers > 0,
             prefetch_factor=4 if num_workers > 0 else None,
         )

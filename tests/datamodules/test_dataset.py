@@ -110,7 +110,24 @@ def test_a_bad_sample_is_replaced_logged_and_marked(tmp_path, caplog):
     assert torch.equal(batch["image"][1], again["image"][0])
     assert "replaced arrays/3: cut off" in caplog.text
     dataset[draws(1, [3])]
-    assert log.read_text() == "arrays/3\tcut off\n"  # once a process, however often it is met
+    assert log.read_text() == "arrays/3\tcut off\n"  # once, however often it is met
+
+
+def test_a_bad_sample_is_listed_once_whoever_meets_it(tmp_path, caplog):
+    """Loader workers, processes, evaluations and resumed runs have a dataset of their own each."""
+    log = tmp_path / "bad.tsv"
+    datasets = [ViewedDataset(OneByOne(bad=(3, 5)), VIEW, seed=0, bad_log=log) for _ in range(3)]
+    datasets[0][draws(0, [3])]
+    datasets[1][draws(0, [5, 3])]
+    datasets[0][draws(0, [5])]
+    assert log.read_text() == "arrays/3\tcut off\narrays/5\tcut off\n"
+    log.write_text("arrays/3\tcut off\narra")  # killed while it wrote
+    datasets[2][draws(0, [3, 5])]
+    assert log.read_text() == "arrays/3\tcut off\narra\narrays/5\tcut off\n"
+    log.unlink()
+    log.mkdir()  # cannot be written: the sample is replaced all the same
+    assert ViewedDataset(OneByOne(bad=(3,)), VIEW, seed=0, bad_log=log)[draws(0, [3])]["replaced"].tolist() == [True]
+    assert f"could not note this in {log}" in caplog.text
 
 
 def test_a_bad_sample_may_have_an_undecodable_name(tmp_path):
