@@ -23,6 +23,7 @@ from src import composition as layered
 from src.composition import Composition
 from src.errors import UserError, nearest
 from src.memory import keep_freed_memory
+from src.value_types import check_values
 
 PROJECT = Path(__file__).resolve().parent.parent
 CONFIGS = PROJECT / "configs"
@@ -112,13 +113,14 @@ def apply(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 def instantiate(config: Any, **kwargs: Any) -> Any:
     """Builds the object that a configuration describes. A constructor's error about a value becomes a UserError."""
+    check_values(config)
     try:
         return hydra_instantiate(config, _convert_="all", **kwargs)
     except InstantiationException as problem:
         cause = problem.__cause__
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
-        message = _message(cause)
+        message = _message(cause) or _message_of_library(problem, cause)
         if message is None:
             raise
         key = getattr(problem, "full_key", None) or _named_key(problem)
@@ -187,6 +189,8 @@ def _is_group(override: Override, configs: Path = CONFIGS) -> bool:
 def _check_option(override: Override, configs: Path) -> None:
     group, option = override.key_or_group.split("@")[0], override.value()
     options = names(group, configs)
+    if isinstance(option, list) and not option:
+        raise UserError(f"{group}=[] names no file of configs/{group}{nearest('', options, most=len(options))}")
     for name in option if isinstance(option, list) else [option]:
         word = "null" if name is None else str(name)
         if word not in options:
@@ -209,6 +213,8 @@ def _check_value(override: Override, config: DictConfig) -> None:
                 f"there is no key '{key}'{nearest(key, [*keys, *arguments]) or '; see config.yaml of any run'}"
             )
         old, override.type = arguments[key], OverrideType.FORCE_ADD
+    if isinstance(old, dict) and old and not (new is None or isinstance(new, dict) or "${" in str(new)):
+        raise UserError(f"{key} has values of its own; set one of them: {', '.join(f'{key}.{name}=…' for name in old)}")
     is_number = isinstance(old, int | float) and not isinstance(old, bool)
     if is_number and (isinstance(new, bool) or (isinstance(new, str) and "${" not in new)):
         raise UserError(f"{key} is a number ({old}); '{str(new).lower() if isinstance(new, bool) else new}' is not")
@@ -255,6 +261,14 @@ def _message(cause: BaseException | None) -> str | None:
     of_a_library = isinstance(cause, AssertionError) and bool(text)
     of_a_signature = isinstance(cause, TypeError) and ("unexpected keyword argument" in text or "should be" in text)
     return text if of_a_library or of_a_signature else None
+
+
+def _message_of_library(problem: BaseException, cause: BaseException | None) -> str | None:
+    """Returns any error that a library's class or function raised, with its name; None for the project's own, whose
+    trace shows the mistake in the code."""
+    libraries = "timm|torch|torchvision|lightning|transformers"
+    called = re.search(rf"Error in call to target '((?:{libraries})\.[\w.]+)'", str(problem))
+    return f"{called[1]} refuses its arguments: {type(cause).__name__}: {cause}" if called and cause else None
 
 
 def _named_key(problem: InstantiationException) -> str | None:

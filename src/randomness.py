@@ -13,9 +13,17 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from src.errors import SettingError
+
 
 def fold(*parts: int) -> int:
-    """Mixes non-negative integers into one 63-bit seed; a change of any of them gives an unrelated seed."""
+    """Mixes non-negative integers into one 63-bit seed; a change of any of them gives an unrelated seed.
+
+    Raises:
+        SettingError: one of them is negative, which only the user's seed can be.
+    """
+    if min(parts, default=0) < 0:
+        raise SettingError(f"seed={min(parts)} must be 0 or more")
     state = np.random.SeedSequence(list(parts)).generate_state(2, np.uint32)
     return (int(state[0]) << 31) ^ int(state[1])
 

@@ -31,7 +31,7 @@ from src.evaluation.errors import BadFeatures
 from src.listing import print_experiments
 from src.models.pretrain_module import PretrainModule
 from src.sync_batchnorm import SyncBatchNormPlugin
-from src.trained import without_source
+from src.trained import started, without_source
 
 # these end a run with their message alone: a trace would not help
 STOPPING = (NonFiniteLoss, TooManyBadSamples, CheckpointError, BatchError, BadSample, BadFeatures)
@@ -57,6 +57,9 @@ def compose(argv: Sequence[str]) -> DictConfig:
     if config.trainer.precision == "auto":
         config.trainer.precision = configuration.default_precision()
     configuration.check_complete(config)
+    for section in ("data", "model", "trainer", "callbacks", "logger"):
+        if not isinstance(config[section], DictConfig):
+            raise UserError(f"{section} cannot be null: a run needs it")
     return config
 
 
@@ -73,7 +76,10 @@ def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
     datamodule = configuration.instantiate(config.data)
-    module = configuration.instantiate((without_source(config) if resume else config).model)
+    if resume:
+        module, start = configuration.instantiate(without_source(config).model), None
+    else:
+        module, start = started(config, datamodule)
     check_batches(module, datamodule)
     checkpoint_io = AtomicCheckpointIO()
     try:
@@ -83,7 +89,7 @@ def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int
                 *build_each(config, "callbacks"),
                 LastValidation(),
                 ResumedPosition(),
-                RecipeCard(run.dir, config=plain(config), summary=panels.recipe_rows(config)),
+                RecipeCard(run.dir, config=plain(config), summary=panels.recipe_rows(config, start)),
             ],
             logger=build_each(config, "logger"),
             plugins=[checkpoint_io, *([SyncBatchNormPlugin()] if config.trainer.sync_batchnorm else [])],
@@ -91,7 +97,7 @@ def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int
     except (ValueError, L.pytorch.utilities.exceptions.MisconfigurationException) as problem:
         raise UserError(f"in trainer: {problem}") from problem
     check_teachers(module, trainer.callbacks)  # type: ignore[attr-defined]
-    panels.announce(config, run, module, resume=resume)
+    panels.announce(config, run, module, start=start, resume=resume)
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
     except STOPPING as problem:

@@ -78,7 +78,10 @@ def total_steps(trainer: L.Trainer) -> int:
     """The optimizer steps of the whole run: those done and, in batches of the present size, those to come."""
     limit, surplus = trainer.max_steps, surplus_steps(trainer)
     if surplus == 0 or trainer.max_epochs == -1:
-        return int(trainer.estimated_stepping_batches)
+        estimated = trainer.estimated_stepping_batches
+        if not math.isfinite(estimated) or estimated < 0:
+            raise SettingError("trainer.max_epochs or trainer.max_steps must say how long a run with schedules is")
+        return int(estimated)
     trainer.fit_loop.setup_data()  # does nothing if the length of an epoch is known
     steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
     epochs = steps_per_epoch * max(trainer.max_epochs or 0, 1) + surplus

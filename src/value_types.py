@@ -1,0 +1,125 @@
+"""Checks the values of a configuration against the annotations of the classes that they are for."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, get_type_hints
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from src.errors import UserError
+
+
+def check_values(node: Any) -> None:
+    """Checks every value below ``node`` that goes to an annotated argument of a ``_target_``.
+
+    The check is a strict one: 1.5 is no int, "8" neither, and a number is no list of numbers. A value that another key
+    refers to is named by the key where it stands.
+
+    Raises:
+        UserError: a value is of another type, or a ``_target_`` or ``_partial_`` is none.
+    """
+    if isinstance(node, DictConfig | ListConfig) and not (node._is_none() or node._is_missing()):
+        if isinstance(node, DictConfig) and "_target_" in node:
+            _check_arguments(node)
+        for _, child in _children(node):
+            check_values(child)
+
+
+def _check_arguments(node: DictConfig) -> None:
+    target, partial = node._target_, node.get("_partial_", False)
+    key = node._get_full_key("")
+    if not isinstance(target, str) or not target:
+        raise UserError(f"{key}._target_ must name a class or function, such as src.optim.adamw, not {_shown(target)}")
+    if not isinstance(partial, bool):
+        raise UserError(f"{key}._partial_ must be true or false, not {_shown(partial)}")
+    try:
+        hints = _hints(get_object(target))
+    except (ImportError, ValueError, TypeError):
+        return  # Hydra's own message names what cannot be found
+    for name, child in _children(node):
+        if name in hints:
+            value = OmegaConf.to_container(child, resolve=True) if OmegaConf.is_config(child) else child._value()
+            expected = _mismatch(value, hints[name])
+            if expected:
+                raise UserError(f"{child._get_full_key('') or f'{key}.{name}'} {expected}, not {_shown(value)}")
+
+
+def _children(node: DictConfig | ListConfig) -> Iterator[tuple[Any, Any]]:
+    for name in range(len(node)) if isinstance(node, ListConfig) else list(node.keys()):
+        child: Any = node._get_node(name)
+        if child is not None and child._is_interpolation():
+            child = child._dereference_node()
+        if child is not None and not child._is_missing():
+            yield name, child
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    """Returns the annotations of a function's or class's arguments. Those of base classes serve ``**kwargs``."""
+    if not inspect.isclass(target):
+        return _hints_of(target)
+    found: dict[str, Any] = {}
+    for base in target.__mro__:
+        init = vars(base).get("__init__")
+        if init is not None and base is not object:
+            found = {**_hints_of(init), **found}
+            if inspect.Parameter.VAR_KEYWORD not in {p.kind for p in inspect.signature(init).parameters.values()}:
+                break
+    return found
+
+
+def _hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        hints = get_type_hints(function)
+    except (NameError, TypeError, AttributeError):  # names that are imported for type checkers alone
+        return {}
+    kinds = {name: parameter.kind for name, parameter in inspect.signature(function).parameters.items()}
+    variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {name: hint for name, hint in hints.items() if name in kinds and kinds[name] not in variable}
+
+
+def _mismatch(value: Any, hint: Any) -> str | None:
+    """Returns what ``value`` must be by its annotation, None if it is that or an object yet to be built."""
+    from pydantic import ValidationError  # imported where it is needed: `make list` need not wait for it
+
+    if _has_target(value):
+        return None
+    try:
+        adapter = _adapter(hint)
+        if adapter is not None:
+            adapter.validate_json(json.dumps(value), strict=True)
+    except ValidationError as problem:
+        errors = problem.errors(include_url=False)
+        if any(error["type"] in ("is_instance_of", "callable_type") for error in errors):
+            name = getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
+            return f"must be {name}, which has a _target_"
+        expected = dict.fromkeys(error["msg"].removeprefix("Input should be ").partition(", got")[0] for error in errors)
+        return f"must be {' or '.join(expected)}"
+    except TypeError:  # a protocol, which no plain value satisfies
+        return "must be an object, which has a _target_"
+    return None
+
+
+@cache
+def _adapter(hint: Any) -> Any:
+    from pydantic import ConfigDict, PydanticUserError, TypeAdapter
+
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:
+        return None
+
+
+def _has_target(value: Any) -> bool:
+    if isinstance(value, dict):
+        return "_target_" in value or any(map(_has_target, value.values()))
+    return isinstance(value, list) and any(map(_has_target, value))
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
