@@ -2,25 +2,55 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
+import pathlib
 import re
 import shutil
+import types
+import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 
 from src.errors import UserError
-from src.files import sync_folder
+from src.files import remove_partial, replacing, sync_folder
 
 log = logging.getLogger(__name__)
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.Size, torch.dtype, torch.device)
+
+
+def _plain_dict(*_: Any) -> OrderedDict[Any, Any]:
+    """Stands for a ``defaultdict``, which torch does not fill."""
+    return OrderedDict()
+
+
+# Classes that other programs leave in their checkpoints and that hold values and do nothing else: settings, numbers and
+# arrays of NumPy under its names of before and after 2.0, paths.
+_DTYPES = [np.dtype(code) for code in (*"?bBhHiIlLqQefdgFDG", "S", "U")]  # and no objects
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    types.SimpleNamespace,
+    (_plain_dict, "collections.defaultdict"),
+    *[(list, "builtins.list"), (dict, "builtins.dict"), (int, "builtins.int"), (float, "builtins.float")],
+    *[(pathlib.PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")],
+    np.ndarray,
+    np.dtype,
+    *{type(dtype) for dtype in _DTYPES},
+    *[
+        (getattr(np._core.multiarray, name), f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name in ("scalar", "_reconstruct")
+    ],
+]
 
 
 class CheckpointError(UserError):
@@ -46,13 +76,39 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def read_foreign(path: Path) -> Any:
+    """Reads a checkpoint of another program, which may also hold settings (``argparse.Namespace``), paths, and numbers
+    and arrays of NumPy. No code of it is executed.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or holds other objects; the message names them.
+    """
+    with torch.serialization.safe_globals(_HARMLESS):
+        return _read(path)
+
+
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path} is not a checkpoint: {'it is a folder' if path.is_dir() else 'no such file'}")
     try:
+        _verify(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # torch raises many types for damaged files
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {_reason(path, problem)}") from problem
+
+
+def _verify(path: Path) -> None:
+    """Compares the content of a checkpoint with the checksums in it, which torch.save writes and torch.load ignores.
+
+    Raises:
+        zipfile.BadZipFile: they differ.
+    """
+    if not zipfile.is_zipfile(path):  # files of torch before 1.6 have no checksums
+        return
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
 def _reason(path: Path, problem: Exception) -> str:
@@ -63,13 +119,22 @@ def _reason(path: Path, problem: Exception) -> str:
     with path.open("rb") as file:
         start = file.read(2)
     if start == b"PK":
-        forbidden = re.search(r"GLOBAL ([\w.]+)", str(problem))
+        forbidden = re.findall(r"GLOBAL ([\w.]+)", str(problem))
         if forbidden:
-            return f"it holds objects other than tensors and plain values ({forbidden[1]})"
+            names = ", ".join(_unsafe_globals(path) or forbidden)
+            return f"it holds objects other than tensors and plain values ({names})"
         return "it is damaged or incomplete"
     if start[:1] == b"\x80":
         return "it is a pickle of arbitrary objects, which can execute code"
     return "it was not written by torch.save"
+
+
+def _unsafe_globals(path: Path) -> list[str]:
+    """Names the classes and functions in a file that are not read; none if the file cannot be searched."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except (OSError, RuntimeError, ValueError, AttributeError, TypeError):
+        return []
 
 
 class SaveFailure(NamedTuple):
@@ -92,6 +157,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def __init__(self) -> None:
         self._failures: dict[Path, str] = {}
+        self._cleaned: set[Path] = set()
 
     @property
     def failed(self) -> SaveFailure | None:
@@ -109,20 +175,20 @@ class AtomicCheckpointIO(CheckpointIO):
         """
         path = Path(path)
         _check_plain(checkpoint)
-        partial = path.with_name(f".{path.name}.partial")
+        self._remove_partial(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-            sync_folder(path.parent)
+            with replacing(path) as partial:
+                with partial.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(partial, path)
+                sync_folder(path.parent)
         except (OSError, RuntimeError) as problem:
             cause = _os_error(problem)
             if cause is None:
                 raise
-            partial.unlink(missing_ok=True)
             self._failures[path] = f"{cause.strerror or cause}{_space(checkpoint, path.parent)}"
             log.error("could not save %s: %s. Training continues.", path, self._failures[path])
         else:
@@ -130,12 +196,12 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def link(self, source: Path, target: Path) -> bool:
         """Makes ``target`` a hard link to ``source``, atomically. Returns False where hard links do not exist."""
-        partial = target.with_name(f".{target.name}.partial")
         try:
-            partial.unlink(missing_ok=True)
-            os.link(source, partial)
-            os.replace(partial, target)
-            sync_folder(target.parent)
+            with replacing(target) as partial:
+                partial.unlink(missing_ok=True)
+                os.link(source, partial)
+                os.replace(partial, target)
+                sync_folder(target.parent)
         except OSError:
             return False
         self._failures.pop(target, None)
@@ -146,6 +212,12 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
+
+    def _remove_partial(self, path: Path) -> None:
+        """Frees the space of a save that was killed. A run has one writer (`src.runs.locked`), so it is nobody else's."""
+        if path not in self._cleaned:
+            self._cleaned.add(path)
+            remove_partial(path)
 
 
 def _os_error(problem: BaseException | None) -> OSError | None:

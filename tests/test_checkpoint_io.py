@@ -9,6 +9,7 @@ import pickle
 import resource
 import signal
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,45 @@ def test_a_kill_during_a_save_keeps_the_previous_checkpoint(tmp_path: Path) -> N
 
     assert end_of(in_child(save)) == -signal.SIGKILL
     assert torch.equal(load_checkpoint(path)["state_dict"]["weight"], STATE["state_dict"]["weight"])
-    # the next save overwrites the partial file
-    assert sorted(os.listdir(tmp_path)) == [".last.ckpt.partial", "last.ckpt"]
+    # the next process that saves removes the partial file
+    [left, last] = sorted(os.listdir(tmp_path))
+    assert left.startswith(".last.ckpt.")
+    assert (left.endswith(".partial"), last) == (True, "last.ckpt")
     AtomicCheckpointIO().save_checkpoint(STATE, tmp_path / "last.ckpt")
     assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_two_writers_never_mix_their_files(tmp_path: Path) -> None:
+    """Each writes tensors of its own value while the other does: what is read is always whole, and one of the two."""
+    path = tmp_path / "last.ckpt"
+
+    def write(value: float) -> None:
+        checkpoint_io = AtomicCheckpointIO()
+        for _ in range(30):
+            checkpoint_io.save_checkpoint({"state_dict": {"weight": torch.full((50_000,), value)}}, path)
+
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.full((50_000,), 1.0)}}, path)
+    writers = [in_child(partial(write, value)) for value in (1.0, 2.0)]
+    for _ in range(30):
+        weight = load_checkpoint(path)["state_dict"]["weight"]
+        assert weight.unique().tolist() in ([1.0], [2.0])
+    assert [end_of(writer) for writer in writers] == [0, 0]
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_one_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """torch.load itself returns the changed weight."""
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.ones(1000)}}, path)
+    content = bytearray(path.read_bytes())
+    position = content.find(np.ones(1000, np.float32).tobytes()) + 2002
+    content[position] ^= 64
+    path.write_bytes(content)
+    assert not torch.load(path, weights_only=True)["state_dict"]["weight"].eq(1).all()
+    with pytest.raises(CheckpointError, match=r"last\.ckpt cannot be read as a checkpoint: it is damaged"):
+        load_checkpoint(path)
+    with pytest.raises(CheckpointError, match=r"it is damaged"):
+        AtomicCheckpointIO().load_checkpoint(path)
 
 
 class Trap:

@@ -310,8 +310,8 @@ class EvalSampler(Sampler[list[SampleKey]]):
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """Makes a loader's worker leave stop signals to the training process: a terminal, a service manager or a cluster sends
-    them to all processes of a job, and a run cannot finish its step without its workers. The run ends them itself."""
+    """Makes a loader's worker leave stop signals to the training process: a terminal, a service manager or a cluster
+    sends them to all processes of a job, and a run cannot finish its step without its workers. The run ends them."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         if name in signal.Signals.__members__:  # Windows has fewer
             signal.signal(signal.Signals[name], signal.SIG_IGN)
