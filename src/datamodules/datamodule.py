@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from src.datamodules.batches.base import Field, ListField, fields_of
-from src.datamodules.dataset import EvalSampler, OrderedSource, ResumableLoader, TrainSampler, ViewedDataset
+from src.datamodules.dataset import (
+    EvalSampler,
+    OrderedSource,
+    ResumableLoader,
+    TrainSampler,
+    ViewedDataset,
+    ignore_stop_signals,
+)
 from src.datamodules.extras.class_names import class_names, class_texts, read_class_names
 from src.datamodules.extras.extras import Extras
 from src.datamodules.sources.source import Source, Split
@@ -41,7 +48,11 @@ METHOD_KEYS = (
     "text_filter",
     "extras",
 )
-NORMALIZATION_KEYS = ("mean", "std")  # what an encoder was trained with, whatever data it is evaluated or fine-tuned on
+NORMALIZATION_KEYS = (
+    "mean",
+    "std",
+    "channels",
+)  # what an encoder was trained with, whatever data it is evaluated or fine-tuned on
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -100,11 +111,15 @@ class DataModule(L.LightningDataModule):
         eval_split: split that ``val_dataloader`` reads; "test" once nothing is chosen by it any more.
         num_workers: loader processes; None for as many as the cores leave, at most 8.
         mean, std: normalization of each channel, for values in [0, 1].
+        channels: of the images and videos that encoders read: 1 for grayscale, 3 for RGB, 4 for RGBA. Sources of
+            decoded images, uint8 tensors, may have any number.
+        white: value of white in image files of 16 bits, such as 4095 for values of 12 bits; None for 65535.
         max_bad_share: the run stops once more than this share of the samples had to be replaced.
         bad_log: file that lists replaced samples.
 
     Raises:
-        SettingError: an argument is out of range, or extras lack both a tokenizer's name and a file for a learned one.
+        SettingError: an argument is out of range, a view has an operator that needs RGB and ``channels`` are others, or
+            extras lack both a tokenizer's name and a file for a learned one.
     """
 
     def __init__(
@@ -131,6 +146,8 @@ class DataModule(L.LightningDataModule):
         num_workers: int | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        channels: int = 3,
+        white: int | None = None,
         max_bad_share: float = 0.01,
         bad_log: str | Path | None = None,
     ) -> None:
@@ -142,8 +159,18 @@ class DataModule(L.LightningDataModule):
             raise SettingError(f"data.num_workers must be at least 0, or null for as many as fit; got {num_workers}")
         if eval_split not in ("val", "test"):
             raise SettingError(f"data.eval_split is val or test, not {eval_split!r}")
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise SettingError(f"data.mean and data.std are three numbers each, std above 0; got {mean} and {std}")
+        if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
+            raise SettingError(f"data.channels must be a whole number, at least 1; got {channels}")
+        if len(mean) != channels or len(std) != channels or min(std) <= 0:
+            raise SettingError(
+                f"data.channels={channels}: data.mean and data.std need as many numbers, std above 0; got {list(mean)} and "
+                f"{list(std)}" + (", where data.mean=[0.449] data.std=[0.226] are ImageNet's" if channels == 1 else "")
+            )
+        for limit_name, limit in (("train_samples", train_samples), ("eval_samples", eval_samples)):
+            if limit is not None and (not isinstance(limit, int) or limit < 1):
+                raise SettingError(f"data.{limit_name} must be at least 1, or null for all samples; got {limit}")
+        for view in (train_view, eval_view):
+            view.check_channels(channels)
         if extras is not None and tokenizer is None and tokenizer_file is None:
             raise SettingError("data.tokenizer: name a tokenizer, or set data.tokenizer_file to store a learned one")
         self.make_source = source
@@ -167,8 +194,10 @@ class DataModule(L.LightningDataModule):
         self.train_shots = train_shots
         self.eval_split = eval_split
         self.num_workers = default_workers() if num_workers is None else num_workers
-        self.mean = torch.tensor(tuple(mean)).view(3, 1, 1)
-        self.std = torch.tensor(tuple(std)).view(3, 1, 1)
+        self.channels = channels
+        self.white = white
+        self.mean = torch.tensor(tuple(mean)).view(channels, 1, 1)
+        self.std = torch.tensor(tuple(std)).view(channels, 1, 1)
         self.max_bad_share = max_bad_share
         self.bad_log = Path(bad_log) if bad_log is not None else None
 
@@ -353,7 +382,7 @@ class DataModule(L.LightningDataModule):
         return torch.stack([source.tags(image) for image in index.tolist()])
 
     def as_input(self, images: Tensor) -> Tensor:
-        """Returns images [B, 3, H, W] as encoders read them: unchanged, or as clips [B, T, 3, H, W] without motion."""
+        """Returns images [B, C, H, W] as encoders read them: unchanged, or as clips [B, T, C, H, W] without motion."""
         if not isinstance(self.eval_view, VideoView):
             return images
         return images[:, None].expand(-1, self.eval_view.clip.frames, -1, -1, -1)
@@ -367,7 +396,7 @@ class DataModule(L.LightningDataModule):
         """
         if not isinstance(self.eval_view, ImageView):
             raise SettingError(f"data.eval_view: masks need a view of images, not a {type(self.eval_view).__name__}")
-        as_images = (masks.to(torch.uint8) * 255)[:, None].expand(-1, 3, -1, -1).contiguous()
+        as_images = (masks.to(torch.uint8) * 255)[:, None].expand(-1, self.channels, -1, -1).contiguous()
         uniform = np.zeros((len(as_images), self.eval_view.num_uniforms), np.float32)
         return self.eval_view.from_decoded(as_images, uniform)["image"][:, 0].to(torch.float32) / 255
 
@@ -386,11 +415,17 @@ class DataModule(L.LightningDataModule):
         return {name: self._as_declared(self._fields.get(name), value) for name, value in batch.items()}
 
     def denormalize(self, image: Tensor) -> Tensor:
-        """Undoes `normalize`: [..., 3, H, W] -> values in [0, 1]."""
+        """Undoes `normalize`: [..., C, H, W] -> values in [0, 1]."""
         return (image * self.std.to(image) + self.mean.to(image)).clamp(0, 1)
 
     def normalize(self, image: Tensor) -> Tensor:
-        """Normalizes uint8 images [..., 3, H, W] to float32."""
+        """Normalizes uint8 images [..., C, H, W] to float32.
+
+        Raises:
+            SettingError: they have another number of channels than the DataModule.
+        """
+        if image.shape[-3] != self.channels:
+            raise SettingError(f"data.channels is {self.channels}, and the images of a view have {image.shape[-3]}")
         # in place: on a CPU a clip of 16 frames would otherwise be written four times
         copy = image.to(torch.float32, copy=True)
         return copy.div_(255).sub_(self.mean.to(image.device)).div_(self.std.to(image.device))
@@ -414,14 +449,21 @@ class DataModule(L.LightningDataModule):
 
     def _dataset(self, source: Source, view: View, limit: int | None, extras: Extras | None) -> ViewedDataset:
         self._check(source, view, extras)
+        subset = self._subset(source, limit)
+        if subset is None and not len(source):
+            raise SettingError(
+                f"data.source: {type(source).__name__} has no sample in a split: check its files and data.source.val_share"
+            )
         return ViewedDataset(
             source,
             view,
             seed=self.seed,
             extras=extras,
             tokenizer=None if extras is None else self.tokenizer,
-            subset=self._subset(source, limit),
+            subset=subset,
             bad_log=self.bad_log,
+            channels=self.channels,
+            white=self.white,
         )
 
     def _check(self, source: Source, view: View, extras: Extras | None) -> None:
@@ -478,7 +520,13 @@ class DataModule(L.LightningDataModule):
         dataset = self._dataset(source, self.eval_view, limit, extras)
         batch_size = max(1, self.eval_batch_size // self.eval_view.rows)
         sampler = EvalSampler(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
-        return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=self.num_workers)
+        return DataLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=self.num_workers,
+            worker_init_fn=ignore_stop_signals,
+        )
 
     def _launch(self) -> tuple[int, int, int]:
         trainer: Any = self.trainer

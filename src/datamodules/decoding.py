@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from src.datamodules.regular_files import NotRegularError, read_regular, reason
 from src.errors import SettingError
 
 MAX_PIXELS = 89_478_485
@@ -32,9 +34,15 @@ _TRANSPOSE = {  # by EXIF orientation, the transposition that turns an image upr
     8: Image.Transpose.ROTATE_90,
 }
 _JPEG = ("JPEG", "MPO")
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _REDUCTIONS = (8, 4, 2)  # the scales 1/n at which a JPEG can be decoded, next to 1
 _END = b"\xff\xd9"  # a JPEG's end-of-image marker
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Pillow's mode of an image by its number of channels."""
+_WHITE, _TWELVE_BITS = 65535, 4095  # largest values of 16 and of 12 bits
+
+
+T = TypeVar("T")
 
 
 class BadSample(Exception):
@@ -50,16 +58,33 @@ class EncodedImage:
 
     Args:
         data: the bytes of a file, or its path, which is read when it is first needed.
+        channels: what it is decoded to: 1 for grayscale, 3 for RGB, 4 for RGBA, whose fourth channel may be anything,
+            such as near infrared.
+        white: value of white in images of 16 bits, such as 4095 if their values have 12 bits; None for 65535.
+
+    Raises:
+        SettingError: there are other numbers of channels, or the value of white is not in [1, 65535].
     """
 
-    __slots__ = ("_data", "_opened")
+    __slots__ = ("_channels", "_data", "_opened", "_white")
 
-    def __init__(self, data: bytes | str | Path) -> None:
+    def __init__(self, data: bytes | str | Path, channels: int = 3, white: int | None = None) -> None:
+        check_channels(channels, white)
         self._data = data
+        self._channels = channels
+        self._white = white
         self._opened: tuple[Image.Image, int, bytes] | None = None
 
-    def __reduce__(self) -> tuple[type[EncodedImage], tuple[bytes | str | Path]]:
-        return EncodedImage, (self._data,)
+    def __reduce__(self) -> tuple[type[EncodedImage], tuple[bytes | str | Path, int, int | None]]:
+        return EncodedImage, (self._data, self._channels, self._white)
+
+    def as_channels(self, channels: int, white: int | None = None) -> EncodedImage:
+        """Returns the same image, decoded to ``channels``; arguments as for the class."""
+        if (channels, white) == (self._channels, self._white):
+            return self
+        image = EncodedImage(self._data, channels, white)
+        image._opened, self._opened = self._opened, None
+        return image
 
     def __repr__(self) -> str:
         return f"EncodedImage({self._name()})"
@@ -73,7 +98,12 @@ class EncodedImage:
         """
         image, orientation, _ = self._open()
         width, height = image.size
-        return (width, height) if orientation in _SIDEWAYS else (height, width)
+        return (width, height) if orientation in SIDEWAYS else (height, width)
+
+    @property
+    def orientation(self) -> int:
+        """EXIF orientation of the stored image, 1 to 8; 1 if it is upright. Raises BadSample as `size`."""
+        return self._open()[1]
 
     def decode(
         self,
@@ -81,10 +111,11 @@ class EncodedImage:
         size: tuple[int, int] | None = None,
         interpolation: Image.Resampling = Image.Resampling.BICUBIC,
     ) -> Image.Image:
-        """Decodes the upright image, or a part of it, as 8-bit RGB.
+        """Decodes the upright image, or a part of it, with 8 bits a channel: mode L, RGB or RGBA by its channels.
 
-        Grayscale, palette and CMYK images become RGB, 16-bit images are scaled to 8 bits, transparent pixels are
-        composited on white, and animations give their first frame. Color profiles are not applied.
+        For RGB, grayscale, palette and CMYK images are converted, and transparent pixels are composited on white.
+        Grayscale is the luma of that. RGBA keeps the fourth channel, which is 255 if there is none. 16-bit images are
+        scaled to 8 bits, and animations give their first frame. Color profiles are not applied.
 
         If the part is at least n = 2, 4 or 8 times as large as ``size`` in both directions, a JPEG is decoded at 1/n of
         its size, in a fraction of the time. Mean and largest difference to a full decode, of 255 levels: 0.5 and 3 for
@@ -100,62 +131,99 @@ class EncodedImage:
 
         Raises:
             BadSample: the image is missing, unreadable, truncated, broken or too large.
-            ValueError: ``box`` does not lie within the image.
+            ValueError: ``box`` does not lie within the image, or ``size`` is no size.
         """
+        if size is not None and not (len(size) == 2 and min(size) >= 1):
+            raise ValueError(f"size must be a height and a width of at least 1, got {size}")
         image, orientation, data = self._open()
         self._opened = None  # Pillow's object can be decoded once
         left, top, right, bottom = stored = _to_stored(box, orientation, image.size)
         if size is None:
             resize_to = max(1, round(right - left)), max(1, round(bottom - top))
         else:
-            resize_to = (size[0], size[1]) if orientation in _SIDEWAYS else (size[1], size[0])
+            resize_to = (size[0], size[1]) if orientation in SIDEWAYS else (size[1], size[0])
+        region = _draft(image, stored, resize_to)
+        self._decoder(image.load)
+        if image.format in _JPEG and _looks_cut(image, data) and self._decoder(lambda: _is_cut(data)):
+            raise self._bad("the image is truncated: its last rows are missing")
+        if _has_16_bit_colors(image, data) and 0 < max(high for _, high in image.getextrema()) <= _TWELVE_BITS >> 8:
+            raise self._bad(
+                "its 16-bit colors would be nearly black: if their values have 12 bits, save them times 16, because only "
+                "their upper 8 bits are decoded"
+            )
         try:
-            region = _draft(image, stored, resize_to)
-            image.load()
-            if image.format in _JPEG and _looks_cut(image, data) and _is_cut(data):
-                raise BadSample("the image is truncated: its last rows are missing")
-            rgb = _to_rgb(image).resize(resize_to, interpolation, box=region)
-            return rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb
-        except Exception as error:
-            raise self._bad(error) from error
+            converted = _convert(image, self._channels, self._white)
+        except (BadSample, _NoConversionError) as error:
+            raise self._bad(str(error)) from error
+        resized = resize(converted, resize_to, interpolation, region)
+        return resized.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else resized
 
     def _open(self) -> tuple[Image.Image, int, bytes]:
         """Returns Pillow's image before decoding, its EXIF orientation, and the bytes of its file."""
         if self._opened is None:
-            try:
-                data = self._data if isinstance(self._data, bytes) else Path(self._data).read_bytes()
-                if not data:
-                    raise BadSample("the file is empty (0 bytes)")
-                image = Image.open(io.BytesIO(data), formats=FORMATS)
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise BadSample(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS} (MAX_PIXELS)")
-                self._opened = image, _orientation(image), data
-            except Exception as error:
-                raise self._bad(error) from error
+            data = self._data if isinstance(self._data, bytes) else self._read(self._data)
+            if not data:
+                raise self._bad("the file is empty (0 bytes)")
+            image = self._decoder(lambda: Image.open(io.BytesIO(data), formats=FORMATS))
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise self._bad(f"{width}x{height} pixels are more than the limit of {MAX_PIXELS} (MAX_PIXELS)")
+            self._opened = image, _orientation(image), data
         return self._opened
 
-    def _bad(self, error: Exception) -> BadSample:
-        return BadSample(f"{self._name()}: {_reason(error)}")
+    def _read(self, path: str | Path) -> bytes:
+        try:
+            return read_regular(path)
+        except NotRegularError as error:
+            raise self._bad(str(error)) from error
+        except OSError as error:
+            raise self._bad(reason(error)) from error
+
+    def _decoder(self, decode: Callable[[], T]) -> T:
+        """Returns what Pillow's decoder returns; its errors, which are of many kinds, mean a bad sample. No other code
+        may run in it: an error of ours is no bad image."""
+        try:
+            return decode()
+        except MemoryError:
+            raise  # a problem of the machine, not of the image
+        except UnidentifiedImageError as error:
+            raise self._bad(f"not an image in a known format ({', '.join(FORMATS)})") from error
+        except Exception as error:
+            raise self._bad(f"cannot be decoded: {error or type(error).__name__}") from error
+
+    def _bad(self, problem: str) -> BadSample:
+        return BadSample(f"{self._name()}: {problem}")
 
     def _name(self) -> str:
         return f"{len(self._data)} bytes" if isinstance(self._data, bytes) else str(self._data)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, MemoryError):
-        raise error  # a problem of the machine, not of the image
-    if isinstance(error, BadSample):
-        return str(error)
-    if isinstance(error, FileNotFoundError):
-        return "the file does not exist"
-    if isinstance(error, PermissionError):
-        return "permission denied"
-    if isinstance(error, IsADirectoryError):
-        return "a directory, not a file"
-    if isinstance(error, UnidentifiedImageError):
-        return f"not an image in a known format ({', '.join(FORMATS)})"
-    return f"cannot be decoded: {error or type(error).__name__}"
+def check_channels(channels: int, white: int | None = None) -> None:
+    """Checks what images are decoded to.
+
+    Raises:
+        SettingError: there are other numbers of channels, or the value of white is not in [1, 65535].
+    """
+    if channels not in MODES:
+        raise SettingError(
+            f"data.channels={channels}: image files are decoded to 1 channel (grayscale), 3 (RGB) or 4 (RGBA); a source "
+            "of other channels gives decoded images, uint8 tensors [channels, height, width]"
+        )
+    if white is not None and not 1 <= white <= _WHITE:
+        raise SettingError(f"data.white={white}: the value of white in 16-bit images lies in [1, {_WHITE}]")
+
+
+def resize(
+    image: Image.Image,
+    size: tuple[int, int],
+    interpolation: Image.Resampling,
+    box: tuple[float, float, float, float] | None = None,
+) -> Image.Image:
+    """Crops and resizes an image of Pillow to ``size`` (width, height), each channel by itself: Pillow weighs the colors
+    of RGBA by the fourth channel, which is not transparency in an image of four bands."""
+    if image.mode != "RGBA":
+        return image.resize(size, interpolation, box=box)
+    return Image.merge("RGBA", [band.resize(size, interpolation, box=box) for band in image.split()])
 
 
 def _orientation(image: Image.Image) -> int:
@@ -174,7 +242,7 @@ def _to_stored(
     box: tuple[float, float, float, float] | None, orientation: int, stored_size: tuple[int, int]
 ) -> tuple[float, float, float, float]:
     """Converts an upright (top, left, height, width) to (left, top, right, bottom) of the stored image."""
-    sideways = orientation in _SIDEWAYS
+    sideways = orientation in SIDEWAYS
     height, width = stored_size if sideways else stored_size[::-1]
     if box is None:
         return 0.0, 0.0, float(stored_size[0]), float(stored_size[1])
@@ -227,28 +295,63 @@ def _is_cut(data: bytes) -> bool:
     return pixels[0] != pixels[1]
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
+def _has_16_bit_colors(image: Image.Image, data: bytes) -> bool:
+    """Returns True for colors of 16 bits a channel in a PNG or TIFF, of which Pillow reads the upper 8."""
+    if image.mode not in ("RGB", "RGBA", "LA"):
+        return False
+    if image.format == "TIFF":
+        bits: Any = image.tag_v2.get(258, (8,))  # type: ignore[attr-defined]  # BitsPerSample
+        return 16 in (bits if isinstance(bits, tuple) else (bits,))
+    return image.format == "PNG" and data[24] == 16  # IHDR's bit depth
+
+
+class _NoConversionError(ValueError):
+    """Pillow cannot convert the pixels of an image."""
+
+
+def _convert(image: Image.Image, channels: int, white: int | None) -> Image.Image:
+    """Converts a decoded image to the mode of its channels. Raises BadSample."""
+    mode = MODES[channels]
+    if image.mode == mode and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bit(image)
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image)
-        image = white
-    return image.convert("RGB")
+        image = _to_8_bit(image, white)
+    elif image.mode == "RGBX":
+        image = Image.merge("RGBA", image.split())  # four bands without a meaning, of TIFF
+        if channels != 4:
+            return _in_mode(Image.merge("RGB", image.split()[:3]), mode)
+    elif image.has_transparency_data and channels != 4:
+        image = _in_mode(image, "RGBA")
+        over_white = Image.new("RGBA", image.size, "white")
+        over_white.alpha_composite(image)
+        image = over_white
+    return image if image.mode == mode else _in_mode(image, mode)
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    try:
+        if mode == "L" and image.mode not in ("1", "L"):
+            return image.convert("RGB").convert("L")
+        return image.convert(mode)
+    except ValueError as error:  # a mode without a conversion, such as LAB
+        raise _NoConversionError(f"pixels of the mode '{image.mode}' cannot be converted: {error}") from error
+
+
+def _to_8_bit(image: Image.Image, white: int | None) -> Image.Image:
     """Scales integers of 16 bits and floats in [0, 1] to 0 … 255; Pillow's own conversion would clip them."""
     values: np.ndarray[Any, Any] = np.asarray(image)
     if not np.isfinite(values).all():
         raise BadSample("contains NaN or infinite values")
     low, high = float(values.min()), float(values.max())
-    white = 1.0 if image.mode == "F" else 65535.0
-    if low < 0 or high > white:
+    brightest = 1.0 if image.mode == "F" else float(white or _WHITE)
+    if low < 0 or high > brightest:
         raise BadSample(
             f"values from {low:g} to {high:g} in an image of mode '{image.mode}': the value of white is unknown"
+            + ("" if white is None else f", and above data.white={white}")
         )
-    return Image.fromarray(np.rint(values * (255.0 / white)).astype(np.uint8))
+    if brightest == _WHITE and white is None and 0 < high <= _TWELVE_BITS:
+        raise BadSample(
+            f"16-bit values of at most {high:g} would be nearly black: set data.white={_TWELVE_BITS} if they have 12 "
+            f"bits, or data.white={_WHITE} if the images are dark"
+        )
+    return Image.fromarray(np.rint(values * (255.0 / brightest)).astype(np.uint8))

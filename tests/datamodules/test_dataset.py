@@ -329,7 +329,7 @@ def test_validation_reads_the_eval_split():
     [
         ({"image": None}, "needs the field 'image'"),
         ({"image": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, r"batch\['image'\] must be torch.float32"),
-        ({"image": torch.zeros(2, 1, 8, 8)}, r"batch\['image'\] has 3 = 1 where 3 is expected"),
+        ({"image": torch.zeros(3, 1, 8, 8)}, r"batch\['image'\] has B = 3 where 2 is expected"),
         ({"label": torch.zeros(3, dtype=torch.int64)}, r"batch\['label'\] has B = 3 where 2 is expected"),
         ({"label": [0, 1]}, r"batch\['label'\] must be a tensor, not list"),
         ({"image": torch.full((2, 3, 8, 8), torch.nan)}, r"batch\['image'\] holds NaN"),
@@ -355,7 +355,7 @@ def test_a_batch_that_does_not_match_its_type_is_refused_by_field(change, messag
         ({"batch_size": 0}, "data.batch_size must be a whole number, at least 1; got 0"),
         ({"batch_size": 8.0}, "data.batch_size must be a whole number"),
         ({"num_workers": -1}, "data.num_workers must be at least 0"),
-        ({"mean": (0.5, 0.5)}, "data.mean and data.std are three numbers each"),
+        ({"mean": (0.5, 0.5)}, "data.channels=3: data.mean and data.std need as many numbers"),
         ({"std": (1.0, 0.0, 1.0)}, "std above 0"),
     ],
 )

@@ -358,10 +358,10 @@ class TestBad:
         self.refused(tmp_path / "gone.jpg", r"gone\.jpg: the file does not exist")
         self.refused(tmp_path, "a directory, not a file")
 
-        def deny(self: Path) -> bytes:
-            raise PermissionError(13, "Permission denied", str(self))
+        def deny(path: Path) -> bytes:
+            raise PermissionError(13, "Permission denied", str(path))
 
-        monkeypatch.setattr(Path, "read_bytes", deny)
+        monkeypatch.setattr(decoding, "read_regular", deny)
         self.refused(tmp_path / "mine.jpg", r"mine\.jpg: permission denied")
 
     def test_a_decompression_bomb_is_refused_by_its_header(self, monkeypatch: pytest.MonkeyPatch) -> None:

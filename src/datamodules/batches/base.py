@@ -16,7 +16,7 @@ IGNORED = 255
 class Field(NamedTuple):
     """Shape and dtype of one tensor of a batch.
 
-    ``shape`` names the axes ("B 3 H W"). A digit is an exact size; a name stands for the same size in all fields of the
+    ``shape`` names the axes ("B C H W"). A digit is an exact size; a name stands for the same size in all fields of the
     batch. A field annotated as a list holds one tensor for each of the B samples. An axis name that only lists use may
     differ from image to image, but not between the lists of one image.
     """

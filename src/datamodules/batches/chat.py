@@ -19,7 +19,7 @@ class ChatBatch(Batch):
     tokens: Annotated[Tensor, Field("B L", torch.int64)]  # token ids, padded at the right
     padding_mask: Annotated[Tensor, Field("B L", torch.bool)]  # True for tokens that are not padding
     loss_mask: Annotated[Tensor, Field("B L", torch.bool)]  # True for tokens to predict, such as those of answers
-    images: Annotated[list[Tensor], Field("N 3 H W", torch.float32)]  # of each sample N, may be 0; normalized
+    images: Annotated[list[Tensor], Field("N C H W", torch.float32)]  # of each sample N, may be 0; normalized
 
 
 class ChatSample(NamedTuple):
@@ -27,7 +27,7 @@ class ChatSample(NamedTuple):
 
     tokens: Tensor  # int64 [L]
     loss_mask: Tensor  # bool [L], True for tokens to predict
-    images: Tensor  # uint8 [N, 3, H, W], in the order of their placeholders in the text; N may be 0
+    images: Tensor  # uint8 [N, C, H, W], in the order of their placeholders in the text; N may be 0
 
 
 def collate_chat(samples: Sequence[ChatSample], *, padding_id: int, length: int | None = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from src.datamodules.batches.base import Batch, Field
 class ImageBatch(Batch):
     """One view of each image."""
 
-    image: Annotated[Tensor, Field("B 3 H W", torch.float32)]  # normalized with the DataModule's mean and std
+    image: Annotated[Tensor, Field("B C H W", torch.float32)]  # normalized with the DataModule's mean and std
 
 
 class MultiViewBatch(Batch):
@@ -23,8 +23,8 @@ class MultiViewBatch(Batch):
     resizing and mirroring. Boxes and flips are there if the view was asked for them (``record_crops``).
     """
 
-    views: Annotated[Tensor, Field("B V 3 H W", torch.float32)]  # all views, or the global ones of multi-crop
-    local_views: NotRequired[Annotated[Tensor, Field("B L 3 h w", torch.float32)]]  # small views of multi-crop
+    views: Annotated[Tensor, Field("B V C H W", torch.float32)]  # all views, or the global ones of multi-crop
+    local_views: NotRequired[Annotated[Tensor, Field("B L C h w", torch.float32)]]  # small views of multi-crop
     boxes: NotRequired[Annotated[Tensor, Field("B V 4", torch.float32, exact=True)]]
     flipped: NotRequired[Annotated[Tensor, Field("B V", torch.bool)]]  # True if the view is mirrored left to right
     local_boxes: NotRequired[Annotated[Tensor, Field("B L 4", torch.float32, exact=True)]]

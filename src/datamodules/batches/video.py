@@ -13,7 +13,7 @@ from src.datamodules.batches.base import Batch, Field
 class VideoBatch(Batch):
     """Clips. Several clips of one video are consecutive rows with the same index."""
 
-    video: Annotated[Tensor, Field("B T 3 H W", torch.float32)]  # normalized with the DataModule's mean and std
+    video: Annotated[Tensor, Field("B T C H W", torch.float32)]  # normalized with the DataModule's mean and std
 
 
 class StatisticsBatch(VideoBatch):

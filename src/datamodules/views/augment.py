@@ -19,6 +19,7 @@ from torch import Tensor
 from src.datamodules.batches.image import ImageBatch
 from src.datamodules.decoding import EncodedImage
 from src.datamodules.views.image import RandomResizedCrop, to_tensor
+from src.datamodules.views.size import Size, height_and_width
 from src.datamodules.views.view import ImageView
 from src.errors import SettingError
 from src.randomness import seeded
@@ -35,24 +36,25 @@ class RandAugmentCrop(ImageView):
     white, since views are 8-bit.
 
     Args:
-        size: side of the result in pixels.
+        size: side of the result in pixels, or its height and width.
         scale: smallest and largest share of the image's area.
         policy: of RandAugment ("rand-…") or AutoAugment ("original", "v0" …), in timm's notation; None for none.
         flip: probability of a left-right mirror.
         erase: probability that a rectangle of the image is erased.
-        mean, std: of the DataModule.
+        mean, std: of the DataModule, one number a channel.
 
     Raises:
-        SettingError: ``erase`` is no probability, or timm has no such policy.
+        SettingError: the size is none, ``erase`` is no probability, timm has no such policy, or there are not as many
+            numbers in ``mean`` as in ``std``.
     """
 
-    size: int
+    size: Size
     scale: tuple[float, float] = (0.08, 1.0)
     policy: str | None = "rand-m9-mstd0.5-inc1"
     flip: float = 0.5
     erase: float = 0.25
-    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
 
     batch_type: ClassVar[type] = ImageBatch
     num_uniforms: ClassVar[int] = _CROP + 2
@@ -65,11 +67,15 @@ class RandAugmentCrop(ImageView):
         if not 0 <= self.erase <= 1:
             raise SettingError(f"RandAugmentCrop: erase is a probability, got {self.erase}")
         _check_policy(self.policy)
+        _check_statistics(self.mean, self.std)
         # not timm's crop and mirror: RandomResizedCrop decodes only the box of a file
-        augment, finish = _transforms(self.size, self.policy, self.erase, self.mean, self.std)
+        augment, finish = _transforms(height_and_width(self.size), self.policy, self.erase, self.mean, self.std)
         object.__setattr__(self, "_crop", RandomResizedCrop(self.size, scale=self.scale, flip=self.flip))
         object.__setattr__(self, "_augment", augment)
         object.__setattr__(self, "_finish", finish)
+
+    def check_channels(self, channels: int) -> None:
+        _check_channels(type(self).__name__, channels, self)
 
     def from_encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
         cropped = self._crop.from_encoded(image, uniform[:_CROP])["image"]
@@ -80,13 +86,13 @@ class RandAugmentCrop(ImageView):
         return {"image": torch.stack([self._strong(*drawn) for drawn in zip(cropped, uniform, strict=True)])}
 
     def _strong(self, cropped: Tensor, uniform: np.ndarray) -> Tensor:
-        image = Image.fromarray(cropped.permute(1, 2, 0).numpy())
         with seeded(*map(_bits, uniform[_CROP:])):
-            augmented = self._augment(image)
+            if self.policy is not None:
+                cropped = to_tensor(self._augment(Image.fromarray(cropped.permute(1, 2, 0).numpy())))
             if not self.erase:
-                return to_tensor(augmented)
-            normalized = self._finish(augmented)
-        mean, std = (torch.tensor(channels).view(3, 1, 1) for channels in (self.mean, self.std))
+                return cropped
+            normalized = self._finish(cropped / 255)
+        mean, std = (torch.tensor(tuple(channels)).view(-1, 1, 1) for channels in (self.mean, self.std))
         return ((normalized * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -98,20 +104,21 @@ class StrongFrames:
     As in VideoMAE's code, RandAugment changes whole frames, before the crop, and erasing comes after it.
 
     Args:
-        size: side of the cropped frames; translations are a share of it.
+        size: side of the cropped frames, or their height and width; translations are a share of it.
         policy: as for `RandAugmentCrop`.
         erase: probability that a rectangle is erased in all frames.
-        mean, std: of the DataModule.
+        mean, std: of the DataModule, one number a channel.
 
     Raises:
-        SettingError: ``erase`` is no probability, or timm has no such policy.
+        SettingError: the size is none, ``erase`` is no probability, timm has no such policy, or there are not as many
+            numbers in ``mean`` as in ``std``.
     """
 
-    size: int
+    size: Size
     policy: str | None = "rand-m7-n4-mstd0.5-inc1"
     erase: float = 0.25
-    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
 
     num_uniforms: ClassVar[int] = 2
 
@@ -122,9 +129,14 @@ class StrongFrames:
         if not 0 <= self.erase <= 1:
             raise SettingError(f"StrongFrames: erase is a probability, got {self.erase}")
         _check_policy(self.policy)
-        augment, _ = _transforms(self.size, self.policy, 0.0, self.mean, self.std)
+        _check_statistics(self.mean, self.std)
+        augment, _ = _transforms(height_and_width(self.size), self.policy, 0.0, self.mean, self.std)
         object.__setattr__(self, "_augment", augment)
         object.__setattr__(self, "_erase", RandomErasing(self.erase, mode="pixel", max_count=1, device="cpu"))
+
+    def check_channels(self, channels: int) -> None:
+        """Checks that frames of ``channels`` can be changed. Raises SettingError."""
+        _check_channels(type(self).__name__, channels, self)
 
     def augment(self, frames: Tensor, uniform: np.ndarray) -> Tensor:
         """Applies RandAugment to whole frames, uint8 [T, 3, H, W]; uniform [num_uniforms]."""
@@ -138,21 +150,21 @@ class StrongFrames:
         return torch.stack(changed)
 
     def erase_rectangle(self, frames: Tensor, uniform: np.ndarray) -> Tensor:
-        """Erases a rectangle of cropped frames, uint8 [T, 3, S, S]; uniform [num_uniforms]."""
+        """Erases a rectangle of cropped frames, uint8 [T, C, h, w]; uniform [num_uniforms]."""
         if not self.erase:
             return frames
-        mean, std = (torch.tensor(channels).view(3, 1, 1) for channels in (self.mean, self.std))
+        mean, std = (torch.tensor(tuple(channels)).view(-1, 1, 1) for channels in (self.mean, self.std))
         normalized = (frames / 255 - mean) / std
         with seeded(_bits(uniform[1])):
-            # one image of 3 T channels for timm, so that all frames lose the same rectangle
+            # one image of C T channels for timm, so that all frames lose the same rectangle
             erased = self._erase(normalized.flatten(0, 1)).view_as(normalized)
         return ((erased * std + mean) * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _transforms(
-    size: int, policy: str | None, erase: float, mean: Sequence[float], std: Sequence[float]
+    size: tuple[int, int], policy: str | None, erase: float, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[Any, Any]:
-    """Returns timm's augmentation of PIL images, and its conversion to a tensor with random erasing."""
+    """Returns timm's augmentation of PIL images, and its normalization with random erasing of uint8 [C, H, W]."""
     _, augment, finish = transforms_imagenet_train(
         size,
         auto_augment=policy,
@@ -169,6 +181,23 @@ def _transforms(
             if operation.name.startswith("Posterize") and operation.level_fn is not None:
                 operation.level_fn = partial(_at_least_one_bit, operation.level_fn)
     return augment, finish
+
+
+def _check_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
+    if len(mean) != len(std):
+        raise SettingError(f"data.train_view: mean and std need one number a channel each, got {mean} and {std}")
+
+
+def _check_channels(name: str, channels: int, view: RandAugmentCrop | StrongFrames) -> None:
+    if channels != 3 and view.policy is not None:
+        raise SettingError(
+            f"{name}: the operations of policy={view.policy} need RGB, and data.channels is {channels}: set policy=null"
+        )
+    if view.erase and len(view.mean) != channels:
+        raise SettingError(
+            f"{name}: mean and std have {len(view.mean)} numbers, and data.channels is {channels}: set them to "
+            "${data.mean} and ${data.std}"
+        )
 
 
 def _check_policy(policy: str | None) -> None:

@@ -24,7 +24,9 @@ class Color:
     """Color jitter, grayscale, Gaussian blur and solarization, in this order, each with a probability of its own.
 
     Jitter draws factors from [1 - x, 1 + x] for brightness, contrast and saturation (not below 0) and a rotation of the
-    hue from [-x, x], and applies the four in random order, as torchvision's ``ColorJitter``. The blur's kernel is as
+    hue from [-x, x], and applies the four in random order, as torchvision's ``ColorJitter``. Saturation, hue and
+    grayscale need RGB; the others change the channels of any image alike, and the contrast of an image without RGB is
+    relative to the mean of all of its channels. The blur's kernel is as
     wide as a tenth of the image, as in SimCLR's code: 23 pixels of 224, 7 of 64.
 
     Args:
@@ -64,11 +66,26 @@ class Color:
             raise SettingError(f"Color: sigma must be 0 < low <= high, got {tuple(self.sigma)}")
 
     def __call__(self, images: Tensor, uniform: np.ndarray) -> Tensor:
-        """Changes images uint8 [B, 3, H, W] by uniform [B, num_uniforms] in [0, 1) -> uint8 [B, 3, H, W]."""
+        """Changes images uint8 [B, C, H, W] by uniform [B, num_uniforms] in [0, 1) -> uint8 [B, C, H, W]."""
+        self.check_channels(images.shape[1])
         rows = max(1, _CHUNK // images[0].numel())
         numbers = torch.from_numpy(np.ascontiguousarray(uniform, dtype=np.float32))
         parts = zip(images.split(rows), numbers.split(rows), strict=True)
         return torch.cat([self._augment(*part) for part in parts])
+
+    def check_channels(self, channels: int) -> None:
+        """Checks that images of ``channels`` can be changed.
+
+        Raises:
+            SettingError: they are not RGB, and saturation, hue or grey is above 0.
+        """
+        of_rgb = [name for name in ("saturation", "hue", "grey") if getattr(self, name) > 0]
+        if channels != 3 and of_rgb:
+            raise SettingError(
+                f"Color: {', '.join(of_rgb)} need RGB, and data.channels is {channels}: set "
+                + ", ".join(f"{name}=0" for name in of_rgb)
+                + " in the view's color"
+            )
 
     def _augment(self, images: Tensor, uniform: Tensor) -> Tensor:
         decide, strength, place, width = uniform[:, :4], uniform[:, 4:8], uniform[:, 8:12], uniform[:, 12]
@@ -104,7 +121,10 @@ def _apply(x: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor]
 
 
 def luma(x: Tensor) -> Tensor:
-    """Returns the brightness with torchvision's weights of the colors: [B, 3, H, W] -> [B, 1, H, W]."""
+    """Returns the brightness with torchvision's weights of the colors, or the mean of the channels of an image without
+    RGB: [B, C, H, W] -> [B, 1, H, W]."""
+    if x.shape[1] != 3:
+        return x.mean(dim=1, keepdim=True)
     return (0.2989 * x[:, 0:1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
 
 
@@ -148,9 +168,9 @@ def adjust_hue(x: Tensor, turn: Tensor) -> Tensor:
 
 def gaussian_blur(x: Tensor, sigma: Tensor, radius: int | None = None) -> Tensor:
     """Blurs with a Gaussian of standard deviation ``sigma`` [B] pixels, cut off at ``radius`` (a twentieth of the
-    height if None); borders are mirrored."""
+    shorter side if None); borders are mirrored."""
     if radius is None:
-        radius = max(1, x.shape[-2] // 10 // 2)
+        radius = max(1, min(x.shape[-2:]) // 10 // 2)
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
     kernel = kernel / kernel.sum(dim=1, keepdim=True)

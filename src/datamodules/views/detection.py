@@ -14,7 +14,8 @@ from torchvision.transforms import v2
 from src.datamodules.batches.dense import DetectionBatch, RegionTextBatch
 from src.datamodules.decoding import BadSample
 from src.datamodules.views.joint import JointView, fitting, plain
-from src.datamodules.views.transforms import MEAN_COLOR
+from src.datamodules.views.size import Size, height_and_width
+from src.datamodules.views.transforms import padding_color
 from src.errors import SettingError
 
 
@@ -28,8 +29,9 @@ class DetectionView(JointView):
         masks: also makes instance masks.
         tight: True for boxes around the transformed masks; False for boxes cut off at the image's border.
         smallest: width and height in pixels, at least 1; smaller boxes are left out.
-        multiple: the padded sides are multiples of it, such as the largest stride of a feature pyramid.
-        fill: color of the padding.
+        multiple: the padded sides are multiples of it, such as the largest stride of a feature pyramid; or of a height
+            and a width.
+        fill: color of the padding; None for ImageNet's mean color.
 
     Raises:
         SettingError: tight boxes without masks, or a number below 1.
@@ -38,19 +40,23 @@ class DetectionView(JointView):
     masks: bool = False
     tight: bool = False
     smallest: float = 1.0
-    multiple: int = 1
-    fill: tuple[int, int, int] = MEAN_COLOR
+    multiple: Size = 1
+    fill: Sequence[int] | None = None
 
     batch_type: ClassVar[type] = DetectionBatch
 
     def __post_init__(self) -> None:
         if self.tight and not self.masks:
             raise SettingError(f"{type(self).__name__}: tight boxes are drawn around masks: masks=true is needed")
-        if self.smallest < 1 or self.multiple < 1:
+        height_and_width(self.multiple)
+        if self.smallest < 1:
             raise SettingError(
-                f"{type(self).__name__}: smallest and multiple must be at least 1, got {self.smallest} and "
-                f"{self.multiple}"
+                f"{type(self).__name__}: smallest and multiple must be at least 1, got smallest={self.smallest}"
             )
+
+    def check_channels(self, channels: int) -> None:
+        super().check_channels(channels)
+        padding_color(self.fill, channels)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -93,9 +99,11 @@ class DetectionView(JointView):
 
     def collate(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         height, width = (
-            -(-max(row["image"].shape[axis] for row in rows) // self.multiple) * self.multiple for axis in (-2, -1)
+            -(-max(row["image"].shape[axis] for row in rows) // multiple) * multiple
+            for axis, multiple in zip((-2, -1), height_and_width(self.multiple), strict=True)
         )
-        image = torch.tensor(self.fill, dtype=torch.uint8).view(1, 3, 1, 1).repeat(len(rows), 1, height, width)
+        fill = padding_color(self.fill, rows[0]["image"].shape[0])
+        image = torch.tensor(fill).to(torch.uint8).view(1, -1, 1, 1).repeat(len(rows), 1, height, width)
         for padded, row in zip(image, rows, strict=True):
             padded[:, : row["image"].shape[-2], : row["image"].shape[-1]] = row["image"]
         batch: dict[str, Any] = {"image": image}

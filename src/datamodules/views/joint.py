@@ -15,6 +15,7 @@ from torchvision import tv_tensors
 from src.datamodules.decoding import BadSample
 from src.datamodules.sources.source import Sample
 from src.datamodules.views.image import to_tensor
+from src.datamodules.views.transforms import check_transform
 from src.datamodules.views.view import View, stack
 from src.errors import SettingError
 from src.randomness import seeded
@@ -33,6 +34,10 @@ class JointView(View):
     transforms: Sequence[Callable[[Any], Any]] = ()
 
     num_uniforms: ClassVar[int] = 2
+
+    def check_channels(self, channels: int) -> None:
+        for transform in self.transforms:
+            check_transform(transform, channels)
 
     @abstractmethod
     def wrap(self, fields: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from src.datamodules.batches.image import ImageBatch, MultiViewBatch
 from src.datamodules.decoding import EncodedImage
 from src.datamodules.views.color import Color
 from src.datamodules.views.image import RandomResizedCrop
+from src.datamodules.views.size import height_and_width
 from src.datamodules.views.view import ImageView
 from src.errors import SettingError
 
@@ -45,6 +46,9 @@ class Augmented(ImageView):
         if self.count < 1:
             raise SettingError(f"Augmented: count must be at least 1, got {self.count}")
 
+    def check_channels(self, channels: int) -> None:
+        self.color.check_channels(channels)
+
     def from_encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
         cropped = self.crop.from_encoded(image, uniform[:_CROP])["image"]
         return {"image": self.color(cropped[None], uniform[None, _CROP:])[0]}
@@ -54,7 +58,7 @@ class Augmented(ImageView):
         return {"image": self.color(cropped, uniform[:, _CROP:])}
 
     def from_pil(self, image: Image.Image, uniform: np.ndarray) -> Tensor:
-        """Makes one of several views of an image that is decoded once: uniform [num_uniforms] -> uint8 [3, S, S]."""
+        """Makes one of several views of an image that is decoded once: uniform [num_uniforms] -> uint8 [C, h, w]."""
         cropped = self.crop.from_pil(image, uniform[:_CROP])
         return self.color(cropped[None], uniform[None, _CROP:])[0]
 
@@ -90,9 +94,15 @@ class MultiView(ImageView):
 
     def __post_init__(self) -> None:
         for name, kinds in self._groups().items():
-            sizes = {kind.crop.size for kind in kinds}
+            sizes = {height_and_width(kind.crop.size) for kind in kinds}
             if len(sizes) != 1:
-                raise SettingError(f"MultiView: {name} must be views of one size, got {sorted(sizes) or 'none'}")
+                got = ", ".join(f"{height}x{width}" for height, width in sorted(sizes)) or "none"
+                raise SettingError(f"MultiView: {name} must be views of one size, got {got}")
+
+    def check_channels(self, channels: int) -> None:
+        for kinds in self._groups().values():
+            for kind in kinds:
+                kind.check_channels(channels)
 
     @property
     def num_uniforms(self) -> int:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from src.datamodules.views.size import Size, height_and_width
+
 Interpolation = Literal["bilinear", "bicubic"]
 """Antialiased interpolation, as Pillow's; torchvision's crops are bilinear without a setting."""
 
@@ -16,28 +18,29 @@ Interpolation = Literal["bilinear", "bicubic"]
 def resample_boxes(
     images: Tensor,
     boxes: np.ndarray,
-    size: int,
+    size: Size,
     flip: np.ndarray | None = None,
     interpolation: Interpolation = "bicubic",
 ) -> Tensor:
-    """Crops a box of every image and resizes it to size x size with antialiased interpolation.
+    """Crops a box of every image and resizes it to ``size`` with antialiased interpolation.
 
     Both axes are resampled by one small matrix an image, so that a batch costs two matrix products. Values agree with
     ``PIL.Image.resize(box=…, resample=…)`` up to rounding.
 
     Args:
-        images: uint8 [B, 3, H, W].
+        images: uint8 [B, C, H, W].
         boxes: float [B, 4] as (top, left, height, width) in pixels.
-        size: side of the result.
+        size: side of the result, or its height and width (h, w).
         flip: bool [B], True to mirror left to right; None for no mirroring.
         interpolation: "bilinear" or "bicubic".
 
     Returns:
-        uint8 [B, 3, size, size].
+        uint8 [B, C, h, w].
     """
     height, width = images.shape[-2:]
-    rows = torch.from_numpy(_weights(boxes[:, 0], boxes[:, 2], height, size, interpolation)).to(images.device)
-    columns = _weights(boxes[:, 1], boxes[:, 3], width, size, interpolation)
+    out_height, out_width = height_and_width(size)
+    rows = torch.from_numpy(_weights(boxes[:, 0], boxes[:, 2], height, out_height, interpolation)).to(images.device)
+    columns = _weights(boxes[:, 1], boxes[:, 3], width, out_width, interpolation)
     if flip is not None:
         columns = np.where(flip[:, None, None], columns[:, ::-1], columns)
     columns_t = torch.from_numpy(np.ascontiguousarray(columns.transpose(0, 2, 1))).to(images.device)
@@ -45,33 +48,34 @@ def resample_boxes(
     pixels = images.to(torch.float32)
     narrow = torch.bmm(pixels.reshape(batch, channels * height, width), columns_t)
     narrow = narrow.round_().clamp_(0, 255)  # PIL rounds to 8 bits between its two passes
-    narrow = narrow.reshape(batch, channels, height, size).transpose(1, 2).reshape(batch, height, channels * size)
-    result = torch.bmm(rows, narrow).reshape(batch, size, channels, size).transpose(1, 2)
+    narrow = narrow.reshape(batch, channels, height, out_width).transpose(1, 2).reshape(batch, height, -1)
+    result = torch.bmm(rows, narrow).reshape(batch, out_height, channels, out_width).transpose(1, 2)
     return result.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def resample_box(
-    frames: Tensor, box: np.ndarray, size: int, flip: bool = False, interpolation: Interpolation = "bicubic"
+    frames: Tensor, box: np.ndarray, size: Size, flip: bool = False, interpolation: Interpolation = "bicubic"
 ) -> Tensor:
-    """Crops the same box of every frame of a clip and resizes it to size x size, antialiased, as PIL does.
+    """Crops the same box of every frame of a clip and resizes it to ``size``, antialiased, as PIL does.
 
     The box is rounded to whole pixels, and pixels around it take no part in the interpolation, which is cheaper for
     many frames of one box.
 
     Args:
-        frames: uint8 [T, 3, H, W].
+        frames: uint8 [T, C, H, W].
         box: float [4] as (top, left, height, width) in pixels.
-        size: side of the result.
+        size: side of the result, or its height and width (h, w).
         flip: mirrors left to right.
         interpolation: "bilinear" or "bicubic".
 
     Returns:
-        uint8 [T, 3, size, size].
+        uint8 [T, C, h, w].
     """
     top, left, rows, columns = whole_pixels(box)
     part = frames[..., top : top + rows, left : left + columns]
-    if (rows, columns) != (size, size):
-        part = F.interpolate(part, (size, size), mode=interpolation, antialias=True)
+    out = height_and_width(size)
+    if (rows, columns) != out:
+        part = F.interpolate(part, out, mode=interpolation, antialias=True)
     return part.flip(-1) if flip else part
 
 

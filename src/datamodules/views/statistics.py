@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from src.datamodules.batches.video import StatisticsBatch
 from src.datamodules.video_reader import FlowFilmReader, VideoReader
 from src.datamodules.views.resample import resample_box, whole_pixels
+from src.datamodules.views.size import Size, height_and_width
 from src.datamodules.views.video import Clip, FrameCrop, VideoView
 from src.errors import SettingError
 
@@ -31,10 +32,10 @@ class StatisticsCrop(VideoView):
 
     Args:
         clip: selects the frames.
-        crop: selects the region of the frames, and the size it is resized to, a multiple of 8.
+        crop: selects the region of the frames, and the size it is resized to, whose sides are multiples of 8.
 
     Raises:
-        SettingError: the size is no multiple of 8.
+        SettingError: a side is no multiple of 8.
     """
 
     clip: Clip
@@ -44,7 +45,7 @@ class StatisticsCrop(VideoView):
     needs_flow: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.crop.size % 8:
+        if any(side % 8 for side in height_and_width(self.crop.size)):
             raise SettingError(
                 f"image_size={self.crop.size}: four rings and sixteen blocks of a frame need a multiple of 8"
             )
@@ -71,19 +72,20 @@ class StatisticsCrop(VideoView):
         }
 
 
-def crop_flow(flow: Tensor, box: np.ndarray, size: int, flip: bool) -> Tensor:
+def crop_flow(flow: Tensor, box: np.ndarray, size: Size, flip: bool) -> Tensor:
     """Crops a flow as `resample_box` crops its frames, and converts it to pixels of the resized crop.
 
     Args:
         flow: float32 [N, 2, H, W], pixels to the right and down.
         box: top, left, height, width.
-        size: side of the result.
+        size: side of the result, or its height and width (h, w).
         flip: mirrors left to right, which also negates the horizontal flow.
 
     Returns:
-        float32 [N, 2, size, size].
+        float32 [N, 2, h, w].
     """
     height, width = flow.shape[-2:]
+    out_height, out_width = height_and_width(size)
     top, left, rows, columns = whole_pixels(box)
     sign = -1.0 if flip else 1.0
     # the box in coordinates from -1 to 1
@@ -93,9 +95,9 @@ def crop_flow(flow: Tensor, box: np.ndarray, size: int, flip: bool) -> Tensor:
             [0.0, rows / height, (2 * top + rows) / height - 1],
         ]
     )
-    grid = F.affine_grid(theta[None], [1, 2, size, size], align_corners=False)
+    grid = F.affine_grid(theta[None], [1, 2, out_height, out_width], align_corners=False)
     cropped = F.grid_sample(flow, grid.expand(len(flow), -1, -1, -1), padding_mode="border", align_corners=False)
-    return cropped * torch.tensor([sign * size / columns, size / rows]).view(2, 1, 1)
+    return cropped * torch.tensor([sign * out_width / columns, out_height / rows]).view(2, 1, 1)
 
 
 def motion_statistics(flow: np.ndarray, frames: int | None = None) -> Tensor:
@@ -107,7 +109,7 @@ def motion_statistics(flow: np.ndarray, frames: int | None = None) -> Tensor:
     of u, and of v. Numbers start at 1; 0 stands for no boundary.
 
     Args:
-        flow: float [N, 2, S, S], S a multiple of 8.
+        flow: float [N, 2, H, W], H and W multiples of 8.
         frames: the strongest frame is one of the first ``frames``, N - 1 in the authors' code; None for all.
 
     Returns:
@@ -115,7 +117,7 @@ def motion_statistics(flow: np.ndarray, frames: int | None = None) -> Tensor:
     """
     boundaries = [_boundaries(flow[:, part], frames) for part in range(2)]
     numbers: list[int] = []
-    for regions in partitions(flow.shape[-1]):
+    for regions in partitions(flow.shape[-2], flow.shape[-1]):
         for boundary in boundaries:
             numbers += _strongest(boundary, regions)
     numbers += [boundary.frame for boundary in boundaries]
@@ -125,8 +127,8 @@ def motion_statistics(flow: np.ndarray, frames: int | None = None) -> Tensor:
 class _Boundaries(NamedTuple):
     """Motion boundaries of one part of the flow."""
 
-    strength: np.ndarray  # [S, S], magnitude of the derivatives' sum over time
-    angle: np.ndarray  # [S, S], in eighths of a turn, [0, 8)
+    strength: np.ndarray  # [H, W], magnitude of the derivatives' sum over time
+    angle: np.ndarray  # [H, W], in eighths of a turn, [0, 8)
     frame: int  # with the strongest boundaries, from 1; 0 for none
 
 
@@ -167,13 +169,13 @@ def appearance_statistics(video: np.ndarray) -> Tensor:
     color of the whole clip. Colors are the eight octants of the RGB cube. Numbers start at 1.
 
     Args:
-        video: uint8 [T, 3, S, S], S a multiple of 8.
+        video: uint8 [T, 3, H, W], H and W multiples of 8.
 
     Returns:
         float32 [13].
     """
     numbers: list[int] = []
-    for regions in partitions(video.shape[-1]):
+    for regions in partitions(video.shape[-2], video.shape[-1]):
         overlap = [_overlap(video[:, :, mask]) for mask in regions.masks]
         for place in (int(np.argmin(overlap)), int(np.argmax(overlap))):
             numbers += [place + 1, _dominant(video[:, :, regions.masks[place]])]
@@ -202,32 +204,34 @@ def _dominant(pixels: np.ndarray) -> int:
 class Regions(NamedTuple):
     """A partition of a frame."""
 
-    masks: np.ndarray  # bool [R, S, S]
+    masks: np.ndarray  # bool [R, H, W]
     unequal: bool  # True if the regions differ in size, and are compared by their means
 
 
 @cache
-def partitions(size: int) -> tuple[Regions, Regions, Regions]:
+def partitions(height: int, width: int) -> tuple[Regions, Regions, Regions]:
     """Returns three partitions: sixteen blocks, row by row; four rings, from the center; eight triangles, halves of the
     quarters along the diagonals through the center. A diagonal belongs to both of its triangles."""
-    rows, columns = np.indices((size, size))
-    blocks = rows // (size // 4) * 4 + columns // (size // 4)
-    border = np.minimum(np.minimum(rows, columns), size - 1 - np.maximum(rows, columns))
-    rings = 3 - border // (size // 8)
-    half = size // 2
-    below = np.tri(half, dtype=bool)
-    above = below.T
+    rows, columns = np.indices((height, width))
+    blocks = rows // (height // 4) * 4 + columns // (width // 4)
+    eighths = (np.minimum(at, side - 1 - at) // (side // 8) for at, side in ((rows, height), (columns, width)))
+    rings = 3 - np.minimum(*eighths)
+    half_height, half_width = height // 2, width // 2
+    # twice the distances of the pixels' centers from the quarter's corner, in the other side's units
+    down, across = (2 * rows + 1) * half_width, (2 * columns + 1) * half_height
+    below, above = ((down >= across), (down <= across))
+    below, above = below[:half_height, :half_width], above[:half_height, :half_width]
     # in the upper right and the lower left quarter the diagonal goes the other way
     halves = (
         (0, 0, (below, above)),
-        (0, half, (above[:, ::-1], below[:, ::-1])),
-        (half, 0, (above[:, ::-1], below[:, ::-1])),
-        (half, half, (below, above)),
+        (0, half_width, (above[:, ::-1], below[:, ::-1])),
+        (half_height, 0, (above[:, ::-1], below[:, ::-1])),
+        (half_height, half_width, (below, above)),
     )
-    triangles = np.zeros((8, size, size), bool)
+    triangles = np.zeros((8, height, width), bool)
     for quarter, (top, left, pair) in enumerate(halves):
         for number, mask in enumerate(pair):
-            triangles[2 * quarter + number, top : top + half, left : left + half] = mask
+            triangles[2 * quarter + number, top : top + half_height, left : left + half_width] = mask
     return (
         Regions(blocks == np.arange(16)[:, None, None], unequal=False),
         Regions(rings == np.arange(4)[:, None, None], unequal=True),

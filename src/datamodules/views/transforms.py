@@ -11,12 +11,59 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from src.datamodules.batches.base import IGNORED
+from src.datamodules.views.size import Size, height_and_width
 from src.errors import SettingError
 
 MEAN_COLOR = (124, 116, 104)
 """ImageNet's mean color, which becomes 0 by normalization."""
 
+MEAN_GRAY = 117
+"""Luma of the mean color."""
+
 _TRIES = 10
+
+_NEED_RGB = (v2.RandomGrayscale, v2.RandomPhotometricDistort, v2.AutoAugment, v2.RandAugment, v2.TrivialAugmentWide)
+_NEED_RGB_OR_GRAY = (v2.ColorJitter, v2.RandomAdjustSharpness, v2.RandomAutocontrast, v2.RandomEqualize, v2.AugMix)
+_CONTAINERS = (v2.Compose, v2.RandomApply, v2.RandomChoice, v2.RandomOrder)
+
+
+def check_transform(transform: Any, channels: int) -> None:
+    """Checks that one of torchvision's transforms, or one of ours, can change images of ``channels``.
+
+    Raises:
+        SettingError: it needs RGB, or a color of padding with as many numbers.
+    """
+    if isinstance(transform, _CONTAINERS):
+        for inner in transform.transforms:
+            check_transform(inner, channels)
+    name = type(transform).__name__
+    of_colors = isinstance(transform, v2.ColorJitter) and (transform.saturation or transform.hue)
+    if channels != 3 and (isinstance(transform, _NEED_RGB) or of_colors):
+        what = "saturation and hue of ColorJitter need" if of_colors else f"{name} needs"
+        raise SettingError(f"data.train_view.transforms: {what} RGB, and data.channels is {channels}: leave it out")
+    if channels not in (1, 3) and isinstance(transform, _NEED_RGB_OR_GRAY):
+        raise SettingError(
+            f"data.train_view.transforms: {name} needs RGB or grayscale, and data.channels is {channels}: leave it out"
+        )
+    if isinstance(transform, PaddedCrop):
+        padding_color(transform.fill, channels)
+
+
+def padding_color(fill: Sequence[int] | None, channels: int) -> list[float]:
+    """Returns the color of padding of images with ``channels``; None stands for `MEAN_COLOR`, or its luma.
+
+    Raises:
+        SettingError: ``fill`` has another number of channels, or there is no mean color of so many.
+    """
+    if fill is None and channels in (1, 3):
+        fill = MEAN_COLOR if channels == 3 else (MEAN_GRAY,)
+    if fill is None or len(fill) != channels:
+        got = "is not set" if fill is None else f"has {len(fill)} numbers"
+        raise SettingError(
+            f"data.train_view, data.eval_view: the color of padding, fill, {got}, and data.channels is {channels}: set "
+            "as many numbers from 0 to 255"
+        )
+    return [float(channel) for channel in fill]
 
 
 class RandomRescale(v2.Transform):
@@ -65,21 +112,19 @@ class PaddedCrop(v2.Transform):
         size: side of the part, or its height and width, in pixels.
         max_share: a crop is drawn again, up to ten times, until no class of the segmentation mask covers a larger share
             of its pixels that count.
-        fill: color of the padding; the default becomes 0 by normalization.
+        fill: color of the padding; None for ImageNet's mean color, which becomes 0 by normalization.
 
     Raises:
         SettingError: an argument is out of range.
     """
 
-    def __init__(
-        self, size: int | Sequence[int], max_share: float = 1.0, fill: tuple[int, int, int] = MEAN_COLOR
-    ) -> None:
+    def __init__(self, size: Size, max_share: float = 1.0, fill: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-        if min(self.size) < 1 or not 0 < max_share <= 1:
-            raise SettingError(f"PaddedCrop: size >= 1 and max_share in (0, 1] are needed, got {size} and {max_share}")
+        self.size = height_and_width(size)
+        if not 0 < max_share <= 1:
+            raise SettingError(f"PaddedCrop: max_share in (0, 1] is needed, got {max_share}")
         self.max_share = max_share
-        self.fill = [float(channel) for channel in fill]
+        self.fill = None if fill is None else tuple(fill)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = _size_of(flat_inputs)
@@ -102,9 +147,13 @@ class PaddedCrop(v2.Transform):
         bottom, right = self.size[0] - params["height"], self.size[1] - params["width"]
         if not bottom and not right:
             return part
-        fill: Any = self.fill
+        fill: Any
         if isinstance(inpt, tv_tensors.Mask):
             fill = IGNORED if inpt.ndim == 2 and inpt.dtype == torch.uint8 else 0
+        elif isinstance(inpt, tv_tensors.Image):
+            fill = padding_color(self.fill, inpt.shape[-3])
+        else:
+            fill = 0  # bounding boxes have no color
         return F.pad(part, [0, 0, right, bottom], fill=fill)
 
 

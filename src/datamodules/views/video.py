@@ -16,6 +16,7 @@ from src.datamodules.video_reader import VideoReader
 from src.datamodules.views.augment import StrongFrames
 from src.datamodules.views.color import Color
 from src.datamodules.views.resample import Interpolation, resample_box
+from src.datamodules.views.size import Size, fitted_box, height_and_width
 from src.datamodules.views.view import View
 from src.errors import SettingError
 
@@ -136,8 +137,8 @@ class FrameCrop(Protocol):
     """Selects the region of all frames of a clip, such as `RandomResizedCrop` or `MultiScaleCrop`."""
 
     @property
-    def size(self) -> int:
-        """Side of the result in pixels."""
+    def size(self) -> Size:
+        """Side of the result in pixels, or its height and width."""
         ...
 
     @property
@@ -167,7 +168,7 @@ class VideoView(View):
 
     @abstractmethod
     def from_video(self, video: VideoReader, uniform: np.ndarray) -> dict[str, Tensor]:
-        """Makes the clips of a video, ``video`` uint8 [T, 3, S, S], or [rows, T, 3, S, S] if there are several. Raises
+        """Makes the clips of a video, ``video`` uint8 [T, C, h, w], or [rows, T, C, h, w] if there are several. Raises
         BadSample."""
 
     def from_sample(self, sample: Sample, uniform: np.ndarray) -> dict[str, Tensor]:
@@ -178,20 +179,20 @@ class VideoView(View):
 class MultiScaleCrop:
     """A box whose sides are the frame's shorter side times two neighboring ``scales``, at one of 5 or 13 places, as in
     temporal segment networks (Wang et al., 2016). A side within two pixels of ``size`` becomes ``size``, which saves
-    the resize.
+    the resize. For a size that is no square the scales are those of the largest box of its proportions.
 
     Args:
-        size: side of the result in pixels.
+        size: side of the result in pixels, or its height and width.
         scales: in descending order.
         places: 5 for the corners and the center, 13 also for the centers of the sides and the points between.
         flip: probability of a left-right mirror; 0 if labels distinguish left and right.
         interpolation: "bilinear" or "bicubic".
 
     Raises:
-        SettingError: a scale is not in (0, 1], or another number of places.
+        SettingError: the size is none, a scale is not in (0, 1], or another number of places.
     """
 
-    size: int
+    size: Size
     scales: tuple[float, ...] = (1.0, 0.875, 0.75, 0.66)
     places: int = 13
     flip: float = 0.5
@@ -200,22 +201,28 @@ class MultiScaleCrop:
     num_uniforms: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
+        height_and_width(self.size)
         if not self.scales or not 0 < min(self.scales) <= max(self.scales) <= 1:
             raise SettingError(f"MultiScaleCrop: scales must lie in (0, 1], got {tuple(self.scales)}")
         if self.places not in (5, len(_PLACES)):
             raise SettingError(f"MultiScaleCrop: places must be 5 or {len(_PLACES)}, got {self.places}")
 
     def boxes(self, height: int, width: int, uniform: np.ndarray) -> np.ndarray:
-        shorter = min(height, width)
-        sides = [int(shorter * scale) for scale in self.scales]
-        sides = [self.size if abs(side - self.size) < 3 and self.size <= shorter else side for side in sides]
-        pairs = np.array([(a, b) for i, a in enumerate(sides) for j, b in enumerate(sides) if abs(i - j) <= 1])
+        of_rows, of_columns = (
+            self._sides(longest, out)
+            for longest, out in zip(fitted_box(height, width, self.size), height_and_width(self.size), strict=True)
+        )
+        pairs = np.array([(a, b) for i, a in enumerate(of_rows) for j, b in enumerate(of_columns) if abs(i - j) <= 1])
         rows, columns = pairs[(uniform[:, 0] * len(pairs)).astype(int)].T
         # in quarters of the free space: corners, centers of sides, the center, and points between them
         top, left = _PLACES[(uniform[:, 1] * self.places).astype(int)].T
         return np.stack([(height - rows) // 4 * top, (width - columns) // 4 * left, rows, columns], axis=1).astype(
             float
         )
+
+    def _sides(self, longest: float, out: int) -> list[int]:
+        sides = (int(longest * scale) for scale in self.scales)
+        return [out if abs(side - out) < 3 and out <= longest else side for side in sides]
 
 
 # the corners and the center come first
@@ -226,19 +233,19 @@ _PLACES = np.array(
 
 @dataclass(frozen=True)
 class RandomSquare:
-    """A square at a random place of the frame.
+    """A square at a random place of the frame, or a box of the proportions of ``size``.
 
     Args:
-        size: side of the result in pixels.
+        size: side of the result in pixels, or its height and width.
         share: side of the square over the frame's shorter side.
         flip: probability of a left-right mirror; 0 if labels distinguish left and right.
         interpolation: "bilinear" or "bicubic".
 
     Raises:
-        SettingError: the share is not in (0, 1].
+        SettingError: the size is none, or the share is not in (0, 1].
     """
 
-    size: int
+    size: Size
     share: float = 0.875
     flip: float = 0.5
     interpolation: Interpolation = "bilinear"
@@ -246,12 +253,13 @@ class RandomSquare:
     num_uniforms: ClassVar[int] = 3
 
     def __post_init__(self) -> None:
+        height_and_width(self.size)
         if not 0 < self.share <= 1:
             raise SettingError(f"RandomSquare: share must lie in (0, 1], got {self.share}")
 
     def boxes(self, height: int, width: int, uniform: np.ndarray) -> np.ndarray:
-        side = np.full(len(uniform), min(height, width) * self.share)
-        return np.stack([(height - side) * uniform[:, 0], (width - side) * uniform[:, 1], side, side], axis=1)
+        rows, columns = (np.full(len(uniform), side * self.share) for side in fitted_box(height, width, self.size))
+        return np.stack([(height - rows) * uniform[:, 0], (width - columns) * uniform[:, 1], rows, columns], axis=1)
 
 
 @dataclass(frozen=True)
@@ -281,6 +289,11 @@ class RandomVideoCrop(VideoView):
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise SettingError(f"data.train_view.repeats must be at least 1, got {self.repeats}")
+
+    def check_channels(self, channels: int) -> None:
+        for change in (self.strong, self.color):
+            if change is not None:
+                change.check_channels(channels)
 
     @property
     def num_uniforms(self) -> int:
@@ -316,24 +329,25 @@ class RandomVideoCrop(VideoView):
 @dataclass(frozen=True)
 class CenterVideoCrop(VideoView):
     """Clips at even times of the video, and squares at even places along the frames' longer side; a single one is in
-    the middle. Takes no random numbers, and decodes no frame twice.
+    the middle. Takes no random numbers, and decodes no frame twice. For a size that is no square, boxes of its
+    proportions lie along the side that leaves them more room.
 
     The rows are ordered by clip, then by square.
 
     Args:
         clip: selects the frames.
-        size: side of the result in pixels.
+        size: side of the result in pixels, or its height and width.
         share: side of the square over the frame's shorter side.
         segments: clips of a video.
         crops: squares of each clip.
         interpolation: "bilinear" or "bicubic".
 
     Raises:
-        SettingError: segments or crops are below 1.
+        SettingError: the size is none, or segments or crops are below 1.
     """
 
     clip: Clip
-    size: int
+    size: Size
     share: float = 0.875
     segments: int = 1
     crops: int = 1
@@ -343,6 +357,7 @@ class CenterVideoCrop(VideoView):
     num_uniforms: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
+        height_and_width(self.size)
         if self.segments < 1 or self.crops < 1:
             raise SettingError(
                 f"data.eval_view: segments and crops must be at least 1, got {self.segments} and {self.crops}"
@@ -359,16 +374,17 @@ class CenterVideoCrop(VideoView):
             for position in positions
         ]
         frames = video.frames_at(np.concatenate(times).tolist())
-        crops = torch.stack([self._square(frames, place) for place in _even_places(self.crops)], dim=1)
+        crops = torch.stack([self._box(frames, place) for place in _even_places(self.crops)], dim=1)
         clips = crops.unflatten(0, (self.segments, -1)).transpose(1, 2).flatten(0, 1)
         return {"video": clips[0] if self.rows == 1 else clips}
 
-    def _square(self, frames: Tensor, place: float) -> Tensor:
-        """Crops a square at ``place`` in [0, 1] along the longer side, in the middle of the shorter one."""
+    def _box(self, frames: Tensor, place: float) -> Tensor:
+        """Crops a box at ``place`` in [0, 1] along the side with more room, in the middle of the other one."""
         height, width = frames.shape[-2:]
-        side = min(height, width) * self.share
-        down, right = (place, 0.5) if height > width else (0.5, place)
-        box = np.array([(height - side) * down, (width - side) * right, side, side])
+        out_height, out_width = height_and_width(self.size)
+        rows, columns = (side * self.share for side in fitted_box(height, width, self.size))
+        down, right = (place, 0.5) if height * out_width > width * out_height else (0.5, place)
+        box = np.array([(height - rows) * down, (width - columns) * right, rows, columns])
         return resample_box(frames, box, self.size, interpolation=self.interpolation)
 
 

@@ -39,6 +39,13 @@ class View(ABC):
         """Ground truth that samples must have in ``fields``."""
         return ()
 
+    def check_channels(self, channels: int) -> None:
+        """Checks that the view can change images of ``channels``.
+
+        Raises:
+            SettingError: an operator needs RGB; the message names it.
+        """
+
     @abstractmethod
     def from_sample(self, sample: Sample, uniform: np.ndarray) -> dict[str, Tensor]:
         """Makes the rows of one sample: fields without batch axis, or with one of size ``rows`` if that is above 1.
@@ -65,7 +72,7 @@ class ImageView(View):
 
     @abstractmethod
     def from_decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
-        """Makes the batch of images of one size, uint8 [B, 3, H, W], uniform [B, num_uniforms]."""
+        """Makes the batch of images of one size, uint8 [B, C, H, W], uniform [B, num_uniforms]."""
 
     def from_sample(self, sample: Sample, uniform: np.ndarray) -> dict[str, Tensor]:
         image = sample["image"]

@@ -139,7 +139,7 @@ def test_local_views_are_optional_but_checked():
     validate({**batch, "local_views": torch.zeros(3, 6, 3, 4, 4)}, MultiViewBatch)
     with pytest.raises(BatchError, match=r"batch\['local_views'\] has B = 2 where 3 is expected"):
         validate({**batch, "local_views": torch.zeros(2, 6, 3, 4, 4)}, MultiViewBatch)
-    with pytest.raises(BatchError, match=r"batch\['views'\] must have the axes \[B, V, 3, H, W\]"):
+    with pytest.raises(BatchError, match=r"batch\['views'\] must have the axes \[B, V, C, H, W\]"):
         validate({**batch, "views": torch.zeros(3, 3, 8, 8)}, MultiViewBatch)
     with pytest.raises(BatchError, match="needs the field 'views'"):
         validate({name: value for name, value in batch.items() if name != "views"}, MultiViewBatch)
@@ -153,7 +153,7 @@ def test_a_view_with_nan_is_named():
 
 
 def test_groups_of_several_sizes_or_without_views_are_refused():
-    with pytest.raises(ValueError, match=r"views must be views of one size, got \[24, 32\]"):
+    with pytest.raises(ValueError, match=r"views must be views of one size, got 24x24, 32x32"):
         MultiView({"a": Augmented(RandomResizedCrop(24)), "b": Augmented(RandomResizedCrop(32))})
     with pytest.raises(ValueError, match="local_views must be views of one size, got none"):
         MultiView({"a": Augmented(RandomResizedCrop(24))}, {})

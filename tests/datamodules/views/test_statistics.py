@@ -28,18 +28,18 @@ SIZE = 16
 
 def region_of(partition: int, row: int, column: int) -> list[int]:
     """Returns the numbers, from 1, of the regions of a pixel."""
-    return (np.flatnonzero(partitions(SIZE)[partition].masks[:, row, column]) + 1).tolist()
+    return (np.flatnonzero(partitions(SIZE, SIZE)[partition].masks[:, row, column]) + 1).tolist()
 
 
 def test_blocks_are_numbered_row_by_row() -> None:
-    masks = partitions(SIZE)[0].masks
+    masks = partitions(SIZE, SIZE)[0].masks
     assert masks.sum(axis=(1, 2)).tolist() == [16] * 16
     assert (masks.sum(axis=0) == 1).all()
     assert [region_of(0, *place) for place in ((0, 0), (3, 15), (4, 0), (15, 15))] == [[1], [4], [5], [16]]
 
 
 def test_rings_are_numbered_from_the_center() -> None:
-    masks = partitions(SIZE)[1].masks
+    masks = partitions(SIZE, SIZE)[1].masks
     # squares of 4, 8, 12 and 16 pixels less what they hold
     assert masks.sum(axis=(1, 2)).tolist() == [16, 48, 80, 112]
     assert [region_of(1, *place) for place in ((7, 8), (6, 6), (5, 9), (4, 8), (3, 8), (1, 1), (15, 4))] == [
@@ -54,7 +54,7 @@ def test_rings_are_numbered_from_the_center() -> None:
 
 
 def test_triangles_are_halves_of_quarters_and_share_their_diagonals() -> None:
-    masks = partitions(SIZE)[2].masks
+    masks = partitions(SIZE, SIZE)[2].masks
     assert masks.sum(axis=(1, 2)).tolist() == [8 * 9 // 2] * 8
     # left and top of the upper left quarter, top and right of the upper right one, and so on
     inside = [(5, 1), (1, 5), (1, 10), (5, 14), (10, 1), (14, 5), (14, 10), (10, 14)]
@@ -108,7 +108,7 @@ def test_a_step_in_the_vertical_flow_downwards() -> None:
 def test_means_decide_among_rings_and_sums_elsewhere() -> None:
     """Strength 1 on the 16 central pixels, 0.9 on the outer ring's 112: more in sum, less on average."""
     strength = np.zeros((SIZE, SIZE))
-    blocks, rings, _ = partitions(SIZE)
+    blocks, rings, _ = partitions(SIZE, SIZE)
     strength[rings.masks[0]], strength[rings.masks[3]] = 1.0, 0.9
     boundary = statistics._Boundaries(strength, np.zeros((SIZE, SIZE)), 1)
     assert statistics._strongest(boundary, rings)[0] == 1
@@ -201,7 +201,7 @@ def test_a_color_counts_exactly_and_over_all_frames() -> None:
 def test_a_ring_has_its_own_color_alone() -> None:
     """The second ring is red and the center white."""
     video = painted(GREEN)
-    rings = partitions(SIZE)[1].masks
+    rings = partitions(SIZE, SIZE)[1].masks
     video[:, :, rings[1]] = np.array(RED, np.uint8).reshape(3, 1)
     video[:, :, rings[0]] = np.array(WHITE, np.uint8).reshape(3, 1)
     video[1, :, 5, 5] = 90  # which makes it the one that changes
