@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src import composition as layered
 from src.composition import Composition
+from src.datamodules.views.size import height_and_width
 from src.errors import UserError, nearest
 from src.memory import keep_freed_memory
 from src.value_types import check_values
@@ -33,7 +34,8 @@ def register_resolvers() -> None:
     """Registers the functions of configuration files.
 
     ``${linear_lr:base,batch,reference}`` is base * batch / reference, ``${sqrt_lr:base,batch,reference}`` base times
-    the root of batch / reference, ``${times:a,b}`` a * b, and ``${data_dir:folder}`` a folder that the user must name.
+    the root of batch / reference, ``${times:a,b}`` a * b, ``${shorter:size}`` and ``${longer:size}`` a side in pixels of
+    a size that is a number for a square, or [height, width], and ``${data_dir:folder}`` a folder that the user must name.
     """
 
     def data_dir(folder: str | None) -> str:
@@ -45,6 +47,8 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("linear_lr", lambda base, batch, ref: base * batch / ref, replace=True)
     OmegaConf.register_new_resolver("sqrt_lr", lambda base, batch, ref: base * (batch / ref) ** 0.5, replace=True)
     OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)
+    OmegaConf.register_new_resolver("shorter", lambda size: min(height_and_width(size)), replace=True)
+    OmegaConf.register_new_resolver("longer", lambda size: max(height_and_width(size)), replace=True)
 
 
 def compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
