@@ -21,8 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src import composition as layered
 from src.composition import Composition
-from src.datamodules.views.size import height_and_width
 from src.errors import UserError, nearest
+from src.image_size import height_and_width
 from src.memory import keep_freed_memory
 from src.value_types import check_values
 

@@ -10,6 +10,7 @@ FLOORS = (
     (
         "src.errors",
         "src.files",
+        "src.image_size",
         "src.memory",
         "src.randomness",
         "src.collectives",

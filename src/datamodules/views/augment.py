@@ -19,9 +19,9 @@ from torch import Tensor
 from src.datamodules.batches.image import ImageBatch
 from src.datamodules.decoding import EncodedImage
 from src.datamodules.views.image import RandomResizedCrop, to_tensor
-from src.datamodules.views.size import Size, height_and_width
 from src.datamodules.views.view import ImageView
 from src.errors import SettingError
+from src.image_size import Size, height_and_width
 from src.randomness import seeded
 
 _AUTO_AUGMENT = ("original", "originalr", "v0", "v0r")  # timm's names of AutoAugment's policies

@@ -14,9 +14,9 @@ from torchvision.transforms import v2
 from src.datamodules.batches.dense import DetectionBatch, RegionTextBatch
 from src.datamodules.decoding import BadSample
 from src.datamodules.views.joint import JointView, fitting, plain
-from src.datamodules.views.size import Size, height_and_width
 from src.datamodules.views.transforms import padding_color
 from src.errors import SettingError
+from src.image_size import Size, height_and_width
 
 
 @dataclass(frozen=True)

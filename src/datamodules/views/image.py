@@ -13,9 +13,9 @@ from torch import Tensor
 from src.datamodules.batches.image import ImageBatch
 from src.datamodules.decoding import EncodedImage, resize
 from src.datamodules.views.resample import Interpolation, resample_boxes
-from src.datamodules.views.size import Size, fitted_box, height_and_width
 from src.datamodules.views.view import ImageView
 from src.errors import SettingError
+from src.image_size import Size, fitted_box, height_and_width
 
 _TRIES = 10
 

@@ -15,9 +15,9 @@ from src.datamodules.batches.image import ImageBatch, MultiViewBatch
 from src.datamodules.decoding import EncodedImage
 from src.datamodules.views.color import Color
 from src.datamodules.views.image import RandomResizedCrop
-from src.datamodules.views.size import height_and_width
 from src.datamodules.views.view import ImageView
 from src.errors import SettingError
+from src.image_size import height_and_width
 
 _CROP = RandomResizedCrop.num_uniforms
 

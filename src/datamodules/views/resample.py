@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from src.datamodules.views.size import Size, height_and_width
+from src.image_size import Size, height_and_width
 
 Interpolation = Literal["bilinear", "bicubic"]
 """Antialiased interpolation, as Pillow's; torchvision's crops are bilinear without a setting."""

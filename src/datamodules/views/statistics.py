@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from src.datamodules.batches.video import StatisticsBatch
 from src.datamodules.video_reader import FlowFilmReader, VideoReader
 from src.datamodules.views.resample import resample_box, whole_pixels
-from src.datamodules.views.size import Size, height_and_width
 from src.datamodules.views.video import Clip, FrameCrop, VideoView
 from src.errors import SettingError
+from src.image_size import Size, height_and_width
 
 _ACROSS = np.array([[[-1, 0, 1]] * 3])  # [1, 3, 3]: each frame is filtered alone
 _DOWN = _ACROSS.transpose(0, 2, 1)

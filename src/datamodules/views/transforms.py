@@ -11,8 +11,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from src.datamodules.batches.base import IGNORED
-from src.datamodules.views.size import Size, height_and_width
 from src.errors import SettingError
+from src.image_size import Size, height_and_width
 
 MEAN_COLOR = (124, 116, 104)
 """ImageNet's mean color, which becomes 0 by normalization."""

@@ -16,9 +16,9 @@ from src.datamodules.video_reader import VideoReader
 from src.datamodules.views.augment import StrongFrames
 from src.datamodules.views.color import Color
 from src.datamodules.views.resample import Interpolation, resample_box
-from src.datamodules.views.size import Size, fitted_box, height_and_width
 from src.datamodules.views.view import View
 from src.errors import SettingError
+from src.image_size import Size, fitted_box, height_and_width
 
 
 class Clip(Protocol):

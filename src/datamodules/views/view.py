@@ -45,6 +45,7 @@ class View(ABC):
         Raises:
             SettingError: an operator needs RGB; the message names it.
         """
+        del channels  # cropping and resizing do not ask for them
 
     @abstractmethod
     def from_sample(self, sample: Sample, uniform: np.ndarray) -> dict[str, Tensor]:
