@@ -34,8 +34,8 @@ def register_resolvers() -> None:
     """Registers the functions of configuration files.
 
     ``${linear_lr:base,batch,reference}`` is base * batch / reference, ``${sqrt_lr:base,batch,reference}`` base times
-    the root of batch / reference, ``${times:a,b}`` a * b, ``${shorter:size}`` and ``${longer:size}`` a side in pixels of
-    a size that is a number for a square, or [height, width], and ``${data_dir:folder}`` a folder that the user must name.
+    the root of batch / reference, ``${times:a,b}`` a * b, ``${shorter:size}`` and ``${longer:size}`` a side in pixels
+    of a size (a number for a square, or [height, width]), and ``${data_dir:folder}`` a folder that the user must name.
     """
 
     def data_dir(folder: str | None) -> str:

@@ -163,8 +163,8 @@ class DataModule(L.LightningDataModule):
             raise SettingError(f"data.channels must be a whole number, at least 1; got {channels}")
         if len(mean) != channels or len(std) != channels or min(std) <= 0:
             raise SettingError(
-                f"data.channels={channels}: data.mean and data.std need as many numbers, std above 0; got {list(mean)} and "
-                f"{list(std)}" + (", where data.mean=[0.449] data.std=[0.226] are ImageNet's" if channels == 1 else "")
+                f"data.channels={channels}: data.mean and data.std need as many numbers, std above 0; got {list(mean)} "
+                f"and {list(std)}" + (", where data.mean=[0.449] data.std=[0.226] are ImageNet's" if channels == 1 else "")
             )
         for limit_name, limit in (("train_samples", train_samples), ("eval_samples", eval_samples)):
             if limit is not None and (not isinstance(limit, int) or limit < 1):
@@ -452,7 +452,8 @@ class DataModule(L.LightningDataModule):
         subset = self._subset(source, limit)
         if subset is None and not len(source):
             raise SettingError(
-                f"data.source: {type(source).__name__} has no sample in a split: check its files and data.source.val_share"
+                f"data.source: {type(source).__name__} has no sample in a split: check its files and "
+                "data.source.val_share"
             )
         return ViewedDataset(
             source,

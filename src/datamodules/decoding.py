@@ -148,8 +148,8 @@ class EncodedImage:
             raise self._bad("the image is truncated: its last rows are missing")
         if _has_16_bit_colors(image, data) and 0 < max(high for _, high in image.getextrema()) <= _TWELVE_BITS >> 8:
             raise self._bad(
-                "its 16-bit colors would be nearly black: if their values have 12 bits, save them times 16, because only "
-                "their upper 8 bits are decoded"
+                "its 16-bit colors would be nearly black: if their values have 12 bits, save them times 16, because "
+                "only their upper 8 bits are decoded"
             )
         try:
             converted = _convert(image, self._channels, self._white)
@@ -206,8 +206,8 @@ def check_channels(channels: int, white: int | None = None) -> None:
     """
     if channels not in MODES:
         raise SettingError(
-            f"data.channels={channels}: image files are decoded to 1 channel (grayscale), 3 (RGB) or 4 (RGBA); a source "
-            "of other channels gives decoded images, uint8 tensors [channels, height, width]"
+            f"data.channels={channels}: image files are decoded to 1 channel (grayscale), 3 (RGB) or 4 (RGBA); a "
+            "source of other channels gives decoded images, uint8 tensors [channels, height, width]"
         )
     if white is not None and not 1 <= white <= _WHITE:
         raise SettingError(f"data.white={white}: the value of white in 16-bit images lies in [1, {_WHITE}]")
@@ -219,8 +219,8 @@ def resize(
     interpolation: Image.Resampling,
     box: tuple[float, float, float, float] | None = None,
 ) -> Image.Image:
-    """Crops and resizes an image of Pillow to ``size`` (width, height), each channel by itself: Pillow weighs the colors
-    of RGBA by the fourth channel, which is not transparency in an image of four bands."""
+    """Crops and resizes an image of Pillow to ``size`` (width, height), each channel by itself: Pillow weighs the
+    colors of RGBA by the fourth channel, which is not transparency in an image of four bands."""
     if image.mode != "RGBA":
         return image.resize(size, interpolation, box=box)
     return Image.merge("RGBA", [band.resize(size, interpolation, box=box) for band in image.split()])
