@@ -9,9 +9,11 @@ from inspect import signature
 from typing import Any
 
 import torch
+from timm.layers import lecun_normal_
 from torch import Tensor, nn
 
 from src.errors import SettingError, nearest
+from src.models.layers.initialization import initialize_as_big_vision
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ class CLIPTextTower(TextTower):
 
     @torch.no_grad()
     def _initialize(self, width: int, depth: int) -> None:
-        """Initializes as the released code does; transformers swaps the two standard deviations of attention."""
+        """Initializes as the released code does; transformers swaps the two standard deviations of attention, and sets
+        the biases of the MLP to zero, which are uniform there."""
         std, residual_std = width**-0.5, width**-0.5 * (2 * depth) ** -0.5
         std_by_suffix = {
             "token_embedding.weight": 0.02,
@@ -125,11 +128,16 @@ class CLIPTextTower(TextTower):
             for suffix, value in std_by_suffix.items():
                 if name.endswith(suffix):
                     nn.init.normal_(parameter, std=value)
+        for name, layer in self.transformer.named_modules():
+            if name.endswith(("mlp.fc1", "mlp.fc2")):
+                limit = layer.in_features**-0.5
+                nn.init.uniform_(layer.bias, -limit, limit)
 
 
 class SigLIPTextTower(TextTower):
     """SigLIP's text transformer (Zhai et al., 2023): attention in both directions, padding included; the feature is a
-    linear layer on the token at the last position, which is usually padding.
+    linear layer on the token at the last position, which is usually padding. Weights are initialized as in big_vision,
+    the authors' code.
 
     Args:
         vocabulary, length: see `TextTower`; texts are padded to ``length``.
@@ -145,10 +153,25 @@ class SigLIPTextTower(TextTower):
         super().__init__(vocabulary=vocabulary, length=length, dim=embed_dim)
         sizes = _sizes(vocabulary, length, width, depth, heads)
         self.transformer = SiglipTextModel(SiglipTextConfig(projection_size=embed_dim, **sizes))
+        self._initialize(width)
 
     def encode(self, text: Tensor, mask: Tensor) -> TextFeatures:
         output = self.transformer(input_ids=text)
         return TextFeatures(output.pooler_output, output.last_hidden_state)
+
+    @torch.no_grad()
+    def _initialize(self, width: int) -> None:
+        for name, layer in self.transformer.named_modules():
+            if isinstance(layer, nn.Embedding):  # of tokens and of positions
+                nn.init.normal_(layer.weight, std=width**-0.5)
+            elif name.endswith("self_attn"):
+                attention = [(getattr(layer, f"{part}_proj"), 1) for part in ("q", "k", "v", "out")]
+                initialize_as_big_vision(attention=attention, mlp=[])
+            elif name.endswith("mlp"):
+                initialize_as_big_vision(attention=[], mlp=[layer.fc1, layer.fc2])
+            elif name.endswith("head"):
+                lecun_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
 
 class TransformersTextTower(TextTower):
