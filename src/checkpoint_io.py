@@ -214,7 +214,7 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
     def _remove_partial(self, path: Path) -> None:
-        """Frees the space of a save that was killed. A run has one writer (`src.runs.locked`), so it is nobody else's."""
+        """Frees the space of a save that was killed. A run has one writer (`src.runs.locked`): it is no other save."""
         if path not in self._cleaned:
             self._cleaned.add(path)
             remove_partial(path)

@@ -64,6 +64,8 @@ class FineTuning:
             backbone_keys = set(recipe.backbone) & set(config.backbone) if clips else set(recipe.backbone)
             head = {key: recipe.backbone[key] for key in _HEAD_KEYS if key in backbone_keys}
             recipe.backbone = {**OmegaConf.to_container(config.backbone, resolve=False), **head}  # type: ignore[dict-item]
+            if recipe.backbone.get("pretrained"):
+                recipe.backbone.pretrained = False  # training starts from the run's own weights, or from random ones
             # videos keep the experiment's evaluation view, which takes several clips
             own = {*METHOD_KEYS, *self.own_data, *(("eval_view", "eval_batch_size") if clips else ())}
             for key in set(map(str, config.data)) - own:

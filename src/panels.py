@@ -58,13 +58,18 @@ def in_words(written: str) -> str:
     return f"{base} × batch / {reference}" if rule == "linear_lr" else f"{base} × √(batch / {reference})"
 
 
-def recipe_rows(config: DictConfig) -> dict[str, str]:
-    """Returns the rows of the first panel: paper, scale, batch, precision and learning rate with its rule."""
+def recipe_rows(config: DictConfig, start: str | None = None) -> dict[str, str]:
+    """Returns the rows of the first panel: paper, scale, start, batch, precision and learning rate with its rule.
+
+    Args:
+        start: what was loaded into the encoder, in one line; None for random weights.
+    """
     rows = {
         "paper": config.about.paper,
         "deviations": config.about.deviations,
         "scale": f"{config.run.scale}  (SCALE=paper, smoke or tiny changes it)",
         **({"replaced by the scale": ", ".join(config.run.replaced)} if config.run.get("replaced") else {}),
+        **({} if start is None else {"starts from": start}),
         "batch": f"{config.data.batch_size} samples an optimizer step, over all processes",
         "precision": str(config.trainer.precision),
     }
@@ -76,11 +81,13 @@ def recipe_rows(config: DictConfig) -> dict[str, str]:
 
 
 @rank_zero_only
-def announce(config: DictConfig, run: runs.Run, module: L.LightningModule, *, resume: Path | None) -> None:
+def announce(
+    config: DictConfig, run: runs.Run, module: L.LightningModule, *, start: str | None, resume: Path | None
+) -> None:
     """Prints the first panel: what runs, and how to change it."""
     lines = Table.grid(padding=(0, 2))
     lines.add_row("run", run.title + (f"  (continued from {resume.name})" if resume else ""))
-    for name, value in recipe_rows(config).items():
+    for name, value in recipe_rows(config, start).items():
         lines.add_row(name, value)
     lines.add_row("parameters", f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M")
     Console().print(Panel(lines, title=f"Pretext: {config.run.experiment}", expand=False, border_style="cyan"))

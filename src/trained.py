@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from src.datamodules.datamodule import DataModule
 from src.datamodules.sources.source import Split
 from src.errors import UserError
 from src.evaluation.subject import Subject
+from src.models.backbones.weights import Weights, grid_of, read_weights
+from src.models.image_text.base import ImageTextModule, has_towers
 from src.models.pretrain_module import PretrainModule
 
 
@@ -134,11 +137,64 @@ def fresh(config: DictConfig) -> PretrainModule:
     return configuration.instantiate(without_source(config).model).eval()
 
 
+def started(config: DictConfig, datamodule: DataModule | None = None) -> tuple[PretrainModule, str | None]:
+    """Builds the method of ``config`` for a new run, with the weights that it starts from: those of ``checkpoint``, or
+    timm's (``backbone.pretrained``).
+
+    Args:
+        config: of the run.
+        datamodule: its data; where the towers of a run are loaded it takes the tokenizer of that run, whose ids they
+            know, unless a tokenizer is named.
+
+    Returns:
+        The method, and one line that says what was loaded; None for random weights.
+
+    Raises:
+        UserError: the weights cannot be read or do not fit the method, or two starts are named.
+    """
+    config = config.copy()
+    pretrained = bool(config.get("backbone") and config.backbone.get("pretrained"))
+    if pretrained:
+        config.backbone.pretrained = False  # loaded below, because some methods initialize their backbone anew
+    module = configuration.instantiate(config.model)
+    weights = _start_of(config, pretrained=pretrained)
+    if weights is None:
+        return module, None
+    if not isinstance(module, PretrainModule):
+        raise UserError(f"checkpoint={config.checkpoint}: {type(module).__name__} has no encoders to load weights into")
+    line = module.load_start(weights)
+    if isinstance(module, ImageTextModule) and has_towers(weights) and isinstance(datamodule, DataModule):
+        settings = datamodule.tokenizer_settings
+        if settings.name is None and settings.other_run is None:
+            datamodule.tokenizer_settings = replace(settings, other_run=Path(config.checkpoint))
+    return module, line
+
+
+def _start_of(config: DictConfig, *, pretrained: bool) -> Weights | None:
+    checkpoint = config.get("checkpoint")
+    named = {key: config.get(f"checkpoint_{key}") for key in ("encoder", "prefix")}
+    if checkpoint is None:
+        for key, value in named.items():
+            if value is not None:
+                raise UserError(f"checkpoint_{key}={value}: there is no checkpoint to start from; name it: checkpoint=")
+        if not pretrained:
+            return None
+        backbone = configuration.instantiate(config.backbone, pretrained=True)
+        return Weights(backbone.state_dict(), f"timm's {config.backbone.model_name}", "", grid_of(backbone))
+    if pretrained:
+        raise UserError(
+            f"checkpoint={checkpoint} and backbone.pretrained=true: training starts from one of them; leave one out"
+        )
+    return read_weights(checkpoint, **named)
+
+
 def without_source(config: DictConfig) -> DictConfig:
     """Returns the configuration without the weights it starts from, which a trained run no longer needs and which may
     be gone."""
     config = config.copy()
-    config.checkpoint = None
+    for key in ("checkpoint", "checkpoint_encoder", "checkpoint_prefix"):
+        if key in config:
+            config[key] = None
     if "text_checkpoint" in config:
         config.text_checkpoint = None
     if config.get("backbone") is not None and "pretrained" in config.backbone:

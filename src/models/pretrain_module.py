@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, NotRequired, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NotRequired, TypedDict
 
 import lightning as L
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from torch import Tensor
 
 from src.models.backbones.encoder import Encoder
+from src.models.backbones.weights import Weights, grid_of, load_into
 from src.models.logging import logs_now
 from src.models.teacher import TeacherPair
 from src.optim import OptimizerRecipe, build_optimizers
@@ -38,7 +39,13 @@ class PretrainModule(L.LightningModule, ABC):
             parameters they update (``OptimizerRecipe.parameters``). A method with several updates each of them in its
             ``training_step`` (Lightning's manual optimization). The first takes a step for every batch: the steps of a
             run are its steps.
+
+    Attributes:
+        new_parameters: prefixes of the names of a backbone's parameters that begin anew where training starts from
+            weights, such as a norm that belongs to the head.
     """
+
+    new_parameters: ClassVar[Sequence[str]] = ()
 
     def __init__(self, optimizer: OptimizerRecipe | Mapping[str, OptimizerRecipe]) -> None:
         super().__init__()
@@ -61,6 +68,28 @@ class PretrainModule(L.LightningModule, ABC):
     def teacher_pairs(self) -> list[TeacherPair]:
         """The teachers, with their students; the callback `EMATeacher` moves them. None by default."""
         return []
+
+    def load_start(self, weights: Weights) -> str:
+        """Starts from pretrained weights, in place, and returns one line that says what was loaded. Called once, before
+        training (the configuration's ``checkpoint``).
+
+        Every encoder takes the weights, and every teacher begins as a copy of its student. Heads, queues and centers
+        begin anew.
+
+        Raises:
+            WeightsError: the weights do not fit the encoders.
+        """
+        pairs = self.teacher_pairs()
+        copies = {id(module) for pair in pairs for module in pair.teacher.modules()}
+        backbones = {id(encoder.backbone): encoder.backbone for encoder in self.encoders().values()}
+        lines = [
+            load_into(backbone, weights, self.new_parameters)
+            for key, backbone in backbones.items()
+            if key not in copies
+        ]
+        for pair in pairs:
+            pair.teacher.load_state_dict(pair.student.state_dict())
+        return "; ".join(dict.fromkeys(lines))
 
     def visualize(self, batch: Any) -> Mapping[str, Tensor]:
         """Images that show the method at work on ``batch``: name -> [n, columns, 3, H, W], a row of columns for each
@@ -90,9 +119,13 @@ class PretrainModule(L.LightningModule, ABC):
             self.trainer.strategy.shard(self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes the prefix of each encoder's weights, so that an encoder can be loaded without its method."""
+        """Notes the prefix of each encoder's weights and the grid of its patches, so that an encoder can be loaded
+        without its method and its positional embedding interpolated."""
         names = {id(module): name for name, module in self.named_modules()}
-        checkpoint["encoders"] = {name: f"{names[id(encoder.backbone)]}." for name, encoder in self.encoders().items()}
+        encoders = self.encoders()
+        checkpoint["encoders"] = {name: f"{names[id(encoder.backbone)]}." for name, encoder in encoders.items()}
+        grids = {name: grid_of(encoder.backbone) for name, encoder in encoders.items()}
+        checkpoint["grids"] = {name: list(grid) for name, grid in grids.items() if grid is not None}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not logs_now(self.trainer):

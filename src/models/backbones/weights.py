@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-import pickle
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +16,18 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from src.checkpoint_io import best_or_last
+from src.checkpoint_io import CheckpointError, best_or_last, read_foreign
 from src.errors import UserError, nearest
 
 log = logging.getLogger(__name__)
 
-# keys under which other programs store weights in their checkpoints, and prefixes they give to a backbone's names
-_WRAPPERS = ("teacher", "state_dict", "model", "model_state_dict")
-_WORDS = ("module", "model", "backbone", "encoder")
-_PREFIXES = ("", *(f"{word}." for word in _WORDS), *(f"{a}.{b}." for a in _WORDS for b in _WORDS if a != b))
 _EXPORTED = "model.safetensors"
 _SHOWN = 8
+_DEPTH = 4  # levels of mappings that are searched for tensors
+# Where a file holds a backbone several times, these words in a prefix say which one is meant: the moving average that
+# its authors evaluate (DINO, iBOT, timm), and not the momentum encoder that only makes targets (MoCo, BYOL).
+_EVALUATED = ("teacher", "ema", "model_ema", "state_dict_ema", "ema_state_dict")
+_TARGETS = ("student", "momentum_encoder", "encoder_k", "key_encoder", "target_encoder", "target_network", "target")
 
 
 class WeightsError(UserError):
@@ -35,46 +37,63 @@ class WeightsError(UserError):
 class Weights(NamedTuple):
     """Named tensors and their origin."""
 
-    tensors: dict[str, Tensor]
-    prefixes: Sequence[str]  # possible prefixes of the backbone's names; the first that fits is used
+    tensors: Mapping[str, Tensor]
     origin: str  # for messages
+    # prefix of the backbone's names: "student.encoder.backbone."; None to find the one under which all of them are
+    prefix: str | None = None
+    grid: tuple[int, ...] | None = None  # rows and columns of the positional embedding, if the origin says so
+    one_encoder: bool = False  # the user asked for one encoder: nothing else of the file is meant
 
 
 def load_backbone(
-    backbone: nn.Module, checkpoint: str | Path | None, *, encoder: str | None = None, fresh: Sequence[str] = ()
+    backbone: nn.Module,
+    checkpoint: str | Path | None,
+    *,
+    encoder: str | None = None,
+    prefix: str | None = None,
+    fresh: Sequence[str] = (),
 ) -> nn.Module:
-    """Loads the weights of ``checkpoint`` into ``backbone`` and returns it.
-
-    A positional embedding for another number of patches is interpolated. A classifier is loaded only if it has the same
-    shape. Other content of the file (decoders, heads, teachers) is ignored.
+    """Loads the weights of ``checkpoint`` into ``backbone``, see `load_into`, and returns it.
 
     Args:
         backbone: a timm model.
-        checkpoint: a run's folder (its best checkpoint, else the last), a checkpoint of such a run, an export's folder,
-            a safetensors file, or a ``.pth`` of another program that holds plain tensors; None leaves the backbone as
-            it is.
-        encoder: name of one of the run's encoders; None for its first.
-        fresh: prefixes of the names of parameters that keep their initial values.
+        checkpoint, encoder, prefix: see `read_weights`; None for ``checkpoint`` leaves the backbone as it is.
+        fresh: see `load_into`.
 
     Raises:
         WeightsError: the file cannot be read, lacks some of the backbone's tensors, or has them in another shape.
     """
-    if checkpoint is None:
-        log.info("backbone: weights as created (checkpoint=null)")
-        return backbone
-    weights = read_weights(Path(checkpoint), encoder=encoder)
+    if checkpoint is not None:
+        log.info("backbone: %s", load_into(backbone, read_weights(checkpoint, encoder=encoder, prefix=prefix), fresh))
+    return backbone
+
+
+def load_into(backbone: nn.Module, weights: Weights, fresh: Sequence[str] = ()) -> str:
+    """Loads weights into ``backbone``, in place, and returns one line that says what was loaded and what was not.
+
+    A positional embedding for another grid of patches is interpolated. A classifier is loaded only if it has the same
+    shape. Other content of the file (decoders, heads, teachers) is ignored.
+
+    Args:
+        backbone: a timm model.
+        weights: of the same architecture.
+        fresh: prefixes of the names of parameters that keep their initial values.
+
+    Raises:
+        WeightsError: some of the backbone's tensors are missing, or have another shape. Nothing is loaded then.
+    """
     state = backbone.state_dict()
-    optional = tuple(f"{name}." for name in _classifiers(backbone))
     names = [name for name in state if not name.startswith(tuple(fresh))]
-    tensors = _without_prefix(weights, [name for name in names if not name.startswith(optional)])
-    loaded, notes = {}, []
+    optional = _optional(backbone, names)
+    prefix = _prefix_of(weights, [name for name in names if name not in optional])
+    loaded, notes = {}, [f"under '{prefix}'"] if prefix and weights.prefix is None else []
     for name in names:
-        if name.startswith(optional) and (name not in tensors or tensors[name].shape != state[name].shape):
+        value = weights.tensors.get(prefix + name)
+        if value is None or (name in optional and name != "pos_embed" and value.shape != state[name].shape):
             continue
-        value = tensors[name]
-        if value.shape != state[name].shape and name == "pos_embed":
-            value = _resampled(value, backbone, weights.origin)
-            notes.append(f"positional embedding of {tensors[name].shape[1]} tokens interpolated to {value.shape[1]}")
+        if name == "pos_embed":
+            value, note = _on_grid_of(backbone, value, weights)
+            notes += note
         loaded[name] = value
     mismatched = [
         f"{name} {list(value.shape)} instead of {list(state[name].shape)}"
@@ -87,96 +106,264 @@ def load_backbone(
     others = [name for name in state if name not in loaded]
     if others:
         notes.append(f"not from the file: {shorten(others)}")
-    log.info("backbone: %s", "; ".join([f"{len(loaded)} tensors from {weights.origin}", *notes]))
-    return backbone
+    return "; ".join([f"{len(loaded)} tensors from {weights.origin}", *notes])
 
 
-def read_weights(path: Path, *, encoder: str | None = None) -> Weights:
-    """Reads the tensors of ``path``. Arguments and errors as in `load_backbone`."""
+def read_weights(checkpoint: str | Path, *, encoder: str | None = None, prefix: str | None = None) -> Weights:
+    """Reads the tensors of a file, without executing code of it.
+
+    Args:
+        checkpoint: a run's folder (its best checkpoint, else the last), a checkpoint of such a run, an export's folder,
+            a safetensors file, or a ``.pth`` of another program.
+        encoder: name of one of the run's encoders; None for its first.
+        prefix: of the backbone's names in the file, such as ``module.base_encoder.``; None to find it.
+
+    Raises:
+        WeightsError: there is no such file or encoder, or the file cannot be read.
+    """
+    path, grid = Path(checkpoint), None
     if path.is_dir():
         is_run = (path / "config.yaml").exists()
-        weights = best_or_last(path) if is_run else path / _EXPORTED
-        if weights is None or not weights.is_file():
+        file = best_or_last(path) if is_run else path / _EXPORTED
+        if file is None or not file.is_file():
             raise WeightsError(
                 f"no weights at {path}: "
                 + ("this run has no checkpoint yet" if is_run else "this folder is neither a run's nor an export's")
             )
-        path = weights
+        grid = None if is_run else _exported_grid(path)
+        path = file
     if not path.is_file():
         raise WeightsError(f"no weights at {path}: a run's folder, a checkpoint or a safetensors file is needed")
     content = _load(path)
+    one_encoder = encoder is not None or prefix is not None
     if isinstance(content.get("encoders"), Mapping) and isinstance(content.get("state_dict"), Mapping):
-        encoders = content["encoders"]
+        encoders, tensors = content["encoders"], dict(_tensors(content["state_dict"]))
+        if prefix is not None:
+            return Weights(tensors, str(path), _dotted(prefix), one_encoder=True)
         name = encoder or next(iter(encoders))
         if name not in encoders:
             raise WeightsError(f"{path} has no encoder '{name}'{nearest(name, list(encoders))}")
-        return Weights(_tensors(content["state_dict"]), [encoders[name]], f"{path} (encoder '{name}')")
-    for wrapper in _WRAPPERS:
-        if isinstance(content.get(wrapper), Mapping):
-            return Weights(_tensors(content[wrapper]), _PREFIXES, f"{path} ('{wrapper}')")
-    return Weights(_tensors(content), _PREFIXES, str(path))
-
-
-def _load(path: Path) -> Mapping[str, Any]:
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except pickle.UnpicklingError as problem:
-        raise WeightsError(f"{path} is damaged, or holds other objects than tensors and plain values") from problem
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as problem:
-        raise WeightsError(f"{path} cannot be read as weights: {problem or type(problem).__name__}") from problem
-    if not isinstance(content, Mapping):
-        raise WeightsError(f"{path} holds {type(content).__name__}, not named weights")
-    return content
-
-
-def _tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
-
-
-def _without_prefix(weights: Weights, needed: Sequence[str]) -> dict[str, Tensor]:
-    """Removes the first prefix under which all needed tensors exist."""
-    missing: list[str] = []
-    for prefix in weights.prefixes:
-        absent = [name for name in needed if prefix + name not in weights.tensors]
-        if not absent:
-            return {name[len(prefix) :]: value for name, value in weights.tensors.items() if name.startswith(prefix)}
-        if not missing or len(absent) < len(missing):
-            missing = absent
-    raise WeightsError(
-        f"{weights.origin} lacks {len(missing)} of the backbone's {len(needed)} tensors: {shorten(missing)}; "
-        f"it holds {shorten(list(weights.tensors)) or 'none'}"
-    )
-
-
-def _resampled(table: Tensor, backbone: nn.Module, origin: str) -> Tensor:
-    """Interpolates a positional embedding of a square grid, [1, P + n, D], to the backbone's grid; for clips one for
-    each time, [1, T * n, D]."""
-    prefix = 0 if getattr(backbone, "no_embed_class", False) else int(backbone.num_prefix_tokens)  # type: ignore[arg-type]
-    rows, columns = backbone.patch_embed.grid_size  # type: ignore[union-attr,misc]
-    grid: Sequence[int] = getattr(backbone.patch_embed, "grid", ())
-    times = grid[0] if len(grid) == 3 else 1
-    count = max(0, table.shape[1] - prefix)
-    side = math.isqrt(count // times)
-    if side == 0 or times * side**2 != count:
-        grids = "a square grid" if times == 1 else f"a square grid for each of {times} times"
+        noted = (content.get("grids") or {}).get(name)
+        grid = None if noted is None else tuple(int(side) for side in noted)
+        return Weights(tensors, f"{path} (encoder '{name}')", encoders[name], grid, one_encoder)
+    if encoder is not None:
         raise WeightsError(
-            f"{origin} has a positional embedding of {table.shape[1]} tokens, not {grids} after {prefix} others"
+            f"checkpoint_encoder={encoder}: {path} is no checkpoint of a run, so its encoders have no names; name the "
+            f"prefix of their weights with checkpoint_prefix="
         )
-    return torch.cat(
-        [
-            resample_abs_pos_embed(part, [rows, columns], [side, side], num_prefix_tokens=prefix)
-            for part in table.chunk(times, dim=1)
-        ],
-        dim=1,
-    )
+    tensors = _in_timm_names(dict(_tensors(content)))
+    if prefix is not None:
+        prefix = _full_prefix(tensors, _dotted(prefix), path)
+    return Weights(tensors, str(path), prefix, grid, one_encoder)
 
 
-def _classifiers(backbone: nn.Module) -> Sequence[str]:
-    names = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
+def grid_of(backbone: nn.Module) -> tuple[int, ...] | None:
+    """The rows and columns of a backbone's patches, with the times before them for a backbone of clips; None for a
+    backbone without patches."""
+    embed = getattr(backbone, "patch_embed", None)
+    grid = getattr(embed, "grid", None) or getattr(embed, "grid_size", None)
+    return tuple(int(side) for side in grid) if isinstance(grid, tuple | list) else None
 
 
 def shorten(names: Sequence[str]) -> str:
     """Lists the first names and the number of the others, for messages."""
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else read_foreign(path)
+    except CheckpointError as problem:
+        raise WeightsError(str(problem)) from problem
+    except (OSError, RuntimeError, ValueError, SafetensorError) as problem:
+        raise WeightsError(f"{path} cannot be read as weights: {problem or type(problem).__name__}") from problem
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{path} holds {type(content).__name__}, not named weights")
+    return content
+
+
+def _tensors(content: Mapping[Any, Any], outer: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, Tensor]]:
+    """Yields all tensors of nested mappings with their dotted names: {"model": {"norm.bias": …}} gives
+    "model.norm.bias"."""
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            yield f"{outer}{name}", value
+        elif isinstance(value, Mapping) and depth > 1:
+            yield from _tensors(value, f"{outer}{name}.", depth - 1)
+
+
+def _in_timm_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adds timm's names of tensors that the authors' code of VideoMAE stores in another form: the biases of queries and
+    values without that of keys, which is zero, and the projection of tubelets."""
+    for name, value in list(tensors.items()):
+        if name.endswith("attn.q_bias") and f"{name[:-6]}v_bias" in tensors:
+            parts = [value, torch.zeros_like(value), tensors[f"{name[:-6]}v_bias"]]
+            tensors.setdefault(f"{name[:-6]}qkv.bias", torch.cat(parts))
+        elif name.endswith("patch_embed.proj.weight") and value.ndim == 5:
+            stem = name.removesuffix("proj.weight")
+            for leaf in ("weight", "bias"):
+                if f"{stem}proj.{leaf}" in tensors:
+                    tensors.setdefault(f"{stem}projection.{leaf}", tensors[f"{stem}proj.{leaf}"])
+    return tensors
+
+
+def _optional(backbone: nn.Module, names: Sequence[str]) -> set[str]:
+    """Returns the names of tensors that a file need not have: a classifier, a fixed positional embedding, and the
+    counters of batch norms, which old files lack."""
+    classifiers = tuple(f"{name}." for name in _classifiers(backbone))
+    table = getattr(backbone, "pos_embed", None)
+    fixed = isinstance(table, nn.Parameter) and not table.requires_grad
+    return {
+        name
+        for name in names
+        if name.startswith(classifiers)
+        or name.rpartition(".")[2] == "num_batches_tracked"
+        or (name == "pos_embed" and fixed)
+    }
+
+
+def _prefix_of(weights: Weights, needed: Sequence[str]) -> str:
+    """Returns the prefix under which all needed tensors exist.
+
+    Raises:
+        WeightsError: there is none, or there are several and none is known to be the one that is meant.
+    """
+    wanted = set(needed)
+    found: Counter[str] = Counter()
+    for name in weights.tensors:
+        parts = name.split(".")
+        for depth in range(len(parts)):
+            if (rest := ".".join(parts[depth:])) in wanted:
+                found[name[: len(name) - len(rest)]] += 1
+    if weights.prefix is not None:
+        complete = [weights.prefix] if found[weights.prefix] == len(wanted) else []
+    else:
+        complete = sorted((prefix for prefix, count in found.items() if count == len(wanted)), key=_rank)
+    if len(complete) > 1 and _rank(complete[0]) == _rank(complete[1]):
+        raise WeightsError(
+            f"{weights.origin} has the backbone's tensors {len(complete)} times, under the prefixes "
+            f"{_quoted(complete)}: name one with checkpoint_prefix="
+        )
+    if complete:
+        return complete[0]
+    best = [weights.prefix] if weights.prefix is not None else [prefix for prefix, _ in found.most_common(1)]
+    missing = [name for name in needed if not best or best[0] + name not in weights.tensors]
+    raise WeightsError(
+        f"{weights.origin} lacks {len(missing)} of the backbone's {len(needed)} tensors: {shorten(missing)}; "
+        f"it holds {shorten(list(weights.tensors)) or 'none'}{_prefixes(weights, found, len(wanted))}"
+    )
+
+
+def _rank(prefix: str) -> int:
+    words = prefix.split(".")
+    if any(word in _TARGETS for word in words):
+        return 2
+    return 0 if any(word in _EVALUATED for word in words) else 1
+
+
+def _prefixes(weights: Weights, found: Counter[str], wanted: int) -> str:
+    """Names the file's prefixes for the answer to a miss: those with some of the wanted tensors, else the first parts
+    of the names."""
+    if found:
+        shown = [f"'{prefix}' ({count} of {wanted})" for prefix, count in found.most_common(_SHOWN // 2)]
+        return f"; the backbone's names begin with {', '.join(shown)} there"
+    first = Counter(name.split(".")[0] + "." for name in weights.tensors if "." in name)
+    if not first:
+        return ""
+    shown = [f"'{prefix}' ({count})" for prefix, count in first.most_common(_SHOWN)]
+    return f"; its names begin with {', '.join(shown)} (number of tensors)"
+
+
+def _dotted(prefix: str) -> str:
+    return prefix if not prefix or prefix.endswith(".") else f"{prefix}."
+
+
+def _full_prefix(tensors: Mapping[str, Tensor], prefix: str, path: Path) -> str:
+    """Completes a prefix by the keys of the mappings around it: "module." -> "state_dict.module.".
+
+    Raises:
+        WeightsError: no tensor has it.
+    """
+    full = {
+        name[: position + len(prefix)]
+        for name in tensors
+        for position in [0, *(index + 1 for index, letter in enumerate(name) if letter == ".")]
+        if name.startswith(prefix, position)
+    }
+    if not full:
+        first = Counter(name.split(".")[0] + "." for name in tensors if "." in name)
+        raise WeightsError(f"checkpoint_prefix={prefix}: no tensor in {path} has it{nearest(prefix, list(first))}")
+    return min(full, key=len)
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def _on_grid_of(backbone: nn.Module, table: Tensor, weights: Weights) -> tuple[Tensor, list[str]]:
+    """Interpolates a positional embedding [1, P + n, D] to the backbone's grid; for clips one for each time,
+    [1, T * n, D]. Returns it with a note, if there is something to say.
+
+    A file of another program does not say what grid its embedding has: a square one, if the number of patches is a
+    square, and else that of the backbone.
+    """
+    target = grid_of(backbone)
+    own = getattr(backbone, "pos_embed", None)
+    if target is None or not isinstance(own, Tensor) or own.ndim != 3 or table.ndim != 3:
+        return table, []
+    prefix = 0 if getattr(backbone, "no_embed_class", False) else int(getattr(backbone, "num_prefix_tokens", 0))
+    times = target[0] if len(target) == 3 else 1
+    source = weights.grid or _assumed_grid(table.shape[1] - prefix, times, target)
+    if source is None or math.prod(source) != table.shape[1] - prefix:
+        grids = "a square grid" if times == 1 else f"a square grid for each of {times} times"
+        raise WeightsError(
+            f"{weights.origin} has a positional embedding of {table.shape[1]} tokens, not {grids} after {prefix} others"
+        )
+    if source == target:
+        return table, []
+    if source[:-2] != target[:-2]:
+        raise WeightsError(
+            f"{weights.origin} has a positional embedding of {_by(source)} tubelets, where the backbone's clips have "
+            f"{_by(target)}: times cannot be interpolated"
+        )
+    resampled = torch.cat(
+        [
+            resample_abs_pos_embed(part, list(target[-2:]), list(source[-2:]), num_prefix_tokens=prefix)
+            for part in table.chunk(times, dim=1)
+        ],
+        dim=1,
+    )
+    note = f"positional embedding of {table.shape[1]} tokens interpolated to {resampled.shape[1]}"
+    return resampled, [f"{note} ({_by(source)} to {_by(target)})"]
+
+
+def _assumed_grid(count: int, times: int, target: tuple[int, ...]) -> tuple[int, ...] | None:
+    side = math.isqrt(max(0, count) // times)
+    if side and times * side**2 == count:
+        return (*target[:-2], side, side)
+    return target if math.prod(target) == count else None
+
+
+def _by(grid: Sequence[int]) -> str:
+    return "x".join(map(str, grid))
+
+
+def _exported_grid(folder: Path) -> tuple[int, ...] | None:
+    """The grid of patches that an export's ``config.json`` gives, in the form of timm."""
+    try:
+        content = json.loads((folder / "config.json").read_text())
+        arguments = content["model_args"]
+        size, patch = (_pair(arguments[name]) for name in ("img_size", "patch_size"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return size[0] // patch[0], size[1] // patch[1]
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _classifiers(backbone: nn.Module) -> Sequence[str]:
+    names = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +10,22 @@ from torch import Tensor, nn
 from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool
-from src.models.backbones.weights import WeightsError, read_weights, shorten
+from src.models.backbones.weights import Weights, WeightsError, load_into, shorten
 from src.models.functional import l2_normalize
 from src.models.image_text.micro_batches import check_micro_batch, in_micro_batches
 from src.models.pretrain_module import PretrainModule
 from src.models.text.text_tower import TextTower
 from src.optim import OptimizerRecipe
 
-log = logging.getLogger(__name__)
+# a start must have these
+_TOWERS = ("image_encoder.backbone.", "text_encoder.", "image_projection.", "text_projection.", "logit_scale")
 
 
 class ImageTextModule(PretrainModule):
     """An image tower and a text tower whose features are projected to the same width and L2-normalized.
+
+    Training starts (``checkpoint``) from both towers of another run with their projections and logit scale, or from an
+    image encoder alone where the weights have no text tower.
 
     A frozen tower has no gradient, stays in evaluation mode and saves no activations; its projection is trained.
 
@@ -42,6 +44,8 @@ class ImageTextModule(PretrainModule):
         SettingError: the towers have different widths and there is no projection, ``micro_batch`` is below 1, or a
             trained tower has batch norm and ``micro_batch`` is set.
     """
+
+    starts_from_towers: ClassVar[bool] = False  # True for a method that makes no sense without both towers' weights
 
     def __init__(
         self,
@@ -112,6 +116,15 @@ class ImageTextModule(PretrainModule):
     def encoders(self) -> dict[str, Encoder]:
         return {"encoder": self.image_encoder}
 
+    def load_start(self, weights: Weights) -> str:
+        if has_towers(weights):
+            return load_towers(self, weights)
+        if self.starts_from_towers:
+            raise WeightsError(
+                f"{weights.origin}: {type(self).__name__} starts from both towers of a run, and this has no text tower"
+            )
+        return super().load_start(weights)
+
     def _frozen(self) -> list[str]:
         return [name for name, frozen in self.frozen.items() if frozen]
 
@@ -144,32 +157,36 @@ def hash_texts(ids: Tensor) -> Tensor:
     return (ids * (weight ^ (weight >> 31))).sum(dim=1)
 
 
-def load_towers(module: ImageTextModule, start: str | Path | None) -> None:
-    """Loads the towers, projections and logit scale of a run into ``module``, in place. Other tensors of the run are
-    ignored.
+def has_towers(weights: Weights) -> bool:
+    """True for the weights of a run with two towers, unless one encoder of it was asked for."""
+    return not weights.one_encoder and any(name.startswith("text_encoder.") for name in weights.tensors)
 
-    Args:
-        start: a run's folder or a checkpoint; None changes nothing.
+
+def load_towers(module: ImageTextModule, weights: Weights) -> str:
+    """Loads the towers, projections and logit scale of a run into ``module``, in place, with everything else that both
+    have under the same name and in the same shape, such as a decoder. Returns one line that says what was loaded.
 
     Raises:
-        WeightsError: the file cannot be read, lacks a tensor of ``module``, or has it in another shape.
+        WeightsError: a tensor of the towers is missing, or has another shape. Nothing is loaded then.
     """
-    if start is None:
-        log.info("towers: random weights (checkpoint=null)")
-        return
-    weights = read_weights(Path(start))
-    state = module.state_dict()
-    missing = [name for name in state if name not in weights.tensors]
+    state = {name: value for name, value in module.state_dict().items() if not name.startswith("teacher.")}
+    image = "image_encoder.backbone."
+    others = {name: value for name, value in state.items() if not name.startswith(image)}
+    hint = "; with checkpoint_encoder=encoder the image tower alone is loaded"
+    missing = [name for name in state if name.startswith(_TOWERS) and name not in weights.tensors]
     if missing:
         raise WeightsError(
-            f"{weights.origin} lacks {len(missing)} of the towers' {len(state)} tensors: {shorten(missing)}"
+            f"{weights.origin} lacks {len(missing)} of the towers' {len(state)} tensors: {shorten(missing)}{hint}"
         )
     mismatched = [
         f"{name} {list(weights.tensors[name].shape)} instead of {list(value.shape)}"
-        for name, value in state.items()
-        if weights.tensors[name].shape != value.shape
+        for name, value in others.items()
+        if name in weights.tensors and weights.tensors[name].shape != value.shape
     ]
     if mismatched:
-        raise WeightsError(f"{weights.origin} has another architecture: it has {shorten(mismatched)}")
-    module.load_state_dict({name: weights.tensors[name] for name in state})
-    log.info("towers: %d tensors from %s", len(state), weights.origin)
+        raise WeightsError(f"{weights.origin} has another architecture: it has {shorten(mismatched)}{hint}")
+    line = load_into(module.image_encoder.backbone, weights._replace(prefix=image))
+    module.load_state_dict({name: weights.tensors[name] for name in others if name in weights.tensors}, strict=False)
+    new = [name for name in others if name not in weights.tensors]
+    notes = [f"not from the file: {shorten(new)}"] if new else []
+    return "; ".join([line, f"{len(others) - len(new)} tensors of the text tower and the projections", *notes])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -14,8 +13,9 @@ from src.collectives import gather
 from src.datamodules.batches.image_text import ImageTextBatch
 from src.errors import SettingError
 from src.models.backbones.image_encoder import Pool, cls_token_or_mean
+from src.models.backbones.weights import Weights
 from src.models.functional import l2_normalize
-from src.models.image_text.base import ImageTextModule, hash_texts, load_towers, modality_gap
+from src.models.image_text.base import ImageTextModule, hash_texts, modality_gap
 from src.models.image_text.micro_batches import in_micro_batches
 from src.models.losses.image_text import clip_loss
 from src.models.losses.refine import hybrid_distillation, random_feature_alignment
@@ -27,18 +27,17 @@ from src.optim import OptimizerRecipe
 
 class CLIPRefine(ImageTextModule):
     """Post-pre-training for Modality Alignment in Vision-Language Foundation Models (Yamaguchi et al., 2025).
-    Deviations: HyCD compares unit vectors with the logit scale that ``start`` had learned; the authors multiply
+    Deviations: HyCD compares unit vectors with the logit scale that the start had learned; the authors multiply
     features that are not normalized, whose norm is about 10 for OpenAI's weights (``cosine: false``).
 
     The teacher is a frozen copy of the towers as they start. It is saved in every checkpoint, so that a resumed run
-    does not need ``start``.
+    does not need the start.
 
     Args:
-        backbone, text: with the architecture of ``start``.
+        backbone, text: with the architecture of the run it starts from (``checkpoint``).
         optimizer: AdamW in the paper.
-        start: a run of this project with two towers to start from, its folder or a checkpoint; None for random weights.
-        embed_dim: width of the projected features, as in ``start``.
-        temperature: inverse of the logit scale, where there is no ``start``.
+        embed_dim: width of the projected features, as in the run it starts from.
+        temperature: inverse of the logit scale, where it starts from no run.
         alignment: weight of the random feature alignment (RaFA).
         distillation: weight of the hybrid contrastive distillation (HyCD).
         contrast: weight of CLIP's loss; 0 in the paper. Alone it is the paper's baseline, contrastive fine-tuning.
@@ -48,9 +47,10 @@ class CLIPRefine(ImageTextModule):
         micro_batch: see `ImageTextModule`.
 
     Raises:
-        WeightsError: ``start`` has another architecture.
         SettingError: an argument is out of range.
     """
+
+    starts_from_towers = True
 
     def __init__(
         self,
@@ -58,7 +58,6 @@ class CLIPRefine(ImageTextModule):
         text: TextTower,
         optimizer: OptimizerRecipe,
         *,
-        start: str | Path | None = None,
         embed_dim: int = 512,
         temperature: float = 0.01,
         alignment: float = 1.0,
@@ -84,9 +83,16 @@ class CLIPRefine(ImageTextModule):
         self.cosine = cosine
         # frozen: the losses that use it compare the student with its teacher, which learned this logit scale
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)), requires_grad=False)
-        load_towers(self, start)
+        self.teacher = teacher_of(self._towers()).eval()
+
+    def _towers(self) -> nn.ModuleDict:
         towers = ("image_encoder", "image_projection", "text_encoder", "text_projection")
-        self.teacher = teacher_of(nn.ModuleDict({name: self.get_submodule(name) for name in towers})).eval()
+        return nn.ModuleDict({name: self.get_submodule(name) for name in towers})
+
+    def load_start(self, weights: Weights) -> str:
+        line = super().load_start(weights)
+        self.teacher.load_state_dict(self._towers().state_dict())
+        return line
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

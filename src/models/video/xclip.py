@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from src.models.backbones.cross_frame_encoder import CrossFrameEncoder
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import cls_token
 from src.models.functional import at_least_float32, full_precision, l2_normalize
-from src.models.image_text.base import ImageTextModule, load_towers
+from src.models.image_text.base import ImageTextModule
 from src.models.layers.mixing import mix
 from src.models.layers.multiframe_integration import MultiframeIntegration
 from src.models.layers.video_prompts import VideoPrompts
@@ -49,9 +48,8 @@ class XCLIP(ImageTextModule):
         text: the text tower.
         optimizer: AdamW with betas (0.9, 0.98) in the paper.
         frames: number of frames in a clip.
-        start: a run of this project with two towers to start from, its folder or a checkpoint; None for random weights.
-        embed_dim: width of the compared features, as in ``start``.
-        temperature: initial temperature, where there is no ``start``.
+        embed_dim: width of the compared features, as in the CLIP run it starts from (``checkpoint``).
+        temperature: initial temperature, where it starts from no run.
         template: prompt of a class, with one ``{}`` for its name; the authors use the name alone. None for the data's
             own.
         freeze_text: keeps the text tower, its projection and the logit scale as they are; each name is encoded once.
@@ -65,11 +63,11 @@ class XCLIP(ImageTextModule):
         seed: of the mixing.
 
     Raises:
-        WeightsError: ``start`` has another architecture.
         SettingError: the backbone has no class token, or a number is out of range; when training starts, the data does
             not name its classes; in a step, clips have another number of frames.
     """
 
+    starts_from_towers = True
     image_encoder: CrossFrameEncoder
     class_text: Tensor  # int64 [K, L], token ids of the names of the training classes
     class_mask: Tensor  # bool [K, L], False for padding
@@ -82,7 +80,6 @@ class XCLIP(ImageTextModule):
         optimizer: OptimizerRecipe,
         *,
         frames: int = 8,
-        start: str | Path | None = None,
         embed_dim: int = 512,
         temperature: float = 0.07,
         template: str | None = "{}",
@@ -109,8 +106,7 @@ class XCLIP(ImageTextModule):
         if template is not None and template.count("{}") != 1:
             raise SettingError(f"model.template must have one {{}} for the name of the class, got '{template}'")
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
-        load_towers(self, start)
-        # everything below is new: `start` does not have it
+        # everything below is new: the start does not have it
         heads = heads or max(1, embed_dim // 64)
         self.image_encoder = CrossFrameEncoder(backbone, cross_frame_attention=cross_frame_attention)
         block: Any = backbone.blocks[0]

@@ -1,7 +1,13 @@
 import argparse
+import collections
 import copy
+import fractions
+import functools
+import io
 import logging
+import pathlib
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -9,6 +15,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
+from src.models.backbones.video_vit import TubeletEmbed, video_vit
 from src.models.backbones.weights import WeightsError, load_backbone
 
 
@@ -17,6 +24,12 @@ def vit(size: int = 32, **kwargs):
         "vit_tiny_patch16_224",
         **{"img_size": size, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0} | kwargs,
     )
+
+
+def small_video_vit(size: int = 16, frames: int = 4):
+    options = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 0, "class_token": False}
+    embed = functools.partial(TubeletEmbed, frames=frames)
+    return video_vit("vit_tiny_patch16_224", img_size=size, embed_layer=embed, global_pool="avg", **options)
 
 
 @pytest.fixture
@@ -156,16 +169,20 @@ def test_positions_that_are_no_square_grid_are_refused(source, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cannot be read as weights"),
-        (b"not weights at all", "is damaged|cannot be read"),
-        (argparse.Namespace(lr=1), "or holds other objects than tensors and plain values"),
+        (b"", "cannot be read as a checkpoint: it is empty"),
+        (b"not weights at all", "cannot be read as a checkpoint: it was not written by torch.save"),
+        (argparse.Namespace(lr=1), "holds Namespace, not named weights"),
+        (
+            {"lr": fractions.Fraction(1, 3), "log": logging.Formatter()},
+            r"objects other than tensors and plain values \(fractions.Fraction, logging.Formatter",
+        ),
         ([1, 2], "holds list, not named weights"),
     ],
 )
 def test_files_that_hold_no_plain_weights_are_refused_by_name(tmp_path, content, message):
     path = tmp_path / "bad.pth"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(WeightsError, match=rf"bad.pth .*({message})"):
+    with pytest.raises(WeightsError, match=rf"bad.pth (.*: it holds )?{message}"):
         load_backbone(vit(), path)
 
 
@@ -175,3 +192,120 @@ def test_a_broken_safetensors_file_and_a_missing_one(tmp_path):
         load_backbone(vit(), tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match=r"no weights at .*absent.ckpt"):
         load_backbone(vit(), tmp_path / "absent.ckpt")
+
+
+def saved_by_others(source, path, prefixes, **more) -> str:
+    """A file of another program, with the backbone under each of the prefixes, plus its position."""
+    state = {f"{p}{k}": v + n for n, p in enumerate(prefixes) for k, v in source.state_dict().items()}
+    torch.save({"state_dict": state | {"queue": torch.zeros(3)}, **more}, path)
+    return str(path)
+
+
+def test_settings_and_numbers_of_numpy_beside_the_weights_do_no_harm(source, tmp_path):
+    more = {
+        "args": argparse.Namespace(lr=0.1, out=pathlib.PosixPath("/runs"), betas=[0.9]),
+        "best": np.float64(71.5),
+        "history": np.arange(3, dtype=np.int32),
+        "seen": collections.defaultdict(list, a=[1]),
+    }
+    path = saved_by_others(source, tmp_path / "w.pth", ["module.encoder."], **more)
+    assert_loaded(load_backbone(vit(), path), source)
+    # written by NumPy 1, in torch's older format
+    pickled = io.BytesIO()
+    torch.save({"model": source.state_dict(), "best": np.float64(1.5)}, pickled, _use_new_zipfile_serialization=False)
+    old = pickled.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    (tmp_path / "old.pth").write_bytes(old)
+    assert_loaded(load_backbone(vit(), tmp_path / "old.pth"), source)
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "meant"),
+    [
+        (["module.momentum_encoder.", "module.base_encoder."], 1),  # MoCo v3
+        (["module.encoder_q.", "module.encoder_k."], 0),  # MoCo
+        (["student.backbone.", "teacher.backbone."], 1),  # DINO
+        (["online_network.encoder.", "target_network.encoder."], 0),  # BYOL
+        (["a.", "b."], None),
+    ],
+)
+def test_the_prefix_is_found_or_asked_for(source, tmp_path, prefixes, meant):
+    path = saved_by_others(source, tmp_path / "w.pth", prefixes)
+    if meant is None:
+        with pytest.raises(WeightsError, match=r"2 times, .* 'state_dict.a.', 'state_dict.b.': .*checkpoint_prefix="):
+            load_backbone(vit(), path)
+    else:
+        assert torch.equal(load_backbone(vit(), path).cls_token, source.cls_token + meant)
+    for number, prefix in enumerate(prefixes):
+        for spelled in (prefix, prefix.rstrip("."), f"state_dict.{prefix}"):
+            loaded = load_backbone(vit(), path, prefix=spelled)
+            assert torch.equal(loaded.cls_token, source.cls_token + number)
+
+
+def test_a_miss_names_the_prefixes_that_the_file_has(source, tmp_path):
+    path = saved_by_others(source, tmp_path / "w.pth", ["net.trunk."])
+    with pytest.raises(WeightsError, match=r"lacks 12 of .*begin with 'state_dict.net.trunk.' \(30 of 42\)"):
+        load_backbone(vit(depth=3), path)
+    with pytest.raises(WeightsError, match=r"checkpoint_prefix=trunc.: no tensor in .* has it"):
+        load_backbone(vit(), path, prefix="trunc")
+    with pytest.raises(WeightsError, match=r"its names begin with 'state_dict.' \(31\)"):
+        load_backbone(timm.create_model("resnet10t", num_classes=0), path)
+    with pytest.raises(WeightsError, match=r"checkpoint_encoder=student: .* is no checkpoint of a run"):
+        load_backbone(vit(), path, encoder="student")
+
+
+def test_biases_of_queries_and_values_alone_and_projections_of_tubelets(tmp_path):
+    """The authors' files of VideoMAE: no bias of keys, no positional embedding, a convolution called proj."""
+    source = small_video_vit()
+    state = {}
+    for name, value in source.state_dict().items():
+        if name.endswith("qkv.bias"):
+            q, k, v = torch.nn.init.normal_(value).chunk(3)
+            k.zero_()
+            state |= {name.replace("qkv.bias", "q_bias"): q, name.replace("qkv.bias", "v_bias"): v}
+        elif name != "pos_embed":
+            state[name.replace("projection", "proj")] = value
+    torch.save({"model": {f"encoder.{name}": value for name, value in state.items()}}, tmp_path / "w.pth")
+    assert_loaded(load_backbone(small_video_vit(), tmp_path / "w.pth"), source)
+
+
+def test_counters_of_batch_norms_may_be_missing(tmp_path):
+    source = timm.create_model("resnet10t", num_classes=0)
+    torch.nn.init.normal_(source.bn1.running_mean)
+    state = {name: value for name, value in source.state_dict().items() if "num_batches" not in name}
+    torch.save(state, tmp_path / "w.pth")
+    assert_loaded(load_backbone(timm.create_model("resnet10t", num_classes=0), tmp_path / "w.pth"), source)
+
+
+def test_a_table_of_equal_length_for_another_grid_is_interpolated(tmp_path):
+    """4 x 9, 6 x 6 and 9 x 4 patches are as many."""
+    ramp = vit(size=(32, 72))
+    ramp.pos_embed.data[:, 1:] = torch.arange(4.0).repeat_interleave(9)[None, :, None]  # each row has its number
+    lightning(ramp, tmp_path / "run.ckpt", {"encoder": "backbone."})
+    content = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    torch.save(content | {"grids": {"encoder": [4, 9]}}, tmp_path / "noted.ckpt")
+
+    def rows_of(model):
+        return model.pos_embed[0, 1:, 0].unflatten(0, model.patch_embed.grid_size)
+
+    assert torch.equal(load_backbone(vit(size=(32, 72)), tmp_path / "noted.ckpt").pos_embed, ramp.pos_embed)
+    tall = rows_of(load_backbone(vit(size=(72, 32)), tmp_path / "noted.ckpt"))
+    torch.testing.assert_close(tall, tall[:, :1].expand(-1, 4))  # still constant along a row
+    assert (tall[1:, 0] > tall[:-1, 0]).all()  # and rising with the row
+    # nothing is noted, as in other programs' files: a square is assumed where the number is one
+    square = vit(size=48)
+    square.pos_embed.data[:, 1:] = torch.arange(6.0).repeat_interleave(6)[None, :, None]
+    torch.save(square.state_dict(), tmp_path / "square.pth")
+    tall = rows_of(load_backbone(vit(size=(72, 32)), tmp_path / "square.pth"))
+    torch.testing.assert_close(tall, tall[:, :1].expand(-1, 4))
+    expected = resample_abs_pos_embed(square.pos_embed, [9, 4], [6, 6], num_prefix_tokens=1)[0, 1:, 0]
+    assert torch.equal(tall.flatten(), expected)
+
+
+def test_clips_of_another_number_of_times_are_refused(tmp_path):
+    """16 times of 2 x 2 tubelets are as many as 4 of 4 x 4."""
+    source = small_video_vit(size=16, frames=8)
+    state = {f"backbone.{name}": value for name, value in source.state_dict().items()}
+    content = {"state_dict": state, "encoders": {"encoder": "backbone."}, "grids": {"encoder": [4, 2, 2]}}
+    torch.save(content, tmp_path / "w.ckpt")
+    with pytest.raises(WeightsError, match="4x2x2 tubelets, where the backbone's clips have 1x4x4: times cannot be"):
+        load_backbone(small_video_vit(size=32, frames=2), tmp_path / "w.ckpt")

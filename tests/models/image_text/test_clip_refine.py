@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from src import configuration
+from src.models.backbones.weights import read_weights
 from src.models.image_text.clip import CLIP
 from src.models.image_text.clip_refine import CLIPRefine
 from src.models.losses.refine import hybrid_distillation, random_feature_alignment
@@ -168,7 +169,8 @@ def saved(module: CLIP, path) -> str:
 def test_it_starts_from_a_run_and_the_teacher_keeps_its_weights(tmp_path):
     start = clip()
     start.logit_scale.data.fill_(3.0)
-    method = refine(start=saved(start, tmp_path / "last.ckpt"))
+    method = refine()
+    method.load_start(read_weights(saved(start, tmp_path / "last.ckpt")))
     assert method.logit_scale.item() == 3.0
     optimizer = method.configure_optimizers()
     for _ in range(2):
@@ -192,9 +194,9 @@ def test_it_starts_from_a_run_and_the_teacher_keeps_its_weights(tmp_path):
 def test_a_start_of_another_architecture_and_bad_arguments_raise(tmp_path):
     path = saved(clip(), tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match=r"lacks 12 of the towers' \d+ tensors: image_encoder.backbone.blocks.1"):
-        refine(start=path, backbone={"depth": 2})
+        refine(backbone={"depth": 2}).load_start(read_weights(path))
     with pytest.raises(ValueError, match=r"it has image_projection.weight \[8, 16\] instead of \[4"):
-        refine(start=path, embed_dim=4)
+        refine(embed_dim=4).load_start(read_weights(path))
     for arguments, message in (
         ({"alpha": 1.5}, "model.alpha must be at least 0"),
         ({"alignment": 0.0, "distillation": 0.0}, "one above 0"),
@@ -208,7 +210,7 @@ def test_the_recipe_composes():
     words = ["experiment=clip_refine_vitb32", "run.dir=/tmp/run", "checkpoint=/gone"]
     paper = compose([*words, "scale=paper"])
     assert (paper.optimizer.lr, paper.optimizer.weight_decay, paper.data.batch_size) == (1e-6, 0.1, 512)
-    assert paper.data.tokenizer_from == paper.model.start == "/gone"
+    assert paper.data.tokenizer_from == "/gone"
     tiny = compose([*words, "scale=tiny"])
     assert isinstance(configuration.instantiate(without_source(tiny).model), CLIPRefine)
     # same towers as CLIP at this scale, so that its runs can be refined

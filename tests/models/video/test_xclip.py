@@ -20,7 +20,7 @@ from src.datamodules.views.video import CenterVideoCrop, DenseClip
 from src.errors import SettingError
 from src.export.hf_two_towers import vision_weights
 from src.models.backbones.cross_frame_encoder import CrossFrameEncoder
-from src.models.backbones.weights import WeightsError
+from src.models.backbones.weights import WeightsError, read_weights
 from src.models.layers.video_prompts import VideoPrompts
 from src.models.text.text_tower import CLIPTextTower
 from src.models.video.xclip import XCLIP
@@ -306,12 +306,13 @@ def test_towers_are_loaded_from_a_run(tmp_path: Path) -> None:
     )
     text = CLIPTextTower(vocabulary=20, length=6, width=16, depth=2, heads=2)
     recipe = OptimizerRecipe(partial(adamw), lr=1e-3)
-    loaded = XCLIP(vit, text, recipe, frames=FRAMES, embed_dim=8, heads=1, start=file, temperature=0.5)
+    loaded = XCLIP(vit, text, recipe, frames=FRAMES, embed_dim=8, heads=1, temperature=0.5)
+    loaded.load_start(read_weights(file))
     state = loaded.state_dict()
     for name, value in run.state_dict().items():
         assert torch.equal(state[name], value), name
     with pytest.raises(WeightsError, match="has another architecture"):
-        XCLIP(vit, text, recipe, frames=FRAMES, embed_dim=4, heads=1, start=file)
+        XCLIP(vit, text, recipe, frames=FRAMES, embed_dim=4, heads=1).load_start(read_weights(file))
 
 
 def test_bad_arguments_raise() -> None:
