@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from src.checkpoint_io import CheckpointError, best_or_last, read_foreign
 from src.errors import UserError, nearest
+from src.models.backbones.positions import interpolated_positions
 
 log = logging.getLogger(__name__)
 
@@ -327,13 +327,9 @@ def _on_grid_of(backbone: nn.Module, table: Tensor, weights: Weights) -> tuple[T
             f"{weights.origin} has a positional embedding of {_by(source)} tubelets, where the backbone's clips have "
             f"{_by(target)}: times cannot be interpolated"
         )
-    resampled = torch.cat(
-        [
-            resample_abs_pos_embed(part, list(target[-2:]), list(source[-2:]), num_prefix_tokens=prefix)
-            for part in table.chunk(times, dim=1)
-        ],
-        dim=1,
-    )
+    old, new = (source[-2], source[-1]), (target[-2], target[-1])
+    patches = [interpolated_positions(part, old, new) for part in table[:, prefix:].chunk(times, dim=1)]
+    resampled = torch.cat([table[:, :prefix], *patches], dim=1)
     note = f"positional embedding of {table.shape[1]} tokens interpolated to {resampled.shape[1]}"
     return resampled, [f"{note} ({_by(source)} to {_by(target)})"]
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from src.errors import SettingError
-from src.models.backbones.positions import accept_any_image_size
+from src.models.backbones.positions import accept_any_image_size, interpolated_positions
 
 
 class WindowedViT(nn.Module):
@@ -21,7 +21,8 @@ class WindowedViT(nn.Module):
     ``global_blocks`` blocks, the last of as many equal parts of the depth. Deviations: no relative positional
     embeddings.
 
-    The weights are the ViT's, under the same names; positional embeddings are interpolated to the image's size.
+    The weights are the ViT's, under the same names. The positional embedding keeps the ViT's own size, and every
+    forward pass interpolates it to the image's, bicubic without antialiasing.
 
     Args:
         backbone: a timm ViT, changed in place: it takes images of any size, and parameters that the map does not depend
@@ -35,7 +36,11 @@ class WindowedViT(nn.Module):
 
     def __init__(self, backbone: nn.Module, *, window: int | None = 14, global_blocks: int = 4) -> None:
         super().__init__()
-        if not isinstance(backbone, VisionTransformer) or not hasattr(backbone.blocks[0], "attn"):
+        if (
+            not isinstance(backbone, VisionTransformer)
+            or backbone.pos_embed is None
+            or not hasattr(backbone.blocks[0], "attn")
+        ):
             raise SettingError(
                 f"backbone: model.pyramid=SimplePyramid needs a plain timm ViT, not a {type(backbone).__name__}; for a "
                 "ConvNet use model.pyramid=ConvPyramid"
@@ -61,9 +66,12 @@ class WindowedViT(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """image: [B, 3, H, W] of whole patches -> [B, D, H / patch, W / patch]."""
         vit = self.backbone
-        rows, columns = grid = vit.patch_embed.dynamic_feat_size(image.shape[-2:])
-        tokens = vit._pos_embed(vit.patch_embed(image))[:, vit.num_prefix_tokens :]
-        tokens = vit.norm_pre(tokens)
+        patches = vit.patch_embed(image)
+        rows, columns = grid = (patches.shape[1], patches.shape[2])
+        of_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        table = vit.get_parameter("pos_embed")[:, of_prefix:]
+        positions = interpolated_positions(table, vit.patch_embed.grid_size, grid)
+        tokens = vit.norm_pre(vit.pos_drop(patches.flatten(1, 2) + positions))
         for number, block in enumerate(vit.blocks):
             window = None if number in self.global_blocks else self.window
             if vit.grad_checkpointing and tokens.requires_grad:

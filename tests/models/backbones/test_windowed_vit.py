@@ -99,8 +99,24 @@ def test_positions_are_interpolated_to_the_picture():
     assert found.shape == (2, 24, 4, 8)
     columns = found[0, 0, 0]
     assert (columns.diff() > 0).all()
-    torch.testing.assert_close(columns.flip(0), 3 - columns)  # symmetric, as antialiased interpolation is
+    torch.testing.assert_close(columns.flip(0), 3 - columns)  # symmetric
+    # half-way between two columns Keys' kernel with a = -0.75 weighs (at +-0.25, +-0.75, 1.25) by hand: column 2 of 8
+    # lies at 0.75 of 4, whose neighbors 0, 0, 1, 2 weigh as follows
+    near = lambda x: 1.25 * x**3 - 2.25 * x**2 + 1  # noqa: E731
+    far = lambda x: -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)  # noqa: E731
+    weights = [far(1.75), near(0.75), near(0.25), far(1.25)]
+    assert sum(weights) == pytest.approx(1.0)
+    assert columns[2].item() == pytest.approx(weights[2] * 1 + weights[3] * 2, rel=1e-5)
     torch.testing.assert_close(found, found[:, :1, :1].expand_as(found))
+
+
+def test_the_positions_that_are_learned_are_the_vits_own():
+    model = WindowedViT(vit(), window=2, global_blocks=1)
+    model(picture(64, 48)).square().sum().backward()
+    assert model.backbone.pos_embed.shape == (1, 1 + 16, 24)
+    gradient = model.backbone.pos_embed.grad
+    assert (gradient[0, 1:].abs().sum(dim=1) > 0).all()
+    assert gradient[0, 0].abs().sum() == 0  # the class token's
 
 
 def test_recomputed_activations_are_in_the_same_windows():
