@@ -16,7 +16,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from src.errors import SettingError
@@ -35,8 +35,8 @@ _NAMES = {
 
 class MaskRCNNOnMaps(nn.Module):
     """The part of torchvision's Mask R-CNN (He et al., 2017) after the backbone: region proposals, then boxes and masks
-    of the regions. As in torchvision, unlike in Detectron2, boxes have a smooth L1 loss, and RoIAlign is not shifted by
-    half a position.
+    of the regions. Regions are proposed and pooled as in Detectron2. As in torchvision, unlike in Detectron2, boxes
+    have a smooth L1 loss, and the targets of masks are shares of pixels.
 
     torchvision's model also resizes and normalizes images; here the DataModule does, and boxes are in pixels of its
     images. Scores, box coordinates and regression targets stay in float32 under autocast: bfloat16 rounds a coordinate
@@ -53,7 +53,8 @@ class MaskRCNNOnMaps(nn.Module):
         masks: predict masks; False for Faster R-CNN.
         width: channels of the heads' convolutions.
         hidden: width of the box head's layers.
-        proposals: number of regions kept in training and in evaluation, per map and in all.
+        candidates: number of regions of each map that enter non-maximum suppression, in training and in evaluation.
+        proposals: number of regions of an image that are kept after it, in training and in evaluation.
         regions: number of regions per image in the loss of boxes and masks.
         anchors: number of anchors per image in the loss of proposals.
         detections: largest number of objects detected in an image.
@@ -74,7 +75,8 @@ class MaskRCNNOnMaps(nn.Module):
         masks: bool = True,
         width: int = 256,
         hidden: int = 1024,
-        proposals: tuple[int, int] = (2000, 1000),
+        candidates: tuple[int, int] = (2000, 1000),
+        proposals: tuple[int, int] = (1000, 1000),
         regions: int = 512,
         anchors: int = 256,
         detections: int = 100,
@@ -100,18 +102,18 @@ class MaskRCNNOnMaps(nn.Module):
             neck,
             rpn_anchor_generator=AnchorGenerator(sizes, (_RATIOS,) * len(sizes)),
             rpn_head=RPNHead(channels, len(_RATIOS), conv_depth=2 if conv_heads else 1),
-            rpn_pre_nms_top_n_train=proposals[0],
+            rpn_pre_nms_top_n_train=candidates[0],
             rpn_post_nms_top_n_train=proposals[0],
-            rpn_pre_nms_top_n_test=proposals[1],
+            rpn_pre_nms_top_n_test=candidates[1],
             rpn_post_nms_top_n_test=proposals[1],
             rpn_batch_size_per_image=anchors,
-            box_roi_pool=_regions_of(strides, _BOX_SIDE),
+            box_roi_pool=RegionPool(strides, _BOX_SIDE),
             box_head=box_head,
             box_predictor=FastRCNNPredictor(hidden, 1 + num_classes),
             box_batch_size_per_image=regions,
             box_detections_per_img=detections,
             box_score_thresh=min_score,
-            mask_roi_pool=_regions_of(strides, _MASK_SIDE),
+            mask_roi_pool=RegionPool(strides, _MASK_SIDE),
             mask_head=MaskRCNNHeads(channels, (width,) * 4, 1, norm),
             mask_predictor=MaskRCNNPredictor(width, width, 1 + num_classes),
         )
@@ -164,13 +166,35 @@ class MaskRCNNOnMaps(nn.Module):
         return ImageList(finest.new_empty(()).expand(len(finest), 3, rows, columns), sizes)
 
 
-def _regions_of(strides: Sequence[int], side: int) -> MultiScaleRoIAlign:
-    """RoIAlign to ``side`` x ``side`` positions, from the map that fits a region's size."""
-    pool = MultiScaleRoIAlign([str(level) for level in range(len(strides))], output_size=side, sampling_ratio=2)
-    # otherwise it infers the strides from the first batch, wrongly if all its images are smaller than the padded size
-    pool.scales = [1 / stride for stride in strides]
-    pool.map_levels = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
-    return pool
+class RegionPool(MultiScaleRoIAlign):
+    """RoIAlign (He et al., 2017) from the map that fits a region's size, as in Detectron2: the center of a map's first
+    position lies at 0.5 (torchvision's `MultiScaleRoIAlign` puts it at 0), and a region is sampled once for each
+    position of the map that it covers.
+
+    Args:
+        strides: of the maps "0", "1", ….
+        side: rows and columns of the result.
+    """
+
+    def __init__(self, strides: Sequence[int], side: int) -> None:
+        super().__init__([str(level) for level in range(len(strides))], output_size=side, sampling_ratio=0)
+        # torchvision infers them from the first batch, wrongly if all its images are smaller than the padded size
+        self.scales = [1 / stride for stride in strides]
+        self.map_levels = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """Maps by name and the boxes [N, 4] of each image -> [sum of N, channels, side, side]."""
+        maps = [x[name] for name in self.featmap_names]
+        regions = torch.cat(boxes)
+        image = torch.cat([torch.full_like(part[:, :1], number) for number, part in enumerate(boxes)])
+        levels = self.map_levels(boxes)
+        pooled = maps[0].new_zeros(len(regions), maps[0].shape[1], *self.output_size)
+        for level, (feature_map, scale) in enumerate(zip(maps, self.scales or [], strict=True)):
+            (here,) = torch.where(levels == level)
+            rois = torch.cat([image, regions], dim=1)[here]
+            part = roi_align(feature_map, rois, self.output_size, scale, self.sampling_ratio, aligned=True)
+            pooled = pooled.index_put((here,), part.to(pooled.dtype))
+        return pooled
 
 
 def _in_float32(_: nn.Module, __: Any, output: Any) -> Any:

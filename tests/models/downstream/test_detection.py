@@ -26,6 +26,7 @@ HEADS = partial(
     anchor_sizes=(8, 16, 24, 40, 64),
     width=32,
     hidden=64,
+    candidates=(64, 32),
     proposals=(64, 32),
     regions=24,
     anchors=48,

@@ -15,7 +15,8 @@ STRIDES = (4, 8)
 
 def heads(**kwargs) -> MaskRCNNOnMaps:
     torch.manual_seed(0)
-    small = {"anchor_sizes": (8, 16, 32), "width": 8, "hidden": 16, "proposals": (20, 20), "regions": 8, "anchors": 16}
+    small = {"anchor_sizes": (8, 16, 32), "width": 8, "hidden": 16, "candidates": (20, 20), "proposals": (20, 20)}
+    small |= {"regions": 8, "anchors": 16}
     return MaskRCNNOnMaps(8, STRIDES, 3, **small | kwargs)
 
 
@@ -42,7 +43,7 @@ def test_the_heads_of_vitdet_and_those_of_torchvision():
     assert not heads(masks=False).roi_heads.has_mask()
 
 
-def test_without_numbers_of_its_own_it_is_torchvisions_mask_rcnn():
+def test_without_numbers_of_its_own_it_is_torchvisions_mask_rcnn_with_the_proposals_of_detectron2():
     from torchvision.models.detection import maskrcnn_resnet50_fpn
 
     with torch.device("meta"):
@@ -52,7 +53,8 @@ def test_without_numbers_of_its_own_it_is_torchvisions_mask_rcnn():
         mine, other = getattr(ours, part), getattr(theirs, part)
         assert {n: p.shape for n, p in mine.named_parameters()} == {n: p.shape for n, p in other.named_parameters()}
     assert ours.rpn.anchor_generator.sizes == theirs.rpn.anchor_generator.sizes
-    assert ours.rpn._post_nms_top_n == theirs.rpn._post_nms_top_n
+    assert ours.rpn._pre_nms_top_n == theirs.rpn._pre_nms_top_n == {"training": 2000, "testing": 1000}
+    assert ours.rpn._post_nms_top_n == {"training": 1000, "testing": 1000}
     assert ours.roi_heads.score_thresh == theirs.roi_heads.score_thresh
 
 
@@ -61,8 +63,31 @@ def test_regions_are_cut_where_they_lie_though_pictures_are_smaller_than_the_can
     columns = torch.arange(16.0).expand(1, 1, 16, 16)  # stride 4: position k of the map reads k
     pool = model.roi_heads.box_roi_pool
     cut = pool({"0": columns, "1": columns[..., ::2, ::2]}, [torch.tensor([[8.0, 8.0, 22.0, 22.0]])], [(24, 24)])
-    # seven parts of two pixels, half a position, each: their middles lie at 8 / 4 + 0.25 + 0.5 k
-    torch.testing.assert_close(cut[0, 0], (2.25 + 0.5 * torch.arange(7.0)).expand(7, 7))
+    # seven parts of two pixels, half a position, each: their middles lie at 8 / 4 + 0.25 + 0.5 k, and position 2 is
+    # what is read at 2.5
+    torch.testing.assert_close(cut[0, 0], (1.75 + 0.5 * torch.arange(7.0)).expand(7, 7))
+
+
+def test_a_region_is_sampled_at_every_position_it_covers():
+    """A region of 21 positions has three in each of its seven parts, of whose squares two samples miss the mean."""
+    squares = torch.arange(24.0).pow(2).expand(2, 1, 24, 24)
+    pool = heads().roi_heads.box_roi_pool
+    box = torch.tensor([[0.0, 0.0, 84.0, 84.0]])
+    cut = pool({"0": squares, "1": squares[..., ::2, ::2]}, [box[:0], box], [(96, 96)] * 2)
+    expected = torch.arange(21.0).pow(2).view(7, 3).mean(dim=1)
+    torch.testing.assert_close(cut[0, 0], expected.expand(7, 7))
+
+
+def test_a_region_is_cut_from_the_map_of_its_size_and_its_own_image():
+    model = MaskRCNNOnMaps(1, (4, 8, 16, 32), 1, anchor_sizes=(8,) * 5, width=8, hidden=8)
+    pool = model.roi_heads.box_roi_pool
+    maps = {str(n): torch.full((2, 1, 128 >> n, 128 >> n), float(n)) for n in range(4)}
+    maps = {name: value + torch.tensor([0.0, 10.0]).view(2, 1, 1, 1) for name, value in maps.items()}
+    sides = torch.tensor([100.0, 112.0, 224.0, 448.0, 500.0])  # 224 pixels belong to stride 16
+    boxes = torch.stack([torch.zeros(5), torch.zeros(5), sides, sides], dim=1)
+    cut = pool(maps, [boxes[:3], boxes[3:]], [(512, 512)] * 2)
+    assert cut.shape == (5, 1, 7, 7)
+    assert cut[:, 0, 3, 3].tolist() == [0, 1, 2, 13, 13]
 
 
 def test_nothing_is_found_in_the_filling():
@@ -79,7 +104,7 @@ def test_nothing_is_found_in_the_filling():
 
 def test_half_precision_does_not_move_boxes():
     """In bfloat16 there is no 1009 or 1025: what is proposed stays on the anchors' grid all the same."""
-    model = heads(anchor_sizes=(10, 18, 34), proposals=(1000, 1000)).eval()
+    model = heads(anchor_sizes=(10, 18, 34), candidates=(1000, 1000), proposals=(1000, 1000)).eval()
     nn.init.zeros_(model.rpn.head.bbox_pred.weight)
     large = {"0": torch.randn(1, 8, 8, 280), "1": torch.randn(1, 8, 4, 140), "pool": torch.randn(1, 8, 2, 70)}
     with torch.autocast("cpu", torch.bfloat16):
