@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import lightning as L
 from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
@@ -45,7 +45,7 @@ class PretrainModule(L.LightningModule, ABC):
             weights, such as a norm that belongs to the head.
     """
 
-    new_parameters: ClassVar[Sequence[str]] = ()
+    new_parameters: Sequence[str] = ()
 
     def __init__(self, optimizer: OptimizerRecipe | Mapping[str, OptimizerRecipe]) -> None:
         super().__init__()

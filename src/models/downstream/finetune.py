@@ -129,7 +129,7 @@ class FineTune(Classifier):
         return self.optimizer_recipe.build(self, extra_rules=rules)
 
 
-def layer_rules(backbone: nn.Module, decay: float, prefix: str = "") -> list[Rule]:
+def layer_rules(backbone: nn.Module, decay: float, prefix: str = "", *, decay_tokens: bool = False) -> list[Rule]:
     """Optimizer rules that multiply the learning rate by ``decay`` from each layer to the one below. Layers are those
     of timm's ``group_matcher``: in a ViT, class token, positional embedding and patch embedding are layer 0, the blocks
     follow, and all later parameters are one layer with factor 1.
@@ -140,12 +140,13 @@ def layer_rules(backbone: nn.Module, decay: float, prefix: str = "") -> list[Rul
         backbone: a timm model.
         decay: factor from a layer to the one below.
         prefix: of the backbone's parameter names in the module that is optimized.
+        decay_tokens: weight decay for parameters in ``no_weight_decay`` too, as mmsegmentation has it.
     """
     layer_of = group_with_matcher(backbone.named_parameters(), backbone.group_matcher(), reverse=True)  # type: ignore[operator]
     layers: dict[int, list[str]] = defaultdict(list)
     for name, layer in layer_of.items():
         layers[layer].append(name)
-    undecayed = set(getattr(backbone, "no_weight_decay", set)())
+    undecayed = set() if decay_tokens else set(getattr(backbone, "no_weight_decay", set)())
     patterns = [_exactly(layers[layer], prefix) for layer in sorted(layers)]
     rules = []
     for layer, rule in zip(sorted(layers), layer_decay_rules(patterns, decay), strict=True):
@@ -157,10 +158,10 @@ def layer_rules(backbone: nn.Module, decay: float, prefix: str = "") -> list[Rul
     return rules
 
 
-def layer_rules_below(backbone: nn.Module, decay: float, prefix: str = "") -> list[Rule]:
+def layer_rules_below(backbone: nn.Module, decay: float, prefix: str = "", *, decay_tokens: bool = False) -> list[Rule]:
     """`layer_rules` for a backbone below a separate head: the head has factor 1, and the last trainable layer of the
     backbone has factor ``decay``."""
-    rules = layer_rules(backbone, decay, prefix=prefix)
+    rules = layer_rules(backbone, decay, prefix=prefix, decay_tokens=decay_tokens)
     trainable = [
         (prefix + name, parameter) for name, parameter in backbone.named_parameters() if parameter.requires_grad
     ]

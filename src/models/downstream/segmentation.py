@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
@@ -46,6 +47,9 @@ class Segmenter(ClassHeadModule):
         blocks, norm, frozen: see `FeatureMaps`.
         layer_decay: factor of the learning rate from the head to the last layer of the backbone, and from each of its
             layers to the one below; 1 for none.
+        decay_tokens: weight decay for class token and positional embedding too, as in mmsegmentation.
+        new_layer_scale: the backbone's LayerScale begins anew where training starts from weights; mmsegmentation adds
+            it to MAE's encoder, which has none.
         crop: side of the training crops and of the sliding window, pixels.
         stride: stride of the sliding window as a share of its side.
         num_classes: number of classes; None for the number of classes in the data's masks.
@@ -67,6 +71,8 @@ class Segmenter(ClassHeadModule):
         norm: bool = False,
         frozen: bool = False,
         layer_decay: float = 1.0,
+        decay_tokens: bool = False,
+        new_layer_scale: bool = False,
         crop: int = 512,
         stride: float = 2 / 3,
         num_classes: int | None = None,
@@ -78,7 +84,11 @@ class Segmenter(ClassHeadModule):
                 f"{layer_decay}, {stride} and {crop}"
             )
         self.features = FeatureMaps(backbone, count=maps, blocks=blocks, norm=norm, frozen=frozen)
-        self.layer_decay = layer_decay
+        self.layer_decay, self.decay_tokens = layer_decay, decay_tokens
+        scales = [name for name, module in backbone.named_modules() if isinstance(module, LayerScale)]
+        if new_layer_scale and not scales:
+            raise SettingError("model.new_layer_scale: the backbone has no LayerScale; set backbone.init_values too")
+        self.new_parameters = [f"{name}." for name in scales] if new_layer_scale else []
         self.crop, self.stride = crop, max(1, int(crop * stride))
         self.auxiliary_weight = auxiliary_weight
         self.metrics = nn.ModuleDict()
@@ -142,7 +152,9 @@ class Segmenter(ClassHeadModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         if self.layer_decay == 1 or self.features.frozen:
             return super().configure_optimizers()
-        rules = layer_rules_below(self.features.backbone, self.layer_decay, prefix="features.backbone.")
+        rules = layer_rules_below(
+            self.features.backbone, self.layer_decay, prefix="features.backbone.", decay_tokens=self.decay_tokens
+        )
         return self.optimizer_recipe.build(self, extra_rules=rules)
 
 

@@ -186,6 +186,27 @@ class TestTraining:
         assert rates["features.backbone.blocks.3.attn.qkv.weight"] == 0.5
         assert rates["features.backbone.blocks.0.attn.qkv.weight"] == 0.0625
         assert rates["features.backbone.pos_embed"] == 0.03125
+        decay = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["names"]}
+        assert decay["features.backbone.pos_embed"] == decay["features.backbone.cls_token"] == 0
+
+    def test_as_in_mmsegmentation_tokens_are_decayed_at_their_layers_rate_and_scales_of_blocks_are_new(self) -> None:
+        module = upernet(vit(init_values=1.0), layer_decay=0.5, decay_tokens=True, new_layer_scale=True)
+        groups = module.configure_optimizers().param_groups
+        of_name = {name: (group["lr_multiplier"], group["weight_decay"]) for group in groups for name in group["names"]}
+        for token in ("pos_embed", "cls_token"):
+            assert of_name[f"features.backbone.{token}"] == (0.03125, 0.05)
+        assert of_name["features.backbone.blocks.3.ls1.gamma"] == (0.5, 0.0)
+        assert of_name["features.backbone.blocks.3.norm1.bias"] == (0.5, 0.0)
+        # the weights of an encoder without such scales
+        backbone = module.features.backbone
+        assert set(vit().state_dict()) == {
+            n for n in backbone.state_dict() if not n.startswith(tuple(module.new_parameters))
+        }
+        assert backbone.blocks[0].ls2.gamma.tolist() == [1.0] * 24
+        with pytest.raises(
+            SettingError, match=r"new_layer_scale: the backbone has no LayerScale; set backbone\.init_values"
+        ):
+            upernet(vit(), new_layer_scale=True)
 
     @pytest.mark.parametrize(
         ("make", "backbone", "steps"),
