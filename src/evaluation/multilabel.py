@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multilabel_average_precision
@@ -65,12 +66,12 @@ def mean_average_precision(scores: Tensor, tags: Tensor) -> float:
     occurring = tags.any(dim=0)
     if not occurring.any():
         return 0.0
-    # torchmetrics takes probabilities, of which float32 has few near 1
-    probabilities = scores[:, occurring].cpu().double().sigmoid()
+    # torchmetrics takes probabilities; a sigmoid would make all large logits one number, in float64 from 37 on
+    ranks = rankdata(scores[:, occurring].cpu().double().numpy(), method="dense", axis=0)
     precisions = multilabel_average_precision(
-        probabilities,
+        torch.from_numpy(ranks / (len(ranks) + 1.0)),
         tags[:, occurring].cpu().long(),
-        num_labels=probabilities.shape[1],
+        num_labels=ranks.shape[1],
         average="none",
         validate_args=False,
     )

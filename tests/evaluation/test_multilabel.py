@@ -38,6 +38,15 @@ def test_average_precision_by_hand() -> None:
     assert mean_average_precision(scores, torch.zeros_like(tags)) == 0
 
 
+def test_large_scores_are_ranked_and_equal_ones_are_tied() -> None:
+    """A sigmoid of 40 and of 41 is 1 in float64. By hand: the wrong ones first, so 1/3 and 2/4; all in one tie: 2/4."""
+    scores = torch.tensor([[43.0], [42.0], [41.0], [40.0]])
+    tags = torch.tensor([[0], [0], [1], [1]], dtype=torch.bool)
+    assert mean_average_precision(scores, tags) == pytest.approx((1 / 3 + 2 / 4) / 2)
+    assert mean_average_precision(scores - 1000, tags) == pytest.approx((1 / 3 + 2 / 4) / 2)
+    assert mean_average_precision(torch.full((4, 1), 40.0), tags) == pytest.approx(2 / 4)
+
+
 def test_each_class_has_the_minimizer_it_would_have_alone() -> None:
     bank = tagged(60, 0)
     tags = bank.tags.float()  # type: ignore[union-attr]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
@@ -37,7 +38,13 @@ class AveragePrecision(MeanAveragePrecision):
 
     def __init__(self, *, masks: bool = True) -> None:
         require_pycocotools()
-        super().__init__(iou_type=("bbox", "segm") if masks else ("bbox",), backend="pycocotools")
+        super().__init__(
+            iou_type=("bbox", "segm") if masks else ("bbox",),
+            # torchmetrics' defaults have passed through float32, so that an overlap of exactly 0.6 misses "0.6"
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0.0, 1.0, 101).tolist(),
+            backend="pycocotools",
+        )
         self.warn_on_many_detections = False
 
     def scores(self) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from src.datamodules.batches.base import labels_of, mean_of_samples, optional_labels
@@ -45,6 +46,8 @@ class Classifier(ClassHeadModule):
         if not self.metrics:
             for name, k in (("top1", 1), ("top5", min(5, num_classes))):
                 self.metrics[name] = MulticlassAccuracy(num_classes, top_k=k, average="micro", validate_args=False)
+            # Lightning's mean over processes rounds their numbers of samples
+            self.metrics["loss"] = MeanMetric()
 
     def validation_step(self, batch: ImageBatch | VideoBatch, batch_idx: int) -> None:
         labels = optional_labels(batch)
@@ -57,10 +60,10 @@ class Classifier(ClassHeadModule):
         if len(first) < len(label):
             logits = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
             label = label[first]
+        losses = F.cross_entropy(logits, label, reduction="none")
         for name, metric in self.metrics.items():
-            metric.update(logits, label)  # type: ignore[operator]
+            metric.update(losses) if name == "loss" else metric.update(logits, label)  # type: ignore[operator]
             self.log(f"eval/{name}", metric, batch_size=len(label))  # type: ignore[arg-type]
-        self.log("eval/loss", F.cross_entropy(logits, label), batch_size=len(label), sync_dist=True)
 
     def labels_of(self, batch: ImageBatch | VideoBatch) -> Tensor:
         """The labels of a batch.

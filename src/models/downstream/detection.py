@@ -101,7 +101,7 @@ class Detection(ClassHeadModule):
         ]  # 0: background
         losses = self.heads.losses(self.pyramid(image), sizes, targets)
         dropped = torch.stack([(~_has_area(boxes)).sum() for boxes in batch["boxes"]]).sum().float()
-        self.log("health/dropped_boxes", dropped, reduce_fx="sum", on_step=False, on_epoch=True)
+        self.log("health/dropped_boxes", dropped, reduce_fx="sum", on_step=False, on_epoch=True, sync_dist=True)
         logs = {name: value.detach() for name, value in losses.items()}
         return {"loss": torch.stack(list(losses.values())).sum(), "logs": logs}
 

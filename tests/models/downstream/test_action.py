@@ -117,7 +117,7 @@ def test_probabilities_of_several_clips_of_a_video_are_averaged(monkeypatch: pyt
     assert module.metrics["top1"].compute() == 1.0
     share = logits.softmax(dim=1)
     expected = -(share[:3, 1].mean().log() + share[3, 2].log()) / 2
-    torch.testing.assert_close(logged["eval/loss"], expected)
+    torch.testing.assert_close(logged["eval/loss"].compute(), expected)  # type: ignore[operator]
 
 
 def test_linear_probing_trains_the_head_alone() -> None:
@@ -137,7 +137,7 @@ def test_positional_embeddings_of_larger_clips_are_interpolated_at_each_time(tmp
     table, source = larger.pos_embed.unflatten(1, (2, 4, 4)), sinusoids(24, 8).unflatten(1, (2, 2, 2))
     for time in range(2):
         expected = torch.nn.functional.interpolate(
-            source[:, time].permute(0, 3, 1, 2), size=(4, 4), mode="bicubic", antialias=True, align_corners=False
+            source[:, time].permute(0, 3, 1, 2), size=(4, 4), mode="bicubic", antialias=False, align_corners=False
         )
         torch.testing.assert_close(table[:, time].permute(0, 3, 1, 2), expected)
     with pytest.raises(WeightsError, match="8 tokens, not a square grid for each of 4 times"):

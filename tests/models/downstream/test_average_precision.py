@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from src.errors import SettingError
 from src.models.downstream import average_precision
@@ -45,6 +48,50 @@ def test_an_overlap_of_two_thirds_counts_at_the_thresholds_below():
     # 20 x 20 and shifted by 4: 16 * 20 / (2 * 400 - 320) = 2 / 3, above the thresholds 0.50, 0.55, 0.60 and 0.65
     scores = scores_of([objects((6, 2, 26, 22), labels=[0], scores=[0.9])], [objects(A, labels=[0])])
     assert scores == {f"{kind}_{name}": value for kind in ("box", "mask") for name, value in by_hand.items()}
+
+
+def by_pycocotools(predictions: list[dict], targets: list[dict]) -> dict[str, float]:
+    """pycocotools itself on COCO's annotations, with its own parameters."""
+    annotations, detections = [], []
+    for number, (predicted, true) in enumerate(zip(predictions, targets, strict=True), start=1):
+        for kept, fields in ((annotations, true), (detections, predicted)):
+            for row, (x0, y0, x1, y1) in enumerate(fields["boxes"].double().tolist()):
+                box = [x0, y0, x1 - x0, y1 - y0]
+                common = {"image_id": number, "category_id": int(fields["labels"][row]), "bbox": box, "iscrowd": 0}
+                extra = {"score": float(fields["scores"][row])} if "scores" in fields else {}
+                kept.append({**common, **extra, "id": len(kept) + 1, "area": box[2] * box[3]})
+    truth, found = COCO(), COCO()
+    images = [{"id": number} for number in range(1, len(targets) + 1)]
+    categories = [{"id": label} for label in sorted({each["category_id"] for each in annotations})]
+    for coco, rows in ((truth, annotations), (found, detections)):
+        coco.dataset = {"images": images, "categories": categories, "annotations": rows}
+        coco.createIndex()
+    evaluation = COCOeval(truth, found, "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return dict(zip(("box_ap", "box_ap50", "box_ap75"), evaluation.stats[:3].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ap_is_pycocotools_where_overlaps_and_recalls_tie_with_thresholds(seed, capsys):
+    """Boxes of width 20 that cover 60, 70, 80 and 90 % of an object, and numbers of objects that divide 100."""
+    random = np.random.default_rng(seed)
+    predictions, targets = [], []
+    for _ in range(10):
+        widths = random.choice([11, 12, 13, 14, 15, 16, 17, 18, 19, 20], size=2)
+        true = [(0, 0, 20, 20), (0, 20, 20, 40)]
+        found = [(0, 0, int(widths[0]), 20), (0, 20, int(widths[1]), 40)]
+        targets.append(objects(*true, labels=[0, 1]))
+        predictions.append(objects(*found, labels=[0, 1], scores=random.random(2).tolist()))
+    metric = AveragePrecision(masks=False)
+    metric.update(predictions, targets)
+    expected = by_pycocotools(predictions, targets)
+    assert {name: value.item() for name, value in metric.scores().items()} == pytest.approx(expected, abs=1e-7)
+    # one overlap a threshold, by hand: with a width of 12 the overlap 12 / 20 counts at 0.50, 0.55 and 0.60
+    assert scores_of([objects((0, 0, 12, 20), labels=[0], scores=[0.9])], [objects((0, 0, 20, 20), labels=[0])])[
+        "box_ap"
+    ] == pytest.approx(0.3)
 
 
 def test_masks_are_scored_separately_from_boxes():

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from src.models.pretrain_module import PretrainModule
 from src.sync_batchnorm import SyncBatchNormPlugin
 from tests.distributed import in_two_processes
-from tests.models.downstream import test_depth, test_normals, test_segmentation
+from tests.evaluation.toy import SIZE
+from tests.models.downstream import test_depth, test_linear, test_normals, test_segmentation
 from tests.models.downstream.toy import resnet, vit
 from tests.models.joint_embedding.toy import gradients, part_of
 
@@ -55,3 +56,32 @@ def test_two_processes_have_the_gradient_of_one(name: str, parts: list[Mapping[s
     for parameter, gradient in whole.items():
         mean = (parts[0][name][parameter] + parts[1][name][parameter]) / 2
         assert torch.allclose(mean, gradient, rtol=0, atol=1e-8), parameter
+
+
+def validated(process: int | None) -> dict[str, Tensor]:
+    """Validates five samples: three in the first process, two in the second."""
+    module = test_linear.protocol().eval()
+    module.build(3)
+    module.log = lambda *_args, **_kwargs: None  # type: ignore[method-assign,assignment]
+    batch = {
+        "image": torch.randn(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)),
+        "label": torch.tensor([0, 1, 2, 2, 0]),
+        "index": torch.arange(5),
+        "replaced": torch.zeros(5, dtype=torch.bool),
+    }
+    with torch.no_grad():
+        module.head.weight.mul_(1000.0)  # losses that differ from sample to sample
+        part = slice(None) if process is None else (slice(0, 3), slice(3, 5))[process]
+        module.validation_step({name: value[part] for name, value in batch.items()}, 0)  # type: ignore[arg-type]
+        if process is None:
+            losses = nn.functional.cross_entropy(module(batch["image"]), batch["label"], reduction="none")
+            assert (losses[:3].mean() - losses[3:].mean()).abs() > 0.1
+            torch.testing.assert_close(module.metrics["loss"].compute(), losses.mean())  # type: ignore[operator]
+    return {name: metric.compute() for name, metric in module.metrics.items()}  # type: ignore[operator]
+
+
+def test_two_processes_with_different_numbers_of_samples_have_the_validation_of_one() -> None:
+    whole = validated(None)
+    for part in in_two_processes(validated):
+        for name, value in whole.items():
+            torch.testing.assert_close(part[name], value)
