@@ -27,8 +27,9 @@ class DepthEstimator(DensePrediction):
     without cropping, and predictions are resized to the ground truth.
 
     Deviations: trained on metric depth from the start, with `silog` (the paper first trains on ten datasets, with a
-    loss that ignores scale and shift); the output is a sigmoid scaled to ``nearest`` and ``farthest``, the paper's a
-    ReLU.
+    loss that ignores scale and shift); the loss is a mean over images, where BTS pools the pixels of a batch, so that
+    several processes have the gradient of one; the output is a sigmoid scaled to ``nearest`` and ``farthest``, the
+    paper's a ReLU.
 
     Args:
         backbone, optimizer: see `DensePrediction`.

@@ -28,7 +28,10 @@ class SurfaceNormals(DensePrediction):
     Validated over all known pixels of a split: ``eval/normals_mean``, the mean angular error in degrees, and
     ``eval/within_11``, ``_22`` and ``_30``, the shares of pixels with an error below 11.25, 22.5 and 30 degrees.
 
-    Deviations: trained on all pixels; the paper samples uncertain ones and refines them with a small network.
+    Deviations: trained on all pixels; the paper samples uncertain ones and refines them with a small network. The loss
+    is a mean over images, where the authors pool the pixels of a batch, so that several processes have the gradient of
+    one. It counts pixels within 2.6 degrees of the truth (a dot product of 0.999) or of its opposite, which the authors
+    leave out, because the gradient of their arc cosine has no limit there; `angles` has one.
 
     Args:
         backbone, optimizer, options: see `DensePrediction`.
