@@ -164,7 +164,7 @@ class DataModule(L.LightningDataModule):
         if len(mean) != channels or len(std) != channels or min(std) <= 0:
             raise SettingError(
                 f"data.channels={channels}: data.mean and data.std need as many numbers, std above 0; got {list(mean)} "
-                f"and {list(std)}" + (", where data.mean=[0.449] data.std=[0.226] are ImageNet's" if channels == 1 else "")
+                f"and {list(std)}" + (", ImageNet has data.mean=[0.449] data.std=[0.226]" if channels == 1 else "")
             )
         for limit_name, limit in (("train_samples", train_samples), ("eval_samples", eval_samples)):
             if limit is not None and (not isinstance(limit, int) or limit < 1):
@@ -293,8 +293,9 @@ class DataModule(L.LightningDataModule):
                 "data.extras: without texts no tokenizer can be learned; name extras: Captions for captions of images, "
                 "ClassNames for a method that compares with the names of classes, or name a tokenizer in data.tokenizer"
             )
-        return self.tokenizer_settings.load(
-            lambda: [] if extras is None else extras.vocabulary_texts(self.train_source)
+        settings = self.tokenizer_settings
+        return settings.load(
+            lambda: [] if extras is None else extras.vocabulary_texts(self.train_source, settings.samples)
         )
 
     def prepare_data(self) -> None:
