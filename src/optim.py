@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from timm.optim.lamb import Lamb
 from timm.optim.lars import Lars
-from torch import nn
+from torch import Tensor, nn
 
 from src.errors import SettingError
 
@@ -155,26 +155,90 @@ def sgd(groups: Sequence[dict[str, Any]], *, lr: float, momentum: float = 0.9) -
     return torch.optim.SGD(groups, lr=lr, momentum=momentum)
 
 
+class LARS(torch.optim.Optimizer):
+    """LARS (You et al., 2017) as in the code of SimCLR, BYOL, Barlow Twins, VICReg and MoCo v3.
+
+    The update of a tensor w with more than one axis is u = g + weight_decay * w, scaled by the trust ratio
+    trust_coefficient * |w| / |u|, or unscaled where a norm is 0. Biases and norms take plain steps of SGD. The sum of
+    updates (momentum) is then multiplied by the learning rate.
+
+    timm's Lars differs: it divides by |g| + weight_decay * |w|, which is more than |u| unless g and w are parallel, and
+    does not scale where g is 0, such as in residual branches that start at zero. It is apex's LARC (`larc`).
+
+    Args:
+        groups: of parameters, with ``lr`` and ``weight_decay``.
+        lr: learning rate of groups that have none.
+        momentum: factor of the sum of earlier updates.
+        trust_coefficient: eta in the paper.
+        classic_momentum: multiply each update by the learning rate of its own step, as in SimCLR's code, instead of
+            their sum by that of the current step. They differ while the rate changes.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+        classic_momentum: bool = False,
+    ) -> None:
+        defaults = {"lr": lr, "weight_decay": 0.0, "momentum": momentum, "trust_coefficient": trust_coefficient}
+        super().__init__(groups, {**defaults, "classic_momentum": classic_momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            rate_of_update, rate_of_sum = (group["lr"], 1.0) if group["classic_momentum"] else (1.0, group["lr"])
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                update = weight.grad.add(weight, alpha=group["weight_decay"])
+                if weight.ndim > 1:
+                    update *= trust_ratio(weight, update, group["trust_coefficient"])
+                state = self.state[weight]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                momentum = state["momentum_buffer"]
+                momentum.mul_(group["momentum"]).add_(update, alpha=rate_of_update)
+                weight.sub_(momentum, alpha=rate_of_sum)
+        return loss
+
+
+def trust_ratio(weight: Tensor, update: Tensor, coefficient: float) -> Tensor:
+    """LARS's coefficient * |weight| / |update|, or 1 where either norm is 0: scalar."""
+    weight_norm, update_norm = torch.linalg.vector_norm(weight), torch.linalg.vector_norm(update)
+    ratio = coefficient * weight_norm / update_norm
+    return torch.where((weight_norm > 0) & (update_norm > 0), ratio, torch.ones_like(ratio))
+
+
 def lars(
-    groups: Sequence[dict[str, Any]], *, lr: float, momentum: float = 0.9, trust_coefficient: float = 0.001
-) -> Lars:
-    """LARS: SGD with momentum where the gradient of each tensor with more than one axis is scaled by
-    trust_coefficient * |weight| / |gradient|; biases and norms take plain SGD steps. An algorithm for
-    `OptimizerRecipe`: ``partial(lars, …)``."""
-    split = []
-    for group in groups:
-        for adapted in (True, False):
-            positions = [position for position, p in enumerate(group["params"]) if (p.ndim > 1) == adapted]
-            if positions:
-                parts = {key: [group[key][position] for position in positions] for key in ("params", "names")}
-                split.append({**group, **parts, "always_adapt": adapted})
-    return Lars(split, lr=lr, momentum=momentum, trust_coeff=trust_coefficient)
+    groups: Sequence[dict[str, Any]],
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    trust_coefficient: float = 0.001,
+    classic_momentum: bool = False,
+) -> LARS:
+    """`LARS`, an algorithm for `OptimizerRecipe`: ``partial(lars, …)``."""
+    return LARS(
+        [{**group} for group in groups],
+        lr,
+        momentum=momentum,
+        trust_coefficient=trust_coefficient,
+        classic_momentum=classic_momentum,
+    )
 
 
 def larc(
     groups: Sequence[dict[str, Any]], *, lr: float, momentum: float = 0.9, trust_coefficient: float = 0.001
 ) -> Lars:
-    """`lars` that also scales the gradients of biases and norms, as in SwAV (apex's LARC without clipping)."""
+    """SwAV's LARC (apex's, without clipping): SGD with momentum where the gradient of every tensor, biases and norms
+    included, is scaled by trust_coefficient * |weight| / (|gradient| + weight_decay * |weight|)."""
     return Lars(
         [{**group} for group in groups], lr=lr, momentum=momentum, trust_coeff=trust_coefficient, always_adapt=True
     )

@@ -76,6 +76,10 @@ class Horizon:
         """Returns the first step of the epoch that ``step`` belongs to."""
         return math.floor(step / self.steps_per_epoch + 1e-9) * self.steps_per_epoch
 
+    def steps_held(self, per_epoch: bool) -> float:
+        """Returns the steps for which a value stays the same: an epoch's where it changes ``per_epoch``, else 1."""
+        return self.steps_per_epoch if per_epoch else 1.0
+
     def warmup_steps(self, duration: int | float | str) -> float:
         """Converts a warm-up to optimizer steps, at most ``max_warmup`` of the run. Durations in percent
         scale with the run and are not capped.
@@ -165,16 +169,19 @@ class LinearWarmup:
 
     Args:
         per_epoch: the value changes once an epoch: all its steps have that of the first.
+        inclusive: the warm-up's last step, or epoch, has ``end`` already, as in numpy's ``linspace`` (DINO).
     """
 
     start: float
     end: float
     warmup: int | float | str
     per_epoch: bool = False
+    inclusive: bool = False
 
     def value(self, step: int, horizon: Horizon) -> float:
         now = horizon.epoch_start(step) if self.per_epoch else step
-        return self.start + (self.end - self.start) * _progress(now, 0.0, horizon.warmup_steps(self.warmup))
+        last = horizon.steps_held(self.per_epoch) if self.inclusive else 0
+        return self.start + (self.end - self.start) * _progress(now, 0.0, horizon.warmup_steps(self.warmup) - last)
 
 
 @dataclass(frozen=True)
@@ -198,6 +205,7 @@ class _Warmup(ABC):
 
     Args:
         per_epoch: the value changes once an epoch, as in MoCo's code: all its steps have that of the first.
+        inclusive: the warm-up's last step, or epoch, has ``peak`` already, as in numpy's ``linspace`` (DINO, SwAV).
     """
 
     peak: float
@@ -205,11 +213,13 @@ class _Warmup(ABC):
     start: float = 0.0
     end: float = 0.0
     per_epoch: bool = False
+    inclusive: bool = False
 
     def value(self, step: int, horizon: Horizon) -> float:
         warmup, now = horizon.warmup_steps(self.warmup), horizon.epoch_start(step) if self.per_epoch else step
         if now < warmup:
-            return self.start + (self.peak - self.start) * now / warmup
+            last = horizon.steps_held(self.per_epoch) if self.inclusive else 0
+            return self.start + (self.peak - self.start) * _progress(now, 0.0, warmup - last)
         return self.after(_progress(now, warmup, horizon.total_steps))
 
     @abstractmethod

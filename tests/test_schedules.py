@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
@@ -78,6 +79,28 @@ def test_a_cosine_over_the_whole_run_is_timms():
     assert schedule.value(200, RUN) == pytest.approx(0.02 + 1.98 * 0.5 * (1 + math.cos(0.2 * math.pi)))  # not the peak
     assert value_for(schedule, 10, 1000, RUN) == schedule.value(1000, RUN) == pytest.approx(0.02)
     assert value_for(WarmupCosine(peak=2.0), 10, 500, RUN) == pytest.approx(10.0)
+
+
+def test_a_value_per_epoch_is_that_of_the_epoch_s_first_step():
+    """MoCo's rate: peak / 2 * (1 + cos(pi * epoch / epochs)), in 20 epochs of 50 steps."""
+    schedule = WarmupCosine(peak=0.03, per_epoch=True)
+    for epoch in range(20):
+        rate = 0.015 * (1 + math.cos(math.pi * epoch / 20))
+        assert [schedule.value(50 * epoch + step, RUN) for step in (0, 1, 49)] == pytest.approx([rate] * 3)
+    odd = Horizon(total_steps=21, steps_per_epoch=21 / 9, batch_size=1)  # an epoch's last step is also the next's first
+    assert [odd.epoch_start(step) for step in (0, 2, 3, 7)] == pytest.approx([0, 0, 21 / 9, 7])
+
+
+def test_an_inclusive_warmup_is_numpy_s_linspace():
+    """DINO's and SwAV's rates step by step, and DINO's temperature epoch by epoch."""
+    schedule = WarmupCosine(peak=2.0, warmup="2 epochs", start=0.5, inclusive=True)
+    steps = np.linspace(0.5, 2.0, 100)
+    assert [schedule.value(step, RUN) for step in range(100)] == pytest.approx(steps.tolist(), rel=1e-12)
+    assert schedule.value(100, RUN) == 2.0
+    warm = LinearWarmup(0.04, 0.07, "3 epochs", per_epoch=True, inclusive=True)
+    assert [warm.value(step, RUN) for step in (0, 49, 50, 99, 100, 149, 150)] == pytest.approx(
+        [0.04, 0.04, 0.055, 0.055, 0.07, 0.07, 0.07]
+    )
 
 
 def test_warmup_linear_at_hand_worked_points():

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from itertools import chain
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 def full_precision(loss: Callable[P, R]) -> Callable[P, R]:
     """Decorator that runs ``loss`` in float32 or float64 under any precision of a run: outside of autocast, with
-    half-precision arguments cast to float32.
+    half-precision arguments cast to float32. For modules, whose weights are in half precision too, there is
+    `in_full_precision`.
 
     A cast alone is not enough, because autocast casts the operands of a product back to half precision. A temperature
     of 0.05 amplifies the rounding errors of a similarity 20 times.
@@ -32,9 +37,31 @@ def full_precision(loss: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def in_full_precision(module: nn.Module, x: Tensor) -> Tensor:
+    """Returns ``module(x)`` computed in float32 or float64 under any precision of a run: outside of autocast, with a
+    half-precision input, and weights that are stored in half precision (``bf16-true``), cast to float32 for the call.
+    Gradients reach the stored weights, and changed buffers (a batch norm's statistics) are stored again."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = at_least_float32(x)
+        stored = {
+            name: value
+            for name, value in chain(module.named_parameters(), module.named_buffers())
+            if value.dtype in _HALF
+        }
+        if not stored:
+            return module(x)
+        wide = {name: value.float() for name, value in stored.items()}
+        result = functional_call(module, wide, (x,))
+    with torch.no_grad():
+        for name, buffer in module.named_buffers():
+            if name in wide:
+                buffer.copy_(wide[name])
+    return result
+
+
 def at_least_float32(value: Tensor) -> Tensor:
     """Casts half-precision tensors to float32 and leaves others as they are."""
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    return value.float() if value.dtype in _HALF else value
 
 
 def _widen(value: object) -> object:

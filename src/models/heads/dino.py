@@ -7,7 +7,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from src.models.functional import full_precision
+from src.models.functional import in_full_precision, l2_normalize
 
 
 class DINOHead(nn.Module):
@@ -46,10 +46,9 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, train_gain=train_gain)
 
-    @full_precision
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_dim] -> [..., K], in float32 at least: a temperature of 0.04 amplifies rounding errors."""
-        return self.last_layer(normalize(self.mlp(x), dim=-1))
+        return in_full_precision(self.last_layer, l2_normalize(in_full_precision(self.mlp, x)))
 
 
 class WeightNormLinear(nn.Module):

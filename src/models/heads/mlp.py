@@ -16,13 +16,13 @@ class MlpHead(nn.Module):
     The heads of the papers, on features of width ``d`` (``plain = partial(nn.BatchNorm1d, affine=False)``):
 
     ==================  =======================================================================================
-    SimCLR              ``MlpHead((d, d, 128), last_bias=False, last_norm=nn.BatchNorm1d)``
+    SimCLR              ``MlpHead((d, d, 128), last_bias=False, last_norm=batch_norm_without_shift)``
     MoCo v2, MoCHi      ``MlpHead((d, d, 128), hidden_norm=None)``
     MoCo v3 projector   ``MlpHead((d, 4096, 4096, 256), last_bias=False, last_norm=plain)``; ResNet: one 4096 less
     MoCo v3 predictor   ``MlpHead((256, 4096, 256), last_bias=False, last_norm=plain)``; ResNet: no last norm
     SimSiam projector   ``MlpHead((d, d, d, 2048), last_bias=False, last_norm=plain)``
     SimSiam predictor   ``MlpHead((2048, 512, 2048))``
-    BYOL, both          ``MlpHead((d, 4096, 256), hidden_bias=True)``
+    BYOL, both          ``MlpHead((d, 4096, 256), hidden_bias=True, last_bias=False)``
     Barlow Twins        ``MlpHead((d, 8192, 8192, 8192), last_bias=False)``, its norm on z being ``plain(8192)``
     VICReg              ``MlpHead((d, 8192, 8192, 8192), hidden_bias=True, last_bias=False)``
     SwAV                ``MlpHead((d, d, 128), hidden_bias=True)``
@@ -69,3 +69,13 @@ class MlpHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, dims[0]] -> [B, dims[-1]]."""
         return self.layers(x)
+
+
+def batch_norm_without_shift(dim: int) -> nn.BatchNorm1d:
+    """A batch norm with a learned scale, whose shift stays 0 (SimCLR's output, ``center=False`` in the authors' code).
+
+    The shift is a frozen parameter rather than None, which torch's synchronized batch norm does not take.
+    """
+    norm = nn.BatchNorm1d(dim)
+    norm.bias.requires_grad_(False)
+    return norm

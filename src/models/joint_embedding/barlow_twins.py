@@ -9,7 +9,7 @@ from src.datamodules.batches.image import MultiViewBatch
 from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
-from src.models.functional import feature_std, full_precision
+from src.models.functional import feature_std, in_full_precision
 from src.models.heads.mlp import MlpHead
 from src.models.joint_embedding.base import JointEmbedding, forward_views_separately, two_views
 from src.models.losses.redundancy import barlow_twins, cross_correlation, off_diagonal
@@ -61,7 +61,7 @@ class BarlowTwins(JointEmbedding):
         views = two_views(batch)
         h = forward_views_separately(lambda x: self.encoder(x).embedding, views)
         z = forward_views_separately(self.projector, h)
-        z1, z2 = forward_views_separately(full_precision(self.norm), z).unbind(dim=1)
+        z1, z2 = forward_views_separately(lambda x: in_full_precision(self.norm, x), z).unbind(dim=1)
         correlation = all_reduce(cross_correlation(z1, z2, len(z1) * world_size()))
         loss = barlow_twins(correlation, self.off_diagonal_weight)
         logs = {

@@ -17,7 +17,9 @@ from src.optim import OptimizerRecipe
 
 
 class BYOL(JointEmbedding):
-    """Bootstrap Your Own Latent (Grill et al., 2020). Deviations: none.
+    """Bootstrap Your Own Latent (Grill et al., 2020).
+
+    Deviations: the teacher starts as a copy of the student; the authors draw it anew and saw no difference.
 
     Student and teacher (the paper's online and target network) encode both views, each in a forward pass of its own.
     The teacher is the momentum encoder with its projector; it moves after every update, and its batch norms keep their
@@ -47,10 +49,10 @@ class BYOL(JointEmbedding):
     ) -> None:
         super().__init__(optimizer)
         encoder = ImageEncoder(backbone, pool)
-        projector = MlpHead((encoder.dim, hidden_dim, projection_dim), hidden_bias=True)
+        projector = MlpHead((encoder.dim, hidden_dim, projection_dim), hidden_bias=True, last_bias=False)
         self.student = nn.ModuleDict({"encoder": encoder, "projector": projector})
         self.teacher = teacher_of(self.student)
-        self.predictor = MlpHead((projection_dim, hidden_dim, projection_dim), hidden_bias=True)
+        self.predictor = MlpHead((projection_dim, hidden_dim, projection_dim), hidden_bias=True, last_bias=False)
         self.teacher_momentum = teacher_momentum
 
     def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:

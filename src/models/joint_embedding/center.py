@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from src.collectives import reduce_sum
 from src.errors import SettingError
+from src.models.functional import at_least_float32
 
 
 class Center(nn.Module):
@@ -45,7 +46,7 @@ class Center(nn.Module):
     @torch.no_grad()
     def observe(self, logits: Tensor) -> None:
         """Adds scores [..., dim] to the next mean; all leading axes count as samples."""
-        rows = logits.detach().to(self.value.dtype).flatten(0, -2)
+        rows = at_least_float32(logits.detach()).flatten(0, -2)
         self._sum = rows.sum(dim=0) if self._sum is None else self._sum + rows.sum(dim=0)
         self._count += len(rows)
 
@@ -56,5 +57,6 @@ class Center(nn.Module):
         if self._sum is None:
             return
         mean = reduce_sum(self._sum) / reduce_sum(self._sum.new_full((), self._count))
-        self.value.lerp_(mean, 1 - self.momentum)
+        value = at_least_float32(self.value)
+        self.value.copy_(value.lerp(mean.to(value.dtype), 1 - self.momentum))
         self._sum, self._count = None, 0

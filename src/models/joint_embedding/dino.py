@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,7 +42,8 @@ class DINO(JointEmbedding):
     recipe's callbacks clip the gradient of each parameter on its own and freeze the prototypes for the first epoch.
 
     Args:
-        backbone: any timm model without a head; a ViT interpolates its positional embeddings for local crops.
+        backbone: any timm model without a head; a ViT interpolates its positional embeddings for local crops, and its
+            class token starts with a standard deviation of 0.02, as the authors'.
         optimizer: AdamW in the paper, with a weight decay that rises along a cosine.
         prototypes: K, number of prototypes.
         hidden_dim, bottleneck_dim: widths of the projection head.
@@ -77,7 +78,8 @@ class DINO(JointEmbedding):
                 f"model.student_temperature={student_temperature} and model.teacher_temperature={teacher_temperature} "
                 "must be above 0"
             )
-        encoder = ImageEncoder(accept_any_image_size(backbone), pool)
+        start_class_token(backbone)
+        encoder = ImageEncoder(accept_any_image_size(backbone, as_dino=True), pool)
         head = DINOHead(
             encoder.dim, prototypes, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim, train_gain=train_gain
         )
@@ -154,6 +156,15 @@ def global_views(batch: MultiViewBatch) -> Tensor:
             f"train_view.views, but the batch has {batch['views'].shape[1]}"
         )
     return batch["views"]
+
+
+@torch.no_grad()
+def start_class_token(backbone: nn.Module, std: float = 0.02) -> None:
+    """Draws a ViT's class token from a truncated normal distribution, as the authors do. timm draws it with a standard
+    deviation of 1e-6; a larger one was loaded, and stays."""
+    token: Any = getattr(backbone, "cls_token", None)
+    if token is not None and token.abs().max() < 1e-4:
+        trunc_normal_(token, std=std)
 
 
 def disable_drop_path(module: M) -> M:

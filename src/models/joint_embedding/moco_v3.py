@@ -116,4 +116,4 @@ def initialize_vit(vit: VisionTransformer, *, frozen_patches: bool) -> None:
     nn.init.zeros_(patch_embed.bias)
     patch_embed.requires_grad_(not frozen_patches)
     nn.init.normal_(vit.get_parameter("cls_token"), std=1e-6)
-    vit.pos_embed = fixed_positions(vit.embed_dim, vit.patch_embed.grid_size)
+    vit.pos_embed = fixed_positions(vit.embed_dim, vit.patch_embed.grid_size, rows_first=True)

@@ -12,7 +12,7 @@ from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.functional import l2_normalize
-from src.models.heads.mlp import MlpHead
+from src.models.heads.mlp import MlpHead, batch_norm_without_shift
 from src.models.joint_embedding.base import JointEmbedding, forward_views_jointly, two_views
 from src.models.losses.contrastive import nt_xent
 from src.models.pretrain_module import StepOutput
@@ -29,8 +29,9 @@ class ContrastiveLoss(Protocol):
 class SimCLR(JointEmbedding):
     """A Simple Framework for Contrastive Learning of Visual Representations (Chen et al., 2020). Deviations: none.
 
-    The projector is the paper's, of two layers, with a batch norm on its output as in the released code. The loss `dcl`
-    makes it Decoupled Contrastive Learning (Yeh et al., 2021), `dclw` its weighted form.
+    The projector is the paper's, of two layers. As in the authors' code a batch norm without shift follows it, its
+    linear layers start from N(0, 0.01), and the loss is the sum over the two views. The loss `dcl` makes it Decoupled
+    Contrastive Learning (Yeh et al., 2021), `dclw` its weighted form.
 
     Args:
         backbone: any timm model without a head.
@@ -64,8 +65,11 @@ class SimCLR(JointEmbedding):
         self.encoder = ImageEncoder(backbone, pool)
         width = self.encoder.dim
         self.projector = MlpHead(
-            (width, hidden_dim or width, projection_dim), last_bias=False, last_norm=nn.BatchNorm1d
+            (width, hidden_dim or width, projection_dim), last_bias=False, last_norm=batch_norm_without_shift
         )
+        for layer in self.projector.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.01)
 
     def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:
         views = two_views(batch)

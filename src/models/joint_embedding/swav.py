@@ -12,7 +12,7 @@ from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.backbones.positions import accept_any_image_size
-from src.models.functional import feature_std, full_precision, l2_normalize
+from src.models.functional import feature_std, in_full_precision, l2_normalize
 from src.models.heads.mlp import MlpHead
 from src.models.joint_embedding.base import JointEmbedding, forward_views_jointly
 from src.models.joint_embedding.queue import FeatureQueue
@@ -123,7 +123,7 @@ class SwAV(JointEmbedding):
 
     def scores(self, z: Tensor) -> Tensor:
         """Cosines with the prototypes, in float32 at least: [..., D] -> [..., K]."""
-        return full_precision(self.prototypes)(z)
+        return in_full_precision(self.prototypes, z)
 
     @torch.no_grad()
     def assign(self, scores: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 The losses differ in which keys are positives, which keys enter the denominator, and how positives are weighted.
 `contrastive_loss` is the equation they share. Vectors are of unit length. Queries are this process's rows, keys are
-those of all processes (``keys, offset = gather(z)`` in the method). Each loss is the mean over this process's queries,
+those of all processes (``keys, offset = gather(z)`` in the method). Each loss is the mean over this process's images,
 so that DDP's mean of the gradients is the gradient of the whole batch. Similarity matrices are computed in chunks of
 rows (`in_row_chunks`).
 """
@@ -47,8 +47,12 @@ def contrastive_loss(
 
 @full_precision
 def nt_xent(z: Tensor, keys: Tensor, offset: int, *, temperature: float, max_entries: int = MAX_ENTRIES) -> Tensor:
-    """SimCLR's NT-Xent loss (Chen et al., 2020). The positives of a view are the other views of its image; the
-    denominator has all views of all images except the view itself.
+    """SimCLR's NT-Xent loss (Chen et al., 2020), mean over images and sum over views, as in the authors' code. The
+    positives of a view are the other views of its image; the denominator has all views of all images except the view
+    itself.
+
+    The paper writes the mean over views, half of this. LARS scales gradients of matrices anyway, those of biases and
+    norms it does not.
 
     Args:
         z: [B, V, D], the views of this process's images.
@@ -59,14 +63,14 @@ def nt_xent(z: Tensor, keys: Tensor, offset: int, *, temperature: float, max_ent
     Raises:
         SettingError: one image in all, which has no negative.
     """
-    return _loss_per_view(z, keys, offset, temperature, max_entries, decoupled=False).mean()
+    return _loss_per_view(z, keys, offset, temperature, max_entries, decoupled=False).sum(dim=1).mean()
 
 
 @full_precision
 def dcl(z: Tensor, keys: Tensor, offset: int, *, temperature: float, max_entries: int = MAX_ENTRIES) -> Tensor:
     """Decoupled contrastive learning (Yeh et al., 2021): `nt_xent` without the views of the same image in the
     denominator. Can be negative. Arguments and errors as in `nt_xent`."""
-    return _loss_per_view(z, keys, offset, temperature, max_entries, decoupled=True).mean()
+    return _loss_per_view(z, keys, offset, temperature, max_entries, decoupled=True).sum(dim=1).mean()
 
 
 @full_precision
@@ -83,7 +87,7 @@ def dclw(
         raise SettingError(f"data.train_view: model.loss=dclw compares two views of an image, got {z.shape[1]}")
     similarity = ((keys[:, 0] * keys[:, 1]).sum(dim=1).detach() / sigma).exp()
     weight = (2 - similarity / similarity.mean())[offset : offset + len(z)].repeat_interleave(2)
-    return _loss_per_view(z, keys, offset, temperature, max_entries, decoupled=True, weight=weight).mean()
+    return _loss_per_view(z, keys, offset, temperature, max_entries, decoupled=True, weight=weight).sum(dim=1).mean()
 
 
 @torch.no_grad()
@@ -104,7 +108,7 @@ def _loss_per_view(
     decoupled: bool,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Contrasts every view of this process with all views of all images: [B * V]."""
+    """Contrasts every view of this process with all views of all images: [B, V]."""
     check_images(len(keys))
     views = z.shape[1]
 
@@ -118,7 +122,8 @@ def _loss_per_view(
     query, keys = z.flatten(0, 1), keys.flatten(0, 1)
     own = torch.arange(offset * views, offset * views + len(query), device=z.device)
     weight = torch.ones_like(query[:, 0]) if weight is None else weight
-    return in_row_chunks(loss_of_rows, [own, query, weight], [keys], columns=len(keys), max_entries=max_entries)
+    losses = in_row_chunks(loss_of_rows, [own, query, weight], [keys], columns=len(keys), max_entries=max_entries)
+    return losses.unflatten(0, z.shape[:2])
 
 
 @full_precision

@@ -1,8 +1,9 @@
-"""Compares one and two steps of LARS with updates by hand in float64."""
+"""Compares one and two steps of LARS and LARC with updates by hand in float64."""
 
 from functools import partial
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -39,16 +40,33 @@ def test_matrices_are_scaled_by_the_trust_ratio_and_biases_are_not():
     np.testing.assert_allclose(linear.bias.detach().numpy(), [0.0 - 0.5 * 0.9 * 2.0, -1.0 - 0.5 * 1.0], rtol=1e-6)
 
 
-def test_weight_decay_applies_to_matrices_and_enters_the_trust_ratio():
+@pytest.mark.parametrize("gradient", [[[0.6, 0.0], [0.0, 0.8]], [[0.0, 1.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
+def test_weight_decay_applies_to_matrices_and_is_part_of_the_update_that_is_scaled(gradient):
+    """The update has the length lr * trust * |w| whatever the gradient, also where it is zero (residual branches that
+    start at zero), where only the decay moves the weight."""
     linear = layer()
     optimizer = OptimizerRecipe(lars, lr=LR, weight_decay=0.1).build(linear)
-    step(linear, optimizer, [[0.6, 0.0], [0.0, 0.8]], [0.0, 0.0])
-    weight, gradient = np.array([[3.0, 0.0], [0.0, 4.0]]), np.array([[0.6, 0.0], [0.0, 0.8]])
-    ratio = TRUST * 5.0 / (1.0 + 0.1 * 5.0)
-    np.testing.assert_allclose(
-        linear.weight.detach().numpy(), weight - LR * ratio * (gradient + 0.1 * weight), rtol=1e-6
-    )
+    step(linear, optimizer, gradient, [0.0, 0.0])
+    weight = np.array([[3.0, 0.0], [0.0, 4.0]])
+    direction = np.array(gradient) + 0.1 * weight
+    moved = weight - LR * TRUST * 5.0 * direction / np.linalg.norm(direction)
+    np.testing.assert_allclose(linear.weight.detach().numpy(), moved, rtol=1e-6, atol=1e-9)
     assert linear.bias.tolist() == [1.0, -1.0]
+
+
+def test_classic_momentum_keeps_the_rate_of_each_update():
+    """Two steps at rates 0.5 and 0.1 on a bias, whose gradients 2 and 1 are not scaled."""
+    moved = {}
+    for classic in (False, True):
+        linear = layer()
+        optimizer = OptimizerRecipe(partial(lars, classic_momentum=classic), lr=0.5).build(linear)
+        step(linear, optimizer, [[0.0, 0.0], [0.0, 0.0]], [2.0, 0.0])
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        step(linear, optimizer, [[0.0, 0.0], [0.0, 0.0]], [1.0, 0.0])
+        moved[classic] = linear.bias[0].item()
+    # both begin with 1 - 0.5 * 2 = 0; then 0.9 * 2 + 1 at the new rate, or 0.9 * (0.5 * 2) + 0.1 * 1
+    assert moved == {False: pytest.approx(-0.1 * 2.8), True: pytest.approx(-(0.9 + 0.1))}
 
 
 def test_a_zero_weight_or_gradient_is_not_scaled():
@@ -63,7 +81,6 @@ def test_parameter_groups():
     optimizer = OptimizerRecipe(lars, lr=LR).build(layer())
     assert [group["names"] for group in optimizer.param_groups] == [["weight"], ["bias"]]
     assert [group["lr_multiplier"] for group in optimizer.param_groups] == [1.0, 1.0]
-    assert [group["always_adapt"] for group in optimizer.param_groups] == [True, False]
 
 
 def test_larc_also_scales_biases():

@@ -19,7 +19,7 @@ from src.callbacks.gradients import ClipEachParameter, FreezeAtFirst
 from src.callbacks.step_seed import StepSeed
 from src.checkpoint_io import AtomicCheckpointIO
 from src.errors import SettingError
-from src.models.backbones.positions import accept_any_image_size
+from src.models.backbones.positions import accept_any_image_size, dino_positions
 from src.models.joint_embedding.dino import DINO, class_attention
 from src.models.joint_embedding.ibot import iBOT
 from tests.distributed import in_two_processes
@@ -121,6 +121,32 @@ def test_a_local_view_gets_the_positions_in_between():
     assert torch.equal(vit.forward_features(x), same.forward_features(x))
     resnet = toy.resnet()
     assert accept_any_image_size(resnet) is resnet
+
+
+def test_the_class_token_starts_as_the_authors_do_unless_it_was_loaded():
+    torch.manual_seed(0)
+    method = DINO(toy.vit(embed_dim=768, num_heads=12), toy.optimizer(), **SMALL)
+    token = method.student["encoder"].backbone.cls_token
+    assert token.std().item() == pytest.approx(0.02, rel=0.08)  # 768 values, three standard errors; timm's is 1e-6
+    assert torch.equal(method.teacher["encoder"].backbone.cls_token, token)
+    loaded = toy.vit()
+    loaded.cls_token.data.fill_(0.3)
+    assert (DINO(loaded, toy.optimizer(), **SMALL).student["encoder"].backbone.cls_token == 0.3).all()
+    DINO(toy.resnet(), toy.optimizer(), **SMALL)
+
+
+def test_local_crops_and_evaluation_take_the_authors_positions():
+    method = build(vit={"img_size": 32})
+    backbone, x = method.teacher["encoder"].backbone, torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    at_its_size = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=2, num_classes=0
+    ).double()
+    table = backbone.pos_embed
+    resized = torch.cat([table[:, :1], dino_positions(table[:, 1:], (4, 4), (2, 2))], dim=1)
+    at_its_size.load_state_dict({**backbone.state_dict(), "pos_embed": resized})
+    expected = at_its_size.forward_features(x)
+    for encoder in (method.encoders()["teacher"], copy.deepcopy(method.encoders()["teacher"]).eval()):
+        torch.testing.assert_close(encoder(x).embedding, expected[:, 0], rtol=1e-10, atol=1e-10)
 
 
 def test_class_attention_is_that_of_the_last_block():

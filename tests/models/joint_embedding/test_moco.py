@@ -197,7 +197,7 @@ def test_gradients_reach_the_student_and_neither_teacher_queue_nor_synthetic_neg
 def test_a_vit_of_moco_v3_has_fixed_positions_and_a_random_projection_that_stays():
     method = moco_v3().float()
     vit = method.student["encoder"].backbone
-    assert torch.equal(vit.pos_embed[0], sincos_2d(12, (2, 2), prefix_tokens=1))
+    assert torch.equal(vit.pos_embed[0], sincos_2d(12, (2, 2), prefix_tokens=1, rows_first=True))
     fixed = {n for n, p in vit.named_parameters() if not p.requires_grad}
     assert fixed == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
     # uniform up to sqrt(6 / (inputs + outputs)), query, key and value each for itself

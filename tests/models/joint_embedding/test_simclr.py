@@ -18,13 +18,13 @@ def simclr(backbone: nn.Module | None = None, **options: object) -> SimCLR:
 
 
 def by_loops(z: list[list[float]], temperature: float, decoupled: bool) -> float:
-    """z[2 * i + v], of unit length, one anchor after the other."""
+    """z[2 * i + v], of unit length, one anchor after the other: the sum over views, mean over images."""
     total = 0.0
     for i, anchor in enumerate(z):
         similar = [math.exp(sum(a * b for a, b in zip(anchor, other, strict=True)) / temperature) for other in z]
         negatives = sum(s for j, s in enumerate(similar) if j // 2 != i // 2)
         total += -math.log(similar[i ^ 1] / (negatives + (0 if decoupled else similar[i ^ 1])))
-    return total / len(z)
+    return total / (len(z) / 2)
 
 
 @pytest.mark.parametrize("decoupled", [False, True])
@@ -49,11 +49,23 @@ def test_a_step_is_the_paper_written_as_loops(decoupled):
     assert torch.allclose(output["embedding"], h.view(4, 2, -1)[:, 0].float())
 
 
-def test_gradients_reach_everything():
+def test_gradients_reach_everything_but_the_shift_of_the_output():
     method = simclr()
     method.training_step(toy.batch(), 0)["loss"].backward()
     without = {name for name, p in method.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
-    assert without <= {"encoder.backbone.cls_token"}  # the mean of the patches is what is projected
+    shift = "projector.layers.4.bias"  # center=False
+    assert without - {"encoder.backbone.cls_token"} == {shift}  # the mean of the patches is what is projected
+    learning = {name for group in method.configure_optimizers().param_groups for name in group["names"]}
+    assert shift not in learning
+    assert method.projector.layers[4].bias.abs().sum() == 0
+
+
+def test_the_projector_s_linear_layers_start_as_the_authors_do():
+    torch.manual_seed(0)
+    layers = SimCLR(toy.vit(embed_dim=96), toy.optimizer(), projection_dim=96).projector.layers
+    for layer in (layers[0], layers[3]):
+        assert layer.weight.std().item() == pytest.approx(0.01, rel=0.05)  # 9216 values, three standard errors 2 %
+        assert layer.weight.mean().abs() < 5e-4
 
 
 def on_each(process: int, backbone: str, loss: str) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ def dot(x: Tensor, y: Tensor) -> float:
 
 
 def by_loops(z: Tensor, *, decoupled: bool, sigma: float | None = None) -> float:
-    """Computes the papers' sums over all views, z being [N, 2, D]."""
+    """Computes the papers' sums over both views, mean over images, z being [N, 2, D]."""
     images = len(z)
     hardness = [math.exp(dot(z[i, 0], z[i, 1]) / sigma) if sigma else 1.0 for i in range(images)]
     total = 0.0
@@ -43,17 +43,17 @@ def by_loops(z: Tensor, *, decoupled: bool, sigma: float | None = None) -> float
                 math.exp(dot(z[i, view], z[j, other]) / T) for j in range(images) if j != i for other in range(2)
             )
             total += -weight * positive + math.log(others + (0 if decoupled else math.exp(positive)))
-    return total / (2 * images)
+    return total / images
 
 
 def test_two_images_by_hand():
     x, y = [1.0, 0.0], [0.0, 1.0]
     z = torch.tensor([[x, x], [y, y]])
-    # each view has one positive of similarity 1 and two negatives of similarity 0; the temperature is 1/2
-    assert nt_xent(z, z, 0, temperature=0.5).item() == pytest.approx(math.log(math.exp(2) + 2) - 2, abs=1e-6)
-    assert dcl(z, z, 0, temperature=0.5).item() == pytest.approx(math.log(2) - 2, abs=1e-6)
+    # each of two views has one positive of similarity 1 and two negatives of similarity 0; the temperature is 1/2
+    assert nt_xent(z, z, 0, temperature=0.5).item() == pytest.approx(2 * (math.log(math.exp(2) + 2) - 2), abs=1e-6)
+    assert dcl(z, z, 0, temperature=0.5).item() == pytest.approx(2 * (math.log(2) - 2), abs=1e-6)
     # positives of equal similarity all have weight 1
-    assert dclw(z, z, 0, temperature=0.5).item() == pytest.approx(math.log(2) - 2, abs=1e-6)
+    assert dclw(z, z, 0, temperature=0.5).item() == pytest.approx(2 * (math.log(2) - 2), abs=1e-6)
     # the positive's probability is e^2 / (e^2 + 2)
     expected = 2 / (math.exp(2) + 2)
     assert coupling(z, z, 0, temperature=0.5).item() == pytest.approx(expected, abs=1e-6)
@@ -108,7 +108,7 @@ def test_the_weights_of_dclw_carry_no_gradient():
     similarity = (z[:, 0] * z[:, 1]).sum(dim=1).detach()
     weight = 2 - (similarity / 0.5).exp() / (similarity / 0.5).exp().mean()
     again = z.detach().clone().requires_grad_(True)
-    extra = ((weight - 1)[:, None] * (again[:, 0] * again[:, 1])).sum() / T / 4  # what the weights add to plain DCL
+    extra = ((weight - 1)[:, None] * (again[:, 0] * again[:, 1])).sum() / T / 2  # what the weights add to plain DCL
     (dcl(again, again, 0, temperature=T) - extra).backward()
     assert torch.allclose(z.grad, again.grad, rtol=0, atol=1e-12)
 
