@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,8 +35,9 @@ def register_resolvers() -> None:
     """Registers the functions of configuration files.
 
     ``${linear_lr:base,batch,reference}`` is base * batch / reference, ``${sqrt_lr:base,batch,reference}`` base times
-    the root of batch / reference, ``${times:a,b}`` a * b, ``${shorter:size}`` and ``${longer:size}`` a side in pixels
-    of a size (a number for a square, or [height, width]), and ``${data_dir:folder}`` a folder that the user must name.
+    the root of batch / reference, ``${times:a,b}`` a * b, ``${over:a,b}`` a / b, ``${shorter:size}`` and
+    ``${longer:size}`` a side in pixels of a size (a number for a square, or [height, width]), and
+    ``${data_dir:folder}`` a folder that the user must name.
     """
 
     def data_dir(folder: str | None) -> str:
@@ -47,6 +49,7 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("linear_lr", lambda base, batch, ref: base * batch / ref, replace=True)
     OmegaConf.register_new_resolver("sqrt_lr", lambda base, batch, ref: base * (batch / ref) ** 0.5, replace=True)
     OmegaConf.register_new_resolver("times", lambda a, b: a * b, replace=True)
+    OmegaConf.register_new_resolver("over", lambda a, b: a / b, replace=True)
     OmegaConf.register_new_resolver("shorter", lambda size: min(height_and_width(size)), replace=True)
     OmegaConf.register_new_resolver("longer", lambda size: max(height_and_width(size)), replace=True)
 
@@ -124,7 +127,7 @@ def instantiate(config: Any, **kwargs: Any) -> Any:
         cause = problem.__cause__
         while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
             cause = cause.__cause__
-        message = _message(cause) or _message_of_library(problem, cause)
+        message = _message(cause) or _message_of_library(cause)
         if message is None:
             raise
         key = getattr(problem, "full_key", None) or _named_key(problem)
@@ -137,12 +140,17 @@ def names(group: str, configs: Path = CONFIGS) -> list[str]:
 
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
-    """Runs a command's ``main`` on the command line; a UserError ends it with its message and exit code 2."""
+    """Runs a command's ``main`` on the command line; a UserError ends it with its message and exit code 2.
+
+    ``PRETEXT_TRACE=1`` in the environment shows where the error was raised.
+    """
     if not torch.cuda.is_available():
         keep_freed_memory()
     try:
         code = main(sys.argv[1:])
     except UserError as problem:
+        if os.environ.get("PRETEXT_TRACE"):
+            traceback.print_exc()
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenPipeError:
@@ -267,12 +275,12 @@ def _message(cause: BaseException | None) -> str | None:
     return text if of_a_library or of_a_signature else None
 
 
-def _message_of_library(problem: BaseException, cause: BaseException | None) -> str | None:
-    """Returns any error that a library's class or function raised, with its name; None for the project's own, whose
-    trace shows the mistake in the code."""
-    libraries = "timm|torch|torchvision|lightning|transformers"
-    called = re.search(rf"Error in call to target '((?:{libraries})\.[\w.]+)'", str(problem))
-    return f"{called[1]} refuses its arguments: {type(cause).__name__}: {cause}" if called and cause else None
+def _message_of_library(cause: BaseException | None) -> str | None:
+    """Returns the error of a library, with its type; None for one of the project, whose trace shows the mistake."""
+    frames = traceback.extract_tb(cause.__traceback__) if cause is not None else []
+    if not frames or "site-packages" not in Path(frames[-1].filename).parts:
+        return None
+    return f"{type(cause).__name__}: {_first_lines(cause) or 'refused'}"  # type: ignore[arg-type]
 
 
 def _named_key(problem: InstantiationException) -> str | None:

@@ -34,8 +34,15 @@ from src.sync_batchnorm import SyncBatchNormPlugin
 from src.trained import started, without_source
 
 # these end a run with their message alone: a trace would not help
-STOPPING = (NonFiniteLoss, TooManyBadSamples, CheckpointError, BatchError, BadSample, BadFeatures)
-PREEMPTED = 143
+STOPPING = (
+    NonFiniteLoss,
+    NonFiniteWeights,
+    TooManyBadSamples,
+    CheckpointError,
+    BatchError,
+    BadSample,
+    BadFeatures,
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,22 +51,33 @@ def main(argv: Sequence[str]) -> int:
         return 0
     config = compose(argv)
     run = runs.create(config)
-    return fit(config, run)
+    try:
+        return fit(config, run)
+    except UserError:
+        if runs.inherited() is None:
+            runs.discard(run)  # so that its name is free for the corrected command
+        raise
 
 
 def compose(argv: Sequence[str]) -> DictConfig:
     """Returns the configuration of a new run, with everything decided that depends on this machine."""
     composed = configuration.composition("train", argv)
     config = composed.config
+    for section in ("paths", "data", "model", "optimizer", "schedules", "trainer", "callbacks", "logger"):
+        if not isinstance(config[section], DictConfig):
+            raise UserError(f"{section} cannot be null: a run needs it")
+    if not isinstance(config.paths.runs, str):
+        raise UserError(f"paths.runs={config.paths.runs} must be a folder")
     config.run.replaced = panels.replaced_by_scale(composed)
     # the last of several wins, as for every other override
     config.run.experiment = [word for word in argv if word.startswith("experiment=")][-1].removeprefix("experiment=")
     if config.trainer.precision == "auto":
         config.trainer.precision = configuration.default_precision()
     configuration.check_complete(config)
-    for section in ("data", "model", "trainer", "callbacks", "logger"):
-        if not isinstance(config[section], DictConfig):
-            raise UserError(f"{section} cannot be null: a run needs it")
+    if not isinstance(config.seed, int) or config.seed < 0:
+        raise UserError(f"seed={config.seed} must be a whole number from 0")
+    if not isinstance(config.checkpoint, str | None):
+        raise UserError(f"CKPT={config.checkpoint} must be a run's folder or a file")
     return config
 
 
@@ -67,11 +85,18 @@ def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int
     """Trains the configuration in the run's folder, from the start or from the checkpoint ``resume``.
 
     Returns:
-        The exit code: 0, 1 if training had to stop, 143 after SIGTERM.
+        The exit code: 0, 1 if training had to stop, 128 + the signal's number after a signal (SIGTERM: 143, Ctrl-C: 130).
 
     Raises:
-        UserError: the parts do not fit together.
+        UserError: the parts do not fit together, or another process trains this run.
     """
+    callbacks = build_each(config, "callbacks")
+    stop = next((callback for callback in callbacks if isinstance(callback, StopOnSignal)), None)
+    with runs.locked(run), children_ended(), stop.before_training() if stop else nullcontext():
+        return _fit(config, run, callbacks, resume)
+
+
+def _fit(config: DictConfig, run: runs.Run, callbacks: list[L.Callback], resume: Path | None) -> int:
     quieten()
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
@@ -86,7 +111,7 @@ def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int
         trainer: L.Trainer = configuration.instantiate(
             config.trainer,
             callbacks=[
-                *build_each(config, "callbacks"),
+                *callbacks,
                 LastValidation(),
                 ResumedPosition(),
                 RecipeCard(run.dir, config=plain(config), summary=panels.recipe_rows(config, start)),

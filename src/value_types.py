@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -84,24 +85,36 @@ def _hints_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _mismatch(value: Any, hint: Any) -> str | None:
     """Returns what ``value`` must be by its annotation, None if it is that or an object yet to be built."""
-    from pydantic import ValidationError  # imported where it is needed: `make list` need not wait for it
+    # imported where they are needed: `make list` need not wait for them
+    from pydantic import ValidationError
+    from pydantic_core import SchemaError
 
     if _has_target(value):
         return None
+    if is_dataclass(hint):  # pydantic would build one from a mapping
+        return f"must be {_name(hint)}, which has a _target_"
     try:
         adapter = _adapter(hint)
         if adapter is not None:
             adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as problem:
         errors = problem.errors(include_url=False)
-        if any(error["type"] in ("is_instance_of", "callable_type") for error in errors):
-            name = getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
-            return f"must be {name}, which has a _target_"
-        expected = dict.fromkeys(error["msg"].removeprefix("Input should be ").partition(", got")[0] for error in errors)
+        if any(error["type"] in ("needs_python_object", "is_instance_of", "callable_type") for error in errors):
+            return f"must be {_name(hint)}, which has a _target_"
+        expected = dict.fromkeys(
+            error["msg"].removeprefix("Input should be ").partition(", got")[0] for error in errors
+        )
         return f"must be {' or '.join(expected)}"
-    except TypeError:  # a protocol, which no plain value satisfies
-        return "must be an object, which has a _target_"
+    except SchemaError:  # a protocol, which no plain value satisfies
+        return (
+            None if value is None and type(None) in get_args(hint) else f"must be {_name(hint)}, which has a _target_"
+        )
     return None
+
+
+def _name(hint: Any) -> str:
+    named = [part for part in get_args(hint) or [hint] if part is not type(None)]
+    return " or ".join(getattr(part, "__name__", None) or str(part) for part in named)
 
 
 @cache
