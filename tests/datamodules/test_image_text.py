@@ -25,6 +25,7 @@ from src.datamodules.scenes.source import ScenesSource, SceneTexts
 from src.datamodules.sources.captioned_files import CaptionListSource
 from src.datamodules.sources.source import Source
 from src.datamodules.sources.text_filter import TextFilter
+from src.datamodules.sources.texts import TextListSource
 from src.datamodules.sources.webdataset import CaptionedWebDatasetSource
 from src.datamodules.text.tokenizer import train_tokenizer
 from src.datamodules.views.color import Color
@@ -108,6 +109,29 @@ def test_rewrites_are_a_few_fixed_captions_of_an_image():
     assert set(texts(0, 4)) == {"four said once"}
     assert set(texts(3, 5)) != {text.replace("four", "five") for text in counts}  # each image has its own
     assert set(texts(3, 3)) == {"three said once"}  # a word is no rewrite
+
+
+class Listed(TextListSource, Numbered):
+    """Images with a list of texts: the first caption, four rewrites, one of them a single word, and a sixth text."""
+
+    def raw_texts(self, index: int) -> list[str]:
+        return [f"{NUMBERS[index]} first", "second it is", "third it is", "word", "fifth it is", "sixth"][
+            : 6 - index % 2
+        ]
+
+
+def test_rewrites_that_a_source_lists_are_drawn_alike():
+    """LaCLIP's file format: one of the original and four rewrites, each in a fifth of the epochs. Drawing any text for
+    four of five numbers would return the original in 1/5 + 4/5 * 1/6 of them, and the sixth text too."""
+    data = ViewedDataset(Listed(), CenterCrop(8, share=1.0), extras=Captions(4), tokenizer=LONGER, seed=3)
+    counts = Counter(read(data[[SampleKey(epoch, 4)]], LONGER)[0] for epoch in range(500))
+    assert set(counts) == {"four first", "second it is", "third it is", "fifth it is"}
+    # "word" is discarded for the original
+    expected = {"four first": 200, "second it is": 100, "third it is": 100, "fifth it is": 100}
+    for text, count in expected.items():
+        assert abs(counts[text] - count) < 4 * (500 * count / 500 * (1 - count / 500)) ** 0.5, text
+    few = ViewedDataset(Listed(), CenterCrop(8, share=1.0), extras=Captions(9), tokenizer=LONGER, seed=3)
+    assert len({read(few[[SampleKey(epoch, 5)]], LONGER)[0] for epoch in range(100)}) == 4
 
 
 @pytest.mark.parametrize("bad", [{"silent": (2, 5)}, {"broken": (2, 5)}])

@@ -11,6 +11,7 @@ from src.datamodules.batches.image_text import ImageTextBatch
 from src.datamodules.decoding import BadSample
 from src.datamodules.extras.extras import Extras
 from src.datamodules.sources.source import Source
+from src.datamodules.sources.texts import TextListSource
 from src.datamodules.text.tokenizing import texts_of_samples
 from src.datamodules.views.view import View
 from src.errors import SettingError
@@ -39,8 +40,9 @@ class Captions(Extras):
     caption is replaced.
 
     Args:
-        rewrites: number of rewrites an image has besides its first caption; each epoch draws one of all these. 0 is the
-            first caption alone. None draws any of the captions that the source has or can make.
+        rewrites: number of rewrites an image has besides its first caption; each epoch draws one of all these with
+            equal probability. Where the source lists the texts of an image these are its first ones. 0 is the first
+            caption alone. None draws any of the captions that the source has or can make.
 
     Raises:
         SettingError: ``rewrites`` is below 0.
@@ -65,16 +67,16 @@ class Captions(Extras):
     def check(self, source: Source) -> None:
         captioned(source)
 
-    def vocabulary_texts(self, source: Source) -> Iterable[str]:
+    def vocabulary_texts(self, source: Source, samples: int) -> Iterable[str]:
         with_captions = captioned(source)
-        return texts_of_samples(source, lambda position: [with_captions.caption(position, 0.5)])
+        return texts_of_samples(source, lambda position: [with_captions.caption(position, 0.5)], samples)
 
     def read(self, source: Source, position: int, choice: float, seed: int) -> str:
         with_captions = captioned(source)
         if self.rewrites is None:
             text = with_captions.caption(position, choice)
         else:
-            text = rewrite(with_captions, position, int(choice * (1 + self.rewrites)), seed)
+            text = one_of_rewrites(with_captions, position, 1 + self.rewrites, choice, seed)
         if not text.strip():
             raise BadSample("it has no caption")
         return text
@@ -85,11 +87,21 @@ class Captions(Extras):
         return {"text": ids, "text_mask": mask}
 
 
-def rewrite(source: CaptionedSource, position: int, number: int, seed: int) -> str:
-    """Returns the first caption of an image (number 0) or one of its rewrites, the same in every epoch.
+def one_of_rewrites(source: CaptionedSource, position: int, count: int, choice: float, seed: int) -> str:
+    """Returns one of ``count`` texts of an image: the first caption and its rewrites, the same ones in every epoch.
 
     A rewrite of a single word is discarded for the first caption, as in LaCLIP (Fan et al., 2023).
+
+    Args:
+        count: of the texts; an image for which the source lists fewer has these.
+        choice: random number in [0, 1) that selects one of them.
+        seed: of the run, for the rewrites of a source that makes captions on demand.
     """
+    if isinstance(source, TextListSource):
+        texts: Sequence[str] = source.all_texts(position)[:count]
+        text = texts[int(choice * len(texts))] if texts else ""
+        return text if len(text.split()) > 1 or not texts else texts[0]
+    number = int(choice * count)
     if number:
         text = source.caption(position, float(uniform(fold(seed, 2), [number], [position], 1)[0, 0]))
         if len(text.split()) > 1:

@@ -27,7 +27,7 @@ class ClassNames(Extras):
     def check(self, source: Source) -> None:
         class_texts(source)
 
-    def vocabulary_texts(self, source: Source) -> Sequence[str]:
+    def vocabulary_texts(self, source: Source, samples: int) -> Sequence[str]:
         return class_texts(source)
 
 

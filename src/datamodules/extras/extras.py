@@ -43,8 +43,9 @@ class Extras(ABC):
         return True
 
     @abstractmethod
-    def vocabulary_texts(self, source: Source) -> Iterable[str]:
-        """Returns the texts of the training split that a tokenizer is learned from."""
+    def vocabulary_texts(self, source: Source, samples: int) -> Iterable[str]:
+        """Returns the texts of the training split that a tokenizer is learned from, those of at most ``samples``
+        samples."""
 
     def read(self, source: Source, position: int, choice: float, seed: int) -> Any:
         """Reads the texts of one sample.

@@ -43,9 +43,9 @@ class RegionTexts(Extras):
     def check(self, source: Source) -> None:
         _described(source)
 
-    def vocabulary_texts(self, source: Source) -> Iterable[str]:
+    def vocabulary_texts(self, source: Source, samples: int) -> Iterable[str]:
         described = _described(source)
-        return texts_of_samples(source, lambda position: described.regions(position, 0.5))
+        return texts_of_samples(source, lambda position: described.regions(position, 0.5), samples)
 
     def read(self, source: Source, position: int, choice: float, seed: int) -> Sequence[str]:
         texts = _described(source).regions(position, choice)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer as FastTokenizer
@@ -20,7 +21,8 @@ _PAD, _END, _START = "<pad>", "<end>", "<start>"
 
 
 class Tokenizer:
-    """Converts texts to token ids of one length.
+    """Converts texts to token ids of one length. A special token that a text spells out, such as ``<end>``, is text
+    like any other: as a token it would end the text for a tower that reads it there.
 
     Args:
         inner: a tokenizer of transformers.
@@ -58,9 +60,7 @@ class Tokenizer:
         padding; B may be 0."""
         if not texts:
             return torch.zeros(0, self.length, dtype=torch.int64), torch.zeros(0, self.length, dtype=torch.bool)
-        encoded = self.inner(
-            list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
-        )
+        encoded = self._encode(texts, return_tensors="pt")
         return encoded["input_ids"], encoded["attention_mask"].bool()
 
     def character_spans(self, texts: Sequence[str]) -> Tensor:
@@ -74,14 +74,23 @@ class Tokenizer:
             raise SettingError(
                 f"data.tokenizer: {self.inner.name_or_path} does not map tokens to characters; choose a fast tokenizer"
             )
-        encoded = self.inner(
-            list(texts), padding="max_length", truncation=True, max_length=self.length, return_offsets_mapping=True
-        )
+        encoded = self._encode(texts, return_offsets_mapping=True)
         return torch.tensor(encoded["offset_mapping"])
 
     def is_truncated(self, texts: Sequence[str]) -> Tensor:
         """Returns which texts have more tokens than fit: bool [B]."""
-        return torch.tensor([len(ids) > self.length for ids in self.inner(list(texts))["input_ids"]])
+        ids_of_texts = self.inner(list(texts), split_special_tokens=True)["input_ids"]
+        return torch.tensor([len(ids) > self.length for ids in ids_of_texts])
+
+    def _encode(self, texts: Sequence[str], **options: Any) -> Any:
+        return self.inner(
+            list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.length,
+            split_special_tokens=True,
+            **options,
+        )
 
     def decode(self, ids: Tensor) -> list[str]:
         """Converts ids [B, L] back to texts, without start, end and padding."""
@@ -89,13 +98,13 @@ class Tokenizer:
 
 
 def load_pretrained(name: str, *, length: int) -> Tokenizer:
-    """Loads a tokenizer of the Hugging Face hub, or of a folder.
+    """Loads a tokenizer of the Hugging Face hub, or of a folder. No code of it is executed.
 
     Raises:
         SettingError: there is none of that name, or it cannot be downloaded.
     """
     try:
-        return Tokenizer(AutoTokenizer.from_pretrained(name), length=length)
+        return Tokenizer(AutoTokenizer.from_pretrained(name, trust_remote_code=False), length=length)
     except (OSError, ValueError) as problem:
         raise SettingError(f"data.tokenizer={name}: {str(problem).splitlines()[0]}") from problem
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,13 @@ from src.files import write_atomically
 if TYPE_CHECKING:
     from src.datamodules.text.tokenizer import Tokenizer
 
-_MAX_SAMPLES = 20_000  # samples whose texts a tokenizer is learned from, at most
+log = logging.getLogger(__name__)
+
+# samples whose texts a tokenizer is learned from, at most: a vocabulary of 100,000 ids cannot be learned from 20,000
+# captions, which have 16,000 different words
+_SAMPLES = 20_000
+_SAMPLES_PER_ID = 16
+_NO_NEW_WORD = 20_000  # samples in a row without a new word, after which no further ones are read
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,11 @@ class TokenizerSettings:
     other_run: Path | None = None
     vocabulary: int = 1024
     length: int = 77
+
+    @property
+    def samples(self) -> int:
+        """Number of samples whose texts a tokenizer is learned from, at most."""
+        return max(_SAMPLES, _SAMPLES_PER_ID * self.vocabulary)
 
     def load(self, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         """Loads the tokenizer, or learns it once.
@@ -62,7 +74,14 @@ class TokenizerSettings:
         else:
             if self.other_run is not None and not self.file.exists():
                 _copy(self.other_run, self.file)
+            learns = not self.file.exists()
             tokenizer = load_or_train(self.file, texts, vocabulary=self.vocabulary, length=self.length)
+            if learns and tokenizer.vocabulary < 0.9 * self.vocabulary:
+                log.warning(
+                    "data.vocabulary=%d: the training texts have words for %d token ids; other embeddings stay unused",
+                    self.vocabulary,
+                    tokenizer.vocabulary,
+                )
         # checked here, once: comparing the largest id of every batch would wait for the device at every step
         if tokenizer.vocabulary > self.vocabulary:
             raise SettingError(
@@ -72,21 +91,31 @@ class TokenizerSettings:
         return tokenizer
 
 
-def texts_of_samples(source: Source, texts_at: Callable[[int], Iterable[str]]) -> Iterator[str]:
-    """Yields the texts that a tokenizer is learned from: of at most 20,000 samples, evenly spread over the source, or
-    the first ones if the source is expensive to read in any order.
+def texts_of_samples(source: Source, texts_at: Callable[[int], Iterable[str]], samples: int) -> Iterator[str]:
+    """Yields the texts that a tokenizer is learned from: of at most ``samples`` samples, evenly spread over the source,
+    or the first ones if the source is expensive to read in any order. It ends early where 20,000 samples in a row have
+    no new word.
 
     Args:
         source: the training split.
         texts_at: returns the texts of the sample at a position; a sample for which it raises BadSample is skipped.
+        samples: see `TokenizerSettings.samples`.
     """
-    count = min(len(source), _MAX_SAMPLES)
-    spread = np.linspace(0, len(source), count, endpoint=False).astype(int).tolist()
-    for position in range(count) if isinstance(source, OrderedSource) else spread:
+    count = min(len(source), samples)
+    spread = np.linspace(0, len(source), count, endpoint=False).astype(int)
+    words: set[str] = set()
+    since_new_word = 0
+    for position in range(count) if isinstance(source, OrderedSource) else map(int, spread):
         try:
-            yield from texts_at(position)
+            texts = list(texts_at(position))
         except BadSample:
             continue  # reported and replaced when it is drawn
+        yield from texts
+        known = len(words)
+        words.update(word for text in texts for word in text.lower().split())
+        since_new_word = 0 if len(words) > known else since_new_word + 1
+        if since_new_word == _NO_NEW_WORD:
+            return
 
 
 def _copy(run: Path, file: Path) -> None:

@@ -30,10 +30,12 @@ class CLIP(ImageTextModule):
         optimizer: AdamW in the paper.
         embed_dim: width of the projected features; None compares the towers' features without a projection.
         temperature: initial value of the learned temperature, by which similarities are divided.
-        max_logit_scale: upper limit of the inverse temperature, applied after every step.
+        max_logit_scale: upper limit of the inverse temperature, applied after every step, as is the lower limit 1; None
+            for no limits, as in LiT.
         mask_equal_texts: equal texts are not negatives of each other. The paper's 400 M web pairs rarely have equal
             texts in a batch; data with a small vocabulary often has.
         pool: turns the backbone's tokens into the feature that is projected and evaluated.
+        projection_bias: adds a bias to the projections, as in LiT.
         project_image, freeze_image, freeze_text, micro_batch: see `ImageTextModule`. A frozen, pretrained image tower
             without projection is LiT (Zhai et al., 2022).
 
@@ -49,9 +51,10 @@ class CLIP(ImageTextModule):
         *,
         embed_dim: int | None = 512,
         temperature: float = 0.07,
-        max_logit_scale: float = 100.0,
+        max_logit_scale: float | None = 100.0,
         mask_equal_texts: bool = True,
         pool: Pool = cls_token_or_mean,
+        projection_bias: bool = False,
         project_image: bool = True,
         freeze_image: bool = False,
         freeze_text: bool = False,
@@ -63,12 +66,15 @@ class CLIP(ImageTextModule):
             text,
             optimizer,
             embed_dim=embed_dim,
+            bias=projection_bias,
             project_image=project_image,
             freeze_image=freeze_image,
             freeze_text=freeze_text,
             micro_batch=micro_batch,
         )
-        if not 1 / max_logit_scale <= temperature <= 1:
+        if temperature <= 0:
+            raise SettingError(f"model.temperature must be above 0, got {temperature}")
+        if max_logit_scale is not None and not 1 / max_logit_scale <= temperature <= 1:
             raise SettingError(
                 f"model.temperature must lie in [1 / model.max_logit_scale, 1] = [{1 / max_logit_scale}, 1], got "
                 f"{temperature}"
@@ -94,5 +100,7 @@ class CLIP(ImageTextModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
+        if self.max_logit_scale is None:
+            return
         with torch.no_grad():  # clamping in the forward pass would zero the gradient beyond the limit
             self.logit_scale.clamp_(0, math.log(self.max_logit_scale))

@@ -18,10 +18,15 @@ from src.optim import OptimizerRecipe
 
 
 class FILIP(CLIP):
-    """FILIP: Fine-grained Interactive Language-Image Pre-Training (Yao et al., 2021). The authors published no
-    code. The start and end tokens of a text are compared like words, as in the paper's figure. Deviations: equal texts
-    in a batch are not negatives of each other (``mask_equal_texts``); the temperature has CLIP's limits; tokens are
-    gathered in float32.
+    """FILIP: Fine-grained Interactive Language-Image Pre-Training (Yao et al., 2021). The start and end tokens of a
+    text are compared like words, as in the paper's figure. Deviations: equal texts in a batch are not negatives of each
+    other (``mask_equal_texts``); the temperature has CLIP's limits; tokens are gathered in float32.
+
+    The authors published no code. Their employer published a version for MindSpore (mindformers, models/filip), which
+    differs from the paper and from this class: labels are smoothed by 0.1, logits are clipped to [-100, 100], the
+    temperature starts at 1 / 47.8 without limits, the gradient of each tensor is clipped to a norm of 1, QuickGELU is
+    the activation (``activation=quick_gelu``), a token learner makes 24 tokens of the patches, no gathered token is
+    left out, and images are mirrored and their colors changed where the paper has AutoAugment.
 
     Args:
         backbone: any timm model without a head; its class token, if it has one, is not compared.

@@ -203,7 +203,8 @@ def test_a_shard_that_cannot_be_copied_does_not_end_the_run(
 def test_tokenizers_and_limits_use_the_first_shards(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("src.datamodules.text.tokenizing._MAX_SAMPLES", 6)
+    monkeypatch.setattr("src.datamodules.text.tokenizing._SAMPLES", 6)
+    monkeypatch.setattr("src.datamodules.text.tokenizing._SAMPLES_PER_ID", 0)
     view = CenterCrop(size=4)
     data = DataModule(
         extras=Captions(),
@@ -215,7 +216,8 @@ def test_tokenizers_and_limits_use_the_first_shards(
         num_workers=0,
         tokenizer_file=tmp_path / "tokenizer.json",
     )
-    assert list(data.extras.vocabulary_texts(data.train_source)) == [f"grey number {index}" for index in range(6)]
+    texts = data.extras.vocabulary_texts(data.train_source, data.tokenizer_settings.samples)
+    assert list(texts) == [f"grey number {index}" for index in range(6)]
     batches = list(data.train_dataloader())
     assert sorted(index for batch in batches for index in batch["index"].tolist()) == list(range(6))
     assert server.shards_asked() == ["00000.tar", "00001.tar"]

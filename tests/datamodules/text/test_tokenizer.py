@@ -4,7 +4,10 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from src.datamodules.extras.captions import Captions
+from src.datamodules.sources.source import Source
 from src.datamodules.text.tokenizer import Tokenizer, load_or_train, load_pretrained, train_tokenizer
+from src.datamodules.text.tokenizing import TokenizerSettings
 
 TEXTS = ["a photo of a red star", "a blue ring above a red star", "a red star below a blue ring"] * 4
 
@@ -51,6 +54,65 @@ def test_the_tokenizer_is_trained_once_and_then_loaded(tmp_path):
     second = load_or_train(path, never, vocabulary=300, length=16)
     for a, b in zip(first(TEXTS[:3]), second(TEXTS[:3]), strict=True):
         assert torch.equal(a, b)
+
+
+def test_special_tokens_in_a_text_are_text():
+    """A caption that spells the end token neither ends there nor pads: each character is encoded."""
+    tokenizer = train_tokenizer(TEXTS, vocabulary=300, length=24)
+    texts = ["a red <end> star", "<pad><start>"]
+    ids, mask = tokenizer(texts)
+    assert tokenizer.decode(ids) == texts
+    for special in (tokenizer.start, tokenizer.end):
+        assert (ids == special).sum(dim=1).tolist() == [1, 1]
+    assert torch.equal(mask, ids != tokenizer.inner.pad_token_id)
+    assert int((mask[0] & (ids[0] == tokenizer.end)).nonzero()) == int(mask[0].sum()) - 1
+    spans = tokenizer.character_spans(texts)[0]
+    assert [texts[0][begin:end] for begin, end in spans[4:9].tolist()] == ["<", "e", "n", "d", ">"]
+    assert tokenizer.is_truncated(["<end>" * 5, "<end>"]).tolist() == [True, False]
+
+
+class Sentences(Source):
+    """``count`` captions; each of the first ``fresh`` has a word of its own."""
+
+    def __init__(self, count: int, fresh: int) -> None:
+        self.count, self.fresh = count, fresh
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int):
+        raise AssertionError("texts are read without images")
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def caption(self, index: int, choice: float) -> str:
+        # five letters: words that share no pair of bytes over and over
+        return "".join(chr(97 + index // 26**place % 26) for place in range(5)) if index < self.fresh else "star"
+
+    def captions(self, index: int) -> list[str]:
+        return [self.caption(index, 0.5)]
+
+
+def test_a_large_vocabulary_is_learned_from_more_texts(tmp_path, caplog, monkeypatch):
+    """ALIGN's 100,000 ids from 1.6 million samples, CLIP's 49,408 from 790,528, a small one from 20,000."""
+    samples = [TokenizerSettings(vocabulary=size).samples for size in (512, 49408, 100_000)]
+    assert samples == [20_000, 790_528, 1_600_000]
+    monkeypatch.setattr("src.datamodules.text.tokenizing._SAMPLES", 40)
+    monkeypatch.setattr("src.datamodules.text.tokenizing._NO_NEW_WORD", 50)
+    source, extras = Sentences(10_000, fresh=10_000), Captions()
+    assert len(list(extras.vocabulary_texts(source, 6000))) == 6000
+    assert len(list(extras.vocabulary_texts(Sentences(100, 100), 6000))) == 100
+    # sixty different captions and "star", then 50 more without a new word
+    assert len(list(extras.vocabulary_texts(Sentences(6000, fresh=60), 6000))) == 60 + 1 + 50
+    settings = TokenizerSettings(file=tmp_path / "one.json", vocabulary=900)
+    assert settings.load(lambda: extras.vocabulary_texts(source, settings.samples)).vocabulary == 900
+    assert not caplog.records
+    small = TokenizerSettings(file=tmp_path / "two.json", vocabulary=900)
+    ids = small.load(lambda: ["a red star"]).vocabulary
+    assert caplog.messages == [
+        f"data.vocabulary=900: the training texts have words for {ids} token ids; other embeddings stay unused"
+    ]
 
 
 def test_transformers_clip_pools_at_the_end_token():
