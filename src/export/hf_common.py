@@ -83,9 +83,10 @@ def load_folder(folder: Path) -> Any:
 
 
 def image_processor(model: TrainedModel) -> BitImageProcessor:
-    """The run's evaluation preprocessing: resize, center crop, normalize."""
+    """The run's evaluation preprocessing: resize (or squeeze), center crop, normalize."""
+    side = round(model.size / model.crop_share)
     return BitImageProcessor(
-        size={"shortest_edge": round(model.size / model.crop_share)},
+        size={"height": side, "width": side} if model.squeezed else {"shortest_edge": side},
         crop_size={"height": model.size, "width": model.size},
         resample=3,  # bicubic
         image_mean=model.mean,

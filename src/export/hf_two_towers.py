@@ -41,9 +41,10 @@ def write_towers(model: TrainedModel, towers: Towers, folder: Path) -> ExportInf
         image_processor(model).save_pretrained(folder)
         exported_tokenizer = AutoTokenizer.from_pretrained(folder)
     exported = load_folder(folder)
-    texts = ["a", "a photo of a red square.", "IMG_0042 " + "many words " * tokenizer.length]
+    texts = ["a", "a photo of a red square.", "IMG_0042 " + "many words " * tokenizer.length, "spelled <end> and all"]
     ids, mask = tokenizer(texts)
-    exported_ids = exported_tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+    options = {"padding": "max_length", "truncation": True, "split_special_tokens": True, "return_tensors": "pt"}
+    exported_ids = exported_tokenizer(texts, **options)["input_ids"]
     if not torch.equal(exported_ids, ids):
         raise UserError("not exported: the written tokenizer returns other ids than the run's own")
     images = model.example_input()
@@ -65,7 +66,8 @@ def write_towers(model: TrainedModel, towers: Towers, folder: Path) -> ExportInf
         'processor = AutoImageProcessor.from_pretrained("PATH_OF_THIS_FOLDER")\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")\n'
         f'model = {name}.from_pretrained("PATH_OF_THIS_FOLDER")\n'
-        'ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]\n'
+        'options = dict(padding="max_length", truncation=True, split_special_tokens=True, return_tensors="pt")\n'
+        'ids = tokenizer(texts, **options)["input_ids"]\n'
         'output = model(input_ids=ids, **processor(images, return_tensors="pt"))\n'
         "output.image_embeds, output.text_embeds  # unit vectors\n"
         "output.logits_per_image  # [images, texts]\n",

@@ -37,7 +37,7 @@ def write_timm(model: TrainedModel, folder: Path) -> ExportInfo:
         "std": tuple(model.std),
         "input_size": (3, model.size, model.size),
         "crop_pct": model.crop_share,
-        "crop_mode": "center",
+        "crop_mode": "squash" if model.squeezed else "center",
         "interpolation": "bicubic",
     }
     if not model.pretrained_from:  # these keys describe timm's own weights of this architecture

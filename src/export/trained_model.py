@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from src import configuration, runs, trained
 from src.datamodules.datamodule import DataModule
 from src.datamodules.text.tokenizer import Tokenizer
+from src.datamodules.views.squeezed import SqueezedCenterCrop
 from src.errors import UserError, nearest
 from src.models.backbones.cross_frame_encoder import CrossFrameEncoder
 from src.models.backbones.encoder import Encoder
@@ -42,6 +43,7 @@ class TrainedModel:
     checkpoint: Path
     size: int  # side of the evaluation images, pixels
     crop_share: float  # side of the center crop as a share of the image's shorter side
+    squeezed: bool  # the crop is of the image squeezed to a square, and its share is of both sides
     mean: list[float]
     std: list[float]
     classes: list[str]  # of the backbone's classifier; empty without a classifier
@@ -117,6 +119,7 @@ def load_trained(run: runs.Run, encoder: str | None, checkpoint: str | None) -> 
         checkpoint=path,
         size=int(getattr(view, "size", config.image_size)),
         crop_share=float(getattr(view, "share", 1.0)),
+        squeezed=isinstance(view, SqueezedCenterCrop),
         mean=[round(value, 6) for value in datamodule.mean.flatten().tolist()],
         std=[round(value, 6) for value in datamodule.std.flatten().tolist()],
         classes=list(getattr(module, "classes", [])) if getattr(body, "num_classes", 0) else [],

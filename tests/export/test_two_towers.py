@@ -7,6 +7,8 @@ import timm
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, SiglipModel
 
+from src import configuration
+from src.configuration import compose
 from src.datamodules.text.tokenizer import load_or_train
 from src.errors import UserError
 from src.export import hf_two_towers
@@ -47,9 +49,7 @@ def run_of(folder: Path, module, experiment: str, backbone: dict):
     words = [f"experiment={experiment}", f"data.vocabulary={VOCABULARY}", f"data.text_length={LENGTH}"]
     words += ["model.text.width=16", "model.text.depth=2", "model.text.heads=2"]
     words += ["model.embed_dim=8"] if isinstance(module, CLIP) else ["model.text.embed_dim=16"]
-    # before the run is stored: its configuration names the file
-    words += [f"data.tokenizer_file={folder.parent / 'tokenizer.json'}"]
-    load_or_train(folder.parent / "tokenizer.json", lambda: TEXTS, vocabulary=VOCABULARY, length=LENGTH)
+    load_or_train(folder / "tokenizer.json", lambda: TEXTS, vocabulary=VOCABULARY, length=LENGTH)
     return make_run(folder, module, words, backbone)
 
 
@@ -75,16 +75,48 @@ def test_transformers_loads_both_towers_with_the_same_outputs(kind, name, tmp_pa
     torch.testing.assert_close(output.text_embeds, text, atol=1e-5, rtol=0)
     logits = module.logit_scale.exp() * image @ text.T + (0 if is_clip else module.logit_bias)
     torch.testing.assert_close(output.logits_per_image, logits, atol=1e-4, rtol=0)
-    pixels = AutoImageProcessor.from_pretrained(folder)(
-        torch.full((3, 90, 60), 128, dtype=torch.uint8), return_tensors="pt"
-    )["pixel_values"]
-    assert pixels.shape == (1, 3, 48, 48)
+    check_crop(AutoImageProcessor.from_pretrained(folder), squeezed=not is_clip)
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: zero-shot-image-classification" in card
     code = card.split("```python\n")[1].split("```")[0].replace("PATH_OF_THIS_FOLDER", str(folder))
     scope = {"images": [torch.zeros(3, 60, 60, dtype=torch.uint8)], "texts": TEXTS}
     exec(code, scope)  # the card's code runs
     assert scope["output"].logits_per_image.shape == (1, 3)
+
+
+def check_crop(processor, *, squeezed: bool) -> None:
+    """Of three stripes, black, grey and white, CLIP's crop of the whole shorter side is the grey one, and SigLIP's
+    squeezed image has all three."""
+    stripes = torch.tensor([0, 128, 255], dtype=torch.uint8).repeat_interleave(48).expand(3, 48, 144)
+    pixels = processor(stripes, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 48, 48)
+    mean, std = (torch.tensor(values)[:, None] for values in (processor.image_mean, processor.image_std))
+    seen = ((pixels[0, :, 20] * std + mean) * 255).round()[:, [4, 12, 24, 36, 44]]
+    expected = [0, 0, 128, 255, 255] if squeezed else [128] * 5
+    torch.testing.assert_close(seen, torch.tensor(expected, dtype=torch.float).expand(3, 5), atol=2, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("experiment", ["clip_vitb32", "siglip_vitb16"])
+def test_runs_at_the_tiny_scale_can_be_exported(experiment, tmp_path):
+    words = [f"experiment={experiment}", "scale=tiny", "image_size=16", f"data.vocabulary={VOCABULARY}"]
+    config = compose("train", [*words, f"data.text_length={LENGTH}", f"run.dir={tmp_path}"])
+    module = configuration.instantiate(config.model).eval()
+    model = hf_two_towers.as_transformers(module, tokenizer(tmp_path)).eval()
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    ids, mask = tokenizer(tmp_path)(TEXTS)
+    output = model(input_ids=ids, pixel_values=pixels.repeat(2, 1, 1, 1)[:3])
+    torch.testing.assert_close(output.image_embeds[:2], module.encode_image(pixels), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.text_embeds, module.encode_text(ids, mask), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_timm_squeezes_images_as_the_run_does(tmp_path):
+    run = run_of(tmp_path / "run", siglip(), "siglip_vitb16", {"model_name": "vit_base_patch16_siglip_224", **SIZE})
+    assert main([f"run={run.dir}", "format=timm"]) == 0
+    model = timm.create_model(f"local-dir:{run.dir / 'export' / 'timm'}", pretrained=True)
+    data = timm.data.resolve_model_data_config(model)
+    assert (data["crop_pct"], data["crop_mode"]) == (1.0, "squash")
 
 
 @torch.no_grad()
