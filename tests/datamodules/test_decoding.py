@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import struct
 import zlib
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from PIL import Image, ImageFile, ImageOps, JpegImagePlugin
 
 from src.datamodules import decoding
 from src.datamodules.decoding import BadSample, EncodedImage
+from src.datamodules.regular_files import read_regular
+from src.errors import SettingError
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -42,6 +47,10 @@ def decoded(data: bytes | Path, **options) -> np.ndarray:
     image = EncodedImage(data).decode(**options)
     assert image.mode == "RGB"
     return np.asarray(image)
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
 @pytest.fixture
@@ -280,13 +289,32 @@ class TestModes:
             EncodedImage(encode(Image.fromarray(np.array([[0.0, np.nan]], np.float32)), "TIFF")).decode()
 
     def test_16_bit_color(self) -> None:
-        def chunk(name: bytes, body: bytes) -> bytes:
-            return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
         row = b"\0" + np.array([0x1234, 0x8000, 0xFFFF], ">u2").tobytes()
         data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
         data += chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
         assert decoded(data)[0, 0].tolist() == [0x12, 0x80, 0xFF]
+
+    def test_12_bit_values_are_not_taken_for_black(self) -> None:
+        values = np.array([[0, 1000, 2048, 4095]], np.uint16)
+        for kind in ("PNG", "TIFF"):
+            data = encode(Image.fromarray(values), kind)
+            with pytest.raises(BadSample, match=r"of at most 4095 would be nearly black: set data.white=4095"):
+                EncodedImage(data).decode()
+            gray = np.asarray(EncodedImage(data, channels=1, white=4095).decode())
+            assert gray[0].tolist() == [0, 62, 128, 255]  # 1000 * 255 / 4095 = 62.3, 2048 * 255 / 4095 = 127.5
+            assert np.asarray(EncodedImage(data, white=65535).decode())[0, :, 0].tolist() == [0, 4, 8, 16]
+        bright = encode(Image.fromarray(np.array([[5000]], np.uint16)))
+        with pytest.raises(BadSample, match=r"above data.white=4095"):
+            EncodedImage(bright, white=4095).decode()
+        assert decoded(encode(Image.fromarray(np.zeros((1, 2), np.uint16)))).max() == 0  # black is black
+        with pytest.raises(SettingError, match=r"data.white=0: .* lies in \[1, 65535\]"):
+            EncodedImage(bright, white=0)
+
+    def test_12_bit_colors_are_not_taken_for_black(self) -> None:
+        row = b"\0" + np.array([0, 1000, 4095], ">u2").tobytes()
+        data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+        with pytest.raises(BadSample, match="its 16-bit colors would be nearly black: if their values have 12 bits"):
+            decoded(data + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b""))
 
     def test_animation_gives_its_first_frame(self) -> None:
         frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "lime")]
@@ -363,6 +391,31 @@ class TestBad:
 
         monkeypatch.setattr(decoding, "read_regular", deny)
         self.refused(tmp_path / "mine.jpg", r"mine\.jpg: permission denied")
+
+    def test_only_regular_files_of_a_reasonable_size_are_read(self, tmp_path: Path, monkeypatch: Any) -> None:
+        os.mkfifo(tmp_path / "pipe.jpg")
+        self.refused(tmp_path / "pipe.jpg", r"pipe\.jpg: a named pipe, not a file")
+        self.refused(Path("/dev/zero"), "a device, not a file")
+        (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+        self.refused(tmp_path / "loop.jpg", "symbolic links")
+        self.refused(tmp_path / "a\0b.jpg", "no path of a file: embedded null byte")
+        (tmp_path / "large.jpg").write_bytes(bytes(11))
+        monkeypatch.setattr(decoding, "read_regular", partial(read_regular, limit=10))
+        self.refused(tmp_path / "large.jpg", "larger than 0 MiB")
+
+    def test_an_error_of_ours_is_no_bad_sample(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        image = EncodedImage(encode(textured(10, 10)))
+        with pytest.raises(TypeError):
+            image.decode(size=([4], 4))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="a height and a width of at least 1, got"):
+            image.decode(size=(0, 4))
+
+        def broken(*arguments: object) -> None:
+            raise TypeError("a programming error")
+
+        monkeypatch.setattr(decoding, "resize", broken)
+        with pytest.raises(TypeError, match="a programming error"):
+            image.decode(size=(4, 4))
 
     def test_a_decompression_bomb_is_refused_by_its_header(self, monkeypatch: pytest.MonkeyPatch) -> None:
         data = encode(textured(100, 100))
