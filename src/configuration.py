@@ -153,6 +153,9 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
             traceback.print_exc()
         print(f"error: {problem}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("error: stopped by SIGINT", file=sys.stderr)
+        raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from argparse import Namespace
@@ -10,12 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger as PlainTensorBoardLogger
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
+from src.event_writer import SafeSummaryWriter
 from src.files import write_atomically
+
+log = logging.getLogger(__name__)
 
 # TensorBoard sorts groups by name
 _GROUPS = {
@@ -28,10 +33,24 @@ _GROUPS = {
 
 
 class ResumedLogger:
-    """A logger whose `resume` is called before anything is logged in a resumed run."""
+    """A logger of a run that can be resumed and that a file which cannot be written does not end."""
 
-    def resume(self, step: int) -> None:
-        raise NotImplementedError(f"{type(self).__name__}.resume, called at step {step}")
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of the logger, plain values."""
+        return {}
+
+    def resume(self, step: int, state: Mapping[str, Any]) -> None:
+        """Called before anything is logged in a resumed run.
+
+        Args:
+            step: number of optimizer steps in the checkpoint.
+            state: of the logger in the checkpoint; empty in checkpoints of older versions.
+        """
+
+    @property
+    def failed(self) -> str | None:
+        """The file that could not be written and why; None if everything logged is on disk."""
+        return None
 
 
 class OrderedTensorBoardLogger(TensorBoardLogger, ResumedLogger):
@@ -49,8 +68,20 @@ class OrderedTensorBoardLogger(TensorBoardLogger, ResumedLogger):
     def log_dir(self) -> str:
         return os.fspath(self.save_dir)
 
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            self._experiment = SafeSummaryWriter(self.log_dir)
+        return self._experiment
+
+    @property
+    def failed(self) -> str | None:
+        reason = self._experiment.events.failed if isinstance(self._experiment, SafeSummaryWriter) else None
+        return None if reason is None else f"TensorBoard's events in {self.log_dir}: {reason}"
+
     @rank_zero_only
-    def resume(self, step: int) -> None:
+    def resume(self, step: int, state: Mapping[str, Any]) -> None:
         """Removes the events from ``step`` on, which a killed run may have logged after its checkpoint."""
         writer = self.experiment._get_file_writer()
         writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
@@ -84,8 +115,9 @@ class MetricsFile(Logger, ResumedLogger):
     """Writes the last value of every metric by stage: ``{"train": {"step": 12, "loss/total": 0.91, ...}, "evaluate":
     ...}``.
 
-    The values of other stages are kept. A new run of a stage starts without values. A resumed run starts with those in
-    the file: values logged after the checkpoint are logged again.
+    The values of other stages are kept. A new run of a stage starts without values, a resumed run with those in its
+    checkpoint. If the file cannot be written, the log says so and training continues; the values are written with the
+    next ones.
 
     Args:
         path: the file, replaced atomically.
@@ -98,6 +130,7 @@ class MetricsFile(Logger, ResumedLogger):
         self.stage = stage
         self._values: dict[str, float | int | None] = {}
         self._dirty = False
+        self._reason: str | None = None
 
     @property
     def name(self) -> str:
@@ -107,8 +140,15 @@ class MetricsFile(Logger, ResumedLogger):
     def version(self) -> str:
         return ""
 
-    def resume(self, step: int) -> None:
-        self._values = self._read().get(self.stage, {})
+    @property
+    def failed(self) -> str | None:
+        return None if self._reason is None else f"{self.path}: {self._reason}"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": dict(self._values)}
+
+    def resume(self, step: int, state: Mapping[str, Any]) -> None:
+        self._values = dict(state["values"]) if "values" in state else self._read().get(self.stage, {})
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -126,9 +166,16 @@ class MetricsFile(Logger, ResumedLogger):
     def save(self) -> None:
         if not self._dirty:
             return
-        stages = {**self._read(), self.stage: dict(sorted(self._values.items()))}
-        write_atomically(self.path, json.dumps(stages, indent=2) + "\n")
-        self._dirty = False
+        try:
+            stages = {**self._read(), self.stage: dict(sorted(self._values.items()))}
+            # not durable: it is written at every logged step, and a checkpoint holds the values too
+            write_atomically(self.path, json.dumps(stages, indent=2) + "\n", durable=False)
+        except OSError as problem:
+            if self._reason is None:
+                log.error("could not write %s: %s. Training continues.", self.path, problem)
+            self._reason = problem.strerror or str(problem)
+        else:
+            self._dirty, self._reason = False, None
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

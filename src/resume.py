@@ -16,12 +16,18 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("name a run: make resume RUN=runs/<experiment>/<name>")
     run = runs.find(paths[0])
     config = configuration.apply(run.config(), [word for word in argv if not word.startswith("run=")])
+    if runs.inherited() is not None:  # started by process 0, which has checked and stored everything
+        return fit(config, run, resume=run.last)
     if not run.last.exists():
         raise UserError(f"{run.title} has no checkpoint to continue from: start a new run under another NAME=")
-    _check_unfinished(run, config)
-    runs.adopt(run)
-    runs.store(run, config)
-    return fit(config, run, resume=run.last)
+    with runs.locked(run):
+        _check_unfinished(run, config)
+        runs.adopt(run)
+        try:
+            runs.store(run, config)
+        except OSError as problem:
+            raise UserError(f"{run.title} cannot be written: {problem.strerror or problem}") from problem
+        return fit(config, run, resume=run.last)
 
 
 def _check_unfinished(run: runs.Run, config: configuration.DictConfig) -> None:

@@ -83,7 +83,7 @@ class Training:
             # run resumed by hand gets no such signal
             OmegaConf.update(config, "callbacks.stop_on_signal.signals", [STOP.name], force_add=True)
         code = train.fit(config, run, resume=run.last if run.last.exists() else None)
-        if code == train.PREEMPTED:
+        if code == 128 + STOP:
             signal.raise_signal(STOP)  # for submitit, which requeues the job
         elif code:
             raise RuntimeError(f"{run.title} ended with code {code}")

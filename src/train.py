@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +19,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from src import configuration, panels, runs
 from src.callbacks.batch_check import batch_type_of
+from src.callbacks.checkpoints import NonFiniteWeights
 from src.callbacks.data_health import TooManyBadSamples
 from src.callbacks.ema_teacher import EMATeacher
 from src.callbacks.last_validation import LastValidation
 from src.callbacks.nan_guard import NonFiniteLoss
 from src.callbacks.recipe_card import RecipeCard
 from src.callbacks.resumed_position import ResumedPosition
-from src.callbacks.stop_on_signal import Preempted
+from src.callbacks.stop_on_signal import Preempted, StopOnSignal
 from src.checkpoint_io import AtomicCheckpointIO, CheckpointError
 from src.datamodules.batches.base import BatchError
 from src.datamodules.decoding import BadSample
 from src.errors import UserError
 from src.evaluation.errors import BadFeatures
 from src.listing import print_experiments
+from src.loggers import ResumedLogger
 from src.models.pretrain_module import PretrainModule
 from src.sync_batchnorm import SyncBatchNormPlugin
 from src.trained import started, without_source
@@ -85,7 +90,8 @@ def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int
     """Trains the configuration in the run's folder, from the start or from the checkpoint ``resume``.
 
     Returns:
-        The exit code: 0, 1 if training had to stop, 128 + the signal's number after a signal (SIGTERM: 143, Ctrl-C: 130).
+        The exit code: 0, 1 if training had to stop, 128 + the signal's number after a signal (143 for SIGTERM, 130 for
+        Ctrl-C).
 
     Raises:
         UserError: the parts do not fit together, or another process trains this run.
@@ -93,7 +99,10 @@ def fit(config: DictConfig, run: runs.Run, *, resume: Path | None = None) -> int
     callbacks = build_each(config, "callbacks")
     stop = next((callback for callback in callbacks if isinstance(callback, StopOnSignal)), None)
     with runs.locked(run), children_ended(), stop.before_training() if stop else nullcontext():
-        return _fit(config, run, callbacks, resume)
+        try:
+            return _fit(config, run, callbacks, resume)
+        except Preempted as notice:
+            return _stopped(notice, run)
 
 
 def _fit(config: DictConfig, run: runs.Run, callbacks: list[L.Callback], resume: Path | None) -> int:
@@ -129,13 +138,43 @@ def _fit(config: DictConfig, run: runs.Run, callbacks: list[L.Callback], resume:
         report_error(f"stopped: {problem}")
         return 1
     except Preempted as notice:
-        report_error(f"{notice}\ncontinue with: make resume RUN={run.title}")
-        return PREEMPTED
+        if notice.step is None and trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGTERM)  # the processes it has started wait for this one
+        raise
     panels.summarize(run, trainer)
-    if checkpoint_io.failed:
-        report_error(f"the last checkpoint could not be written: {checkpoint_io.failed}")
-        return 1
-    return 0
+    unwritten = [f"the last checkpoint could not be written: {checkpoint_io.failed}"] if checkpoint_io.failed else []
+    for logger in trainer.loggers:
+        if isinstance(logger, ResumedLogger) and logger.failed:
+            unwritten.append(f"the last values could not be written: {logger.failed}")
+    for message in unwritten:
+        report_error(message)
+    return 1 if unwritten else 0
+
+
+def _stopped(notice: Preempted, run: runs.Run) -> int:
+    """Says how a run that a signal stopped goes on, and returns its exit code."""
+    if run.last.exists():
+        report_error(f"{notice}\ncontinue with: make resume RUN={run.title}")
+    else:
+        report_error(f"{notice}; nothing was trained, so start it again")
+    if runs.inherited() is not None:
+        return 0  # Lightning kills process 0 when one that it has started ends with another code
+    runs.discard(run)
+    return int(notice.code or 0)
+
+
+@contextmanager
+def children_ended() -> Iterator[None]:
+    """Kills the processes that were started meanwhile and are left, such as a loader's worker that hangs: Python would
+    wait for it for ever."""
+    before = set(multiprocessing.active_children())
+    try:
+        yield
+    finally:
+        for child in set(multiprocessing.active_children()) - before:
+            with suppress(RuntimeError):  # torch's message that a worker was killed
+                child.kill()
+                child.join()
 
 
 def build_each(config: DictConfig, section: str) -> list[Any]:

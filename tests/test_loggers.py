@@ -104,7 +104,8 @@ def test_a_new_run_drops_the_values_of_the_file_and_a_resumed_run_keeps_them(tmp
     fresh.save()
     assert json.loads(path.read_text()) == {"train": {"loss/total": 3.0, "step": 5}, "evaluate": {"a": 2}}
     resumed = MetricsFile(path)
-    resumed.resume(5)
+    path.write_text("")  # a file that is damaged: the checkpoint has the values
+    resumed.resume(5, fresh.state_dict())
     resumed.log_metrics({"loss/new": 4.0}, step=5)
     resumed.save()
     assert json.loads(path.read_text())["train"] == {"loss/new": 4.0, "loss/total": 3.0, "step": 6}

@@ -14,9 +14,17 @@ class LastValidation(L.Callback):
     last epoch between two validations.
     """
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_last_batch:  # resumed after the last step of an epoch, whose validation comes next
+            self._validate_at_the_end(trainer)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Tensor], batch_idx: int
     ) -> None:
+        self._validate_at_the_end(trainer)
+
+    @staticmethod
+    def _validate_at_the_end(trainer: L.Trainer) -> None:
         last_step = 0 < trainer.max_steps <= trainer.global_step
         last_epoch = trainer.max_epochs == trainer.current_epoch + 1 and trainer.is_last_batch
         if last_step or last_epoch:

@@ -1,12 +1,83 @@
-"""The position of Lightning's fit loop, and the repair of the loop counters that a checkpoint holds."""
+"""The position of Lightning's fit loop, moments for which it has no hook, and what a checkpoint holds of both."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
 
-Moment = Literal["step", "epoch"]  # saved after a step within an epoch, or after the end of an epoch
+# When a checkpoint was saved: after a step, before the validation and the end of the epoch that may follow it; after
+# these, while the next batch is waited for; or after the end of an epoch.
+Moment = Literal["step", "wait", "epoch"]
+
+
+class AfterLogging(Checkpoint):
+    """A callback with moments for which Lightning has no hook: after a step and after an epoch, when all that they
+    logged has reached the loggers, and before the wait for a batch.
+
+    Lightning logs after the hooks of a step or an epoch have run, and a module's own hook runs after those of the
+    callbacks. A checkpoint that is saved in a hook has the weights of a step without its curves, and a run killed at
+    that point would never log them.
+
+    It derives from Lightning's `Checkpoint` because Lightning calls those after all other callbacks.
+    """
+
+    resumes_after_step = False  # set by a resumed run whose checkpoint was saved in `after_step`
+
+    def before_batch(self, trainer: L.Trainer) -> None:
+        """Called before a batch is taken from the data loader."""
+
+    def after_step(self, trainer: L.Trainer) -> None:
+        """Called after every batch, before the validation and the end of the epoch that may follow."""
+
+    def after_epoch(self, trainer: L.Trainer) -> None:
+        """Called after the end of every epoch."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and "advance" not in vars(trainer.fit_loop.epoch_loop):
+            _call_after_logging(trainer)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        _restore(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        _restore(trainer)
+
+
+def _call_after_logging(trainer: L.Trainer) -> None:
+    """Extends the two methods of Lightning's loops that end with logging, of this trainer only."""
+    epochs, batches = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    advance, on_advance_end = batches.advance, epochs.on_advance_end
+    all_callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = [callback for callback in all_callbacks if isinstance(callback, AfterLogging)]
+
+    def take_batch(data_fetcher: Any) -> None:
+        resumed = [callback for callback in callbacks if callback.resumes_after_step]
+        if resumed:
+            # the checkpoint holds this step: what follows it comes next, the validation of an epoch for example
+            for callback in resumed:
+                callback.resumes_after_step = False
+            batches.val_loop.restarting = False
+            return
+        for callback in callbacks:
+            callback.before_batch(trainer)
+        advance(data_fetcher)
+        for callback in callbacks:
+            callback.after_step(trainer)
+
+    def end_epoch() -> None:
+        on_advance_end()
+        for callback in callbacks:
+            callback.after_epoch(trainer)
+
+    batches.advance = take_batch  # type: ignore[method-assign]
+    epochs.on_advance_end = end_epoch  # type: ignore[method-assign]
+
+
+def _restore(trainer: L.Trainer) -> None:
+    for loop, name in ((trainer.fit_loop.epoch_loop, "advance"), (trainer.fit_loop, "on_advance_end")):
+        vars(loop).pop(name, None)
 
 
 def is_epoch_done(trainer: L.Trainer) -> bool:
@@ -28,24 +99,30 @@ def is_between_steps(trainer: L.Trainer) -> bool:
     return is_epoch_done(trainer) or progress.current.ready % trainer.accumulate_grad_batches == 0
 
 
-def mark_completed(loop: dict[str, Any], moment: Moment, *, epoch_done: bool) -> None:
-    """Changes the saved state of the fit loop, in place, to that between two batches.
-
-    A callback saves while Lightning is updating its counters. Lightning resumes correctly from most of these
-    intermediate states, but not with ``max_steps``, and not between the last batch and the end of an epoch.
+def mark_wait(loop: dict[str, Any], trainer: L.Trainer) -> None:
+    """Changes the saved state of the fit loop, in place, so that the logged steps of a resumed run are counted rightly:
+    where a validation was due, Lightning skips it and counts the step once more.
 
     Args:
-        loop: ``checkpoint["loops"]["fit_loop"]``.
-        moment: when it was saved.
+        loop: ``checkpoint["loops"]["fit_loop"]``, saved while the next batch is waited for.
+        trainer: the run's.
+    """
+    fetcher: Any = trainer.fit_loop._data_fetcher
+    if trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+
+
+def mark_epoch(loop: dict[str, Any], *, epoch_done: bool) -> None:
+    """Changes the saved state of the fit loop, in place, to that between two epochs.
+
+    Lightning saves the counters of batches as they were after the last one, with which a resumed run would end the
+    epoch once more; and it counts an epoch as done in which a number of steps ended the run.
+
+    Args:
+        loop: ``checkpoint["loops"]["fit_loop"]``, saved in `AfterLogging.after_epoch`.
         epoch_done: whether the epoch has no further batch.
     """
     batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
-    if moment == "step":
-        for part in ("total", "current"):
-            batches[part]["completed"] = batches[part]["processed"]
-        # Lightning counts this when the batch is completed
-        loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
-        return
     for part in ("total", "current"):
         done = epochs[part]["started"] - (0 if epoch_done else 1)
         epochs[part]["processed"] = epochs[part]["completed"] = done

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from src.callbacks.checkpoints import Checkpoints
+from src.callbacks.checkpoints import Checkpoints, last_good
 from src.collectives import any_process
 
 
@@ -64,10 +64,7 @@ class NanGuard(L.Callback):
 
 def _last_good(trainer: L.Trainer) -> str:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    saved = next((callback.saved for callback in callbacks if isinstance(callback, Checkpoints)), None)
-    if saved is None:
-        return "There is no checkpoint yet."
-    return f"The last good checkpoint is {saved.path}, of step {saved.step}."
+    return last_good(next((callback.saved for callback in callbacks if isinstance(callback, Checkpoints)), None))
 
 
 def _is_bad(gradient: Tensor) -> bool:

@@ -52,6 +52,10 @@ class OnlineProbe(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._stepped_at = trainer.global_step
         self._waiting = []
+        if self._restored is not None and self._probe is None:
+            # not with the next batch: a run that is resumed after the last step of an epoch evaluates first
+            classes, dim = self._restored["linear"]["weight"].shape
+            self._make_probe(dim, classes, pl_module.device)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -108,17 +112,19 @@ class OnlineProbe(L.Callback):
         return self._probe.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # the probe is created with the first embedding, whose device and width it takes
+        # the probe is made when training starts, on its device
         self._restored = state_dict or None
         self._probe = None
 
     def _learner(self, embeddings: Tensor, classes: int) -> _Probe:
-        if self._probe is None:
-            with seeded(self.seed):
-                self._probe = _Probe(embeddings.shape[1], classes, lr=self.lr, weight_decay=self.weight_decay)
-            self._probe.to(embeddings.device)
-            if self._restored is not None:
-                self._probe.restore(self._restored)
+        return self._probe or self._make_probe(embeddings.shape[1], classes, embeddings.device)
+
+    def _make_probe(self, dim: int, classes: int, device: torch.device) -> _Probe:
+        with seeded(self.seed):
+            self._probe = _Probe(dim, classes, lr=self.lr, weight_decay=self.weight_decay)
+        self._probe.to(device)
+        if self._restored is not None:
+            self._probe.restore(self._restored)
         return self._probe
 
     def _warn(self, reason: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 from collections.abc import Mapping
 from functools import cache
@@ -16,6 +17,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from src.files import write_atomically
+
+log = logging.getLogger(__name__)
 
 
 class RecipeCard(L.Callback):
@@ -36,7 +39,10 @@ class RecipeCard(L.Callback):
         if not trainer.is_global_zero:
             return
         card = self.card(trainer, pl_module)
-        write_atomically(self.path, card)
+        try:
+            write_atomically(self.path, card)
+        except OSError as problem:
+            log.error("could not write %s: %s. Training continues.", self.path, problem)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("recipe", card, trainer.global_step)

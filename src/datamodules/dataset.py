@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypedDict, runtime_checkable
@@ -311,10 +313,22 @@ class EvalSampler(Sampler[list[SampleKey]]):
 
 def ignore_stop_signals(worker: int) -> None:
     """Makes a loader's worker leave stop signals to the training process: a terminal, a service manager or a cluster
-    sends them to all processes of a job, and a run cannot finish its step without its workers. The run ends them."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+    sends them to all processes of a job, and a run cannot finish its step without its workers.
+
+    SIGTERM from the training process itself still ends the worker: this is how Python ends it.
+    """
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         if name in signal.Signals.__members__:  # Windows has fewer
             signal.signal(signal.Signals[name], signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # a handler is not told the sender, and macOS has no such call
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class LoaderPosition(TypedDict):
@@ -366,10 +380,12 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
 
     def state_dict(self) -> LoaderPosition:
         sampler: TrainSampler = self.sampler  # type: ignore[assignment]
+        # a checkpoint is never saved between the micro-batches of a step
+        samples = self._start + self._served // sampler.micro_batches * sampler.batch_size
+        resume = self._resume  # not taken up yet where an epoch is resumed after its last step
         return {
-            "epoch": self._epoch,
-            # a checkpoint is never saved between the micro-batches of a step
-            "samples": self._start + self._served // sampler.micro_batches * sampler.batch_size,
+            "epoch": self._epoch if resume is None else resume["epoch"],
+            "samples": samples if resume is None else resume["samples"],
             "batch_size": sampler.batch_size,
             "micro_batches": sampler.micro_batches,
         }

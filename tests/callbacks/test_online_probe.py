@@ -28,7 +28,9 @@ class Steps:
     def __init__(self, *, classes: int = 3) -> None:
         self.trainer: Any = SimpleNamespace(global_step=0, datamodule=SimpleNamespace(classes=list(range(classes))))
         self.logged: dict[str, float] = {}
-        self.module: Any = SimpleNamespace(log=lambda name, value, **_: self.logged.update({name: float(value)}))
+        self.module: Any = SimpleNamespace(
+            device=CPU, log=lambda name, value, **_: self.logged.update({name: float(value)})
+        )
 
     def run(self, probe: OnlineProbe, embedding: Tensor, label: Tensor, *, micro_batches: int = 1) -> None:
         parts = zip(embedding.chunk(micro_batches), label.chunk(micro_batches), strict=True)
