@@ -16,6 +16,7 @@ from src.errors import UserError, nearest
 from src.evaluation.errors import NotApplicable
 from src.evaluation.evaluation import EncoderEvaluation, Evaluation, joined_needs, value_of
 from src.evaluation.pixels import PixelEncoder
+from src.evaluation.subject import Subject
 from src.evaluation_config import data_name, evaluation_config, evaluation_of
 from src.evaluation_results import score_table, store
 from src.finetuning import FineTuning
@@ -43,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
     data = arguments.get("data") or data_name(config)
     if config.evaluate.split != "val":
         data = f"{data}_{config.evaluate.split}"
-    scores = evaluate(config, checkpoint, [name for name in names if name != FINETUNE])
+    subject = trained.RunSubject.configured(config, checkpoint)
+    scores = evaluate(config, checkpoint, [name for name in names if name != FINETUNE], subject)
     if scores:
         store(run, data, scores)  # before a fine-tuning that may fail
     if FINETUNE in names:
@@ -53,8 +55,16 @@ def main(argv: Sequence[str]) -> int:
         top1 = value_of(finetuning(trained.RunSubject.configured(config, checkpoint)), "eval/top1")
         scores.setdefault(first, {})["finetune_top1"] = top1
         store(run, data, scores)
-    Console().print(score_table(f"{run.title} ({checkpoint.name}) on {data}", scores))
+    Console().print(score_table(f"{run.title} ({checkpoint.name}) on {data}{image_counts(subject)}", scores))
     return 0
+
+
+def image_counts(subject: Subject) -> str:
+    """Returns how many images the numbers are of, for the table's title: ": 50,000 images, learning from 1,281,167"."""
+    if subject.images_read is None:
+        return ""
+    bank, query = subject.images_read
+    return f": {query:,} images, learning from {bank:,}"
 
 
 def requested(eval_argument: str | None, default: Sequence[str], evaluations: Sequence[str]) -> list[str]:
@@ -78,19 +88,22 @@ def requested(eval_argument: str | None, default: Sequence[str], evaluations: Se
     return list(dict.fromkeys(names))
 
 
-def evaluate(config: DictConfig, checkpoint: Path, names: Sequence[str]) -> Scores:
+def evaluate(
+    config: DictConfig, checkpoint: Path, names: Sequence[str], subject: trained.RunSubject | None = None
+) -> Scores:
     """Runs the named evaluations on every encoder of the run and on the named baselines. Numbers of the method as a
     whole are those of the encoder "pairs".
 
     Args:
         config: see `evaluation_config`.
         names: of evaluations and of `BASELINES`.
+        subject: of the same configuration and checkpoint, where the caller needs it afterwards.
 
     Raises:
         UserError: an evaluation is not applicable, or features are NaN or infinite.
     """
     evaluations: dict[str, Evaluation] = {name: evaluation_of(config, name) for name in names if name not in BASELINES}
-    subject = trained.RunSubject.configured(config, checkpoint)
+    subject = subject or trained.RunSubject.configured(config, checkpoint)
     subject.needs = joined_needs(list(evaluations.values()))
     baselines: dict[str, nn.Module] = {}
     if "random" in names:

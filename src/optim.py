@@ -187,7 +187,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(groups, {**defaults, "classic_momentum": classic_momentum})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -217,20 +217,22 @@ def trust_ratio(weight: Tensor, update: Tensor, coefficient: float) -> Tensor:
 
 
 def lars(
-    groups: Sequence[dict[str, Any]],
-    *,
-    lr: float,
-    momentum: float = 0.9,
-    trust_coefficient: float = 0.001,
-    classic_momentum: bool = False,
+    groups: Sequence[dict[str, Any]], *, lr: float, momentum: float = 0.9, trust_coefficient: float = 0.001
 ) -> LARS:
     """`LARS`, an algorithm for `OptimizerRecipe`: ``partial(lars, …)``."""
+    return LARS([{**group} for group in groups], lr, momentum=momentum, trust_coefficient=trust_coefficient)
+
+
+def classic_lars(
+    groups: Sequence[dict[str, Any]], *, lr: float, momentum: float = 0.9, trust_coefficient: float = 0.001
+) -> LARS:
+    """SimCLR's `LARS`, with ``classic_momentum``."""
     return LARS(
         [{**group} for group in groups],
         lr,
         momentum=momentum,
         trust_coefficient=trust_coefficient,
-        classic_momentum=classic_momentum,
+        classic_momentum=True,
     )
 
 

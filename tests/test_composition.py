@@ -173,7 +173,7 @@ def test_algorithm_and_learning_rate_come_from_one_layer(composed):
 
 
 BOUNDS = {"adamw": (1e-7, 1e-2), "lamb": (1e-5, 2e-2), "sgd": (1e-6, 1.0), "SGD": (1e-3, 1.0), "lars": (1e-3, 7.0)}
-BOUNDS |= {"larc": (1e-3, 7.0)}  # LARS and LARC scale the rate down by layer
+BOUNDS |= {"larc": (1e-3, 7.0), "classic_lars": (1e-3, 7.0)}  # LARS and LARC scale the rate down by layer
 
 
 def test_every_learning_rate_is_within_its_optimizer_s_bounds(composed):

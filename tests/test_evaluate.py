@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 
 import pytest
@@ -59,6 +60,33 @@ def test_offline_numbers_equal_online_ones(run, capsys):
     printed = capsys.readouterr().out
     assert printed.count("knn_top1") == 1
     assert f"{100 * online:.2f} %" in printed
+    assert re.search(r"on scenes: 16 images, +learning from 48", " ".join(printed.split()))
+
+
+def test_a_paper_s_run_is_evaluated_on_all_images_and_others_as_online(run):
+    config = run.config()
+    with open_dict(config):
+        config.callbacks.evaluation.bank_samples = 30
+    limits = {}
+    for scale in ("paper", "tiny", None):
+        with open_dict(config):
+            config.run.scale = scale
+        settled = evaluation_config(_Stored(config), None, [])
+        limits[scale] = (settled.evaluate.bank_samples, settled.evaluate.query_samples)
+        fewer = evaluation_config(_Stored(config), None, ["evaluate.bank_samples=5"])
+        assert fewer.evaluate.bank_samples == 5
+    online = config.callbacks.evaluation.get("query_samples", 10_000)
+    assert limits == {"paper": (None, None), "tiny": (30, online), None: (30, online)}
+
+
+class _Stored:
+    """A run with another stored configuration."""
+
+    def __init__(self, config):
+        self.stored = config
+
+    def config(self):
+        return self.stored.copy()
 
 
 def test_every_encoder_and_baseline_is_evaluated_by_the_shared_protocol(run):

@@ -162,6 +162,15 @@ class Subject:
         sets = {name: self._features[1][name] for name in self.encoders}
         return sets if needs.accepts_shards else {name: shard.whole(self.device) for name, shard in sets.items()}
 
+    @property
+    def images_read(self) -> tuple[int, int] | None:
+        """Number of images that features were read of, by this process: (to learn from, to evaluate on); None if no
+        evaluation has asked for features."""
+        if self._features is None:
+            return None
+        sets = next(iter(self._features[1].values()))
+        return len(sets.bank.labels), len(sets.query.labels)
+
     def query_loader(self, samples: int | None = None) -> DataLoader[dict[str, torch.Tensor]]:
         """Returns a loader of the images of ``split``, at most ``samples`` of them.
 

@@ -77,7 +77,8 @@ def _add_dino_positions(vit: Any, patches: Tensor) -> Tensor:
     """timm's ``_pos_embed`` with `dino_positions`: [B, rows, columns, D] -> [B, prefix tokens + patches, D]."""
     prefix = [token.expand(len(patches), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
     own = 0 if vit.no_embed_class else vit.num_prefix_tokens  # positions of prefix tokens
-    positions = dino_positions(vit.pos_embed[:, own:], vit.patch_embed.grid_size, tuple(patches.shape[1:3]))
+    grid = patches.shape[1], patches.shape[2]
+    positions = dino_positions(vit.pos_embed[:, own:], vit.patch_embed.grid_size, grid)
     tokens = torch.cat([*prefix, patches.flatten(1, 2) + positions], dim=1)
     tokens[:, :own] += vit.pos_embed[:, :own]
     return vit.pos_drop(tokens)

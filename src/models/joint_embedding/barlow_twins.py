@@ -24,8 +24,9 @@ class BarlowTwins(JointEmbedding):
     accumulated).
 
     Deviations: gradients are those of one process on the whole batch. The authors' code does not differentiate through
-    its sum over W processes, so that its gradients are 1 / W of these. LARS cancels such a factor for matrices; biases
-    and norms take steps W times as long at an equal learning rate (`optimizer.rules` can change it).
+    its sum over W processes, so that its gradients are 1 / W of these. LARS cancels such a factor for matrices, up to
+    their weight decay; biases and norms would take steps W times as long. The recipe has the weight decay times 32 and
+    the rate of biases and norms divided by 32, for the authors' 32 GPUs.
 
     Args:
         backbone: any timm model without a head.

@@ -33,9 +33,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class DINO(JointEmbedding):
-    """Emerging Properties in Self-Supervised Vision Transformers (Caron et al., 2021).
-
-    Deviations: the teacher's temperature rises with every step, not with every epoch.
+    """Emerging Properties in Self-Supervised Vision Transformers (Caron et al., 2021). Deviations: none.
 
     The teacher (momentum encoder) receives only global crops, without drop-path or gradient. Centering keeps its scores
     from collapsing to one prototype, sharpening by a low temperature from collapsing to a uniform distribution. The

@@ -24,8 +24,7 @@ from src.optim import OptimizerRecipe
 class iBOT(DINO):
     """Image BERT Pre-Training with Online Tokenizer (Zhou et al., 2021).
 
-    Deviations: the temperatures rise with every step, not with every epoch; masks have exactly the drawn number of
-    patches (see `block_masks`).
+    Deviations: masks have exactly the drawn number of patches (see `block_masks`).
 
     The student encodes masked global crops, the teacher the unmasked ones. The student's class token is compared with
     the teacher's of the *other* crops, as in DINO, and its masked patches with the teacher's patches of the *same*

@@ -17,9 +17,7 @@ from src.optim import OptimizerRecipe
 
 
 class SimSiam(JointEmbedding):
-    """Exploring Simple Siamese Representation Learning (Chen and He, 2020).
-
-    Deviations: the learning rate falls with every step, not with every epoch; crops use bicubic interpolation.
+    """Exploring Simple Siamese Representation Learning (Chen and He, 2020). Deviations: none.
 
     Both views go through the same encoder and projector, each in a forward pass of its own. The predictor's learning
     rate stays constant: the recipe's rule says so, as the authors' recommended command does.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from src.optim import OptimizerRecipe, Rule, larc, lars
+from src.optim import OptimizerRecipe, Rule, classic_lars, larc, lars
 
 LR, MOMENTUM, TRUST = 0.5, 0.9, 0.001
 
@@ -59,7 +59,7 @@ def test_classic_momentum_keeps_the_rate_of_each_update():
     moved = {}
     for classic in (False, True):
         linear = layer()
-        optimizer = OptimizerRecipe(partial(lars, classic_momentum=classic), lr=0.5).build(linear)
+        optimizer = OptimizerRecipe(classic_lars if classic else lars, lr=0.5).build(linear)
         step(linear, optimizer, [[0.0, 0.0], [0.0, 0.0]], [2.0, 0.0])
         for group in optimizer.param_groups:
             group["lr"] = 0.1

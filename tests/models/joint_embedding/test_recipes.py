@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -117,19 +118,104 @@ def test_moco_v3_has_the_papers_heads_and_pool_for_each_kind_of_backbone():
     assert composed("experiment=moco_v3_vits", "scale=paper").backbone.num_heads == 12
 
 
-def test_barlow_twins_has_a_learning_rate_of_its_own_for_biases_and_norms():
+def test_barlow_twins_takes_the_steps_of_the_authors_32_gpus():
+    """There gradients are 1/32 of ours: a bias' step 0.0048 * g / 32, a matrix' direction g / 32 + 1e-6 * w."""
     config = composed("experiment=barlow_twins_r50", "scale=paper", "model.hidden_dim=8", "model.projection_dim=8")
     optimizer = configuration.instantiate(config.model).configure_optimizers()
     rates = {group["params"][0].ndim == 1: group["lr"] for group in optimizer.param_groups}
-    assert rates == {False: pytest.approx(0.2 * 8), True: pytest.approx(0.0048 * 8)}  # a batch of 2048
+    assert rates == {False: pytest.approx(0.2 * 8), True: pytest.approx(0.0048 * 8 / 32)}  # a batch of 2048
     for group in optimizer.param_groups:
         single = {p.ndim == 1 for p in group["params"]}
         assert len(single) == 1
-        assert group["weight_decay"] == (0 if single == {True} else 1e-6)
+        assert group["weight_decay"] == (0 if single == {True} else pytest.approx(32e-6))
     for experiment in ("barlow_twins_r50", "vicreg_r50"):
         config = composed(f"experiment={experiment}", "scale=paper")
         schedule = configuration.instantiate(config.schedules.optimizer.lr)
         assert schedule.value(1000, Horizon(1000, 1, 2048)) == pytest.approx(0.0016)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "interpolation"),
+    [
+        ("moco_v2_r50", "bilinear"),
+        ("mochi_r50", "bilinear"),
+        ("simsiam_r50", "bilinear"),
+        ("moco_v3_r50", "bilinear"),
+        ("moco_v3_vitb", "bilinear"),
+        ("swav_r50", "bilinear"),
+        ("swav_r50_2crops", "bilinear"),
+        ("swav_r50_b256", "bilinear"),
+        ("supervised_r50", "bilinear"),
+        ("simclr_r50", "bicubic"),
+        ("byol_r50", "bicubic"),
+        ("barlow_twins_r50", "bicubic"),
+        ("vicreg_r50", "bicubic"),
+        ("dino_vitb", "bicubic"),
+        ("ibot_vitb", "bicubic"),
+    ],
+)
+def test_crops_are_interpolated_as_the_authors_do(experiment, interpolation):
+    for scale in ("paper", "tiny"):
+        view = configuration.instantiate(composed(f"experiment={experiment}", f"scale={scale}").data.train_view)
+        kinds = [*view.views.values(), *(view.local_views or {}).values()] if hasattr(view, "views") else [view]
+        assert {kind.crop.interpolation for kind in kinds} == {interpolation}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "zero"),
+    [("moco_v2_r50", False), ("mochi_r50", False), ("swav_r50", False), ("swav_r50_b256", False), ("dino_r50", False)]
+    + [("simclr_r50", True), ("byol_r50", True), ("moco_v3_r50", True), ("barlow_twins_r50", True)]
+    + [("vicreg_r50", True), ("simsiam_r50", True), ("supervised_r50", False)],
+)
+def test_residual_branches_start_at_zero_where_the_authors_do_so(experiment, zero):
+    assert composed(f"experiment={experiment}", "scale=paper").backbone.zero_init_last is zero
+
+
+def test_moco_s_and_simsiam_s_rates_change_once_an_epoch():
+    """The authors' rate / 2 * (1 + cos(pi * epoch / epochs))."""
+    for experiment, peak, epochs in (("moco_v2_r50", 0.03, 200), ("mochi_r50", 0.03, 200), ("simsiam_r50", 0.1, 100)):
+        rate = configuration.instantiate(composed(f"experiment={experiment}", "scale=paper").schedules.optimizer.lr)
+        run = Horizon(total_steps=epochs * 50, steps_per_epoch=50, batch_size=256)
+        for epoch in (0, 1, epochs - 1):
+            expected = peak / 2 * (1 + math.cos(math.pi * epoch / epochs))
+            assert [rate.value(50 * epoch + step, run) for step in (0, 49)] == pytest.approx([expected] * 2)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "scales", "warm", "rate", "clip", "frozen", "local"),
+    [
+        ("dino_vits", ([0.4, 1.0], [0.05, 0.4]), 30, (2e-3, 1e-6), 3.0, "1 epoch", 8),
+        ("dino_vitb", ([0.25, 1.0], [0.05, 0.25]), 50, (3e-3, 2e-6), 0.3, "3 epochs", 10),
+        ("ibot_vits", ([0.25, 1.0], [0.05, 0.25]), 30, (2e-3, 1e-6), 3.0, "1 epoch", 10),
+        ("ibot_vitb", ([0.32, 1.0], [0.05, 0.32]), 50, (3e-3, 2e-6), 0.3, "3 epochs", 10),
+    ],
+)
+def test_dino_s_and_ibot_s_recipes_are_the_authors(experiment, scales, warm, rate, clip, frozen, local):
+    config = composed(f"experiment={experiment}", "scale=paper")
+    epochs = config.trainer.max_epochs
+    assert epochs == {"dino_vits": 300, "ibot_vits": 800}.get(experiment, 400)
+    run = Horizon(total_steps=epochs * 1250, steps_per_epoch=1250, batch_size=1024, max_warmup=0.2)
+    lr = configuration.instantiate(config.schedules.optimizer.lr)
+    # the authors' numpy.linspace has the peak in the last step of the warm-up already
+    assert [lr.value(step, run) for step in (0, 12499, 12500, run.total_steps)] == pytest.approx(
+        [0.0, rate[0], rate[0], rate[1]]
+    )
+    names = ["teacher_temperature"] + (["patch_teacher_temperature"] if "ibot" in experiment else [])
+    for name in names:
+        temperature = configuration.instantiate(config.schedules[name])
+        for epoch, value in ((0, 0.04), (1, 0.04 + 0.03 / (warm - 1)), (warm - 1, 0.07), (warm, 0.07)):
+            values = [temperature.value(1250 * epoch + step, run) for step in (0, 1249)]
+            assert values == pytest.approx([value] * 2, rel=1e-12)
+    assert (config.callbacks.gradient_clip.max_norm, config.callbacks.freeze.duration) == (clip, frozen)
+    view = config.data.train_view
+    assert [view.views[name].crop.scale for name in view.views] == [scales[0]] * 2
+    assert (view.local_views.local.crop.scale, view.local_views.local.count) == (scales[1], local)
+    assert config.model.train_gain is experiment.endswith("vits")
+
+
+def test_dino_s_resnet_has_the_authors_batch():
+    config = composed("experiment=dino_r50", "scale=paper")
+    assert (config.data.batch_size, config.optimizer.lr, config.trainer.max_epochs) == (512, pytest.approx(0.06), 100)
 
 
 def test_swav_s_recipes_are_the_authors():
