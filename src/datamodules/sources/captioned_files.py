@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,9 @@ from src.datamodules.sources.texts import Problems, TextListSource, as_list, is_
 
 _TWICE = "images that are listed twice (the first is used)"
 _NO_IMAGE = "entries without an image (left out)"
+_UNREADABLE = "lines that cannot be read (left out)"
+_WIDE = "rows with more cells than the header, for lack of quotes around a text with the separator ({})"
+_MOST_LINES = 1000  # of a row, whose cells may hold line breaks
 _NO_TEXT = "images without a caption (replaced when drawn)"
 
 
@@ -83,7 +87,8 @@ class CaptionListSource(CaptionedFiles):
 
     An image in several rows has the captions of all of them. In JSON lines a caption may be a list of captions. Files
     are UTF-8, with or without a byte order mark; a text that is not valid UTF-8 is left out, without its row. Lines
-    that cannot be read are left out, counted and logged.
+    that cannot be read are left out, counted and logged. So is the text of a row with more cells than the header, as a
+    text with a comma outside of quotes makes it: it could only be cut off.
 
     Args:
         split: "train", "val" or "test".
@@ -228,6 +233,34 @@ class KarpathySource(CaptionedFiles):
         )
 
 
+class _Lines(Iterator[str]):
+    """The lines of a file, which can be given back: those after the first one of a row that cannot be read."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.number = 0  # of the last line of the last row
+        self._file = file
+        self._ahead: deque[str] = deque()
+        self._row: list[str] = []
+
+    def __next__(self) -> str:
+        if len(self._row) == _MOST_LINES:
+            raise csv.Error(f"a row of more than {_MOST_LINES} lines")
+        self._row.append(self._ahead.popleft() if self._ahead else next(self._file))
+        return self._row[-1]
+
+    def accept(self) -> int:
+        """Ends a row, and returns the number of its last line."""
+        self.number += len(self._row)
+        self._row.clear()
+        return self.number
+
+    def reject(self) -> int:
+        """Gives back all but the first line of a row, and returns that line's number."""
+        self._ahead.extendleft(reversed(self._row[1:]))
+        del self._row[1:]
+        return self.accept()
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Yields (path of an image, its captions) of each row of a file, and adds unusable rows to ``problems``."""
@@ -255,9 +288,7 @@ class _Rows:
                     yield image.strip(), texts
 
     def _cells(self, file: TextIO, *, delimiter: str) -> Iterator[tuple[int, Any, list[object]]]:
-        # strict: a misplaced quote loses its own lines, not silently all lines up to the next quote
-        quoting: Any = csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE
-        rows = self._readable(csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True))
+        rows = self._readable(file, delimiter)
         keys: dict[str, Sequence[str | int]] = {"image_key": [self.image_key], "text_key": self.text_keys}
         positions = {name: [key for key in of if isinstance(key, int)] for name, of in keys.items()}
         if not any(positions.values()):
@@ -268,24 +299,48 @@ class _Rows:
                         columns = ", ".join(header)
                         raise DataError(f"{self.path} has no column data.source.{name}='{key}', only {columns}")
                 positions[name] = [header.index(str(key)) for key in of]
+            width = len(header)
         elif any(len(positions[name]) < len(of) for name, of in keys.items()):
             raise DataError(f"data.source.image_key and text_key must be all names or all positions: {keys}")
+        else:
+            width = self._narrowest(rows, 1 + max(positions["image_key"] + positions["text_key"]))
+            file.seek(0)
+            self.problems.counts.pop(_UNREADABLE, None)  # they are met a second time
+            rows = self._readable(file, delimiter)
         (image,), texts = positions["image_key"], positions["text_key"]
         for number, row in rows:
             cells = dict(enumerate(row))
-            yield number, cells.get(image), [cells.get(text) for text in texts]
+            if not any(cell.strip() for cell in row[width:]):
+                yield number, cells.get(image), [cells.get(text) for text in texts]
+            elif image == 0:
+                self.problems.add(_WIDE.format("its text is not used"), self._line(number))
+                yield number, cells[image], []
+            else:
+                self.problems.add(_WIDE.format("left out"), self._line(number))
 
-    def _readable(self, rows: Any) -> Iterator[tuple[int, list[str]]]:
+    @staticmethod
+    def _narrowest(rows: Iterator[tuple[int, list[str]]], needed: int) -> int:
+        """Returns the smallest number of cells of the rows that have at least the ``needed`` ones."""
+        return min((len(row) for _, row in rows if len(row) >= needed), default=needed)
+
+    def _readable(self, file: TextIO, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+        """Yields (number of its last line, cells) of each row. A line on which an unreadable row begins is left out,
+        and reading goes on with the next one: a quote that is not closed must not swallow the lines up to the next one.
+        """
+        quoting: Any = csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE
+        lines = _Lines(file)
+        reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
         while True:
             try:
-                row = next(rows)
+                row = next(reader)
             except StopIteration:
                 return
-            except csv.Error:  # the reader continues with the next line
-                self._unreadable(rows.line_num)
+            except csv.Error:
+                self._unreadable(lines.reject())
                 continue
+            number = lines.accept()
             if any(cell.strip() for cell in row):
-                yield rows.line_num, row
+                yield number, row
 
     def _objects(self, file: TextIO) -> Iterator[tuple[int, Any, list[object]]]:
         for number, line in enumerate(file, start=1):
@@ -305,7 +360,7 @@ class _Rows:
                 self._unreadable(number)
 
     def _unreadable(self, number: int) -> None:
-        self.problems.add("lines that cannot be read (left out)", self._line(number))
+        self.problems.add(_UNREADABLE, self._line(number))
 
     def _line(self, number: int) -> str:
         return f"line {number} of {self.path}"

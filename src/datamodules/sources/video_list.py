@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 
 from src.datamodules.decoding import DataError
-from src.datamodules.sources.files import require_some
+from src.datamodules.sources.files import read_json, read_text, require_some
+from src.datamodules.sources.labels import numbered_classes
 from src.datamodules.sources.packed import PackedStrings
 from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.sources.splits import hashed_split, spread_positions
@@ -81,8 +82,8 @@ class VideoListSource(ListedVideos):
         self, split: Split, *, root: str | Path, files: Mapping[str, str], names: str | Path | None = None
     ) -> None:
         if names is None:
-            highest = max((video.label for video in _paths_and_labels(_list(root, files, "train"))), default=-1)
-            classes = [str(number) for number in range(highest + 1)]
+            labels = [video.label for video in _paths_and_labels(_list(root, files, "train"))]
+            classes = numbered_classes(labels, "data.source.files")
         else:
             classes = [text for _, text in _lines(_below(root, names))]
         videos = _paths_and_labels(_list(root, files, split), len(classes))
@@ -159,16 +160,16 @@ class SomethingSomethingSource(ListedVideos):
         labels: str = "labels/labels.json",
         videos: str = "20bn-something-something-v2",
     ) -> None:
-        listed_labels = _json(_below(root, labels), dict)
+        listed_labels = read_json(_below(root, labels), dict)
         try:
             class_to_label = {str(name): int(number) for name, number in listed_labels.items()}
-        except (TypeError, ValueError) as problem:
+        except (TypeError, ValueError, OverflowError) as problem:
             raise DataError(f"data.source.labels: {_below(root, labels)}: a label is no number: {problem}") from problem
         if sorted(class_to_label.values()) != list(range(len(class_to_label))):
             raise DataError(f"{_below(root, labels)}: the labels are not 0 to {len(class_to_label) - 1}, each once")
         file = _list(root, files, split)
         videos_listed = []
-        for number, entry in enumerate(_json(file, list), start=1):
+        for number, entry in enumerate(read_json(file, list), start=1):
             if not isinstance(entry, dict) or not str(entry.get("id", "")).isalnum():
                 raise DataError(f"{file}, entry {number}: an 'id' is expected, got {_short(entry)}")
             # the list has brackets around filled-in words, "Holding [something]", and the file of classes has not
@@ -295,7 +296,7 @@ def _paths_and_labels(file: Path, classes: int | None = None) -> Iterator[Listed
         match = _PATH_AND_LABEL.fullmatch(text)
         if match is None:
             raise DataError(f"{place}: a path and a label are expected, got {_short(text)}")
-        label = int(match["label"])
+        label = int(match["label"][:20])  # longer numbers are no labels either
         if classes is not None and label >= classes:
             raise DataError(f"{place}: there is no class {label}, only 0 to {classes - 1}")
         yield Listed(match["path"].rstrip(","), label)
@@ -305,21 +306,23 @@ def _kinetics_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (place, row) of each line after the header, with times in whole seconds."""
     columns = ("label", "youtube_id", "time_start", "time_end")
     try:
-        with file.open(encoding="utf-8-sig", newline="") as text:
+        with io.StringIO(read_text(file), newline="") as text:
             reader = csv.DictReader(text, strict=True)
             missing = [name for name in columns if name not in (reader.fieldnames or ())]
             if missing:
                 raise DataError(f"{file}, line 1: the columns {', '.join(columns)} are expected; no {missing[0]}")
             for row in reader:
                 place = f"{file}, line {reader.line_num}"
+                if None in row:
+                    raise DataError(f"{place}: there are more cells than columns: quote texts with a comma")
                 if not row["youtube_id"]:
                     raise DataError(f"{place}: there is no youtube_id")
                 try:
                     times = {name: round(float(row[name] or "")) for name in columns[2:]}
-                except ValueError as problem:
+                except (ValueError, OverflowError) as problem:
                     raise DataError(f"{place}: time_start and time_end must be seconds: {problem}") from problem
                 yield place, {**row, **times, "label": (row["label"] or "").strip()}
-    except (OSError, UnicodeDecodeError, csv.Error) as problem:
+    except csv.Error as problem:
         raise DataError(f"{file} cannot be read as a list: {problem}") from problem
 
 
@@ -354,23 +357,9 @@ def _below(root: str | Path, path: str | Path) -> Path:
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
     """Yields (file and line number, text) of the lines that are not empty."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise DataError(f"{file} cannot be read as a list: {problem}") from problem
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
         if line.strip():
             yield f"{file}, line {number}", line.strip()
-
-
-def _json(file: Path, kind: type) -> Any:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise DataError(f"{file} cannot be read as JSON: {problem}") from problem
-    if not isinstance(content, kind):
-        raise DataError(f"{file} contains a {type(content).__name__}, where a {kind.__name__} is expected")
-    return content
 
 
 def _check_division(division: int) -> None:

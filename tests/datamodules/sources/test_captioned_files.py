@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,48 @@ class TestBadRows:
             '05.png,"c',
         ]
         source = pairs(root, "a.csv", "\n".join(rows))
-        assert content(source) == {"03.png": ["a"], "04.png": ["b"]}  # 02's first quote closes 00's
+        assert content(source) == {"01.png": ["x"], "02.png": ["fine"], "03.png": ["a"], "04.png": ["b"]}
         assert source.problems == {"lines that cannot be read (left out)": 2}
+
+    def test_an_unclosed_quote_does_not_swallow_the_file(self, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+        rows = ["image,caption", '00.png,"never closed', *(f"{number:02d}.png,x" for number in range(1, 20))]
+        with caplog.at_level(logging.WARNING):
+            source = pairs(root, "a.csv", "\n".join(rows))
+        assert list(content(source)) == [f"{number:02d}.png" for number in range(1, 20)]
+        assert "lines that cannot be read (left out): 1, the first is line 2 of" in caplog.text
+        long = ["image,caption", '00.png,"long', *["line"] * 1200, '"', "01.png,x"]
+        source = pairs(root, "b.csv", "\n".join(long))
+        assert content(source) == {"line": [], "01.png": ["x"]}  # each of its lines is a row
+
+    def test_a_text_with_commas_outside_of_quotes_is_never_cut_off(
+        self, root: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        rows = ["image,caption", "00.png,a dog, a cat", '01.png,"a dog, a cat"', "02.png,a cat,,", "00.png,whole"]
+        with caplog.at_level(logging.WARNING):
+            source = pairs(root, "a.csv", "\n".join([*rows, "03.png,a, b, c"]))
+        assert content(source) == {"00.png": ["whole"], "01.png": ["a dog, a cat"], "02.png": ["a cat"], "03.png": []}
+        said = "rows with more cells than the header, for lack of quotes around a text with the separator "
+        assert source.problems == {
+            said + "(its text is not used)": 2,
+            "images without a caption (replaced when drawn)": 1,
+        }
+        assert "(its text is not used): 2, the first is line 2 of" in caplog.text
+        # with the text first it is unknown which cell is the image
+        source = pairs(root, "b.csv", "caption,image\na dog, a cat,00.png\nb,01.png")
+        assert content(source) == {"01.png": ["b"]}
+        assert source.problems == {said + "(left out)": 1}
+        # without a header the narrowest row tells the number of cells
+        source = pairs(root, "c.csv", "00.png,a, b\n01.png,c", image_key=0, text_key=1)
+        assert content(source) == {"00.png": [], "01.png": ["c"]}
+        with pytest.raises(DataError, match=r"none of the 1 images has a usable caption \(rows with more cells"):
+            pairs(root, "d.csv", "image,caption\n00.png,a, b")
+
+    def test_a_list_that_is_no_regular_file(self, root: Path) -> None:
+        os.mkfifo(root / "pipe.csv")
+        with pytest.raises(DataError, match=r"cannot read .*pipe\.csv: a named pipe, not a file"):
+            CaptionListSource("train", root=root, files="pipe.csv")
+        with pytest.raises(DataError, match=r"cannot read .*pipe\.csv: a named pipe, not a file"):
+            CocoCaptionsSource("train", root=root, annotations="pipe.csv", images="")
 
     @pytest.mark.parametrize(
         ("name", "text", "said"),
@@ -193,7 +234,7 @@ class TestBadRows:
             pairs(root, name, text)
 
     def test_other_mistakes(self, root: Path) -> None:
-        with pytest.raises(DataError, match=r"cannot read .*gone.csv: No such file"):
+        with pytest.raises(DataError, match=r"cannot read .*gone.csv: the file does not exist"):
             CaptionListSource("train", root=root, files="gone.csv")
         with pytest.raises(DataError, match=r"image_key and text_key must be all names or all positions"):
             pairs(root, "a.csv", "00.png,a", image_key=0)

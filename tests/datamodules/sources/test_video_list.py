@@ -63,10 +63,16 @@ def test_a_broken_list_is_refused_with_the_line(tmp_path: Path, text: str, told:
 
 
 def test_missing_lists_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"train\.txt cannot be read as a list: .*No such file"):
+    with pytest.raises(DataError, match=r"train\.txt cannot be read as a list: the file does not exist"):
         VideoListSource("train", root=tmp_path, files={"train": "train.txt"})
     with pytest.raises(DataError, match=r"data\.source\.files has no list for the split 'test', only for train"):
         VideoListSource("test", root=tmp_path, files={"train": "train.txt"}, names=__file__)
+
+
+def test_a_number_that_is_no_label_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("a.mp4 0\nb.mp4 70000000000\n")
+    with pytest.raises(DataError, match=r"data\.source\.files: a label is 70000000000, where labels are numbers of cl"):
+        VideoListSource("train", root=tmp_path, files={"train": "train.txt"})
 
 
 HEAD = "label,youtube_id,time_start,time_end,split\n"
@@ -124,6 +130,8 @@ def test_kinetics_in_all_layouts(tmp_path: Path, path: str) -> None:
             "tai chi,b,1,2,val\n",
             r"none of 1 videos listed in .*val\.csv exists",
         ),
+        ("chi, tai,aaa,3,13,train\n", "", r"train\.csv, line 2: there are more cells than columns: quote texts"),
+        ("tai chi,aaa,1e999,13,train\n", "", r"train\.csv, line 2: time_start and time_end must be seconds"),
         ("tai chi,aaa\n", "", r"train\.csv, line 2: time_start and time_end must be seconds"),
     ],
 )
