@@ -228,7 +228,7 @@ def _check_value(override: Override, config: DictConfig) -> None:
                 f"there is no key '{key}'{nearest(key, [*keys, *arguments]) or '; see config.yaml of any run'}"
             )
         old, override.type = arguments[key], OverrideType.FORCE_ADD
-    if isinstance(old, dict) and old and not (new is None or isinstance(new, dict) or "${" in str(new)):
+    if isinstance(old, dict) and "_target_" in old and not (new is None or isinstance(new, dict) or "${" in str(new)):
         raise UserError(f"{key} has values of its own; set one of them: {', '.join(f'{key}.{name}=…' for name in old)}")
     is_number = isinstance(old, int | float) and not isinstance(old, bool)
     if is_number and (isinstance(new, bool) or (isinstance(new, str) and "${" not in new)):

@@ -71,7 +71,7 @@ def compose(argv: Sequence[str]) -> DictConfig:
     for section in ("paths", "data", "model", "optimizer", "schedules", "trainer", "callbacks", "logger"):
         if not isinstance(config[section], DictConfig):
             raise UserError(f"{section} cannot be null: a run needs it")
-    if not isinstance(config.paths.runs, str):
+    if not isinstance(config.paths.runs, str) or not config.paths.runs:
         raise UserError(f"paths.runs={config.paths.runs} must be a folder")
     config.run.replaced = panels.replaced_by_scale(composed)
     # the last of several wins, as for every other override

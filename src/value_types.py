@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 from hydra.utils import get_object
@@ -62,25 +65,33 @@ def _children(node: DictConfig | ListConfig) -> Iterator[tuple[Any, Any]]:
 def _hints(target: Any) -> dict[str, Any]:
     """Returns the annotations of a function's or class's arguments. Those of base classes serve ``**kwargs``."""
     if not inspect.isclass(target):
-        return _hints_of(target)
+        return _resolved(target, target)
     found: dict[str, Any] = {}
     for base in target.__mro__:
         init = vars(base).get("__init__")
+        if is_dataclass(base):  # its fields, whose annotations are those of the modules that declare them
+            arguments = inspect.signature(base).parameters
+            fields = {name: hint for part in base.__mro__[::-1] for name, hint in _resolved(part, part).items()}
+            return {**{name: hint for name, hint in fields.items() if name in arguments}, **found}
         if init is not None and base is not object:
-            found = {**_hints_of(init), **found}
+            found = {**_resolved(init, base), **found}
             if inspect.Parameter.VAR_KEYWORD not in {p.kind for p in inspect.signature(init).parameters.values()}:
                 break
     return found
 
 
-def _hints_of(function: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        hints = get_type_hints(function)
-    except (NameError, TypeError, AttributeError):  # names that are imported for type checkers alone
-        return {}
-    kinds = {name: parameter.kind for name, parameter in inspect.signature(function).parameters.items()}
+def _resolved(annotated: Any, owner: Any) -> dict[str, Any]:
+    """Returns the annotations of a function, or of a class's fields, but of ``*args`` and ``**kwargs``."""
+    names = vars(sys.modules[owner.__module__])
+    parameters = {} if inspect.isclass(annotated) else inspect.signature(annotated).parameters
     variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return {name: hint for name, hint in hints.items() if name in kinds and kinds[name] not in variable}
+    hints: dict[str, Any] = {}
+    for name, annotation in inspect.get_annotations(annotated).items():
+        if name not in parameters or parameters[name].kind not in variable:
+            # one by one: a name that is imported for type checkers alone hides no other argument
+            with suppress(NameError, TypeError, AttributeError):
+                hints |= get_type_hints(SimpleNamespace(__annotations__={name: annotation}), names)
+    return hints
 
 
 def _mismatch(value: Any, hint: Any) -> str | None:

@@ -24,7 +24,7 @@ from src.datamodules.views.detection import DetectionView, RegionView
 from src.datamodules.views.transforms import PaddedCrop, RandomRescale
 from src.errors import SettingError
 from src.train import compose
-from tests.datamodules.test_annotated import Encoded
+from tests.datamodules.test_ground_truth import Encoded
 
 WORDS = [f"a {word} {letter}" for letter in Encoded.mask_classes for word in ("large", "small")]
 TOKENIZER = train_tokenizer(WORDS, vocabulary=400, length=8)

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from src.models.backbones.image_encoder import ImageEncoder
 from src.models.pretrain_module import PretrainModule, StepOutput
 from src.optim import OptimizerRecipe
 from src.randomness import seeded
+from tests.toys import small_vit
 
 SIZE = 32
 
@@ -83,16 +83,7 @@ def make_data(source: Any, **options: Any) -> DataModule:
 
 def tiny_vit(seed: int = 0, **options: Any) -> nn.Module:
     with seeded(seed):
-        return timm.create_model(
-            "vit_tiny_patch16_224",
-            img_size=SIZE,
-            patch_size=8,
-            embed_dim=32,
-            depth=2,
-            num_heads=2,
-            num_classes=0,
-            **options,
-        )
+        return small_vit(**{"img_size": SIZE, "embed_dim": 32, "depth": 2, **options})
 
 
 def tiny_encoder(seed: int = 0) -> ImageEncoder:

@@ -8,13 +8,14 @@ import timm
 import torch
 from torch import nn
 
+from tests.toys import small_vit
+
 SIZE = 32
 
 
 def vit(**options: Any) -> nn.Module:
     torch.manual_seed(0)
-    shape = {"img_size": SIZE, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2, "num_classes": 0}
-    return timm.create_model("vit_tiny_patch16_224", **shape | options)
+    return small_vit(**{"img_size": SIZE, "embed_dim": 24, "depth": 4, **options})
 
 
 def resnet() -> nn.Module:

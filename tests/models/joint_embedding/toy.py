@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from src.optim import OptimizerRecipe
+from tests.toys import small_vit
 
 SIDE = 16
 
@@ -18,10 +19,7 @@ def optimizer() -> OptimizerRecipe:
 
 
 def vit(**options: object) -> nn.Module:
-    return timm.create_model(
-        "vit_tiny_patch16_224",
-        **{"img_size": SIDE, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 2, "num_classes": 0, **options},
-    )
+    return small_vit(**{"img_size": SIDE, "embed_dim": 12, **options})
 
 
 def resnet() -> nn.Module:

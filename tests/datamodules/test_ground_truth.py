@@ -308,7 +308,9 @@ class TestDraws:
         data = module(DepthView(GEOMETRY))
         whole = list(data.train_dataloader())
         loader = data.train_dataloader()
-        loader.load_state_dict({"epoch": 0, "batch": 2})
+        loader.load_state_dict(
+            {"epoch": 0, "samples": 2 * data.batch_size, "batch_size": data.batch_size, "micro_batches": 1}
+        )
         rest = list(loader)
         assert len(rest) == 2
         assert all(torch.equal(a["depth"], b["depth"]) for a, b in zip(rest, whole[2:], strict=True))
