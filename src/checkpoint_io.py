@@ -111,6 +111,14 @@ def _verify(path: Path) -> None:
         raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+
+
 def _reason(path: Path, problem: Exception) -> str:
     if isinstance(problem, PermissionError):
         return "permission denied"
@@ -119,6 +127,11 @@ def _reason(path: Path, problem: Exception) -> str:
     with path.open("rb") as file:
         start = file.read(2)
     if start == b"PK":
+        if _is_torchscript(path):
+            return (
+                "it is a TorchScript archive, which holds code, as OpenAI's CLIP files do; where that may run, "
+                f"torch.save(torch.jit.load('{path}').state_dict(), …) writes the weights alone"
+            )
         forbidden = re.findall(r"GLOBAL ([\w.]+)", str(problem))
         if forbidden:
             names = ", ".join(_unsafe_globals(path) or forbidden)

@@ -9,7 +9,6 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedModel, SiglipConfig, SiglipModel
-from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
 from src.datamodules.text.tokenizer import Tokenizer
@@ -20,9 +19,8 @@ from src.export.hf_common import image_processor, load_folder, rename_weights
 from src.export.trained_model import Towers, TrainedModel
 from src.models.backbones.image_encoder import cls_token, cls_token_or_mean
 from src.models.image_text.base import ImageTextModule
+from src.models.layers.activations import activation_name
 from src.models.text.text_tower import CLIPTextTower, SigLIPTextTower
-
-_ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu")
 
 
 @torch.no_grad()
@@ -228,12 +226,11 @@ def _special_tokens(tokenizer: Tokenizer) -> dict[str, int | None]:
 
 
 def _activation(layer: nn.Module) -> str:
-    """The name in transformers of an activation, found by comparing outputs."""
-    x = torch.linspace(-4, 4, 33)
-    for name in _ACTIVATIONS:
-        if torch.allclose(ACT2FN[name](x), layer(x), rtol=0, atol=1e-6):
-            return name
-    raise UserError(f"not exported: transformers has no name for the activation {layer}: use format=timm")
+    """Returns the name of an activation in transformers."""
+    name = activation_name(layer)
+    if name is None:
+        raise UserError(f"not exported: transformers has no name for the activation {layer}: use format=timm")
+    return name
 
 
 def _projection(layer: nn.Module, width: int, target: str) -> Tensor:

@@ -124,7 +124,7 @@ def test_towers_start_from_both_towers_of_a_run_or_from_one_encoder(tmp_path: Pa
     assert torch.equal(one.image_encoder.backbone.cls_token, clip.image_encoder.backbone.cls_token)  # type: ignore
     assert not torch.equal(one.text_projection.weight, clip.text_projection.weight)  # type: ignore[union-attr,arg-type]
     with pytest.raises(
-        WeightsError, match=r"of the towers'.*: text_encoder\..*checkpoint_encoder=encoder the image tower"
+        WeightsError, match=r"of the towers'.*text_encoder\..*checkpoint_encoder=encoder the image tower"
     ):
         started(configured("lit_vitb16", checkpoint=run))
 

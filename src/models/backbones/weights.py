@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from src.checkpoint_io import CheckpointError, best_or_last, read_foreign
 from src.errors import UserError, nearest
 from src.models.backbones.positions import interpolated_positions
+from src.models.backbones.released_towers import stated_activation, with_own_names
+from src.models.layers.activations import activation_name
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class Weights(NamedTuple):
     prefix: str | None = None
     grid: tuple[int, ...] | None = None  # rows and columns of the positional embedding, if the origin says so
     one_encoder: bool = False  # the user asked for one encoder: nothing else of the file is meant
+    activation: str | None = None  # of the towers that were released with a text tower, if the file says so
 
 
 def load_backbone(
@@ -80,8 +83,10 @@ def load_into(backbone: nn.Module, weights: Weights, fresh: Sequence[str] = ()) 
         fresh: prefixes of the names of parameters that keep their initial values.
 
     Raises:
-        WeightsError: some of the backbone's tensors are missing, or have another shape. Nothing is loaded then.
+        WeightsError: some of the backbone's tensors are missing or have another shape, or it has another activation.
+            Nothing is loaded then.
     """
+    check_activation(weights, getattr(backbone, "blocks", None))
     state = backbone.state_dict()
     names = [name for name in state if not name.startswith(tuple(fresh))]
     optional = _optional(backbone, names)
@@ -114,7 +119,7 @@ def read_weights(checkpoint: str | Path, *, encoder: str | None = None, prefix: 
 
     Args:
         checkpoint: a run's folder (its best checkpoint, else the last), a checkpoint of such a run, an export's folder,
-            a safetensors file, or a ``.pth`` of another program.
+            a safetensors file, a ``.pth`` of another program, or the CLIP of OpenAI, open_clip or transformers.
         encoder: name of one of the run's encoders; None for its first.
         prefix: of the backbone's names in the file, such as ``module.base_encoder.``; None to find it.
 
@@ -151,10 +156,33 @@ def read_weights(checkpoint: str | Path, *, encoder: str | None = None, prefix: 
             f"checkpoint_encoder={encoder}: {path} is no checkpoint of a run, so its encoders have no names; name the "
             f"prefix of their weights with checkpoint_prefix="
         )
-    tensors = _in_timm_names(dict(_tensors(content)))
+    tensors = dict(_tensors(content))
+    activation = stated_activation(tensors, path)
+    tensors = _in_timm_names(with_own_names(tensors))
     if prefix is not None:
         prefix = _full_prefix(tensors, _dotted(prefix), path)
-    return Weights(tensors, str(path), prefix, grid, one_encoder)
+    return Weights(tensors, str(path), prefix, grid, one_encoder, activation)
+
+
+def check_activation(weights: Weights, blocks: object) -> None:
+    """Checks that a transformer has the activation with which its weights were trained, which their shapes do not show.
+
+    Args:
+        blocks: of the transformer; what has no MLP like timm's is not checked.
+
+    Raises:
+        WeightsError: the activation is another one.
+    """
+    if weights.activation is None or not isinstance(blocks, nn.Sequential | nn.ModuleList) or not len(blocks):
+        return
+    mlp = getattr(blocks[0], "mlp", None)
+    layer = getattr(mlp, "act", None) or getattr(mlp, "activation_fn", None)  # in timm, in transformers
+    own = None if layer is None else activation_name(layer)
+    if own is not None and own != weights.activation:
+        raise WeightsError(
+            f"{weights.origin} was trained with {weights.activation}, and this tower has {own}: set "
+            f"activation={weights.activation}, or backbone.act_layer in a recipe without that key"
+        )
 
 
 def grid_of(backbone: nn.Module) -> tuple[int, ...] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool
-from src.models.backbones.weights import Weights, WeightsError, load_into, shorten
+from src.models.backbones.weights import Weights, WeightsError, check_activation, load_into, shorten
 from src.models.functional import l2_normalize
 from src.models.image_text.micro_batches import check_micro_batch, in_micro_batches
 from src.models.pretrain_module import PretrainModule
@@ -185,6 +185,8 @@ def load_towers(module: ImageTextModule, weights: Weights) -> str:
     ]
     if mismatched:
         raise WeightsError(f"{weights.origin} has another architecture: it has {shorten(mismatched)}{hint}")
+    transformer: Any = getattr(module.text_encoder, "transformer", None)
+    check_activation(weights, getattr(getattr(transformer, "encoder", None), "layers", None))
     line = load_into(module.image_encoder.backbone, weights._replace(prefix=image))
     module.load_state_dict({name: weights.tensors[name] for name in others if name in weights.tensors}, strict=False)
     new = [name for name in others if name not in weights.tensors]

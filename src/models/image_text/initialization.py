@@ -21,19 +21,18 @@ log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def initialize_as_clip(backbone: nn.Module, *, pretrained: bool = False) -> nn.Module:
+def initialize_as_clip(backbone: nn.Module) -> nn.Module:
     """Initializes a ViT of timm as the code of CLIP does (Radford et al., 2021): positions and class token with a
     standard deviation of width^-0.5, queries, keys and values as `nn.MultiheadAttention`, which draws them from one
     Xavier distribution, everything else as PyTorch's layers.
 
     Args:
-        backbone: any timm model; one that is no ViT stays as it is.
-        pretrained: the backbone has weights that must stay (``backbone.pretrained``).
+        backbone: any timm model; one that is no ViT stays as it is. Pretrained weights are loaded afterwards.
 
     Returns:
         ``backbone``.
     """
-    if not _is_untrained_vit(backbone, pretrained):
+    if not _is_vit(backbone):
         return backbone
     vit: Any = backbone
     _reset_positions_and_patches(vit, lambda table: nn.init.normal_(table, std=vit.embed_dim**-0.5))
@@ -49,11 +48,11 @@ def initialize_as_clip(backbone: nn.Module, *, pretrained: bool = False) -> nn.M
 
 
 @torch.no_grad()
-def initialize_as_laclip(backbone: nn.Module, *, pretrained: bool = False) -> nn.Module:
+def initialize_as_laclip(backbone: nn.Module) -> nn.Module:
     """Initializes a ViT of timm as the code of LaCLIP does (Fan et al., 2023): its blocks replace those of timm 0.5.4
     and stay as PyTorch's layers initialize themselves; positions and class token are drawn from a truncated normal
-    distribution with a standard deviation of 0.02. Arguments as for `initialize_as_clip`."""
-    if not _is_untrained_vit(backbone, pretrained):
+    distribution with a standard deviation of 0.02."""
+    if not _is_vit(backbone):
         return backbone
     vit: Any = backbone
     _reset_positions_and_patches(vit, lambda table: nn.init.trunc_normal_(table, std=0.02))
@@ -64,12 +63,11 @@ def initialize_as_laclip(backbone: nn.Module, *, pretrained: bool = False) -> nn
 
 
 @torch.no_grad()
-def initialize_as_siglip(backbone: nn.Module, *, pretrained: bool = False) -> nn.Module:
+def initialize_as_siglip(backbone: nn.Module) -> nn.Module:
     """Initializes a ViT of timm as big_vision does, the code of SigLIP (Zhai et al., 2023), see
     `initialize_as_big_vision`: the patch embedding by LeCun's rule, positions with a standard deviation of width^-0.5,
-    the query of the attention-pooling head by Xavier's rule for a matrix [1, width]. Arguments as for
-    `initialize_as_clip`."""
-    if not _is_untrained_vit(backbone, pretrained):
+    the query of the attention-pooling head by Xavier's rule for a matrix [1, width]."""
+    if not _is_vit(backbone):
         return backbone
     vit: Any = backbone
     lecun_normal_(vit.patch_embed.proj.weight)
@@ -91,11 +89,10 @@ def initialize_as_siglip(backbone: nn.Module, *, pretrained: bool = False) -> nn
     return backbone
 
 
-def _is_untrained_vit(backbone: nn.Module, pretrained: bool) -> bool:
-    if isinstance(backbone, VisionTransformer) and not pretrained:
+def _is_vit(backbone: nn.Module) -> bool:
+    if isinstance(backbone, VisionTransformer):
         return True
-    reason = "it is pretrained" if pretrained else f"a {type(backbone).__name__} is no ViT of timm"
-    log.info("image tower: not initialized as in the authors' code, because %s", reason)
+    log.info("image tower: a %s is no ViT of timm and keeps timm's initialization", type(backbone).__name__)
     return False
 
 

@@ -141,9 +141,9 @@ def test_clips_text_tower():
     check(text, expected)
 
 
-def test_what_is_pretrained_or_no_vit_stays_as_it_is():
-    for backbone, pretrained in ((vit(), True), (timm.create_model("test_resnet", num_classes=0), False)):
-        before = {name: value.clone() for name, value in backbone.state_dict().items()}
-        for initialize in (initialize_as_clip, initialize_as_laclip, initialize_as_siglip):
-            assert initialize(backbone, pretrained=pretrained) is backbone
-        assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+def test_another_backbone_stays_as_it_is():
+    backbone = timm.create_model("test_resnet", num_classes=0)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    for initialize in (initialize_as_clip, initialize_as_laclip, initialize_as_siglip):
+        assert initialize(backbone) is backbone
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
