@@ -10,6 +10,7 @@ import socket
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -30,13 +31,15 @@ class SafeSummaryWriter(SummaryWriter):
 
     def __init__(self, log_dir: str) -> None:
         self.events = EventWriter(Path(log_dir))
+        self.file_writer: Any = None
         super().__init__(log_dir)
 
     def _get_file_writer(self) -> FileWriter:
         if self.file_writer is None:
-            self.file_writer = FileWriter.__new__(FileWriter)  # its own __init__ would open a file
-            self.file_writer.event_writer = self.events
-            self.all_writers = {self.log_dir: self.file_writer}
+            writer: Any = FileWriter.__new__(FileWriter)  # its own __init__ would open a file
+            writer.event_writer = self.events
+            self.file_writer = writer
+            self.all_writers: Any = {self.log_dir: writer}
         return self.file_writer
 
 

@@ -166,7 +166,7 @@ def locked(run: Run) -> Iterator[None]:
     Raises:
         UserError: another process trains it, or its folder cannot be written.
     """
-    if rank_zero_only.rank:
+    if getattr(rank_zero_only, "rank", 0):
         yield
         return
     lock = FileLock(run.dir / ".lock", is_singleton=True)

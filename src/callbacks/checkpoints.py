@@ -21,7 +21,6 @@ from src.callbacks.loop_state import (
     is_between_steps,
     is_epoch_done,
     mark_epoch,
-    mark_wait,
 )
 from src.checkpoint_io import AtomicCheckpointIO
 from src.collectives import any_process, world_size
@@ -151,8 +150,6 @@ class Checkpoints(AfterLogging):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._moment == "epoch":
             mark_epoch(checkpoint["loops"]["fit_loop"], epoch_done=is_epoch_done(trainer))
-        elif self._moment == "wait":
-            mark_wait(checkpoint["loops"]["fit_loop"], trainer)
         loggers = (logger for logger in trainer.loggers if isinstance(logger, ResumedLogger))
         checkpoint["loggers"] = {type(logger).__name__: logger.state_dict() for logger in loggers}
 

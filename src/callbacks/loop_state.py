@@ -60,6 +60,8 @@ def _call_after_logging(trainer: L.Trainer) -> None:
                 callback.resumes_after_step = False
             batches.val_loop.restarting = False
             return
+        # Lightning would take the first batch of a resumed epoch for one whose validation is done, and count it twice
+        batches.restarting = False
         for callback in callbacks:
             callback.before_batch(trainer)
         advance(data_fetcher)
@@ -99,19 +101,6 @@ def is_between_steps(trainer: L.Trainer) -> bool:
     return is_epoch_done(trainer) or progress.current.ready % trainer.accumulate_grad_batches == 0
 
 
-def mark_wait(loop: dict[str, Any], trainer: L.Trainer) -> None:
-    """Changes the saved state of the fit loop, in place, so that the logged steps of a resumed run are counted rightly:
-    where a validation was due, Lightning skips it and counts the step once more.
-
-    Args:
-        loop: ``checkpoint["loops"]["fit_loop"]``, saved while the next batch is waited for.
-        trainer: the run's.
-    """
-    fetcher: Any = trainer.fit_loop._data_fetcher
-    if trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher):
-        loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
-
-
 def mark_epoch(loop: dict[str, Any], *, epoch_done: bool) -> None:
     """Changes the saved state of the fit loop, in place, to that between two epochs.
 
@@ -131,3 +120,5 @@ def mark_epoch(loop: dict[str, Any], *, epoch_done: bool) -> None:
         optimizer = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
         for counter in (batches, *optimizer.values()):
             counter["current"] = dict.fromkeys(counter["current"], 0)
+        validation = loop["epoch_loop.val_loop.batch_progress"]  # counts the batches of one epoch, in "total"
+        validation["total"] = dict.fromkeys(validation["total"], 0)

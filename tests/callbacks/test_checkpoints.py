@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -15,10 +16,13 @@ import torch
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from src.callbacks.checkpoints import Checkpoints
+from src.callbacks.last_validation import LastValidation
 from src.callbacks.stop_on_signal import Preempted, StopOnSignal
 from src.checkpoint_io import AtomicCheckpointIO, load_checkpoint
-from src.loggers import MetricsFile
+from src.loggers import MetricsFile, OrderedTensorBoardLogger
 from tests.callbacks.small_runs import Evaluation, SmallData, SmallModule, end_of, fails_with, fit, in_child
+from tests.callbacks.test_last_validation import ValidatedData
+from tests.kills import Moments, in_order, logged
 
 
 class Killed(Exception):
@@ -244,6 +248,115 @@ def test_two_processes_stop_at_the_same_step_and_resume_bitwise_equal(tmp_path: 
     assert equal(resumed["state_dict"], whole["state_dict"])
     assert equal(resumed["optimizer_states"], whole["optimizer_states"])
     assert resumed["callbacks"] == whole["callbacks"]
+
+
+class Validated(SmallModule):
+    """Logs at steps and in validation, and has a hook that changes the weights after all callbacks, as CLIP's limit of
+    its temperature does."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        with torch.no_grad():
+            self.layer.bias.clamp_(-0.01, 0.01)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("eval/loss", self.layer.weight.sum() + batch.mean(), batch_size=len(batch))
+
+
+class LogsStep(L.Callback):
+    stop_at = -1  # step in which SIGTERM comes
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        pl_module.log("schedule/step", float(trainer.global_step))
+        if trainer.global_step == self.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def logged_run(folder: Path, fork: int, *, at: int | None = None, signum: int = signal.SIGKILL, **options: Any) -> int:
+    """Trains in a fork, with a signal at a moment, from the last checkpoint, or in an empty folder if there is none.
+    Returns the exit code."""
+    last = folder / "last.ckpt"
+    if not last.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+
+    def work() -> None:
+        in_order(fork)
+        moments = Moments(at, signum)
+        fit(
+            folder,
+            *[StopOnSignal(), Evaluation(), LogsStep(), LastValidation()],
+            Checkpoints(folder, every_steps=3, every_minutes=None),
+            module=Validated(),
+            data=ValidatedData(),
+            loggers=[MetricsFile(folder / "metrics.json"), OrderedTensorBoardLogger(folder)],
+            resume=last if last.exists() else None,
+            limit_val_batches=1.0,
+            **options,
+        )
+        (folder / "moments").write_text(str(moments.passed))
+
+    return end_of(in_child(work))
+
+
+LOGGED = {
+    "epochs": {"max_epochs": 3, "check_val_every_n_epoch": 2},
+    "steps": {"max_epochs": -1, "max_steps": 10, "accumulate_grad_batches": 2},
+    "processes": {"max_epochs": 2, "devices": 2, "strategy": "ddp_fork"},
+}
+
+
+def assert_logged_alike(folder: Path, whole: Path) -> None:
+    a, b = load_checkpoint(folder / "last.ckpt"), load_checkpoint(whole / "last.ckpt")
+    for part in ("state_dict", "optimizer_states", "loops", "callbacks", "loggers"):
+        assert equal(a[part], b[part]), part
+    assert (folder / "metrics.json").read_text() == (whole / "metrics.json").read_text()
+    assert logged(folder) == logged(whole)
+
+
+@pytest.fixture(scope="module", params=list(LOGGED))
+def logged_whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path, int]:
+    """A run that is never stopped: its options, its folder, and the number of its moments."""
+    options, folder = LOGGED[request.param], tmp_path_factory.mktemp(request.param)
+    assert logged_run(folder, 1, **options) == 0
+    steps = [step for step, _ in logged(folder)["1_loss/total"]]
+    assert steps == list(range(load_checkpoint(folder / "last.ckpt")["global_step"]))
+    # the moments of one process are those of its first one
+    return options, folder, int((folder / "moments").read_text()) if "devices" not in options else 400
+
+
+@pytest.mark.parametrize("signals", [["SIGKILL"], ["SIGTERM", "SIGINT", "SIGHUP"]], ids=["killed", "stopped"])
+def test_a_run_that_is_ended_at_random_moments_logs_what_it_would_have_logged(
+    tmp_path: Path, logged_whole: tuple[dict, Path, int], signals: list[str]
+) -> None:
+    """In hooks, between them, while it waits, logs, validates and saves. A kill is real: it flushes nothing."""
+    options, whole, moments = logged_whole
+    generator, codes, fork = np.random.default_rng(7), [], 1
+    while 0 not in codes:
+        fork += 1
+        signum = signal.Signals[signals[fork % len(signals)]]
+        at = int(generator.integers(moments // 8, moments // 3)) if len(codes) < 5 else None
+        codes.append(logged_run(tmp_path / "run", fork, at=at, signum=signum, **options))
+        if signals != ["SIGKILL"] and "devices" not in options:
+            assert codes[-1] in (0, 128 + signum)
+            assert codes[-1] == 0 or (tmp_path / "run" / "last.ckpt").exists()
+    assert len(codes) >= 3
+    assert_logged_alike(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("step", [4, 12, 6])  # 4 ends an epoch, 12 the run, 6 neither
+def test_a_validation_that_a_signal_puts_off_is_run_after_resuming(tmp_path: Path, step: int) -> None:
+    options = {"max_epochs": 3, "check_val_every_n_epoch": 1 if step < 12 else 5}
+    assert logged_run(tmp_path / "whole", 1, **options) == 0
+    LogsStep.stop_at = step - 1
+    try:
+        assert logged_run(tmp_path / "stopped", 2, **options) == 143
+    finally:
+        LogsStep.stop_at = -1
+    assert load_checkpoint(tmp_path / "stopped" / "last.ckpt")["global_step"] == step
+    assert logged_run(tmp_path / "stopped", 3, **options) == 0
+    assert_logged_alike(tmp_path / "stopped", tmp_path / "whole")
+    assert "2_evaluation/loss" in logged(tmp_path / "stopped")
 
 
 def test_no_checkpoint_between_the_micro_batches_of_a_step(tmp_path: Path) -> None:
