@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -9,12 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from PIL import Image
 from torch import Tensor
 
 from src.datamodules.batches.base import IGNORED
 from src.datamodules.decoding import FORMATS, MAX_PIXELS, BadSample, DataError, EncodedImage
-from src.datamodules.sources.image_folder import EXTENSIONS
+from src.datamodules.regular_files import read_regular, reason
+from src.datamodules.sources.files import read_text
+from src.datamodules.sources.image_folder import EXTENSIONS, is_hidden
+from src.datamodules.sources.orientation import truth_orientation, turn_pixels, turn_vectors
 from src.datamodules.sources.packed import PackedStrings
 from src.datamodules.sources.source import Sample, Source, Split
 from src.errors import SettingError
@@ -75,13 +81,10 @@ class PairedFiles(Source):
         path = self.root / self._truths[index]
         if not path.is_file():
             raise BadSample(f"its {self.fields[0]} {path} does not exist")
-        value = self.read(path)
-        if tuple(value.shape[-2:]) != image.size:
-            raise BadSample(
-                f"its {self.fields[0]} has {value.shape[-2]}x{value.shape[-1]} pixels, the image "
-                f"{image.size[0]}x{image.size[1]}"
-            )
-        return {"image": image, "fields": {self.fields[0]: value}}
+        value = self.read(path).numpy()
+        # tools that make ground truth may not know of EXIF data
+        orientation = truth_orientation(image, (value.shape[-2], value.shape[-1]), self.fields[0])
+        return {"image": image, "fields": {self.fields[0]: torch.from_numpy(self.turn(value, orientation))}}
 
     def name(self, index: int) -> str:
         return os.path.join(self.root, self._images[index])
@@ -89,6 +92,10 @@ class PairedFiles(Source):
     @abstractmethod
     def read(self, path: Path) -> Tensor:
         """Reads the ground truth of a file: [..., H, W]. Raises BadSample."""
+
+    def turn(self, value: np.ndarray, orientation: int) -> np.ndarray:
+        """Turns ground truth [..., H, W] by an EXIF orientation."""
+        return turn_pixels(value, orientation)
 
 
 class SegmentationFiles(PairedFiles):
@@ -241,10 +248,13 @@ class NormalFiles(PairedFiles):
         normals = np.divide(normals * self.signs, length, out=np.zeros_like(normals), where=known)
         return torch.from_numpy(np.moveaxis(normals, -1, 0).astype(np.float32))
 
+    def turn(self, value: np.ndarray, orientation: int) -> np.ndarray:
+        return turn_vectors(value, orientation)
+
 
 def _read_list(place: Path) -> list[tuple[str, str]]:
     pairs = []
-    for number, line in enumerate(place.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(place).splitlines(), start=1):
         paths = line.split()
         if not paths:
             continue
@@ -261,7 +271,8 @@ def _in_folders(root: Path, images: str, truths: str, extensions: Sequence[str],
             raise DataError(f"data.source.{name}: the folder {folder} does not exist")
     pairs = []
     for path in sorted((root / images).rglob("*")):
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."):
+        below = path.relative_to(root / images).parts
+        if path.suffix.lower() in EXTENSIONS and not any(is_hidden(name) for name in below):
             candidates = [(Path(truths) / path.relative_to(root / images)).with_suffix(end) for end in extensions]
             truth = next((path for path in candidates if (root / path).is_file()), candidates[0])
             pairs.append((path.relative_to(root).as_posix(), truth.as_posix()))
@@ -274,25 +285,42 @@ def _indices(path: Path) -> np.ndarray:
 
 
 def _pixels(path: Path, modes: Sequence[str], wanted: str) -> np.ndarray:
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadSample(f"{path}: more pixels than {MAX_PIXELS}")
-            if image.mode not in modes:
-                raise BadSample(f"{path} has pixels of the mode '{image.mode}', not {wanted}")
-            return np.asarray(image)
-    except BadSample:
-        raise
-    except Exception as error:  # Pillow's decoders raise many kinds of errors for damaged files
+    data = _bytes(path)
+    try:  # Pillow's decoders raise many kinds of errors for damaged files
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception as error:
         raise BadSample(f"{path} cannot be decoded: {error or type(error).__name__}") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise BadSample(f"{path}: more pixels than {MAX_PIXELS}")
+    if image.mode not in modes:
+        raise BadSample(f"{path} has pixels of the mode '{image.mode}', not {wanted}")
+    try:
+        image.load()
+    except Exception as error:
+        raise BadSample(f"{path} cannot be decoded: {error or type(error).__name__}") from error
+    return np.asarray(image)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return read_regular(path)
+    except OSError as error:
+        raise BadSample(f"{path} cannot be read: {reason(error)}") from error
 
 
 def _array(path: Path, channels: int | None = None) -> np.ndarray:
     """Reads an array [H, W], or [H, W, channels]. Raises BadSample."""
-    try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise BadSample(f"{path} cannot be read: {error}") from error
+    data = io.BytesIO(_bytes(path))
+    try:  # NumPy raises many kinds of errors for damaged headers
+        version = npy.read_magic(data)
+        shape, fortran, dtype = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version](data)
+    except Exception as error:
+        raise BadSample(f"{path} is no array of NumPy: {error or type(error).__name__}") from error
+    content = data.read()
+    # checked before memory is taken for the array
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(content):
+        raise BadSample(f"{path} is damaged: it has not as many bytes as its header says, {dtype} {list(shape)}")
+    values = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
     last = () if channels is None else (channels,)
     if values.ndim != 2 + len(last) or values.shape[2:] != last or values.dtype.kind not in "fiu":
         wanted = ", ".join(["H", "W", *map(str, last)])

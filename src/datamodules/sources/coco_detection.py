@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
-from src.datamodules.decoding import BadSample, DataError, EncodedImage
+from src.datamodules.decoding import MAX_PIXELS, BadSample, DataError, EncodedImage
 from src.datamodules.sources.files import is_path, json_lists, require_some
 from src.datamodules.sources.object_fields import clip_box, ground_truth, known_fields
+from src.datamodules.sources.orientation import truth_orientation, turn_boxes, turn_pixels
 from src.datamodules.sources.packed import PackedStrings
 from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.sources.splits import files_of, hashed_split
@@ -25,6 +25,9 @@ except ImportError as error:
     _missing: ImportError | None = error
 else:
     _missing = None
+
+
+_FARTHEST = 1e9  # pixels: larger coordinates are damaged
 
 
 class CocoDetectionSource(Source):
@@ -87,7 +90,7 @@ class CocoDetectionSource(Source):
         for position, entry in enumerate(content["annotations"]):
             place = f"annotations[{position}] of {file}"
             number = entry.get("image_id")
-            if not isinstance(number, int | str) or number not in listed:
+            if not _is_id(number) or number not in listed:
                 problems.add("objects of an image that is not listed (left out)", place)
             elif in_split[number]:
                 obj = self._object(entry, listed[number], category_to_label, split, place, problems)
@@ -117,17 +120,16 @@ class CocoDetectionSource(Source):
         """
         height, width = (int(side) for side in self._sizes[index])
         image = EncodedImage(self.name(index))
-        if image.size != (height, width):
-            raise BadSample(
-                f"the image has {image.size[0]}x{image.size[1]} pixels, and its annotations are of {height}x{width}"
-            )
+        orientation = truth_orientation(image, (height, width), "annotation")
         objects = json.loads(self._objects[index])
         masks = None
         if "instance_masks" in self.fields:
             masks = np.zeros((len(objects), height, width), bool)
             for mask, (*_, outline) in zip(masks, objects, strict=True):
                 mask[:] = decode_mask(outline, height, width)
+            masks = turn_pixels(masks, orientation)
         boxes = np.array([obj[:4] for obj in objects], np.float32).reshape(-1, 4)
+        boxes = turn_boxes(boxes, orientation, (height, width))
         labels, crowd = [obj[4] for obj in objects], [bool(obj[5]) for obj in objects]
         return {"image": image, "fields": ground_truth(self.fields, boxes, labels, crowd, masks)}
 
@@ -144,11 +146,8 @@ class CocoDetectionSource(Source):
         problems: Problems,
     ) -> list[Any] | None:
         """Returns box, label, crowd flag and outline of an annotation; None if it is left out."""
-        label, box, crowd = (
-            category_to_label.get(entry.get("category_id"), -1),
-            entry.get("bbox"),
-            bool(entry.get("iscrowd", 0)),
-        )
+        category, box, crowd = entry.get("category_id"), entry.get("bbox"), bool(entry.get("iscrowd", 0))
+        label = category_to_label.get(category, -1) if _is_id(category) else -1
         if label is None or (crowd and split == "train"):
             return None
         if label < 0:
@@ -164,9 +163,13 @@ class CocoDetectionSource(Source):
             problems.add("objects whose box is empty or outside of its image (left out)", place)
             return None
         outline = entry.get("segmentation") if "instance_masks" in self.fields else None
-        if "instance_masks" in self.fields and not _is_outline(outline, height, width):
-            problems.add("objects without a mask (left out)", place)
-            return None
+        if "instance_masks" in self.fields:
+            if not _is_outline(outline, height, width):
+                problems.add("objects without a mask (left out)", place)
+                return None
+            if isinstance(outline, list) and not _covers(outline, inside, height, width):
+                problems.add("objects whose mask is empty, or not in their box or image (left out)", place)
+                return None
         return [*inside, label, int(crowd), outline]
 
 
@@ -177,6 +180,8 @@ def decode_mask(outline: list[list[float]] | dict[str, Any], height: int, width:
         BadSample: it is neither, or of another size.
     """
     try:
+        if not isinstance(outline, list) and _run_pixels(outline["counts"]) != height * width:
+            raise BadSample(f"the run lengths of a mask are not those of {height}x{width} pixels")
         if isinstance(outline, list):
             runs = coco_masks.merge(coco_masks.frPyObjects(outline, height, width))
         elif isinstance(outline["counts"], list):
@@ -184,6 +189,8 @@ def decode_mask(outline: list[list[float]] | dict[str, Any], height: int, width:
         else:
             runs = {"size": outline["size"], "counts": outline["counts"].encode()}
         mask = coco_masks.decode(runs).astype(bool)
+    except BadSample:
+        raise
     except Exception as problem:  # pycocotools raises many kinds of errors
         raise BadSample(f"a mask cannot be decoded: {problem}") from problem
     if mask.shape != (height, width):
@@ -198,7 +205,12 @@ def _classes(
     names: dict[int, str] = {}
     for entry in categories:
         number, name = entry.get("id"), entry.get("name")
-        if not isinstance(number, int) or not isinstance(name, str) or names.setdefault(number, name) != name:
+        if (
+            not _is_id(number)
+            or isinstance(number, str)
+            or not isinstance(name, str)
+            or names.setdefault(number, name) != name
+        ):
             raise DataError(
                 f"data.source.annotations: each of the 'categories' of {file} must have an 'id' and a 'name'"
             )
@@ -218,10 +230,12 @@ def _listed_images(
     for position, entry in enumerate(entries):
         name, number, size = entry.get("file_name"), entry.get("id"), (entry.get("height"), entry.get("width"))
         place = f"images[{position}] of {file}"
-        if not is_path(name) or not isinstance(number, int | str):
+        if not is_path(name) or not _is_id(number):
             problems.add("entries without an image (left out)", place)
-        elif not all(isinstance(side, int) and side > 0 for side in size):
+        elif not all(isinstance(side, int) and 0 < side < MAX_PIXELS for side in size):
             problems.add("images without a size (left out)", place)
+        elif size[0] * size[1] > MAX_PIXELS:
+            problems.add(f"images of more than {MAX_PIXELS} pixels (left out)", place)
         elif number in images:
             problems.add("images that are listed twice (the first is used)", place)
         else:
@@ -229,13 +243,57 @@ def _listed_images(
     return images
 
 
+def _is_id(value: object) -> TypeGuard[int | str]:
+    return isinstance(value, int | str) and not isinstance(value, bool)
+
+
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _FARTHEST
+
+
+def _covers(polygons: Sequence[Sequence[float]], box: Sequence[float], height: int, width: int) -> bool:
+    """Returns True if polygons have an area, overlap their object's box, and do not reach far out of their image."""
+    points = np.array([point for polygon in polygons for point in polygon], np.float64).reshape(-1, 2)
+    low, high = points.min(axis=0), points.max(axis=0)
+    within = (low > [-width, -height]).all() and (high < [2 * width, 2 * height]).all()
+    overlaps = (np.minimum(high, box[2:]) > np.maximum(low, box[:2])).all()
+    return bool(within and overlaps and any(_area(polygon) > 0 for polygon in polygons))
+
+
+def _area(polygon: Sequence[float]) -> float:
+    x, y = np.array(polygon, np.float64).reshape(-1, 2).T
+    return abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2
+
+
+def _run_pixels(counts: list[int] | str) -> int:
+    """Returns the number of pixels that run lengths cover, as numbers or in COCO's packed form, which pycocotools does
+    not check; -1 if one is negative or no number."""
+    lengths: list[int] = []
+    if isinstance(counts, list):
+        if not all(isinstance(count, int) and not isinstance(count, bool) for count in counts):
+            return -1
+        lengths = counts
+    else:
+        number = shift = 0
+        for character in counts:
+            part = ord(character) - 48
+            if not 0 <= part < 64 or shift > 30:
+                return -1
+            number |= (part & 31) << shift
+            shift += 5
+            if not part & 32:  # the last character of a number
+                if part & 16:  # of a negative one
+                    number -= 1 << shift
+                lengths.append(number + (lengths[-2] if len(lengths) > 2 else 0))
+                number = shift = 0
+        if shift:
+            return -1
+    return sum(lengths) if all(length >= 0 for length in lengths) else -1
 
 
 def _is_outline(outline: object, height: int, width: int) -> bool:
     if isinstance(outline, dict):
-        return isinstance(outline.get("counts"), list | str) and list(outline.get("size") or []) == [height, width]
+        return isinstance(outline.get("counts"), list | str) and outline.get("size") == [height, width]
     return (
         isinstance(outline, list)
         and len(outline) > 0

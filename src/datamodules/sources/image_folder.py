@@ -19,6 +19,20 @@ from src.datamodules.sources.splits import hashed_split
 log = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2")
+_SYSTEM_FOLDERS = frozenset(
+    (
+        "__macosx",  # macOS's archives
+        "@eadir",  # Synology: thumbnails of each image
+        "@recycle",  # QNAP
+        "@recently-snapshot",
+        "#recycle",
+        "#snapshot",
+        "$recycle.bin",  # Windows
+        "system volume information",
+        "lost+found",  # ext4
+        "__pycache__",
+    )
+)
 _SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"),
     "val": ("val", "validation", "valid"),
@@ -43,7 +57,9 @@ class ImageFolderSource(Source):
     A split without a folder is a share of the files of ``train`` (of ``root`` in the last two layouts): 10 % for "val",
     none for "test" by default, chosen by a hash of the path, so that new files do not move old ones to another split.
 
-    Files are found by their extension, upper or lower case; names that start with a dot are ignored.
+    Files are found by their extension, upper or lower case. Ignored are names that start with a dot, and folders of
+    operating systems and network drives (``__MACOSX``, ``@eaDir`` …), which hold thumbnails. A folder without any image
+    is no class.
 
     Args:
         split: "train", "val" or "test".
@@ -78,7 +94,7 @@ class ImageFolderSource(Source):
         base = folders["train"] or self.root
         own = folders[split]
         if own is not None and split != "train":
-            self.classes: Sequence[str] = _class_names(base)
+            self.classes: Sequence[str] = self._classes_in(base)
             files = self._label_by_train(self.classes, self._scan(own), base)
         else:
             train = self._scan(base)
@@ -109,7 +125,7 @@ class ImageFolderSource(Source):
     def _scan(self, folder: Path) -> _Listing:
         """Returns the classes in ``folder``, and (path below it, label) of its images, sorted."""
         entries = _entries(folder)
-        classes = _class_names(folder)
+        classes = self._classes_in(folder)
         flat = [entry.name for entry in entries if not entry.is_dir() and self._counts(entry.name)]
         if not classes:
             return _Listing([], [(name, -1) for name in flat])
@@ -121,6 +137,20 @@ class ImageFolderSource(Source):
             for path in self._walk(folder / name, ())
         ]
         return _Listing(classes, files)
+
+    def _classes_in(self, folder: Path) -> list[str]:
+        """Returns the folders in ``folder`` that have an image, sorted."""
+        names = [entry.name for entry in _entries(folder) if entry.is_dir()]
+        classes = [name for name in names if next(self._walk(folder / name, ()), None) is not None]
+        empty = [name for name in names if name not in set(classes)]
+        if empty:
+            log.warning(
+                "%d folders in %s have no image, so they are no classes: %s",
+                len(empty),
+                folder,
+                ", ".join(empty[:5]) + (" …" if len(empty) > 5 else ""),
+            )
+        return classes
 
     def _walk(self, folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
         status = folder.stat()
@@ -161,14 +191,15 @@ class _Listing(NamedTuple):
     files: list[tuple[str, int]]
 
 
-def _class_names(folder: Path) -> list[str]:
-    return [entry.name for entry in _entries(folder) if entry.is_dir()]
+def is_hidden(name: str) -> bool:
+    """Returns True for a file or folder that is no data: of an operating system or a network drive."""
+    return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+            return sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"cannot list the folder {folder}: {error.strerror}") from error
 

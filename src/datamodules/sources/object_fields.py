@@ -48,7 +48,8 @@ def ground_truth(
 
 
 def clip_box(box: Sequence[float], height: float, width: float) -> list[float] | None:
-    """Returns the part of a box (x0 y0 x1 y1) within its image; None if it is empty."""
+    """Returns the part of a box (x0 y0 x1 y1) within its image, in float32; None if it is empty."""
     x0, y0, x1, y1 = box
-    x0, y0, x1, y1 = max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
+    clipped = [max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))]
+    x0, y0, x1, y1 = np.array(clipped, np.float32).tolist()
     return [x0, y0, x1, y1] if x1 > x0 and y1 > y0 else None

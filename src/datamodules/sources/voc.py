@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,11 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
-from src.datamodules.decoding import BadSample, DataError, EncodedImage
+from src.datamodules.decoding import SIDEWAYS, BadSample, DataError, EncodedImage
+from src.datamodules.regular_files import read_regular, reason
 from src.datamodules.sources.files import open_text, require_some
 from src.datamodules.sources.object_fields import clip_box, ground_truth, known_fields
+from src.datamodules.sources.orientation import truth_orientation, turn_boxes, turn_pixels
 from src.datamodules.sources.packed import PackedStrings
 from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.sources.splits import files_of, hashed_split
@@ -86,13 +89,18 @@ class VOCSource(Source):
             BadSample: the image, its annotation or its masks cannot be read.
         """
         image = EncodedImage(self.name(index))
-        height, width = image.size
-        objects = self._objects(self._annotation_path(index, "Annotations", ".xml"), height, width)
+        path = self._annotation_path(index, "Annotations", ".xml")
+        annotation = _parse(path)
+        orientation = truth_orientation(image, _size(annotation), "annotation")
+        height, width = size = image.size[::-1] if orientation in SIDEWAYS else image.size
+        objects = self._objects(annotation, path, height, width)
         masks = None
         if "instance_masks" in self.fields:
             numbers = _numbers(self._annotation_path(index, "SegmentationObject", ".png"), height, width)
+            numbers = turn_pixels(numbers, orientation)
             masks = numbers == np.array([obj.number for obj in objects], np.uint8)[:, None, None]
         boxes = np.array([obj.box for obj in objects], np.float32).reshape(-1, 4)
+        boxes = turn_boxes(boxes, orientation, size)
         labels, crowd = [obj.label for obj in objects], [obj.difficult for obj in objects]
         return {"image": image, "fields": ground_truth(self.fields, boxes, labels, crowd, masks)}
 
@@ -103,11 +111,7 @@ class VOCSource(Source):
         image = Path(self.name(index))
         return image.parent.parent / folder / f"{image.stem}{ending}"
 
-    def _objects(self, path: Path, height: int, width: int) -> list[_Object]:
-        try:
-            annotation = ElementTree.parse(path).getroot()
-        except (OSError, ElementTree.ParseError) as problem:
-            raise BadSample(f"{path.name} cannot be read: {problem}") from problem
+    def _objects(self, annotation: ElementTree.Element, path: Path, height: int, width: int) -> list[_Object]:
         objects = []
         for number, element in enumerate(annotation.findall("object"), start=1):
             name = (element.findtext("name") or "").strip()
@@ -129,6 +133,23 @@ class _Object(NamedTuple):
     number: int  # its pixel value in the file of masks
 
 
+def _parse(path: Path) -> ElementTree.Element:
+    try:
+        return ElementTree.fromstring(read_regular(path))
+    except OSError as problem:
+        raise BadSample(f"{path.name} cannot be read: {reason(problem)}") from problem
+    except (ElementTree.ParseError, ValueError, LookupError) as problem:  # the last ones for an unknown encoding
+        raise BadSample(f"{path.name} cannot be read: {problem}") from problem
+
+
+def _size(annotation: ElementTree.Element) -> tuple[int, int] | None:
+    """Returns height and width of the image that was annotated; None if they are not given."""
+    sides = [(annotation.findtext(f"size/{side}") or "").strip() for side in ("height", "width")]
+    if not all(side.isdecimal() and int(side[:9]) > 0 for side in sides):
+        return None
+    return int(sides[0][:9]), int(sides[1][:9])
+
+
 def _box(corners: Sequence[str | None], path: Path) -> list[float]:
     try:
         box = [float(corner or "") for corner in corners]
@@ -143,9 +164,13 @@ def _numbers(path: Path, height: int, width: int) -> np.ndarray:
     """Reads the number of the object that each pixel shows, from 1 in the annotation's order; 0 for none, 255 for
     borders: uint8 [H, W]."""
     try:
-        with Image.open(path, formats=("PNG",)) as image:
-            numbers = np.array(image)
-    except (OSError, SyntaxError, ValueError) as problem:
+        data = read_regular(path)
+    except OSError as problem:
+        raise BadSample(f"there are no masks: {path} cannot be read: {reason(problem)}") from problem
+    try:  # Pillow's decoders raise many kinds of errors for damaged files
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            numbers = np.array(image) if image.size == (width, height) else np.zeros(0)
+    except Exception as problem:
         raise BadSample(f"there are no masks: {path} cannot be read: {problem}") from problem
     if numbers.shape != (height, width) or numbers.dtype != np.uint8:
         raise BadSample(f"{path} has no masks of {height}x{width} pixels with one number each")

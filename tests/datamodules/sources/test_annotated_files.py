@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from src.datamodules.batches.base import IGNORED, validate
 from src.datamodules.batches.dense import DepthBatch, SegmentationBatch
 from src.datamodules.datamodule import DataModule
 from src.datamodules.decoding import BadSample, DataError
 from src.datamodules.sources.annotated_files import DepthFiles, NormalFiles, SegmentationFiles
+from src.datamodules.sources.orientation import turn_boxes, turn_pixels
 from src.datamodules.views.depth import DepthView
 from src.datamodules.views.segmentation import SegmentationView
 from src.datamodules.views.transforms import PaddedCrop, RandomRescale
@@ -88,6 +90,113 @@ def test_a_bad_mask_is_named(ade: Path, spoil: Any, message: str) -> None:
         SegmentationFiles("train", root=ade, **ADE)[0]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is no array of NumPy"),
+        (b"PK\x03\x04 an archive", "is no array of NumPy"),
+        (b"\x93NUMPY\x01\x00\x76\x00{'descr': '<f4', 'fortran_order': False, 'shape': (", "is no array of NumPy"),
+        ((1_000_000, 1_000_000), r"not as many bytes as its header says, float32 \[1000000, 1000000\]"),
+        ((2, 2), r"not as many bytes as its header says, float32 \[2, 2\]"),
+    ],
+    ids=["empty", "archive", "cut", "huge", "short"],
+)
+def test_a_damaged_array_is_named(nyu: Path, content: bytes | tuple[int, int], message: str) -> None:
+    file = nyu / "depth/a.npy"
+    (nyu / "depth/a.png").unlink()
+    if isinstance(content, tuple):
+        np.save(file, np.zeros((1, 3), np.float32))
+        content = file.read_bytes().replace(b"'shape': (1, 3)", f"'shape': {content}".encode())
+    file.write_bytes(content)
+    with pytest.raises(BadSample, match=message):
+        DepthFiles("train", root=nyu, images={"train": "rgb"}, depths={"train": "depth"})[0]
+
+
+def test_ground_truth_that_is_no_regular_file_is_named(nyu: Path) -> None:
+    source = DepthFiles("train", root=nyu, images={"train": "rgb"}, depths={"train": "depth"})
+    (nyu / "depth/a.png").unlink()
+    (nyu / "depth/a.png").symlink_to("a.png")
+    with pytest.raises(BadSample, match=r"its depth .*a\.png does not exist"):
+        source[0]
+    os.mkfifo(nyu / "pipe.txt")
+    with pytest.raises(DataError, match=r"the folder .*pipe\.txt does not exist"):
+        DepthFiles("train", root=nyu, images={"train": "pipe.txt"}, depths={"train": "depth"})
+
+
+class TestOrientation:
+    """A 2x3 image whose file is turned by EXIF data, and ground truth with the same number at the same stored pixel."""
+
+    @staticmethod
+    def pair(root: Path, orientation: int, values: np.ndarray, kind: str = "npy") -> None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for folder in ("rgb", "truth"):
+            (root / folder).mkdir(exist_ok=True)
+        stored = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40 + 10
+        Image.fromarray(np.repeat(stored[..., None], 3, axis=2)).save(root / "rgb/a.png", exif=exif)
+        np.save(root / f"truth/a.{kind}", values)
+
+    @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+    def test_a_depth_in_the_stored_orientation_is_turned_with_its_image(self, tmp_path: Path, orientation: int) -> None:
+        stored = np.arange(6, dtype=np.float32).reshape(2, 3) * 40 + 10
+        self.pair(tmp_path, orientation, stored)
+        sample = DepthFiles("train", root=tmp_path, images={"train": "rgb"}, depths={"train": "truth"})[0]
+        upright = np.asarray(sample["image"].decode())[..., 0]  # type: ignore[union-attr]
+        assert upright.shape == (3, 2)
+        assert sample["fields"]["depth"].tolist() == upright.tolist()
+        self.pair(tmp_path, orientation, upright)  # one that is upright already stays
+        sample = DepthFiles("train", root=tmp_path, images={"train": "rgb"}, depths={"train": "truth"})[0]
+        assert sample["fields"]["depth"].tolist() == upright.tolist()
+
+    @pytest.mark.parametrize("orientation", [2, 3, 4])
+    def test_where_the_size_does_not_tell_the_sample_is_bad(self, tmp_path: Path, orientation: int) -> None:
+        self.pair(tmp_path, orientation, np.ones((2, 3), np.float32))
+        source = DepthFiles("train", root=tmp_path, images={"train": "rgb"}, depths={"train": "truth"})
+        with pytest.raises(BadSample, match=rf"orientation {orientation}\), and its depth does not tell whether"):
+            source[0]
+
+    @pytest.mark.parametrize(
+        ("orientation", "x", "y"),
+        # a normal to the stored right (0.6, 0) and down (0, 0.6) points, upright, to:
+        [
+            (5, (0.0, 0.6), (0.6, 0.0)),
+            (6, (0.0, 0.6), (-0.6, 0.0)),
+            (7, (0.0, -0.6), (-0.6, 0.0)),
+            (8, (0.0, -0.6), (0.6, 0.0)),
+        ],
+    )
+    def test_normals_are_turned_as_vectors(
+        self, tmp_path: Path, orientation: int, x: tuple[float, float], y: tuple[float, float]
+    ) -> None:
+        for stored, upright in (((0.6, 0.0), x), ((0.0, 0.6), y)):
+            self.pair(tmp_path, orientation, np.tile(np.array([*stored, -0.8], np.float32), (2, 3, 1)))
+            source = NormalFiles("train", root=tmp_path, images={"train": "rgb"}, normals={"train": "truth"})
+            normals = source[0]["fields"]["normals"]
+            assert normals.shape == (3, 3, 2)
+            torch.testing.assert_close(normals[:, 1, 1], torch.tensor([*upright, -0.8]))
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_boxes_and_pixels_are_turned_alike(self, orientation: int) -> None:
+        stored = np.zeros((4, 7), np.uint8)
+        stored[1:3, 2:6] = 1  # x0 2, y0 1, x1 6, y1 3
+        turned = turn_pixels(stored, orientation)
+        ((x0, y0, x1, y1),) = turn_boxes(np.array([[2, 1, 6, 3]], np.float32), orientation, (4, 7)).astype(int)
+        expected = np.zeros_like(turned)
+        expected[y0:y1, x0:x1] = 1
+        assert turned.tolist() == expected.tolist()
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image = Image.fromarray(stored * 255)
+        image.getexif().update(exif)
+        assert (np.asarray(ImageOps.exif_transpose(image)) // 255).tolist() == turned.tolist()
+
+
+def test_thumbnails_of_network_drives_are_no_images(ade: Path) -> None:
+    for name in ("@eaDir/a.png/SYNOPHOTO_THUMB_M.png", "__MACOSX/._a.png", ".cache/a.png"):
+        save(ade / "images/training" / name, np.zeros((2, 2, 3), np.uint8))
+    assert len(SegmentationFiles("train", root=ade, **ADE)) == 2
+
+
 def test_a_missing_folder_is_named(ade: Path) -> None:
     with pytest.raises(DataError, match=r"data.source.images has nothing for the split 'test', only train, val"):
         SegmentationFiles("test", root=ade, **ADE)
@@ -146,7 +255,7 @@ def test_depths_in_meters_in_arrays(nyu: Path) -> None:
     assert source[0]["fields"]["depth"].tolist() == [[1.5, 0.0, 0.0]]
     assert source[0]["fields"]["depth"].dtype == torch.float32
     for values, message in (
-        (np.array([["a"]], object), "cannot be read"),
+        (np.array([["a"]], object), r"is damaged: it has not as many bytes as its header says, object \[1, 1\]"),
         (np.zeros((1, 3, 1)), r"contains float64 \[1, 3, 1\]"),
         (np.zeros((1, 3)), "has no known pixel"),
         (np.ones((2, 3)), "its depth has 2x3 pixels, the image 1x3"),

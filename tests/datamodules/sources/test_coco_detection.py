@@ -119,7 +119,11 @@ def test_unusable_entries_are_left_out_and_counted(tmp_path, caplog):
         tmp_path,
         [
             thing(1),
-            thing(1, box=(10, 8, 20, 20)),  # reaches over the border
+            thing(1, box=(10, 8, 20, 20), outline=[[11, 9, 18, 9, 18, 14]]),  # reaches over the border
+            thing(True),
+            thing([1]),
+            thing(1, [7]),
+            thing(1, box=(10**400, 2, 5, 5)),
             thing(99),
             thing(1, 8),
             thing(1, box=(3, 2, 0, 6)),
@@ -129,21 +133,26 @@ def test_unusable_entries_are_left_out_and_counted(tmp_path, caplog):
             thing(1, outline=[[3, 2, 9, 2]]),
             thing(1, outline=None),
             thing(1, outline={"counts": PACKED, "size": [5, 5]}),
+            thing(1, outline={"counts": PACKED, "size": 12}),
+            thing(1, outline=[[3, 2, 9, 8, 3, 2]]),  # a line
+            thing(1, outline=[[3, 2, 9, 2, 9, 90000000]]),
+            thing(1, outline=[[10, 9, 12, 9, 12, 12]]),  # not in its box
         ],
     )
     made = source(tmp_path)
     assert made[0]["fields"]["boxes"].tolist() == [[3.0, 2.0, 9.0, 8.0], [10.0, 8.0, 16.0, 12.0]]
     assert made.problems == {
-        "objects of an image that is not listed (left out)": 1,
-        "objects of a category that is not listed (left out)": 1,
+        "objects of an image that is not listed (left out)": 3,
+        "objects of a category that is not listed (left out)": 2,
         "objects whose box is empty or outside of its image (left out)": 2,
-        "objects without a box (left out)": 2,
-        "objects without a mask (left out)": 3,
+        "objects without a box (left out)": 3,
+        "objects without a mask (left out)": 4,
+        "objects whose mask is empty, or not in their box or image (left out)": 3,
     }
     assert "annotations[2] of train.json" in caplog.text
     boxes_only = source(tmp_path, fields=["boxes", "box_labels"])
     assert boxes_only[0]["fields"].keys() == {"boxes", "box_labels"}
-    assert len(boxes_only[0]["fields"]["boxes"]) == 5
+    assert len(boxes_only[0]["fields"]["boxes"]) == 9
 
 
 def test_a_missing_image_or_one_of_another_size_is_a_bad_sample(tmp_path):
@@ -153,15 +162,49 @@ def test_a_missing_image_or_one_of_another_size_is_a_bad_sample(tmp_path):
     made = source(tmp_path)
     with pytest.raises(BadSample, match="does not exist"):
         made[0]
-    with pytest.raises(BadSample, match="13x16 pixels, and its annotations are of 12x16"):
+    with pytest.raises(BadSample, match="its annotation has 12x16 pixels, the image 13x16"):
         made[1]
     assert "label" not in made[2]
 
 
 def test_inconsistent_run_lengths_are_a_bad_sample(tmp_path):
-    made = source(write(tmp_path, [thing(1, outline={"counts": [5, 3, 9999], "size": [HEIGHT, WIDTH]})]))
-    with pytest.raises(BadSample, match="a mask cannot be decoded"):
-        made[0]
+    cut = PACKED[:-2]
+    for counts in ([5, 3, 9999], [200, -8], [192, "x"], [], cut, PACKED + PACKED, "\x00\xff", "P" * 40):
+        made = source(write(tmp_path, [thing(1, outline={"counts": counts, "size": [HEIGHT, WIDTH]})]))
+        with pytest.raises(BadSample, match="the run lengths of a mask are not those of 12x16 pixels"):
+            made[0]
+
+
+def test_packed_run_lengths_of_any_mask_cover_its_pixels():
+    random = np.random.default_rng(0)
+    for share in (0.01, 0.5, 0.99):
+        mask = (random.random((97, 211)) < share).astype(np.uint8)
+        packed = coco_masks.encode(np.asfortranarray(mask))["counts"].decode()
+        assert coco_detection._run_pixels(packed) == 97 * 211
+        assert coco_detection._run_pixels(runs(mask)) == 97 * 211
+
+
+def test_objects_in_the_stored_orientation_are_turned_with_their_image(tmp_path):
+    write(tmp_path, [thing(1)], pictures=1)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # upright a quarter clockwise: 16 rows of 12
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "001.png", exif=exif)
+    fields = source(tmp_path)[0]["fields"]
+    assert fields["boxes"].tolist() == [[HEIGHT - 8, 3, HEIGHT - 2, 9]]
+    assert fields["instance_masks"].shape == (1, WIDTH, HEIGHT)
+    assert (fields["instance_masks"][0].numpy() == np.rot90(BLOCK, -1)).all()
+    exif[0x0112] = 3
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "001.png", exif=exif)
+    with pytest.raises(BadSample, match=r"orientation 3\), and its annotation does not tell whether"):
+        source(tmp_path)[0]
+
+
+def test_an_image_of_an_absurd_size_is_left_out(tmp_path):
+    sizes = [(12, 16), (10**9, 10**9), (10**400, 1)]
+    entries = [{"id": n, "file_name": f"{n}.png", "height": h, "width": w} for n, (h, w) in enumerate(sizes)]
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "0.png")
+    made = source(write(tmp_path, [thing(n) for n in range(3)], images=entries))
+    assert len(made) == 1
 
 
 def test_a_file_that_is_no_coco_is_refused_by_name(tmp_path):

@@ -161,14 +161,29 @@ class TestBad:
         with pytest.raises(DataError, match="no images for the split 'test'"):
             ImageFolderSource("test", root=split_root)
 
-    def test_an_empty_class_is_kept_and_logged(self, split_root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_folder_without_images_is_no_class(self, split_root: Path, caplog: pytest.LogCaptureFixture) -> None:
         (split_root / "train" / "axolotl").mkdir()
         with caplog.at_level(logging.WARNING):
             source = ImageFolderSource("train", root=split_root)
-        assert source.classes == ["ant", "axolotl", "bee", "cat"]
-        assert source.labels.tolist() == [0, 0, 2, 2, 3, 3]
-        assert "without a training image" in caplog.text
-        assert "axolotl" in caplog.text
+        assert source.classes == ["ant", "bee", "cat"]
+        assert source.labels.tolist() == [0, 0, 1, 1, 2, 2]
+        assert "1 folders in" in caplog.text
+        assert "have no image, so they are no classes: axolotl" in caplog.text
+        val = ImageFolderSource("val", root=split_root)
+        assert (val.classes, val.labels.tolist()) == (source.classes, source.labels.tolist())
+
+    def test_an_empty_folder_beside_images_does_not_make_classes(self, tmp_path: Path) -> None:
+        picture(tmp_path / "1.png")
+        (tmp_path / "empty" / "deeper").mkdir(parents=True)
+        source = ImageFolderSource("train", root=tmp_path, val_share=0.0)
+        assert (len(source), source.classes, source.labels) == (1, [], None)
+
+    @pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", ".thumbnails"])
+    def test_folders_of_systems_and_network_drives_are_ignored(self, split_root: Path, name: str) -> None:
+        picture(split_root / "train" / name / "ant.png")
+        picture(split_root / "train" / "ant" / name / "1.png" / "SYNOPHOTO_THUMB_M.png")
+        source = ImageFolderSource("train", root=split_root)
+        assert (source.classes, len(source)) == (["ant", "bee", "cat"], 6)
 
     def test_images_beside_class_folders_are_logged(self, split_root: Path, caplog: pytest.LogCaptureFixture) -> None:
         picture(split_root / "train" / "overview.png")

@@ -115,3 +115,22 @@ def test_a_missing_list_or_folder_is_named(tmp_path):
     (tmp_path / YEAR / "ImageSets/Main/trainval.txt").write_text("\n")
     with pytest.raises(DataError, match="name no image of the split 'train'"):
         source(tmp_path)
+
+
+def test_an_annotation_of_another_size_or_unknown_orientation_is_a_bad_sample(tmp_path):
+    write(tmp_path, a=[thing("dog", (1, 1, 5, 3))])
+    folder = tmp_path / YEAR
+    path = folder / "Annotations/a.xml"
+    plain = path.read_text()
+    sized = plain.replace("<annotation>", "<annotation><size><width>20</width><height>10</height></size>")
+    path.write_text(sized.replace("<height>10<", "<height>30<"))
+    with pytest.raises(BadSample, match="its annotation has 30x20 pixels, the image 10x20"):
+        source(tmp_path)[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter clockwise: 20 rows of 10
+    Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "JPEGImages/a.jpg", exif=exif)
+    path.write_text(sized)
+    assert source(tmp_path)[0]["fields"]["boxes"].tolist() == [[HEIGHT - 3, 0, HEIGHT, 5]]
+    path.write_text(plain)
+    with pytest.raises(BadSample, match=r"orientation 6\), and its annotation does not tell whether"):
+        source(tmp_path)[0]
