@@ -58,7 +58,7 @@ class FeatureMaps(nn.Module):
         self.strides = tuple(strides[index] for index in self.indices)
         self.norm = norm
         self.frozen = frozen
-        self.backbone = accept_any_image_size(backbone)
+        self.backbone = accept_any_image_size(backbone, needed=False)
         used = _used_parameters(backbone, self.indices, norm)
         for name, parameter in backbone.named_parameters():
             if frozen or name not in used:

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from src.errors import SettingError
 from src.models.backbones.encoder import Encoder, Features
+from src.models.backbones.layout import check_image_backbone, split_features, wrong_size
 
 Pool = Callable[[Tensor, Tensor], Tensor]
 """Makes the embedding [B, D] of the prefix tokens [B, P, D] (class token, registers) and the patches [B, N, D]."""
@@ -52,12 +55,16 @@ class ImageEncoder(Encoder):
     """The `Encoder` of images, adapted from a timm backbone.
 
     Args:
-        backbone: any timm model with ``forward_features``: tokens [B, P + N, D], or a map [B, D, H, W].
+        backbone: any timm model whose features are tokens or one map, see `split_features`.
         pool: makes the embedding of the prefix tokens and the patches.
+
+    Raises:
+        SettingError: the model's features are something else; in a forward pass, images of a size it does not take.
     """
 
     def __init__(self, backbone: nn.Module, pool: Pool = mean_patch) -> None:
         super().__init__()
+        self.check_backbone(backbone)
         self.backbone = backbone
         self.pool = pool
 
@@ -67,19 +74,28 @@ class ImageEncoder(Encoder):
 
     def forward(self, x: Tensor) -> Features:
         """x: images [B, 3, H, W], normalized."""
-        if self.last_blocks and getattr(self.backbone, "cls_token", None) is not None:
-            output, class_tokens = self._with_class_tokens(x)
-        else:
-            output, class_tokens = self.backbone.forward_features(x), None  # type: ignore[operator]
-        if output.ndim == 4:
-            rows, columns = output.shape[-2:]
-            patches = output.flatten(2).transpose(1, 2)
-            prefix = patches[:, :0]
-        else:
-            prefix_tokens = int(self.backbone.num_prefix_tokens)  # type: ignore[arg-type]
-            prefix, patches = output[:, :prefix_tokens], output[:, prefix_tokens:]
-            rows, columns = self.backbone.patch_embed.dynamic_feat_size(x.shape[-2:])  # type: ignore[union-attr,operator]
-        return Features(self.pool(prefix, patches), patches, (rows, columns), class_tokens)
+        backbone, size = self.backbone, (x.shape[-2], x.shape[-1])
+        class_tokens = None
+        try:
+            if self.last_blocks and _has_class_token(backbone):
+                output, class_tokens = self._with_class_tokens(x)
+            else:
+                output = backbone.forward_features(x)  # type: ignore[operator]
+        except (AssertionError, RuntimeError, IndexError, ValueError) as problem:
+            error = None if isinstance(problem, SettingError) else wrong_size(backbone, size)
+            if error is None:
+                raise
+            raise error from problem
+        prefix, patches, grid = split_features(backbone, output, size)
+        return Features(self.pool(prefix, patches), patches, grid, class_tokens)
+
+    @staticmethod
+    def check_backbone(backbone: nn.Module) -> None:
+        """
+        Raises:
+            SettingError: the encoder cannot read the backbone's features.
+        """
+        check_image_backbone(backbone)
 
     def _with_class_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens, and the class tokens after each of the last blocks, all through the final norm as in DINO."""
@@ -88,3 +104,8 @@ class ImageEncoder(Encoder):
             x, indices=min(self.last_blocks, len(vit.blocks)), return_prefix_tokens=True, norm=True, output_fmt="NLC"
         )
         return output, torch.stack([prefix[:, 0] for _, prefix in blocks], dim=1)
+
+
+def _has_class_token(backbone: nn.Module) -> bool:
+    """True for a network whose blocks all have a class token."""
+    return isinstance(backbone, VisionTransformer | Eva) and backbone.cls_token is not None

@@ -7,17 +7,19 @@ from typing import Any, TypeVar
 
 import torch
 from timm.layers import Format
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.errors import SettingError
+from src.models.backbones.layout import check_accepts_any_size
 from src.models.functional import at_least_float32
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def accept_any_image_size(backbone: M, *, as_dino: bool = False) -> M:
+def accept_any_image_size(backbone: M, *, as_dino: bool = False, needed: bool = True) -> M:
     """Makes ``backbone`` take images of other sizes than its own, and returns it.
 
     A timm ViT then interpolates its positional embeddings, as if built with ``dynamic_img_size``; a ConvNet takes any
@@ -28,8 +30,12 @@ def accept_any_image_size(backbone: M, *, as_dino: bool = False) -> M:
         backbone: any timm model; changed in place.
         as_dino: interpolate as DINO's code does (`dino_positions`) instead of timm's antialiased way. For local crops
             the tables differ by 81 % of their norm at initialization.
+        needed: refuse a model that takes images of its own size alone; False leaves it as it is.
+
+    Raises:
+        SettingError: see ``needed``.
     """
-    if hasattr(backbone, "dynamic_img_size"):
+    if isinstance(backbone, VisionTransformer | Eva):
         vit: Any = backbone
         vit.dynamic_img_size = True
         vit.patch_embed.strict_img_size = False
@@ -38,6 +44,8 @@ def accept_any_image_size(backbone: M, *, as_dino: bool = False) -> M:
         vit.patch_embed.register_forward_pre_hook(_whole_patches)
         if as_dino and vit.pos_embed is not None and type(vit)._pos_embed is VisionTransformer._pos_embed:
             vit._pos_embed = MethodType(_add_dino_positions, vit)
+    if needed:
+        check_accepts_any_size(backbone)
     return backbone
 
 
@@ -85,7 +93,8 @@ def _add_dino_positions(vit: Any, patches: Tensor) -> Tensor:
 
 
 def _whole_patches(patch_embed: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-    size, patch = tuple(arguments[0].shape[-2:]), tuple(patch_embed.patch_size)  # type: ignore[arg-type]
+    # of a convolutional stem: its stride times the size of a patch in its output
+    size, patch = tuple(arguments[0].shape[-2:]), tuple(patch_embed.feat_ratio(as_scalar=False))  # type: ignore[operator]
     if size[0] % patch[0] or size[1] % patch[1]:
         raise SettingError(
             f"image_size, local_image_size: a view of {size[0]}x{size[1]} pixels is not a whole number of patches of "
@@ -117,8 +126,10 @@ def sincos_2d(dim: int, grid: tuple[int, int], *, prefix_tokens: int = 0, rows_f
     return torch.cat([table.new_zeros(prefix_tokens, dim), table])
 
 
-def fixed_positions(dim: int, grid: tuple[int, int], *, rows_first: bool = False) -> nn.Parameter:
-    """`sincos_2d` for a ViT with a class token, without gradient: [1, 1 + rows * columns, dim]."""
+def fixed_positions(
+    dim: int, grid: tuple[int, int], *, prefix_tokens: int = 1, rows_first: bool = False
+) -> nn.Parameter:
+    """`sincos_2d` for a ViT, without gradient: [1, prefix_tokens + rows * columns, dim]."""
     # a parameter, not a buffer, as in timm's checkpoints
-    table = sincos_2d(dim, grid, prefix_tokens=1, rows_first=rows_first)
+    table = sincos_2d(dim, grid, prefix_tokens=prefix_tokens, rows_first=rows_first)
     return nn.Parameter(table.unsqueeze(0), requires_grad=False)

@@ -17,6 +17,10 @@ class VideoEncoder(ImageEncoder):
         pool: see `ImageEncoder`.
     """
 
+    @staticmethod
+    def check_backbone(backbone: nn.Module) -> None:
+        pass  # only this project's own backbones read clips
+
     def forward(self, x: Tensor) -> Features:
         """x: clips [B, T, 3, H, W], normalized."""
         output = self.backbone.forward_features(x)  # type: ignore[operator]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from src.errors import SettingError
+from src.models.backbones.plain_vit import check_plain_vit
 from src.models.backbones.positions import accept_any_image_size, interpolated_positions
 
 
@@ -36,15 +37,14 @@ class WindowedViT(nn.Module):
 
     def __init__(self, backbone: nn.Module, *, window: int | None = 14, global_blocks: int = 4) -> None:
         super().__init__()
-        if (
-            not isinstance(backbone, VisionTransformer)
-            or backbone.pos_embed is None
-            or not hasattr(backbone.blocks[0], "attn")
-        ):
+        if not isinstance(backbone, VisionTransformer) or not hasattr(backbone.blocks[0], "attn"):
             raise SettingError(
                 f"backbone: model.pyramid=SimplePyramid needs a plain timm ViT, not a {type(backbone).__name__}; for a "
                 "ConvNet use model.pyramid=ConvPyramid"
             )
+        check_plain_vit(backbone, "model.pyramid=SimplePyramid", square_patches=True)
+        if backbone.pos_embed is None:
+            raise SettingError("backbone.pos_embed: model.pyramid=SimplePyramid needs a ViT with positional embeddings")
         depth = len(backbone.blocks)
         if window is not None and (window < 1 or not 0 <= global_blocks <= depth):
             raise SettingError(

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from timm.layers import DropPath, trunc_normal_
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -176,10 +177,11 @@ def disable_drop_path(module: M) -> M:
 def class_attention(backbone: nn.Module, image: Tensor) -> Tensor | None:
     """Returns the attention of the class token to the patches in the last block, head by head: [B, 3, H, W] ->
     [B, heads, rows, columns]. None for a backbone that is not a plain ViT with a class token."""
-    blocks: Any = getattr(backbone, "blocks", None)
-    if getattr(backbone, "cls_token", None) is None or not hasattr(getattr(blocks[-1], "attn", None), "qkv"):
+    if not isinstance(backbone, VisionTransformer) or backbone.cls_token is None:
         return None
-    attn = blocks[-1].attn
+    attn: Any = getattr(backbone.blocks[-1], "attn", None)
+    if not hasattr(attn, "qkv"):
+        return None
     outputs: list[Tensor] = []
     handle = attn.qkv.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from src.datamodules.batches.image import MultiViewBatch
@@ -56,7 +57,8 @@ class iBOT(DINO):
         patch_weight: float = 1.0,
         **others: Any,
     ) -> None:
-        if getattr(backbone, "cls_token", None) is None or not hasattr(backbone, "patch_embed"):
+        embed = getattr(backbone, "patch_embed", None)
+        if getattr(backbone, "cls_token", None) is None or not isinstance(embed, PatchEmbed):
             raise SettingError(
                 "model.backbone: iBOT masks the patches of a ViT with a class token, not of a "
                 f"{type(backbone).__name__}"

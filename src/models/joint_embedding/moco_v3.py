@@ -14,6 +14,7 @@ from src.datamodules.batches.image import MultiViewBatch
 from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
+from src.models.backbones.plain_vit import check_plain_vit
 from src.models.backbones.positions import fixed_positions
 from src.models.functional import l2_normalize
 from src.models.heads.mlp import MlpHead
@@ -33,7 +34,7 @@ class MoCoV3(JointEmbedding):
     to keep training stable.
 
     Args:
-        backbone: any timm model without a head; a ViT has a class token.
+        backbone: any timm model without a head; with ``frozen_patches`` a plain ViT or a network without patches.
         optimizer: AdamW for ViTs, LARS for ResNets in the paper.
         temperature: similarities are divided by it.
         hidden_dim: width of the hidden layers of projector and predictor.
@@ -68,6 +69,8 @@ class MoCoV3(JointEmbedding):
             raise SettingError(f"model.temperature={temperature} must be above 0")
         if projector_layers < 1:
             raise SettingError(f"model.projector_layers={projector_layers} must be at least 1")
+        if frozen_patches and hasattr(backbone, "patch_embed"):
+            check_plain_vit(backbone, "MoCo v3 with model.frozen_patches=true")
         if isinstance(backbone, VisionTransformer):
             initialize_vit(backbone, frozen_patches=frozen_patches)
         encoder = ImageEncoder(backbone, pool)
@@ -113,7 +116,12 @@ def initialize_vit(vit: VisionTransformer, *, frozen_patches: bool) -> None:
     named_apply(init_weights_vit_moco, vit)
     patch_embed = vit.patch_embed.proj
     nn.init.xavier_uniform_(patch_embed.weight.view(len(patch_embed.weight), -1))
-    nn.init.zeros_(patch_embed.bias)
+    if patch_embed.bias is not None:
+        nn.init.zeros_(patch_embed.bias)
     patch_embed.requires_grad_(not frozen_patches)
-    nn.init.normal_(vit.get_parameter("cls_token"), std=1e-6)
-    vit.pos_embed = fixed_positions(vit.embed_dim, vit.patch_embed.grid_size, rows_first=True)
+    if vit.cls_token is not None:
+        nn.init.normal_(vit.cls_token, std=1e-6)
+    prefix_tokens = 0 if vit.no_embed_class else vit.num_prefix_tokens
+    vit.pos_embed = fixed_positions(
+        vit.embed_dim, vit.patch_embed.grid_size, prefix_tokens=prefix_tokens, rows_first=True
+    )

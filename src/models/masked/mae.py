@@ -13,6 +13,8 @@ from src.datamodules.batches.image import ImageBatch
 from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, mean_patch
+from src.models.backbones.layout import channels_of
+from src.models.backbones.plain_vit import check_plain_vit, embed_patches, encode_tokens
 from src.models.backbones.positions import fixed_positions
 from src.models.losses.reconstruction import masked_mse, normalize_patches, patchify, unpatchify
 from src.models.masked.masking import Masking, gather_tokens, random_masking
@@ -24,15 +26,16 @@ class MAE(PretrainModule):
     """Masked Autoencoders Are Scalable Vision Learners (He et al., 2021). Deviations: none.
 
     Args:
-        backbone: a timm ViT with a class token and without a head. Its positional embedding is replaced by the fixed
-            sine-cosine one and its weights are initialized anew.
+        backbone: a timm ViT without a head, with a class token in the paper, see `check_plain_vit`. Its positional
+            embedding is replaced by the fixed sine-cosine one and its weights are initialized anew.
         optimizer: AdamW with betas (0.9, 0.95) in the paper.
         mask_ratio: share of the patches that is masked.
         decoder_dim, decoder_depth, decoder_heads: width, number of blocks and of attention heads of the decoder.
         norm_pix: normalize the pixels of each target patch to zero mean and unit variance.
 
     Raises:
-        SettingError: a mask ratio outside of (0, 1), or an image that is not a whole number of patches.
+        SettingError: a mask ratio outside of (0, 1), an image that is not a whole number of patches, or a backbone that
+            does more than a plain ViT.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class MAE(PretrainModule):
         super().__init__(optimizer)
         if not 0 < mask_ratio < 1:
             raise SettingError(f"model.mask_ratio={mask_ratio} must lie between 0 and 1")
+        check_plain_vit(backbone, "MAE", square_patches=True)
         image, patch = backbone.patch_embed.img_size, backbone.patch_embed.patch_size
         if image[0] < patch[0] or image[0] % patch[0] or image[1] % patch[1]:
             raise SettingError(
@@ -60,14 +64,17 @@ class MAE(PretrainModule):
         self.backbone = backbone
         self.patch_size = backbone.patch_embed.patch_size[0]
         self.grid: tuple[int, int] = backbone.patch_embed.grid_size
-        backbone.pos_embed = fixed_positions(backbone.embed_dim, self.grid)
+        backbone.pos_embed = fixed_positions(
+            backbone.embed_dim, self.grid, prefix_tokens=0 if backbone.no_embed_class else backbone.num_prefix_tokens
+        )
         self.decoder = MAEDecoder(
             encoder_dim=backbone.embed_dim,
             dim=decoder_dim,
             depth=decoder_depth,
             heads=decoder_heads,
+            prefix_tokens=backbone.num_prefix_tokens,
             grid=self.grid,
-            out_dim=self.patch_size**2 * 3,
+            out_dim=self.patch_size**2 * channels_of(backbone),
         )
         initialize(self)
 
@@ -78,19 +85,16 @@ class MAE(PretrainModule):
         prediction = self.decoder(visible, masking.restore)
         loss = masked_mse(prediction, self.target(image), masking.mask)
         # evaluation reads the mean patch of the whole image; of the visible patches here
-        return {"loss": loss, "embedding": visible[:, 1:].detach().float().mean(dim=1)}
+        patches = visible[:, self.backbone.num_prefix_tokens :]
+        return {"loss": loss, "embedding": patches.detach().float().mean(dim=1)}
 
     def encode(self, image: Tensor, masking: Masking) -> Tensor:
-        """The class token and the visible patches through the ViT: [B, 1 + V, D]."""
-        vit = self.backbone
-        positions = vit.get_parameter("pos_embed")
-        x = vit.patch_embed(image) + positions[:, 1:]
-        x = gather_tokens(x, masking.keep)
-        cls = (vit.get_parameter("cls_token") + positions[:, :1]).expand(len(x), -1, -1)
-        return vit.norm(vit.blocks(torch.cat([cls, x], dim=1)))
+        """The P prefix tokens (a class token, registers) and the visible patches through the ViT: [B, P + V, D]."""
+        prefix, patches = embed_patches(self.backbone, image)
+        return encode_tokens(self.backbone, prefix, gather_tokens(patches, masking.keep))
 
     def target(self, image: Tensor) -> Tensor:
-        """The target of the decoder: [B, N, P * P * 3]."""
+        """The target of the decoder: [B, N, size * size * channels]."""
         patches = patchify(image, self.patch_size)
         return normalize_patches(patches)[0] if self.norm_pix else patches
 
@@ -118,28 +122,38 @@ class MAEDecoder(nn.Module):
     Args:
         encoder_dim: width of the encoder's tokens.
         dim, depth, heads: width, number of blocks and of attention heads of the transformer.
+        prefix_tokens: P, number of the encoder's tokens before the patches.
         grid: rows and columns of patches.
         out_dim: number of values in a patch.
     """
 
     def __init__(
-        self, *, encoder_dim: int, dim: int, depth: int, heads: int, grid: tuple[int, int], out_dim: int
+        self,
+        *,
+        encoder_dim: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        grid: tuple[int, int],
+        out_dim: int,
+        prefix_tokens: int = 1,
     ) -> None:
         super().__init__()
+        self.prefix_tokens = prefix_tokens
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = fixed_positions(dim, grid)
+        self.pos_embed = fixed_positions(dim, grid, prefix_tokens=prefix_tokens)
         self.blocks = nn.Sequential(*[Block(dim, heads, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)])
         self.norm = LayerNorm(dim)
         self.pred = nn.Linear(dim, out_dim)
 
     def forward(self, visible: Tensor, restore: Tensor) -> Tensor:
-        """visible: [B, 1 + V, encoder_dim], restore: int64 [B, N] -> [B, N, out_dim], raster order."""
-        x = self.embed(visible)
-        mask_tokens = self.mask_token.expand(len(x), restore.shape[1] + 1 - x.shape[1], -1)
-        patches = gather_tokens(torch.cat([x[:, 1:], mask_tokens.to(x.dtype)], dim=1), restore)
-        x = torch.cat([x[:, :1], patches], dim=1) + self.pos_embed
-        return self.pred(self.norm(self.blocks(x)))[:, 1:]
+        """visible: [B, P + V, encoder_dim], restore: int64 [B, N] -> [B, N, out_dim], raster order."""
+        prefix, visible = self.embed(visible).tensor_split([self.prefix_tokens], dim=1)
+        mask_tokens = self.mask_token.expand(len(visible), restore.shape[1] - visible.shape[1], -1)
+        patches = gather_tokens(torch.cat([visible, mask_tokens.to(visible.dtype)], dim=1), restore)
+        x = torch.cat([prefix, patches], dim=1) + self.pos_embed
+        return self.pred(self.norm(self.blocks(x)))[:, self.prefix_tokens :]
 
 
 def initialize(model: nn.Module) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from src.datamodules.batches.video import VideoBatch
 from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
+from src.models.backbones.plain_vit import check_plain_vit, embed_patches, encode_tokens
 from src.models.backbones.video_encoder import VideoEncoder
-from src.models.backbones.video_vit import sinusoids
+from src.models.backbones.video_vit import TubeletEmbed, sinusoids
 from src.models.functional import at_least_float32
 from src.models.losses.reconstruction import masked_mse
 from src.models.masked.mae import initialize
@@ -54,6 +55,12 @@ class VideoMAE(PretrainModule):
         decoder_heads: int = 6,
     ) -> None:
         super().__init__(optimizer)
+        check_plain_vit(backbone, "VideoMAE", embed=TubeletEmbed)
+        if backbone.num_prefix_tokens:
+            raise SettingError(
+                f"backbone.class_token, backbone.reg_tokens: VideoMAE needs a ViT of tubelets alone, and this has "
+                f"{backbone.num_prefix_tokens} tokens before them; set class_token=false and reg_tokens=0"
+            )
         embed = backbone.patch_embed
         self.mask_ratio = mask_ratio
         self.masking = masking
@@ -87,9 +94,8 @@ class VideoMAE(PretrainModule):
 
     def encode(self, video: Tensor, masking: Masking) -> Tensor:
         """Encodes the visible tubelets: [B, T, 3, H, W] -> [B, V, D]."""
-        vit = self.backbone
-        x = gather_tokens(vit.patch_embed(video) + vit.get_parameter("pos_embed"), masking.keep)
-        return vit.norm(vit.blocks(x))
+        none, tubelets = embed_patches(self.backbone, video)
+        return encode_tokens(self.backbone, none, gather_tokens(tubelets, masking.keep))
 
     def encoders(self) -> dict[str, Encoder]:
         return {"encoder": VideoEncoder(self.backbone)}

@@ -1,0 +1,198 @@
+"""The layout of a timm model's features, a map or tokens, and the images that it takes. Both are found on torch's meta
+device, without computing anything, so that a model that cannot be used is refused before training starts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from src.errors import SettingError
+
+
+class SplitFeatures(NamedTuple):
+    """The output of ``forward_features`` in parts."""
+
+    prefix: Tensor  # [B, P, D], class token and registers; P is 0 for maps
+    patches: Tensor  # [B, rows * columns, D]
+    grid: tuple[int, int]  # rows and columns
+
+
+def split_features(backbone: nn.Module, output: Any, size: tuple[int, int]) -> SplitFeatures:
+    """Splits the output of ``forward_features``: tokens [B, P + N, D], a map [B, D, H, W], or a map [B, H, W, D] of a
+    model whose ``output_fmt`` says so.
+
+    Args:
+        backbone: the model.
+        output: of it.
+        size: height and width of the images.
+
+    Raises:
+        SettingError: the output is nothing of these, or no grid of patches.
+    """
+    if not isinstance(output, Tensor) or output.ndim not in (3, 4):
+        kind = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise SettingError(f"{_named(backbone)} returns features in {kind}, not one map or one sequence of tokens")
+    if output.ndim == 4:
+        feature_map = output.permute(0, 3, 1, 2) if _is_channels_last(backbone) else output
+        patches = feature_map.flatten(2).transpose(1, 2)
+        prefix, grid = patches[:, :0], (int(feature_map.shape[2]), int(feature_map.shape[3]))
+    else:
+        count = prefix_tokens(backbone)
+        prefix, patches = output[:, :count], output[:, count:]
+        found = _grid(backbone, size, patches.shape[1])
+        if found is None:
+            raise SettingError(
+                f"{_named(backbone)} returns {output.shape[1]} tokens for an image of {_by(size)} pixels, which are no "
+                f"grid of patches after {count} others"
+            )
+        grid = found
+    if patches.shape[2] != backbone.num_features:
+        raise SettingError(
+            f"{_named(backbone)} returns features of width {patches.shape[2]}, and its num_features is "
+            f"{backbone.num_features}"
+        )
+    return SplitFeatures(prefix, patches, grid)
+
+
+def check_image_backbone(backbone: nn.Module) -> None:
+    """Checks that ``backbone`` has timm's interface of encoders and returns features that `split_features` splits.
+
+    Raises:
+        SettingError: it does not; the message names what it has.
+    """
+    if not callable(getattr(backbone, "forward_features", None)) or not isinstance(
+        getattr(backbone, "num_features", None), int
+    ):
+        raise SettingError(f"{_named(backbone)} has no forward_features or num_features, timm's interface of encoders")
+    size = own_size(backbone)
+    if size is not None:
+        output = _shapes(backbone, size)
+        if not isinstance(output, Exception):  # a model that needs values is checked by its first batch
+            split_features(backbone, output, size)
+
+
+def check_accepts_any_size(backbone: nn.Module) -> None:
+    """
+    Raises:
+        SettingError: ``backbone`` only takes images of its own size; the message names an option that changes it.
+    """
+    size = own_size(backbone)
+    if size is None or isinstance(_shapes(backbone, size), Exception):
+        return
+    stride = _stride(backbone)
+    other = tuple(max(stride, -(-side // 2 // stride) * stride) for side in size)
+    if other == size:
+        other = (size[0] + stride, size[1] + stride)
+    if isinstance(_shapes(backbone, other), Exception):
+        raise SettingError(
+            f"{_named(backbone)} takes images of {_by(size)} pixels alone, and this method also sends it others"
+            f"{_hint(backbone)}"
+        )
+
+
+def wrong_size(backbone: nn.Module, size: tuple[int, int]) -> SettingError | None:
+    """Returns the error about images of a size that ``backbone`` does not take; None if it takes them."""
+    own = own_size(backbone)
+    if own is None or own == size or not isinstance(_shapes(backbone, size), Exception):
+        return None
+    return SettingError(
+        f"image_size: {type(backbone).__name__} takes images of {_by(own)} pixels, not of {_by(size)}{_hint(backbone)}"
+    )
+
+
+def prefix_tokens(backbone: nn.Module) -> int:
+    """The number of tokens before those of patches: class token and registers."""
+    count = getattr(backbone, "num_prefix_tokens", None)
+    return count if isinstance(count, int) else int(isinstance(getattr(backbone, "cls_token", None), Tensor))
+
+
+def own_size(backbone: nn.Module) -> tuple[int, int] | None:
+    """The height and width of images that ``backbone`` was built for; None for a model that does not say."""
+    size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    if size is None:
+        size = (getattr(backbone, "pretrained_cfg", None) or {}).get("input_size", (None,))[1:]
+    return (int(size[0]), int(size[1])) if isinstance(size, tuple | list) and len(size) == 2 else None
+
+
+def channels_of(backbone: nn.Module) -> int:
+    """The number of channels of images."""
+    first = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d | nn.Conv3d)), None)
+    return first.in_channels if first is not None else int(getattr(backbone, "in_chans", 3))
+
+
+class _Call(nn.Module):
+    """Calls a method of a network as ``forward``, which ``functional_call`` needs."""
+
+    def __init__(self, network: nn.Module, method: str, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.network, self.method, self.options = network, method, options
+
+    def forward(self, x: Tensor) -> Any:
+        return getattr(self.network, self.method)(x, **self.options)
+
+
+def _shapes(backbone: nn.Module, size: tuple[int, ...], method: str = "forward_features", **options: Any) -> Any:
+    """Returns the output for two images without values, on the meta device, or the exception that it raises."""
+    call = _Call(backbone, method, options)
+    tensors = dict(call.named_parameters()) | dict(call.named_buffers())
+    images = torch.empty(2, channels_of(backbone), *size, device="meta", dtype=next(backbone.parameters()).dtype)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _evaluating(backbone):
+        try:
+            empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+            return torch.func.functional_call(call, empty, (images,))
+        except Exception as problem:  # timm's models raise many types
+            return problem
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """While active, all parts of ``network`` are in evaluation mode."""
+    training = [module for module in network.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _is_channels_last(backbone: nn.Module) -> bool:
+    form = getattr(backbone, "output_fmt", None)
+    return str(getattr(form, "value", form)) == "NHWC"
+
+
+def _grid(backbone: nn.Module, size: tuple[int, int], count: int) -> tuple[int, int] | None:
+    """Returns the rows and columns of ``count`` patches of an image."""
+    embed: Any = getattr(backbone, "patch_embed", None)
+    grids = [tuple(embed.dynamic_feat_size(size))] if hasattr(embed, "dynamic_feat_size") else []
+    stride = _stride(backbone)
+    grids += [tuple(-(-side // stride) for side in size), tuple(side // stride for side in size)]
+    return next((grid for grid in grids if grid[0] * grid[1] == count), None)
+
+
+def _stride(backbone: nn.Module) -> int:
+    info: Any = getattr(backbone, "feature_info", None)
+    try:
+        return int(max(stage["reduction"] for stage in info))
+    except (TypeError, KeyError, ValueError):
+        return 32
+
+
+def _hint(backbone: nn.Module) -> str:
+    if "strict_img_size" in inspect.signature(type(backbone).__init__).parameters:
+        return "; ARGS=+backbone.strict_img_size=false builds it for others too"
+    return ""
+
+
+def _named(backbone: nn.Module) -> str:
+    return f"backbone.model_name: {type(backbone).__name__}"
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return "x".join(map(str, size))

@@ -1,0 +1,71 @@
+"""What methods need that take timm's ViT apart, such as MAE, which encodes a part of the patches: its parts in their
+order, and a check that they are all it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from src.errors import SettingError
+
+
+def check_plain_vit(
+    backbone: nn.Module, method: str, *, embed: type[nn.Module] = PatchEmbed, square_patches: bool = False
+) -> None:
+    """Checks that ``backbone`` computes what `embed`, ``norm_pre``, ``blocks`` and ``norm`` compute one after another.
+
+    Class tokens, registers, a norm before the blocks and positions without those of prefix tokens are supported; rotary
+    and relative positions, distillation tokens, dropped patches and convolutional stems are not.
+
+    Args:
+        backbone: any model.
+        method: its name, for the message.
+        embed: class of the patch embedding: `PatchEmbed` for images, `TubeletEmbed` for clips.
+        square_patches: patches must be square.
+
+    Raises:
+        SettingError: it does not; the message names what the backbone has.
+    """
+    needs = f"backbone.model_name: {method} needs a plain timm ViT"
+    if not isinstance(backbone, VisionTransformer):
+        raise SettingError(f"{needs} (VisionTransformer), not a {type(backbone).__name__}")
+    own: Any = type(backbone)
+    if any(getattr(own, name) is not getattr(VisionTransformer, name) for name in ("_pos_embed", "forward_features")):
+        raise SettingError(f"{needs}, and {own.__name__} has tokens of its own, such as one for distillation")
+    if not isinstance(backbone.patch_embed, embed):
+        raise SettingError(
+            f"{needs} whose patches are embedded one by one ({embed.__name__}), not by a "
+            f"{type(backbone.patch_embed).__name__}"
+        )
+    if not isinstance(backbone.patch_drop, nn.Identity):
+        raise SettingError(f"backbone.patch_drop_rate: {method} chooses the patches itself; set it to 0")
+    patch: Any = backbone.patch_embed.patch_size
+    if square_patches and patch[0] != patch[1]:
+        raise SettingError(f"backbone.patch_size: {method} needs square patches, not {patch[0]}x{patch[1]}")
+
+
+def position_count(vit: VisionTransformer) -> int:
+    """The number of prefix tokens that have positional embeddings."""
+    return 0 if vit.no_embed_class else vit.num_prefix_tokens
+
+
+def embed_patches(vit: VisionTransformer, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeds images or clips with their positions: class token and registers [B, P, D], and patches [B, N, D]."""
+    patches = vit.patch_embed(image)
+    patches = patches.flatten(1, -2)  # rows and columns, where the ViT takes images of any size
+    tokens = [token.expand(len(patches), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+    prefix = torch.cat(tokens, dim=1) if tokens else patches[:, :0]
+    if vit.pos_embed is not None:
+        own = position_count(vit)
+        patches = patches + vit.pos_embed[:, own:]
+        prefix = prefix + vit.pos_embed[:, :own] if own else prefix
+    return vit.pos_drop(prefix), vit.pos_drop(patches)
+
+
+def encode_tokens(vit: VisionTransformer, prefix: Tensor, patches: Tensor) -> Tensor:
+    """Encodes embedded tokens: [B, P, D] and some of the patches [B, V, D] -> [B, P + V, D]."""
+    return vit.norm(vit.blocks(vit.norm_pre(torch.cat([prefix, patches], dim=1))))
