@@ -28,6 +28,11 @@ def numbered_classes(labels: Sequence[int] | np.ndarray, key: str) -> list[str]:
     return [str(number) for number in range(highest + 1)]
 
 
+def class_list(classes: int | Sequence[str]) -> list[str]:
+    """Returns class names: those that are given, or the numbers below a number of classes."""
+    return [str(number) for number in range(classes)] if isinstance(classes, int) else list(classes)
+
+
 def check_labels(labels: np.ndarray, classes: Sequence[str], place: str) -> None:
     """Checks that a split has no label that the training split lacks.
 

@@ -7,14 +7,19 @@ import itertools
 import json
 import logging
 import os
+import struct
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from src.datamodules.decoding import DataError
+from src.datamodules.regular_files import check_regular, open_regular, reason
+
 log = logging.getLogger(__name__)
 
-_INDEX_VERSION = 3
+_INDEX_VERSION = 4
+_MOST_DIGITS = 10  # of a label
 
 _NO_TAR = "shards that are not an uncompressed tar (left out)"
 _CUT = "shards that end too early"
@@ -53,8 +58,18 @@ class ShardIndexer(NamedTuple):
         Returns:
             ``samples``: for each image [key, offset, length, label, offset and length of the text]; the label is -1
             if there is none or it is unreadable, the last two are -1 if there is no text. ``problems``: the counts.
+
+        Raises:
+            DataError: the shard cannot be read.
         """
-        status = os.stat(shard)
+        try:
+            check_regular(shard)
+            status = os.stat(shard)
+            return self._indexed(shard, cache_dir, status)
+        except OSError as error:
+            raise DataError(f"data.source.shards: {shard} cannot be read: {reason(error)}") from error
+
+    def _indexed(self, shard: str, cache_dir: Path | None, status: os.stat_result) -> dict[str, Any]:
         identity = [_INDEX_VERSION, os.path.abspath(shard), status.st_size, status.st_mtime_ns, list(self)]
         if cache_dir is None:
             return self._list(shard, status.st_size)
@@ -78,7 +93,7 @@ class ShardIndexer(NamedTuple):
 
     def _list(self, shard: str, size: int) -> dict[str, Any]:
         samples, seen, problems = [], set(), no_problems()
-        with open(shard, "rb") as file:
+        with open_regular(shard) as file:
             for key, members in itertools.groupby(_members(file, size, problems), key=lambda member: member[0]):
                 if not key:
                     problems[_NO_KEY] += len(list(members))
@@ -115,22 +130,28 @@ class ShardIndexer(NamedTuple):
         text = file.read(length)
         try:
             value = json.loads(text)[self.json_key] if self.label == "json" else text.decode().strip()
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+        if isinstance(value, str):
             if value in self.classes:
                 return self.classes.index(value)
-            number = int(value)
-        except (ValueError, KeyError, TypeError):
+            value = int(value) if value.isdecimal() and len(value) < _MOST_DIGITS else None
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 10**_MOST_DIGITS:
             return None
-        return number if number >= 0 and (not self.classes or number < len(self.classes)) else None
+        return value if not self.classes or value < len(self.classes) else None
 
 
 def _members(file: Any, size: int, problems: dict[str, int]) -> Iterator[tuple[str, str, int, int]]:
     """Yields (key, extension, offset, length) of the complete members of a tar."""
-    complete = False
+    complete, last = False, 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile collects all members
-                if not member.isfile():
+                if member.size < 0 or tar.offset <= last:
+                    break  # a damaged header, which would lead back for ever
+                last = tar.offset
+                if not member.isfile() or member.issparse():
                     continue
                 if member.offset_data + member.size > size:
                     break
@@ -141,8 +162,10 @@ def _members(file: Any, size: int, problems: dict[str, int]) -> Iterator[tuple[s
                 file.seek(tar.offset)
                 complete = file.read(512) == bytes(512)  # end-of-archive marker
     except tarfile.ReadError as error:
-        if "unexpected end" not in str(error):
+        if "unexpected end" not in str(error) and not last:
             problems[_NO_TAR] += 1
             return
+    except (tarfile.TarError, ValueError, OverflowError, LookupError, struct.error):  # of damaged headers
+        pass
     if not complete:
         problems[_CUT] += 1

@@ -29,7 +29,8 @@ def expand(patterns: Iterable[str]) -> list[str]:
                 "download them, or choose data=img2dataset_streamed or webdataset_streamed"
             )
         for path in braces(os.path.expanduser(pattern.removeprefix("file://").removeprefix("file:"))):
-            matches = sorted(glob.glob(path)) if re.search(r"[*?]", path) else [path]
+            # only * and ? are wildcards: a folder may have brackets in its name
+            matches = sorted(glob.glob(path.replace("[", "[[]"))) if re.search(r"[*?]", path) else [path]
             paths.extend(matches)
             if not matches:
                 raise DataError(f"data.source.shards: no shard matches {path}")

@@ -17,6 +17,7 @@ import numpy as np
 from filelock import FileLock
 
 from src.datamodules.decoding import BadSample, DataError
+from src.datamodules.sources.labels import class_list
 from src.datamodules.sources.shard_index import ShardIndexer
 from src.datamodules.sources.shard_paths import braces, is_address
 from src.datamodules.sources.source import Split
@@ -49,7 +50,8 @@ class StreamedShards(WebDatasetSource):
         shuffle_shards: number of shards that are mixed.
         resampled: draws shards with replacement, so that an epoch contains some of them twice and others not at all.
         attempts: to copy a shard. A shard that cannot be copied is skipped for a while, and its samples are replaced.
-        label, json_key, classes, image_extensions, text: as `WebDatasetSource`. Labels are read with their sample.
+        label, json_key, classes, image_extensions, text: as `WebDatasetSource`. Labels are read with their sample, so
+            the number of classes must be said if there are labels to learn from.
 
     Raises:
         DataError: a split has no shards of its own, or samples can be counted neither by statistics nor by the shard.
@@ -68,7 +70,7 @@ class StreamedShards(WebDatasetSource):
         attempts: int = 3,
         label: str | None = "cls",
         json_key: str = "label",
-        classes: Sequence[str] = (),
+        classes: int | Sequence[str] = (),
         image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
         text: str | None = None,
     ) -> None:
@@ -82,7 +84,7 @@ class StreamedShards(WebDatasetSource):
             raise DataError(
                 "data.source.shards.val: streamed shards cannot be split by keys: name shards for val as well"
             )
-        self.classes = list(classes)
+        self.classes = class_list(classes)
         self._labeled = label is not None
         self.shuffle_shards = shuffle_shards
         self.resampled = resampled
@@ -150,8 +152,8 @@ class StreamedShards(WebDatasetSource):
                 self._indexed.pop(next(iter(self._indexed)))
             try:
                 index = self._indexer.index_shard(str(path), self._folder / "lists")
-            except OSError as error:
-                raise BadSample(f"{self._shards[shard]}: {error.strerror}") from error
+            except DataError as error:
+                raise BadSample(f"{self._shards[shard]}: {error}") from error
             for problem, count in index["problems"].items():
                 if count:
                     log.warning("%s: %d in %s", problem, count, self._shards[shard])

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
+from src.datamodules.sources.labels import check_labels, class_list, numbered_classes
 from src.datamodules.sources.packed import PackedStrings
 from src.datamodules.sources.shard_index import ShardIndexer, no_problems
 from src.datamodules.sources.shard_paths import expand
@@ -54,7 +55,8 @@ class WebDatasetSource(Source):
         label: extension of the member with the label: "cls" (a number, or the name of a class), or "json" (an object
             with ``json_key``); None for no labels.
         json_key: as above.
-        classes: names by label, needed if labels are names.
+        classes: names by label, needed if labels are names; or the number of classes. Empty for labels that are
+            numbers: the classes are then the numbers up to the largest one of the training shards.
         image_extensions: of the members that are images, lower case; a sample's first one is used.
         cache_dir: folder that stores the index of each shard (JSON), so that the next start need not read the shards;
             an index is valid while the shard's size and time are unchanged. None stores none.
@@ -66,7 +68,8 @@ class WebDatasetSource(Source):
     no tar is left out.
 
     Raises:
-        DataError: a shard does not exist, an address is not a local path, or no sample is readable.
+        DataError: a shard does not exist, an address is not a local path, no sample is readable, or a split has a label
+            that the training shards lack.
     """
 
     def __init__(
@@ -76,19 +79,21 @@ class WebDatasetSource(Source):
         shards: str | Sequence[str] | Mapping[str, str | Sequence[str]],
         label: str | None = "cls",
         json_key: str = "label",
-        classes: Sequence[str] = (),
+        classes: int | Sequence[str] = (),
         image_extensions: Sequence[str] = IMAGE_EXTENSIONS,
         cache_dir: str | Path | None = None,
         val_share: float = 0.1,
         text: str | None = None,
     ) -> None:
-        self.classes: Sequence[str] = list(classes)
+        self.classes: Sequence[str] = class_list(classes)
         patterns, shared = files_of(split, shards, key="shards")
         indexer = ShardIndexer(label, json_key, list(self.classes), list(image_extensions), text)
+        cache = Path(cache_dir) if cache_dir is not None else None
         self._shards = expand(patterns)
-        keys, locations, problems = [], [], no_problems()
+        keys, locations, problems, train_labels = [], [], no_problems(), [-1]
         for number, shard in enumerate(self._shards):
-            index = indexer.index_shard(shard, Path(cache_dir) if cache_dir is not None else None)
+            index = indexer.index_shard(shard, cache)
+            train_labels.append(_largest_label(index))
             for problem, count in index["problems"].items():
                 problems[problem] += count
             for key, *location in index["samples"]:
@@ -110,6 +115,12 @@ class WebDatasetSource(Source):
         self._labeled = label is not None
         if self._labeled:
             self.labels = np.ascontiguousarray(self._locations[:, 3])
+            if not self.classes:
+                if not shared and split != "train" and isinstance(shards, Mapping) and shards.get("train"):
+                    training = expand(files_of("train", shards, key="shards").paths)
+                    train_labels = [_largest_label(indexer.index_shard(shard, cache)) for shard in training]
+                self.classes = numbered_classes(train_labels, f"data.source.label={label}")
+            check_labels(self.labels, self.classes, f"data.source.shards.{split}")
 
     def __len__(self) -> int:
         return len(self._locations)
@@ -144,6 +155,10 @@ class WebDatasetSource(Source):
                 f"{self.name(index)}: the shard ends before the sample (has it changed since it was indexed?)"
             )
         return data
+
+
+def _largest_label(index: Mapping[str, Any]) -> int:
+    return max((int(sample[3]) for sample in index["samples"]), default=-1)
 
 
 class TextsInShards(TextListSource):

@@ -51,8 +51,13 @@ class ClassHeadModule(PretrainModule):
         if self._trainer is None:
             return
         names = list(self.class_names(self.trainer.datamodule))  # type: ignore[attr-defined]
+        if not names and self._requested_classes:  # of labels without names, such as those of streamed shards
+            names = [str(number) for number in range(self._requested_classes)]
         if not names:
-            raise BatchError(f"{type(self).__name__} learns from labels, and the data has no classes")
+            raise BatchError(
+                f"{type(self).__name__} learns from labels, and the data has no classes: choose data with labels, or set "
+                "model.num_classes to the number of classes"
+            )
         self.classes = names
         if self.num_classes is None:
             self.build(self._requested_classes or len(names))

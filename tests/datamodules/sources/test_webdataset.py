@@ -72,6 +72,53 @@ class TestReading:
         again = pickle.loads(pickle.dumps(train))
         assert grey_of(again[5]["image"]) == 11
 
+    def test_numbers_as_labels_are_the_classes(self, tmp_path: Path) -> None:
+        for number in range(3):
+            write(tmp_path / f"a-{number:03d}.tar", plain(10 * number, 1 + number))
+        shards = {"train": str(tmp_path / "a-002.tar"), "val": str(tmp_path / "a-001.tar")}
+        train, val = (WebDatasetSource(split, shards=shards) for split in ("train", "val"))
+        assert train.classes == val.classes == ["0", "1", "2"]  # val has 1 and 2 alone
+        assert WebDatasetSource("train", shards=str(tmp_path / "a-*.tar"), val_share=0.1).classes == ["0", "1", "2"]
+        assert WebDatasetSource("val", shards=str(tmp_path / "a-*.tar"), val_share=0.9).classes == ["0", "1", "2"]
+        assert WebDatasetSource("train", shards=shards, label=None).classes == []
+        assert WebDatasetSource("train", shards=shards, classes=5).classes == ["0", "1", "2", "3", "4"]
+        with pytest.raises(
+            DataError, match=r"data\.source\.shards\.val has the label 2, and its training split only 0 to 0"
+        ):
+            WebDatasetSource("val", shards={"train": str(tmp_path / "a-000.tar"), "val": shards["val"]})
+
+    def test_a_number_that_is_no_class_is_refused(self, tmp_path: Path) -> None:
+        shard = write(tmp_path / "a.tar", [("1.png", encoded(1)), ("1.cls", b"4000000")])
+        with pytest.raises(
+            DataError, match=r"data\.source\.label=cls: a label is 4000000, where labels are numbers of"
+        ):
+            WebDatasetSource("train", shards=str(shard), val_share=0.0)
+
+    def test_a_folder_with_brackets(self, tmp_path: Path) -> None:
+        (tmp_path / "a[1]").mkdir()
+        write(tmp_path / "a[1]" / "0.tar", plain(0, 2))
+        assert len(WebDatasetSource("train", shards=f"{tmp_path}/a[1]/*.tar", val_share=0.0)) == 2
+
+    def test_a_shard_that_is_no_regular_file(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe.tar")
+        with pytest.raises(DataError, match="1 of 1 shards do not exist"):
+            WebDatasetSource("train", shards=str(tmp_path / "pipe.tar"))
+        with pytest.raises(DataError, match=r"pipe\.tar cannot be read: a named pipe, not a file"):
+            shard_index.ShardIndexer("cls", "label", [], ["png"], None).index_shard(str(tmp_path / "pipe.tar"), None)
+
+    def test_a_header_that_leads_back_ends_the_shard(self, tmp_path: Path) -> None:
+        """A member of a negative size would be read for ever."""
+        shard = write(tmp_path / "a.tar", plain(0, 2))
+        data = bytearray(shard.read_bytes())
+        info = tarfile.TarInfo("0001.cls")
+        info.size = -1024
+        at = data.index(b"0001.cls")
+        data[at : at + 512] = info.tobuf(tarfile.GNU_FORMAT)
+        shard.write_bytes(data)
+        source = WebDatasetSource("train", shards=str(shard), val_share=0.0)
+        assert [name.partition("#")[2] for name in names(source)] == ["0000", "0001"]
+        assert source.problems["shards that end too early"] == 1
+
     def test_keys_and_extensions(self, tmp_path: Path) -> None:
         """The key ends at the first dot of the file's name; folders belong to it; long names need extra headers."""
         long = "deep/" * 40 + "v1.0/x"
