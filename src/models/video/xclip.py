@@ -41,7 +41,8 @@ class VideoFeatures(NamedTuple):
 class XCLIP(ImageTextModule):
     """Expanding Language-Image Pretrained Models for General Video Recognition (Ni et al., 2022): a video is classified
     by its similarity with the names of the classes. Deviations: the clips of a batch are mixed with the reversed batch,
-    and the colors of a clip change alike in all frames, where the authors draw both at random.
+    and the colors of a clip change alike in all frames, where the authors draw both at random. The recipe's rates come
+    a step earlier than theirs.
 
     Args:
         backbone: a timm ViT with a class token and no head.
