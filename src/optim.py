@@ -69,8 +69,8 @@ class OptimizerRecipe:
         """Builds the optimizer over ``module``'s parameters that take a gradient; rules freeze parameters in place.
 
         Raises:
-            SettingError: a rule or ``parameters`` matches no parameter (a typo would otherwise go unnoticed), or every
-                parameter is frozen.
+            SettingError: a rule or ``parameters`` matches no parameter (a typo would otherwise go unnoticed), every
+                parameter is frozen, or the algorithm refuses a value.
         """
         rules = [*self.rules, *extra_rules]
         matched = [False] * len(rules)
@@ -111,7 +111,10 @@ class OptimizerRecipe:
         if not groups:
             raise SettingError("optimizer.rules: no parameter is left to train, every one is frozen")
         # every group has its lr and weight_decay; the keyword is for algorithms that demand one
-        return self.algorithm([{**group} for group in groups.values()], lr=self.lr)
+        try:
+            return self.algorithm([{**group} for group in groups.values()], lr=self.lr)
+        except ValueError as problem:  # torch checks values when an optimizer is built
+            raise SettingError(f"optimizer: {problem}") from problem
 
 
 def build_optimizers(module: nn.Module, recipes: Mapping[str, OptimizerRecipe]) -> list[torch.optim.Optimizer]:

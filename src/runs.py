@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,8 +205,9 @@ def find(path: str) -> Run:
         UserError: there is none; the message names the nearest ones.
     """
     directory = Path(path)
-    if (directory / "config.yaml").is_file():
-        return Run(directory.resolve())
+    with suppress(OSError):  # a name that is too long
+        if (directory / "config.yaml").is_file():
+            return Run(directory.resolve())
     known = [os.path.relpath(file.parent) for file in sorted((PROJECT / "runs").glob("*/*/config.yaml"))]
     hint = nearest(path.rstrip("/"), known) if known else "; there are no runs yet: `make train EXP=mae_vitb` makes one"
     raise UserError(f"'{path}' is not a run's folder (no config.yaml in it){hint}")
