@@ -140,7 +140,8 @@ def names(group: str, configs: Path = CONFIGS) -> list[str]:
 
 
 def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
-    """Runs a command's ``main`` on the command line; a UserError ends it with its message and exit code 2.
+    """Runs a command's ``main`` on the command line. A UserError, or the system's error about a file, ends it with its
+    message and exit code 2.
 
     ``PRETEXT_TRACE=1`` in the environment shows where the error was raised.
     """
@@ -149,17 +150,25 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     try:
         code = main(sys.argv[1:])
     except UserError as problem:
-        if os.environ.get("PRETEXT_TRACE"):
-            traceback.print_exc()
-        print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end_with(str(problem))
     except KeyboardInterrupt:
         print("error: stopped by SIGINT", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except OSError as problem:
+        if problem.filename is None:
+            raise
+        _end_with(f"{os.fsdecode(problem.filename)[:200]!r}: {problem.strerror}")
     raise SystemExit(code or 0)
+
+
+def _end_with(message: str) -> NoReturn:
+    if os.environ.get("PRETEXT_TRACE"):
+        traceback.print_exc()
+    print(f"error: {message}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 def default_scale() -> str:

@@ -69,7 +69,8 @@ def create(project: Path, *, method: str, source: str) -> list[Path]:
     recipes = configuration.names("recipe", project / "configs")
     if source not in recipes:
         raise UserError(f"FROM={source}: there is no such method{nearest(source, recipes)}")
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", method) or keyword.iskeyword(method):
+    # YAML reads some words as values
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", method) or keyword.iskeyword(method) or method in _YAML_VALUES:
         raise UserError(f"METHOD={method}: a method's name is a module's: lower-case letters, digits and underscores")
     module, title = _target(project / f"configs/recipe/{source}.yaml").rsplit(".", 1)
     old = Method(source, module, title)
@@ -186,6 +187,8 @@ def _check(project: Path, files: Mapping[Path, str], new: Method) -> None:
     if not hasattr(module, new.title):
         raise UserError(f"METHOD={new.recipe}: {new.file} defines no class {new.title}")
 
+
+_YAML_VALUES = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")
 
 _TEST = '''"""{title}: replace this by tests of its mechanism, with values worked out by hand."""
 

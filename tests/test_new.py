@@ -119,6 +119,7 @@ def test_what_does_not_compose_is_not_written(plain, monkeypatch):
         ("mine", "mea", "FROM=mea: there is no such method; did you mean mae"),
         ("My-Own", "mae", "METHOD=My-Own: a method's name is a module's"),
         ("class", "mae", "METHOD=class"),
+        ("null", "mae", "METHOD=null"),
         ("mae", "mae", r"METHOD=mae: .* exists"),
     ],
 )
