@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from src.datamodules.decoding import BadSample, DataError, EncodedImage
+from src.datamodules.sources.image_folder import is_hidden
+from src.datamodules.sources.labels import check_labels, numbered_classes
 from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.sources.splits import hashed_split
 from src.datamodules.sources.texts import TextListSource, as_list
@@ -21,6 +24,9 @@ _SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
     "val": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing"),
 }
+
+
+_SPLIT_FOLDERS = {name for names in _SPLIT_NAMES.values() for name in names} | {"eval", "evaluation"}
 
 
 class HuggingFaceSource(Source):
@@ -39,7 +45,8 @@ class HuggingFaceSource(Source):
         val_share: as above.
 
     Raises:
-        DataError: the data set, the split or a column does not exist.
+        DataError: the data set, the split or a column does not exist, the images' column has no images, a split is
+            empty or has a label that "train" lacks, or the library would leave out files of a folder.
     """
 
     def __init__(
@@ -77,24 +84,38 @@ class HuggingFaceSource(Source):
                 f"{path} has no column data.source.image_key='{image_key}', only {', '.join(table.column_names)}"
             )
         reference = splits[train] if train is not None else table
+        _check_images(table.features[image_key], image_key, self._path)
         self.classes, labels = _labels(table, reference, label_key, self._path)
         has_val = any(name in splits for name in _SPLIT_NAMES["val"])
         rows = np.arange(len(table))
         if not has_val and split != "test":
             rows = np.array([row for row in rows if hashed_split(str(row), val_share=val_share) == split], np.int64)
+        if not len(rows):
+            raise DataError(
+                f"data.source: {path} has no row in the split '{split}'; of {len(table)} rows data.source.val_share="
+                f"{val_share} are for val"
+            )
         self._rows = rows
         self._split = title
         self.labels = None if labels is None else labels[rows]
         self._table = table
         import datasets
 
-        self._images = table.select_columns([image_key]).cast_column(image_key, datasets.Image(decode=False))
+        try:
+            self._images = table.select_columns([image_key]).cast_column(image_key, datasets.Image(decode=False))
+        except (TypeError, ValueError, NotImplementedError) as error:  # of Arrow
+            raise DataError(
+                f"the column data.source.image_key='{image_key}' of {path} has no images: {error}"
+            ) from error
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Sample:
-        cell = self._images[int(self._rows[index])][self._image_key]
+        try:
+            cell = self._images[int(self._rows[index])][self._image_key]
+        except (OSError, ValueError, NotImplementedError) as error:  # of a damaged file
+            raise BadSample(f"{self.name(index)}: the row cannot be read: {error}") from error
         if not cell or (not cell.get("bytes") and not cell.get("path")):
             raise BadSample(f"{self.name(index)}: the row has no image")
         data = cell["bytes"] or Path(cell["path"])
@@ -143,6 +164,8 @@ class CaptionedHuggingFaceSource(TextListSource, HuggingFaceSource):
             row = self._texts[int(self._rows[index])]
         except UnicodeDecodeError as error:
             raise BadSample(f"{self.name(index)}: its text is not valid UTF-8") from error
+        except (OSError, ValueError, NotImplementedError) as error:  # of a damaged file
+            raise BadSample(f"{self.name(index)}: the row cannot be read: {error}") from error
         return [text for key in self._text_keys for text in as_list(row[key])]
 
 
@@ -155,10 +178,68 @@ def _load(path: str, **options: Any) -> dict[str, Any]:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             loaded = datasets.load_from_disk(str(folder))
         else:
+            if folder.is_dir() and options["data_files"] is None:
+                _check_none_left_out(folder, datasets.load_dataset_builder(str(folder), **options))
             loaded = datasets.load_dataset(str(folder) if folder.exists() else path, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"data.source.path: cannot load the data set '{path}': {error}") from error
+    except DataError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, datasets.exceptions.DatasetsError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"data.source.path: cannot load the data set '{path}': {message}") from error
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _check_none_left_out(folder: Path, builder: Any) -> None:
+    """Checks that the library reads all files of a folder. It looks for the names of splits anywhere in a path, so that
+    one image of a train (``station_train.jpg``) would make it leave out all others.
+
+    Raises:
+        DataError: it leaves out files that are of the same kind as others.
+    """
+    listed = (builder.config.data_files or {}).values()
+    taken = {os.path.realpath(str(file)) for files in listed for file in files}
+    endings = {os.path.splitext(file)[1].lower() for file in taken}
+    base = os.path.realpath(folder / (builder.config.data_dir or ""))
+    left = []
+    for above, folders, files in os.walk(base):
+        folders[:] = sorted(name for name in folders if not is_hidden(name) and not name.startswith("__"))
+        paths = (os.path.join(above, name) for name in sorted(files) if not is_hidden(name))
+        left += [path for path in paths if os.path.splitext(path)[1].lower() in endings and path not in taken]
+    if not left:
+        return
+    example = os.path.relpath(left[0], base)
+    tops = {os.path.relpath(file, base).split(os.sep)[0] for file in taken}
+    if tops <= _SPLIT_FOLDERS:
+        log.warning(
+            "%d files of %s are in no folder of a split, such as %s: they are left out", len(left), folder, example
+        )
+        return
+    raise DataError(
+        f"data.source.path: the words train, val or test in the names of {len(taken)} files below {folder} would leave "
+        f"out {len(left)} others, such as {example}: name the files, as in 'data.source.data_files={{train: \"**\"}}'"
+    )
+
+
+def _check_images(feature: Any, key: str, path: str) -> None:
+    """Checks that a column has at most one image a row.
+
+    Raises:
+        DataError: it has lists, or something else than images.
+    """
+    import datasets
+
+    stored = str(getattr(feature, "dtype", ""))
+    fields = set(feature) if isinstance(feature, dict) else set()
+    if isinstance(feature, datasets.Image) or stored in ("string", "large_string", "binary", "large_binary"):
+        return
+    if fields and fields <= {"bytes", "path"}:
+        return
+    kind = (
+        "lists"
+        if isinstance(feature, list | datasets.Sequence | datasets.LargeList) or hasattr(feature, "feature")
+        else feature
+    )
+    raise DataError(f"the column data.source.image_key='{key}' of {path} has {kind}, not one image a row")
 
 
 def _labels(table: Any, reference: Any, key: str | None, path: str) -> tuple[list[str], np.ndarray | None]:
@@ -177,7 +258,10 @@ def _labels(table: Any, reference: Any, key: str | None, path: str) -> tuple[lis
         return list(feature.names), np.array([-1 if value is None else value for value in values], np.int64)
     if str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
         numbers = np.array([-1 if value is None else value for value in values], np.int64)
-        return [str(number) for number in range(int(numbers.max(initial=-1)) + 1)], numbers
+        training = [-1 if value is None else value for value in reference.with_format(None)[key]]
+        names = numbered_classes(training, f"data.source.label_key={key}")
+        check_labels(numbers, names, path)
+        return names, np.maximum(numbers, -1)
     if getattr(feature, "dtype", "") in ("string", "large_string"):
         classes = sorted(value for value in set(reference.with_format(None)[key]) if value is not None)
         number_of = {value: number for number, value in enumerate(classes)}

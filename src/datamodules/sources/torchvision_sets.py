@@ -173,7 +173,14 @@ def _open(make: Callable[..., datasets.VisionDataset], root: str | Path, **optio
     folder = Path(root).expanduser()
     try:
         return make(root=str(folder), **options)
-    except (RuntimeError, OSError) as error:
+    except (
+        RuntimeError,
+        OSError,
+        ValueError,
+        LookupError,
+        EOFError,
+        TypeError,
+    ) as error:  # of missing or damaged files
         title = getattr(make, "__name__", str(make))
         advice = "the download failed" if options["download"] else "set data.source.download=true to download it"
         raise DataError(f"{title} is not complete in {folder.absolute()} ({error}); {advice}") from error

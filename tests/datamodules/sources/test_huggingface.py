@@ -196,3 +196,65 @@ class TestTexts:
             CaptionedHuggingFaceSource("train", path=tmp_path / "saved")
         with pytest.raises(DataError, match=r"the column data.source.text_key='label' of .* not strings"):
             CaptionedHuggingFaceSource("train", path=tmp_path / "saved", text_key="label")
+
+
+class TestFolders:
+    @staticmethod
+    def folder(root: Path, *names: str) -> Path:
+        for number, name in enumerate(names):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(png(number))
+        return root
+
+    def test_a_file_name_that_sounds_like_a_split_does_not_hide_the_others(self, tmp_path: Path, cache: Path) -> None:
+        root = self.folder(tmp_path / "a", "ant/station_train_1.png", "ant/2.png", "bee/3.png", "@eaDir/4.png")
+        with pytest.raises(
+            DataError, match=r"names of 1 files below .* would leave out 2 others, such as ant/2\.png: nam"
+        ):
+            HuggingFaceSource("train", path=root, cache_dir=cache)
+        files = {"train": ["ant/*.png", "bee/*.png"]}
+        source = HuggingFaceSource("train", path=root, data_files=files, cache_dir=cache, val_share=0.0)
+        assert sorted(grey_of(source[index]["image"]) for index in range(len(source))) == [0, 1, 2]
+
+    def test_folders_of_splits_may_have_others_beside_them(
+        self, tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        root = self.folder(tmp_path / "b", "train/ant/1.png", "train/bee/2.png", "val/bee/3.png", "extra/bee/4.png")
+        assert len(HuggingFaceSource("train", path=root, cache_dir=cache)) == 2
+        assert "1 files of" in caplog.text
+        assert "are in no folder of a split, such as extra/bee/4.png: they are left out" in caplog.text
+
+
+class TestBadTables:
+    def test_a_column_of_lists_of_images(self, tmp_path: Path, cache: Path) -> None:
+        features = datasets.Features({"image": datasets.Sequence(datasets.Image())})
+        rows = {"image": [[{"bytes": png(1), "path": None}], []]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+        with pytest.raises(DataError, match=r"image_key='image' of parquet has lists, not one image a row"):
+            HuggingFaceSource("train", path="parquet", data_files=str(tmp_path / "a.parquet"), cache_dir=cache)
+
+    def test_a_column_of_numbers(self, tmp_path: Path, cache: Path) -> None:
+        datasets.Dataset.from_dict({"image": [1, 2]}).to_parquet(tmp_path / "a.parquet")
+        with pytest.raises(DataError, match=r"image_key='image' of parquet has Value\('int64'\), not one image a row"):
+            HuggingFaceSource("train", path="parquet", data_files=str(tmp_path / "a.parquet"), cache_dir=cache)
+
+    def test_an_empty_split(self, tmp_path: Path, cache: Path) -> None:
+        numbers = datasets.Value("int64")
+        table([1, 2], [0, 1], numbers).to_parquet(tmp_path / "a.parquet")
+        with pytest.raises(
+            DataError, match=r"parquet has no row in the split 'val'; of 2 rows data.source.val_share=0.0"
+        ):
+            HuggingFaceSource(
+                "val", path="parquet", data_files=str(tmp_path / "a.parquet"), cache_dir=cache, val_share=0.0
+            )
+
+    def test_a_number_that_training_lacks(self, tmp_path: Path, cache: Path) -> None:
+        numbers = datasets.Value("int64")
+        table([1, 2], [0, 1], numbers).to_parquet(tmp_path / "a.parquet")
+        table([3, 4], [0, 4], numbers).to_parquet(tmp_path / "b.parquet")
+        files = {"train": str(tmp_path / "a.parquet"), "validation": str(tmp_path / "b.parquet")}
+        with pytest.raises(DataError, match=r"parquet has the label 4, and its training split only 0 to 1"):
+            HuggingFaceSource("val", path="parquet", data_files=files, cache_dir=cache)
+        table([3, 4], [0, 0], numbers).to_parquet(tmp_path / "b.parquet")
+        held_out = HuggingFaceSource("val", path="parquet", data_files=files, cache_dir=tmp_path / "again")
+        assert held_out.classes == ["0", "1"]
