@@ -33,11 +33,13 @@ class Moments:
     Args:
         at: number of the moment, from 1; None for no signal.
         number: of the signal.
+        group: sends it to the whole process group, as a terminal or a service manager does.
     """
 
-    def __init__(self, at: int | None = None, number: int = signal.SIGKILL) -> None:
+    def __init__(self, at: int | None = None, number: int = signal.SIGKILL, *, group: bool = False) -> None:
         self.at = at
         self.number = number
+        self.group = group
         self.passed = 0
         self.first_saved = 0  # the moment at which last.ckpt first existed
         replace = os.replace
@@ -58,7 +60,7 @@ class Moments:
             return
         self.passed += 1
         if self.passed == self.at:
-            os.kill(os.getpid(), self.number)
+            os.kill(0 if self.group else os.getpid(), self.number)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,11 @@ class Ended:
 
 
 def command(
-    main: Callable[[Sequence[str]], int | None], *words: str, at: int | None = None, number: int = signal.SIGKILL
+    main: Callable[[Sequence[str]], int | None],
+    *words: str,
+    at: int | None = None,
+    number: int = signal.SIGKILL,
+    group: bool = False,
 ) -> Ended:
     """Runs a command's ``main`` with ``words`` in a fork, which gets the signal ``number`` at a moment."""
     fork = next(_forks)
@@ -91,9 +97,10 @@ def command(
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            os.setpgrp()  # its own, as of a command that a shell starts
             in_order(fork)
             sys.argv = ["command", *words]
-            moments = Moments(at, number)
+            moments = Moments(at, number, group=group)
             try:
                 configuration.run_main(main)
             finally:

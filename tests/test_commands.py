@@ -6,8 +6,10 @@ import io
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,8 +47,8 @@ def passed_on(*words: str) -> list[str]:
     """What `make <words>` would run, as the program gets it, without the Python and its -m."""
     printed = make("-n", *words).stdout.replace("\\\n", " ")
     command = shlex.split(printed)
-    assert command[:2] == [sys.executable, "-m"]
-    return command[2:]
+    assert command[:3] == ["exec", sys.executable, "-m"]
+    return command[3:]
 
 
 def test_help_names_every_target_and_is_what_make_says_alone() -> None:
@@ -65,7 +67,7 @@ def test_every_target_but_help_and_clean_sets_up_first() -> None:
 
 
 def test_words_become_overrides_whatever_is_in_a_folders_name() -> None:
-    folder = "/data/my pictures, {all}=[1]"
+    folder = '/data/my pictures, {all}=[1] it\'s "so" $HOME $(pwd) ${image_size} 50%; # `id`'
     words = passed_on(
         "train",
         "EXP=mae_vitb",
@@ -88,10 +90,39 @@ def test_words_become_overrides_whatever_is_in_a_folders_name() -> None:
     assert (config.trainer.max_epochs, config.data.batch_size) == (5, 64)
 
 
+@pytest.mark.parametrize("target", ["train", "setup", "lint"])
+def test_a_signal_to_make_alone_reaches_the_program(tmp_path: Path, target: str) -> None:
+    """make hands SIGTERM on to its child, which must be the program and not a shell that dies without it."""
+    program, started, saved = (tmp_path / name for name in ("program", "started", "saved"))
+    # of lint the last program: the first two are those of ruff
+    wait = f"case $* in *ruff*) exit 0 ;; esac\ntouch {started}\nwhile :; do sleep 0.05; done\n"
+    program.write_text(f"#!/bin/sh\ntrap 'touch {saved}; exit 143' TERM\n{wait}")
+    program.chmod(0o755)
+    makefile = (PROJECT / "Makefile").read_text()
+    (tmp_path / "Makefile").write_text(makefile.replace("exec tools/setup.sh", f"exec {program}"))
+    options = [] if target == "setup" else ["-o", "setup"]
+    process = subprocess.Popen(["make", *options, f"PY={program}", target], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while not started.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=20)
+    assert saved.exists()
+
+
+def test_every_recipe_ends_in_the_program() -> None:
+    recipes = re.findall(r"^([a-z]+):.*\n((?:\t.*\n)+)", (PROJECT / "Makefile").read_text(), re.MULTILINE)
+    assert {name for name, lines in recipes if not re.search("(@|&& )exec ", lines)} == {"help", "clean"}
+
+
 @pytest.mark.parametrize(
     ("words", "command"),
     [
         (["train"], ["src.train"]),
+        (
+            ["train", "EXP=a b", "SCALE=$x", "DATA=it's", "SEED=`id`", "DEVICES=;"],
+            ["src.train", "experiment=a b", "scale=$x", "data=it's", "seed=`id`", "trainer.devices=;"],
+        ),
+        (["resume", "RUN=runs/a/it's $HOME"], ["src.resume", "run=runs/a/it's $HOME"]),
         (["list"], ["src.listing"]),
         (["resume", "RUN=runs/a/my run", "DEVICES=2"], ["src.resume", "run=runs/a/my run", "trainer.devices=2"]),
         (
@@ -157,6 +188,7 @@ def test_a_run_leaves_a_folder_with_all_that_others_need(finished: tuple[runs.Ru
     events = [name for name in left if name.startswith("events.out.tfevents.")]
     assert len(events) == 1
     assert set(left) - set(events) == {
+        ".lock",
         "config.yaml",
         "metrics.json",
         "card.md",

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src.callbacks.checkpoints import Checkpoints
+from src.callbacks.recipe_card import RecipeCard
+from src.checkpoint_io import load_checkpoint
 from src.files import write_atomically
 from src.loggers import MetricsFile, OrderedTensorBoardLogger, tag
-from tests.callbacks.small_runs import Evaluation, fit
+from tests.callbacks.small_runs import Evaluation, fails_with, fit
 
 
 class LogAll(L.Callback):
@@ -151,3 +155,69 @@ def test_a_broken_file_is_replaced_and_a_failed_write_keeps_the_old(
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, "half")
     assert path.read_text() == before
+
+
+def test_a_full_disk_ends_no_run_and_loses_no_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """The disk is full in steps 4 to 8: some bytes of an event still fit, and would hide all that follow."""
+    full = False
+
+    class Full(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            nonlocal full
+            full = 4 <= trainer.global_step < 8
+
+    real = os.write
+
+    def write(descriptor: int, data: Any) -> int:
+        if full and len(data) > 5:
+            return real(descriptor, data[:5])
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data)
+
+    def run(folder: Path, *callbacks: L.Callback) -> list[Any]:
+        loggers = [OrderedTensorBoardLogger(folder), MetricsFile(folder / "metrics.json")]
+        fit(folder, Evaluation(), *callbacks, loggers=loggers)
+        return loggers
+
+    run(tmp_path / "whole")
+    monkeypatch.setattr(os, "write", write)
+    real_replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *args: fails_with(errno.ENOSPC)() if full else real_replace(*args))
+    loggers = run(tmp_path / "full", Full())
+    assert scalars(tmp_path / "full") == scalars(tmp_path / "whole")
+    assert (tmp_path / "full/metrics.json").read_text() == (tmp_path / "whole/metrics.json").read_text()
+    assert [logger.failed for logger in loggers] == [None, None]
+    said = [record.getMessage() for record in caplog.records if "Training continues" in record.getMessage()]
+    assert len(said) == 2  # once each, not at every step
+    assert all("No space left on device" in message for message in said)
+
+
+def test_a_deleted_folder_ends_no_run(tmp_path: Path) -> None:
+    class Delete(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.global_step == 6:
+                shutil.rmtree(tmp_path / "run")
+
+    folder = tmp_path / "run"
+    loggers = [OrderedTensorBoardLogger(folder), MetricsFile(folder / "metrics.json")]
+    card = RecipeCard(folder, {}, {})
+    checkpoints = Checkpoints(folder / "checkpoints", every_minutes=None, monitor=None)
+    fit(folder, Evaluation(), Delete(), checkpoints, card, loggers=loggers)
+    assert [step for step, _ in scalars(folder)["1_loss/total"]] == list(range(6, 12))
+    assert json.loads((folder / "metrics.json").read_text())["train"]["step"] == 12
+    assert load_checkpoint(folder / "checkpoints/last.ckpt")["global_step"] == 12
+
+
+def test_what_is_still_unwritten_at_the_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("open", "replace"):
+        monkeypatch.setattr(os, name, fails_with(errno.EROFS))
+    loggers = [OrderedTensorBoardLogger(tmp_path), MetricsFile(tmp_path / "metrics.json")]
+    trainer = fit(tmp_path, RecipeCard(tmp_path, {}, {}), loggers=loggers)
+    assert trainer.global_step == 12
+    assert [logger.failed for logger in loggers] == [
+        f"TensorBoard's events in {tmp_path}: Read-only file system",
+        f"{tmp_path / 'metrics.json'}: Read-only file system",
+    ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from src.collectives import reduce_sum
+from src.models.logging import publish
 
 _MIN_SAMPLES = 100  # a share of fewer samples is too uncertain to stop a run
 
@@ -46,10 +47,11 @@ class DataHealth(L.Callback):
             self._read += len(replaced)
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         if stepped and trainer.global_step % self.every_n_steps == 0:
-            self._report(trainer, pl_module)
+            self._report(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._report(trainer, pl_module)
+        if trainer.global_step % self.every_n_steps:  # else it has just been reported
+            self._report(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         replaced, read = self.totals()
@@ -66,9 +68,9 @@ class DataHealth(L.Callback):
         both = reduce_sum(torch.stack((replaced.long(), torch.tensor(self._read, device=device))))
         return self._before[0] + int(both[0]), self._before[1] + int(both[1])
 
-    def _report(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _report(self, trainer: L.Trainer) -> None:
         replaced, read = self.totals()
-        pl_module.log("health/replaced_samples", float(replaced))
+        publish(trainer, {"health/replaced_samples": float(replaced)})
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         limit = getattr(datamodule, "max_bad_share", 1.0)
         if read >= _MIN_SAMPLES and replaced > limit * read:

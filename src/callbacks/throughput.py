@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from src.collectives import reduce_sum
+from src.models.logging import publish
 
 _FETCH = "[_TrainingEpochLoop].train_dataloader_next"  # Lightning's profiler action for taking a batch
 
@@ -134,7 +135,7 @@ class Throughput(L.Callback):
             rates["speed/mfu"] = self._step_flops * window.steps / window.seconds / self.peak_flops
         if self.count_flops and self._step_flops:
             rates["speed/step_flops"] = float(self._step_flops)
-        pl_module.log_dict(rates)
+        publish(trainer, rates)
 
     def _stop_counting(self) -> None:
         if self._counter is not None:

@@ -42,13 +42,14 @@ def run_training(
         TrainingFailed: the exit code is not 0.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PRETEXT_RUN_DIR"}
-    completed = subprocess.run(
-        [sys.executable, *python_options, "-m", "src.train", *overrides, f"paths.runs='{runs}'"],
-        cwd=PROJECT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if completed.returncode:
-        raise TrainingFailed(overrides, completed.returncode, completed.stderr[-3000:])
-    return completed
+    command = [sys.executable, *python_options, "-m", "src.train", *overrides, f"paths.runs='{runs}'"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            output, error = process.communicate()
+        except KeyboardInterrupt:
+            process.communicate()  # Ctrl-C has reached the run too, which saves a checkpoint before it ends
+            raise
+    if process.returncode:
+        raise TrainingFailed(overrides, process.returncode, error[-3000:])
+    return subprocess.CompletedProcess(command, process.returncode, output, error)

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -454,3 +455,74 @@ def test_a_signal_before_the_first_step_stops_at_once(tmp_path: Path) -> None:
     assert run.end.saved is None
     assert "before the first checkpoint" in str(run.end)
     assert run.module.seen == []
+
+
+class Waiting(SmallData):
+    """The batch after step 5 never comes, and the test is told that it is waited for."""
+
+    def __init__(self, told: int) -> None:
+        super().__init__()
+        rows = self.rows
+
+        class Stuck(torch.utils.data.Dataset[Any]):
+            def __len__(self) -> int:
+                return len(rows)
+
+            def __getitem__(self, keys: Any) -> Any:
+                if keys[0].epoch == 1 and 5 in taken:
+                    os.write(told, b"w")
+                    time.sleep(1000)
+                taken.append(len(taken) + 1)
+                return rows[keys]
+
+        taken: list[int] = []
+        self.rows = Stuck()  # type: ignore[assignment]
+
+
+def test_a_run_that_waits_for_data_saves_at_once(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+
+    def train(data: SmallData) -> None:
+        folder = tmp_path / type(data).__name__
+        last = folder / "last.ckpt"
+        checkpoints = Checkpoints(folder, every_minutes=None)
+        fit(folder, checkpoints, StopOnSignal(), Evaluation(), data=data, resume=last if last.exists() else None)
+
+    child = in_child(lambda: train(Waiting(writing)))
+    assert os.read(reading, 1) == b"w"
+    os.kill(child, signal.SIGINT)
+    assert end_of(child) == 130
+    stopped = tmp_path / "Waiting" / "last.ckpt"
+    assert load_checkpoint(stopped)["global_step"] == 5
+    assert end_of(in_child(lambda: train(SmallData()))) == 0
+    fit(tmp_path, Checkpoints(tmp_path, every_minutes=None), StopOnSignal(), Evaluation(), resume=stopped)
+    resumed, whole = load_checkpoint(tmp_path / "last.ckpt"), load_checkpoint(tmp_path / "SmallData/last.ckpt")
+    for part in ("state_dict", "optimizer_states", "loops", "callbacks"):
+        assert equal(resumed[part], whole[part]), part
+
+
+def test_a_second_ctrl_c_stops_at_once_and_a_copy_of_the_first_does_not(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+
+    class Slow(L.Callback):
+        """An evaluation that takes long."""
+
+        def on_train_epoch_end(self, *args: Any) -> None:
+            os.write(writing, b"e")
+            time.sleep(2)
+
+    def train(folder: Path) -> None:
+        fit(folder, Checkpoints(folder, every_minutes=None), StopOnSignal(), Slow(), max_epochs=3)
+
+    for pause, code, step in ((0.0, 130, 4), (0.6, -signal.SIGINT, None)):
+        folder = tmp_path / str(pause)
+        child = in_child(partial(train, folder))
+        assert os.read(reading, 1) == b"e"
+        os.kill(child, signal.SIGINT)
+        time.sleep(pause or 0.01)
+        os.kill(child, signal.SIGINT)
+        assert end_of(child) == code
+        if step is None:
+            assert not (folder / "last.ckpt").exists()
+        else:
+            assert load_checkpoint(folder / "last.ckpt")["global_step"] == step

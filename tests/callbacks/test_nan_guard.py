@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
-from src.callbacks.checkpoints import Checkpoints
+from src.callbacks.checkpoints import Checkpoints, NonFiniteWeights, non_finite
 from src.callbacks.nan_guard import NanGuard, NonFiniteLoss
+from src.callbacks.stop_on_signal import StopOnSignal
 from src.checkpoint_io import AtomicCheckpointIO, load_checkpoint
 from tests.callbacks.small_runs import SmallModule, fit
 
@@ -45,6 +50,53 @@ def test_a_nan_or_infinite_loss_stops_the_run_before_the_update(tmp_path: Path, 
 def test_without_a_checkpoint_the_message_says_so(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLoss, match=r"at step 1, .*There is no checkpoint yet"):
         fit(tmp_path, NanGuard(), module=BreaksAt(0, float("nan")))
+
+
+class Overflows(L.Callback):
+    """Gives a weight a gradient that is NaN in one step, whose loss is finite; the guard looks at losses."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step == self.step - 1:
+            pl_module.layer.bias.grad[1] = float("nan")  # type: ignore[union-attr,index]
+
+
+@pytest.mark.parametrize("every_steps", [1, None])  # a save in that step, or at the end of its epoch
+def test_weights_that_are_not_finite_replace_no_good_checkpoint(tmp_path: Path, every_steps: int | None) -> None:
+    checkpoints = Checkpoints(tmp_path, every_steps=every_steps, every_minutes=None)
+    with pytest.raises(NonFiniteWeights) as stop:
+        fit(tmp_path, checkpoints, Overflows(8))
+    last = 7 if every_steps else 4
+    assert "weights are NaN or infinite after step 8 ('layer.bias' is the first)" in str(stop.value)
+    assert f"The last good checkpoint is {checkpoints.last}, of step {last}." in str(stop.value)
+    saved = load_checkpoint(checkpoints.last)
+    assert saved["global_step"] == last
+    assert all(value.isfinite().all() for value in saved["state_dict"].values())
+
+
+def test_a_signal_does_not_save_weights_that_are_not_finite(tmp_path: Path) -> None:
+    class Stop(L.Callback):
+        def on_before_optimizer_step(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.global_step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    checkpoints = Checkpoints(tmp_path, every_minutes=None)
+    with pytest.raises(NonFiniteWeights, match=r"of step 4\."):
+        fit(tmp_path, checkpoints, Overflows(6), Stop(), StopOnSignal())
+    assert load_checkpoint(checkpoints.last)["global_step"] == 4
+
+
+def test_buffers_may_be_infinite_and_not_nan() -> None:
+    module = SmallModule()
+    module.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+    module.register_buffer("count", torch.tensor(3))
+    assert non_finite(module) is None
+    module.mask[0] = float("nan")
+    assert non_finite(module) == "mask"
+    module.layer.weight.data[2, 1] = float("inf")
+    assert non_finite(module) == "layer.weight"
 
 
 class SteepAt(SmallModule):
