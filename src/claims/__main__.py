@@ -119,7 +119,8 @@ def _read(folder: Path) -> dict[str, Any]:
 def _write(folder: Path, results: dict[str, Any]) -> None:
     claims = [load(name) for name in configuration.names("claim")]
     write_atomically(folder / "claims.json", json.dumps(results, indent=2, sort_keys=True) + "\n")
-    write_atomically(folder / "claims.md", page.render(results, claims))
+    outdated = {claim.name: ledger.outdated(claim, results.get(claim.name, {})) for claim in claims}
+    write_atomically(folder / "claims.md", page.render(results, claims, outdated))
 
 
 if __name__ == "__main__":

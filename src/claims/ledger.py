@@ -12,7 +12,7 @@ from typing import Any, cast
 from omegaconf import DictConfig
 
 from src import train
-from src.claims.claim import Claim, as_dict
+from src.claims.claim import Arm, Claim, as_dict
 from src.claims.metrics import Metric, subject_of
 from src.claims.run_cache import RunCache
 from src.claims.verdict import PairedDifference, paired_difference, verdict
@@ -71,17 +71,13 @@ def measure(
     has_floor = claim.start is None and claim.direction == "higher" and metrics[1].untrained
     for source in claim.data:
         for seed in claim.seeds:
-            start = claim.start_overrides(source, seed)
-            start = [*start, COUNT_FLOPS] if start else []
-            start_recipe = {"start": result_cache.fingerprint(train.compose(start))} if start else {}
             for arm in claim.arms:
-                evaluation = {"metric": dict(claim.metric_of(arm)), "split": claim.split}
-                overrides = [*claim.run_overrides(arm, source, seed), COUNT_FLOPS]
-                jobs[key_of(source, seed, arm.name)] = TrainingJob(overrides, evaluation | start_recipe)
-                starts[tuple(overrides)] = start
+                job = _job(claim, source, seed, arm)
+                jobs[key_of(source, seed, arm.name)] = job
+                starts[tuple(job.overrides)] = _start(claim, source, seed)
             if has_floor:
                 overrides = claim.run_overrides(claim.arms[1], source, seed)
-                floor_jobs[f"{source}/{seed}"] = TrainingJob(overrides, evaluation)
+                floor_jobs[f"{source}/{seed}"] = TrainingJob(overrides, _evaluation(claim, claim.arms[1]))
 
     def entry(runs: Mapping[str, Any], floors: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -120,6 +116,37 @@ def measure(
     )
     save(entry(runs, floors))
     return entry(runs, floors)
+
+
+def outdated(claim: Claim, entry: Mapping[str, Any]) -> set[str]:
+    """Returns the data sets of which stored runs were made by another recipe than today's, or evaluated otherwise. The
+    first seed stands for all: they differ in nothing else."""
+    seed = claim.seeds[0]
+    return {
+        source
+        for source in claim.data
+        for arm in claim.arms
+        if (run := entry.get("runs", {}).get(key_of(source, seed, arm.name))) is not None
+        if (job := _job(claim, source, seed, arm))
+        if run["recipe"] != result_cache.fingerprint(job.config(), job.extra)
+    }
+
+
+def _job(claim: Claim, data: str, seed: int, arm: Arm) -> TrainingJob:
+    """Returns the training of one arm, with all that its value depends on."""
+    start = _start(claim, data, seed)
+    start_recipe = {"start": result_cache.fingerprint(train.compose(start))} if start else {}
+    overrides = [*claim.run_overrides(arm, data, seed), COUNT_FLOPS]
+    return TrainingJob(overrides, _evaluation(claim, arm) | start_recipe)
+
+
+def _start(claim: Claim, data: str, seed: int) -> list[str]:
+    start = claim.start_overrides(data, seed)
+    return [*start, COUNT_FLOPS] if start else []
+
+
+def _evaluation(claim: Claim, arm: Arm) -> dict[str, Any]:
+    return {"metric": dict(claim.metric_of(arm)), "split": claim.split}
 
 
 def key_of(data: str, seed: int, arm: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +13,20 @@ from src.claims.verdict import PairedDifference
 from src.measure import machine
 from src.measure.report import table
 
+_EARLIER = "*earlier recipe*"
 
-def render(results: Mapping[str, Any], claims: Sequence[Claim]) -> str:
+
+def render(
+    results: Mapping[str, Any], claims: Sequence[Claim], outdated: Mapping[str, Collection[str]] | None = None
+) -> str:
     """Returns the page as markdown.
 
     Args:
         results: the ledger: claim -> entry. Its claims are shown as they were when they were measured.
         claims: those of configs/claim; the page says of the others that they are not measured yet.
+        outdated: claim -> data sets on which it was measured with another recipe than today's.
     """
+    outdated = outdated or {}
     tried = {claim.name: claim.tried for claim in claims}
     entries: list[tuple[Claim, Mapping[str, Any]]] = [
         (replace(parse(name, entry["claim"]), tried=tried.get(name, "")), entry)
@@ -40,7 +46,16 @@ def render(results: Mapping[str, Any], claims: Sequence[Claim]) -> str:
         "above it, the verdict is marked, because then it says nothing about learning. Small models on small images "
         "say nothing about the paper's own scale.",
     ]
-    rows = [_summary(claim, entry, data) for claim, entry in entries for data in claim.data]
+    if any(outdated.values()):
+        lines.append(
+            f"*Earlier recipe*: {sum(map(len, outdated.values()))} of the verdicts below were measured before the "
+            "method's recipe was changed; `make claims` measures them again."
+        )
+    rows = [
+        _summary(claim, entry, data, _EARLIER if data in outdated.get(claim.name, ()) else "")
+        for claim, entry in entries
+        for data in claim.data
+    ]
     head = ["claim", "data", "metric", "claimed", "difference [95 %]", "pairs", "verdict"]
     lines.append(table(head, rows) if rows else "There are no claims yet.")
     for claim, entry in entries:
@@ -48,7 +63,7 @@ def render(results: Mapping[str, Any], claims: Sequence[Claim]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def _summary(claim: Claim, entry: Mapping[str, Any], data: str) -> list[str]:
+def _summary(claim: Claim, entry: Mapping[str, Any], data: str, remark: str) -> list[str]:
     """Returns the claim's row in the table at the top."""
     result = outcome(claim, entry, data)
     return [
@@ -58,7 +73,7 @@ def _summary(claim: Claim, entry: Mapping[str, Any], data: str) -> list[str]:
         f"{claim.direction} by {claim.least:g}",
         _interval(result.difference),
         f"{len(result.pairs)} of {len(claim.seeds)}",
-        _verdict(result),
+        ", ".join(filter(None, (_verdict(result), remark))),
     ]
 
 

@@ -123,7 +123,17 @@ class TestPage:
     def test_the_projects_page_is_what_its_numbers_render_to(self) -> None:
         results = json.loads((PROJECT / "docs/claims.json").read_text())
         claims = [load(name) for name in configuration.names("claim")]
-        assert (PROJECT / "docs/claims.md").read_text() == page.render(results, claims)
+        outdated = {each.name: ledger.outdated(each, results.get(each.name, {})) for each in claims}
+        written = (PROJECT / "docs/claims.md").read_text()
+        assert written == page.render(results, claims, outdated), "python -m src.claims --write brings it up to date"
+
+    def test_verdicts_of_an_earlier_recipe_are_marked(self) -> None:
+        of = claim(data={"scenes": [], "emoji": []})
+        found = runs([1.0, 2.0, 3.0], [2.0, 3.1, 3.9]) | runs([1.0, 2.0, 3.0], [2.0, 3.1, 3.9], "emoji")
+        text = page.render({"more": entry(of, found)}, [of], {"more": {"emoji"}})
+        rows = [line for line in text.splitlines() if line.startswith("| [More is more]")]
+        assert ["earlier recipe" in line for line in rows] == [False, True]
+        assert "1 of the verdicts below were measured before" in text
 
     def test_nothing_measured(self) -> None:
         text = page.render({}, [claim()])
@@ -251,6 +261,18 @@ class TestMeasure:
         self.done.clear()
         ledger.measure(self.of(metric={**stored["claim"]["metric"], "value": "health/feature_std"}), stored=stored)
         assert len(self.done) == 4
+
+    def test_runs_of_another_recipe_metric_or_data_set_are_outdated(self) -> None:
+        both = self.of(data={"scenes": [], "emoji": []})
+        stored = ledger.measure(both)
+        assert ledger.outdated(both, stored) == set()
+        assert ledger.outdated(self.of(data=both.data, common=["scale=tiny", "data.batch_size=32"]), stored) == {
+            "scenes",
+            "emoji",
+        }
+        on_one = self.of(data={"scenes": [], "emoji": ["data.batch_size=32"]})
+        assert ledger.outdated(on_one, stored) == {"emoji"}
+        assert ledger.outdated(both, {}) == set()
 
     def test_runs_of_two_recipes_never_stand_side_by_side(self) -> None:
         stored = ledger.measure(self.of())
