@@ -9,7 +9,7 @@ from typing import Any
 
 from src import configuration
 from src.claims.claim import load, parse
-from src.claims.ledger import outcome
+from src.claims.ledger import outcome, outdated
 from src.listing import Experiment, experiments
 
 BEGIN, END = "<!-- families: made by `make pages` -->", "<!-- end of families -->"
@@ -80,7 +80,12 @@ def claims(project: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in configuration.names("claim", project / "configs"):
         claim = parse(name, stored[name]["claim"]) if name in stored else load(name)
-        verdicts = [f"{outcome(claim, stored.get(name, {}), data).verdict} on {data}" for data in claim.data]
+        entry = stored.get(name, {})
+        earlier = outdated(claim, entry)
+        verdicts = [
+            f"{outcome(claim, entry, data).verdict} on {data}{' (earlier recipe)' if data in earlier else ''}"
+            for data in claim.data
+        ]
         line = f"[{claim.title}](claims.md#{name}): {', '.join(verdicts)}"
         for experiment in _experiments_of(name, project) or [claim.arms[1].experiment]:
             found.setdefault(experiment, []).append(line)
