@@ -48,7 +48,7 @@ def model_card(model: TrainedModel, info: ExportInfo) -> str:
         "data": describe_data(config),
         "backbone": f"timm `{model.architecture}`, {parameters / 1e6:.2f} M",
         "input": (f"{embed.frames} frames of " if embed else "")
-        + f"{model.size} x {model.size} pixels, mean {_short(model.mean)}, std {_short(model.std)}",
+        + f"{model.size[0]} x {model.size[1]} pixels, mean {_short(model.mean)}, std {_short(model.std)}",
         "epochs": config.trainer.max_epochs,
         "batch size": config.data.batch_size,
         "learning rate": f"{config.optimizer.lr:.4g}",

@@ -83,12 +83,34 @@ def load_folder(folder: Path) -> Any:
 
 
 def image_processor(model: TrainedModel) -> BitImageProcessor:
-    """The run's evaluation preprocessing: resize (or squeeze), center crop, normalize."""
-    side = round(model.size / model.crop_share)
+    """The run's evaluation preprocessing: resize (or squeeze), center crop, normalize.
+
+    Raises:
+        UserError: transformers has no such preprocessing.
+    """
+    check_processor(model)
+    height, width = (round(side / model.crop_share) for side in model.size)
     return BitImageProcessor(
-        size={"height": side, "width": side} if model.squeezed else {"shortest_edge": side},
-        crop_size={"height": model.size, "width": model.size},
+        size={"height": height, "width": width} if model.squeezed else {"shortest_edge": height},
+        crop_size={"height": model.size[0], "width": model.size[1]},
         resample=3,  # bicubic
         image_mean=model.mean,
         image_std=model.std,
     )
+
+
+def check_processor(model: TrainedModel) -> None:
+    """
+    Raises:
+        UserError: the image processors of transformers cannot prepare the run's images.
+    """
+    if model.channels != 3:
+        raise UserError(
+            f"not exported: the image processors of transformers read RGB, and this run's images have {model.channels} "
+            "channels: use format=timm"
+        )
+    if model.size[0] != model.size[1] and not model.squeezed:
+        raise UserError(
+            f"not exported: the image processors of transformers crop squares, not {model.size[0]}x{model.size[1]} "
+            "pixels: use format=timm"
+        )

@@ -35,8 +35,9 @@ def write_encoder(model: TrainedModel, folder: Path) -> ExportInfo:
         intermediate_size=block.mlp.fc1.out_features,
         hidden_act="gelu",
         layer_norm_eps=block.norm1.eps,
-        image_size=vit.patch_embed.img_size[0],
-        patch_size=vit.patch_embed.patch_size[0],
+        image_size=_side(vit.patch_embed.img_size),
+        patch_size=_side(vit.patch_embed.patch_size),
+        num_channels=model.channels,
         qkv_bias=block.attn.qkv.bias is not None,
         pooler_output_size=vit.embed_dim,
         pooler_act="linear",
@@ -98,8 +99,15 @@ def check_supported(backbone: nn.Module, name: str) -> VisionTransformer:
     )
     if not isinstance(backbone, VisionTransformer):
         raise UserError(f"format=hf writes {supported}; {name} is a {type(backbone).__name__}: use format=timm")
+    if backbone.pos_embed is None or not isinstance(backbone.norm_pre, nn.Identity):
+        raise UserError(f"format=hf writes {supported}; {name} has another embedding: use format=timm")
     if not isinstance(backbone.fc_norm, nn.Identity) or isinstance(backbone.norm, nn.Identity):
         raise UserError(f"format=hf writes {supported}; the norm of {name} comes after the pooling: use format=timm")
     if backbone.cls_token is None or backbone.num_prefix_tokens != 1 or backbone.no_embed_class:
         raise UserError(f"format=hf writes {supported}; {name} has other prefix tokens: use format=timm")
     return backbone
+
+
+def _side(size: tuple[int, int]) -> int | list[int]:
+    """A size as transformers writes it: one number for a square."""
+    return size[0] if size[0] == size[1] else list(size)

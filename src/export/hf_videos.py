@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from src.errors import UserError
 from src.export.card import ExportInfo, encoder_info
 from src.export.folder import check_equal, quiet
-from src.export.hf_common import VIT_BLOCK, VIT_QKV, load_folder, rename_weights
+from src.export.hf_common import VIT_BLOCK, VIT_QKV, check_processor, load_folder, rename_weights
 from src.export.trained_model import TrainedModel
 from src.models.backbones.video_vit import TubeletEmbed, sinusoids
 
@@ -29,12 +29,13 @@ def write_video_encoder(model: TrainedModel, folder: Path) -> ExportInfo:
     Raises:
         UserError: `VideoMAEModel` cannot express the encoder.
     """
+    check_processor(model)
     transformers_logging.disable_progress_bar()
     with quiet("transformers"):
         as_videomae(model.backbone, model.architecture).save_pretrained(folder)
         VideoMAEImageProcessor(
-            size={"shortest_edge": round(model.size / model.crop_share)},
-            crop_size={"height": model.size, "width": model.size},
+            size={"shortest_edge": round(model.size[0] / model.crop_share)},
+            crop_size={"height": model.size[0], "width": model.size[1]},
             resample=2,  # bilinear, as CenterVideoCrop
             image_mean=model.mean,
             image_std=model.std,

@@ -35,7 +35,7 @@ def write_timm(model: TrainedModel, folder: Path) -> ExportInfo:
     plain.pretrained_cfg |= {  # type: ignore[operator]
         "mean": tuple(model.mean),
         "std": tuple(model.std),
-        "input_size": (3, model.size, model.size),
+        "input_size": (model.channels, *model.size),
         "crop_pct": model.crop_share,
         "crop_mode": "squash" if model.squeezed else "center",
         "interpolation": "bicubic",

@@ -16,6 +16,7 @@ from src.datamodules.datamodule import DataModule
 from src.datamodules.text.tokenizer import Tokenizer
 from src.datamodules.views.squeezed import SqueezedCenterCrop
 from src.errors import UserError, nearest
+from src.image_size import height_and_width
 from src.models.backbones.cross_frame_encoder import CrossFrameEncoder
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.video_vit import TubeletEmbed
@@ -41,7 +42,7 @@ class TrainedModel:
     backbone: nn.Module  # trained, in evaluation mode
     encoder: str  # its name in `PretrainModule.encoders`
     checkpoint: Path
-    size: int  # side of the evaluation images, pixels
+    size: tuple[int, int]  # height and width of the evaluation images, pixels
     crop_share: float  # side of the center crop as a share of the image's shorter side
     squeezed: bool  # the crop is of the image squeezed to a square, and its share is of both sides
     mean: list[float]
@@ -77,9 +78,14 @@ class TrainedModel:
         return embed if isinstance(embed, TubeletEmbed) else None
 
     def example_input(self) -> Tensor:
-        """Random input that is the same in every call: images [2, 3, H, W], or clips [2, T, 3, H, W]."""
+        """Random input that is the same in every call: images [2, C, H, W], or clips [2, T, C, H, W]."""
         frames = () if self.tubelet_embed is None else (self.tubelet_embed.frames,)
-        return torch.randn(2, *frames, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
+        return torch.randn(2, *frames, self.channels, *self.size, generator=torch.Generator().manual_seed(0))
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the images."""
+        return len(self.mean)
 
 
 def load_trained(run: runs.Run, encoder: str | None, checkpoint: str | None) -> TrainedModel:
@@ -117,7 +123,7 @@ def load_trained(run: runs.Run, encoder: str | None, checkpoint: str | None) -> 
         backbone=body,
         encoder=name,
         checkpoint=path,
-        size=int(getattr(view, "size", config.image_size)),
+        size=height_and_width(getattr(view, "size", config.image_size)),
         crop_share=float(getattr(view, "share", 1.0)),
         squeezed=isinstance(view, SqueezedCenterCrop),
         mean=[round(value, 6) for value in datamodule.mean.flatten().tolist()],

@@ -3,9 +3,8 @@ device, without computing anything, so that a model that cannot be used is refus
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -69,25 +68,22 @@ def check_image_backbone(backbone: nn.Module) -> None:
         getattr(backbone, "num_features", None), int
     ):
         raise SettingError(f"{_named(backbone)} has no forward_features or num_features, timm's interface of encoders")
-    size = own_size(backbone)
-    if size is not None:
-        output = _shapes(backbone, size)
-        if not isinstance(output, Exception):  # a model that needs values is checked by its first batch
-            split_features(backbone, output, size)
+    size = _working_size(backbone)
+    if size is not None:  # None for a model that only its first batch can check
+        split_features(backbone, _shapes(backbone, size), size)
 
 
 def check_accepts_any_size(backbone: nn.Module) -> None:
     """
     Raises:
-        SettingError: ``backbone`` only takes images of its own size; the message names an option that changes it.
+        SettingError: ``backbone`` only takes images of one size; the message names an option that changes it.
     """
-    size = own_size(backbone)
-    if size is None or isinstance(_shapes(backbone, size), Exception):
+    size = _working_size(backbone)
+    if size is None:
         return
     stride = _stride(backbone)
-    other = tuple(max(stride, -(-side // 2 // stride) * stride) for side in size)
-    if other == size:
-        other = (size[0] + stride, size[1] + stride)
+    smaller = tuple(max(stride, -(-side // 2 // stride) * stride) for side in size)
+    other = (size[0] + stride, size[1] + stride) if smaller == size else smaller
     if isinstance(_shapes(backbone, other), Exception):
         raise SettingError(
             f"{_named(backbone)} takes images of {_by(size)} pixels alone, and this method also sends it others"
@@ -97,8 +93,10 @@ def check_accepts_any_size(backbone: nn.Module) -> None:
 
 def wrong_size(backbone: nn.Module, size: tuple[int, int]) -> SettingError | None:
     """Returns the error about images of a size that ``backbone`` does not take; None if it takes them."""
-    own = own_size(backbone)
-    if own is None or own == size or not isinstance(_shapes(backbone, size), Exception):
+    if not isinstance(_shapes(backbone, size), Exception):
+        return None
+    own = _working_size(backbone)
+    if own is None or own == size:
         return None
     return SettingError(
         f"image_size: {type(backbone).__name__} takes images of {_by(own)} pixels, not of {_by(size)}{_hint(backbone)}"
@@ -119,47 +117,48 @@ def own_size(backbone: nn.Module) -> tuple[int, int] | None:
     return (int(size[0]), int(size[1])) if isinstance(size, tuple | list) and len(size) == 2 else None
 
 
+def _working_size(backbone: nn.Module) -> tuple[int, int] | None:
+    """A size of images that ``backbone`` takes: the one it was built for, or a multiple of its stride where the model
+    does not say. None if none is found."""
+    own = own_size(backbone)
+    if own is None:
+        return None
+    stride = _stride(backbone)
+    squares = [(number * stride, number * stride) for number in (4, 7, 8, 2, 3, 5, 6, 1, 10, 12)]
+    return next((size for size in (own, *squares) if not isinstance(_shapes(backbone, size), Exception)), None)
+
+
 def channels_of(backbone: nn.Module) -> int:
     """The number of channels of images."""
     first = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d | nn.Conv3d)), None)
     return first.in_channels if first is not None else int(getattr(backbone, "in_chans", 3))
 
 
-class _Call(nn.Module):
-    """Calls a method of a network as ``forward``, which ``functional_call`` needs."""
+def _shapes(backbone: nn.Module, size: tuple[int, ...]) -> Any:
+    """Returns the features of two images, or the exception that ``backbone`` raises. Computed by a copy without values,
+    on the meta device; by a real copy where some of its tensors cannot be there."""
+    tensors = [*backbone.parameters(), *backbone.buffers()]
+    empty = [torch.empty_like(tensor, device="meta", requires_grad=False) for tensor in tensors]
+    copies = {
+        id(tensor): nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
+        for tensor, copied in zip(tensors, empty, strict=True)
+    }
+    images = torch.empty(2, channels_of(backbone), *size, device="meta", dtype=tensors[0].dtype)
+    output = _features(copy.deepcopy(backbone, copies), images)
+    if isinstance(output, Exception) and "meta" in str(output):
+        output = _features(copy.deepcopy(backbone), torch.zeros_like(images, device=tensors[0].device))
+    return output
 
-    def __init__(self, network: nn.Module, method: str, options: dict[str, Any]) -> None:
-        super().__init__()
-        self.network, self.method, self.options = network, method, options
 
-    def forward(self, x: Tensor) -> Any:
-        return getattr(self.network, self.method)(x, **self.options)
-
-
-def _shapes(backbone: nn.Module, size: tuple[int, ...], method: str = "forward_features", **options: Any) -> Any:
-    """Returns the output for two images without values, on the meta device, or the exception that it raises."""
-    call = _Call(backbone, method, options)
-    tensors = dict(call.named_parameters()) | dict(call.named_buffers())
-    images = torch.empty(2, channels_of(backbone), *size, device="meta", dtype=next(backbone.parameters()).dtype)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _evaluating(backbone):
+def _features(network: Any, images: Tensor) -> Any:
+    """Returns the features, in evaluation mode, or the exception."""
+    for module in network.modules():
+        module.training = False
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
-            empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-            return torch.func.functional_call(call, empty, (images,))
+            return network.forward_features(images)
         except Exception as problem:  # timm's models raise many types
             return problem
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """While active, all parts of ``network`` are in evaluation mode."""
-    training = [module for module in network.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _is_channels_last(backbone: nn.Module) -> bool:
@@ -185,8 +184,10 @@ def _stride(backbone: nn.Module) -> int:
 
 
 def _hint(backbone: nn.Module) -> str:
-    if "strict_img_size" in inspect.signature(type(backbone).__init__).parameters:
-        return "; ARGS=+backbone.strict_img_size=false builds it for others too"
+    options = inspect.signature(type(backbone).__init__).parameters
+    for name, value in (("strict_img_size", "false"), ("dynamic_img_size", "true")):
+        if name in options:
+            return f"; ARGS=+backbone.{name}={value} builds it for others too"
     return ""
 
 

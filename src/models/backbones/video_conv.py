@@ -20,6 +20,7 @@ class VideoConvNet(VideoResNet):
         layers: number of blocks in each of the four stages.
         width: channels of the first stage; each further one has twice as many.
         num_classes: number of classes of the classifier; 0 for none.
+        in_chans: channels of a frame.
 
     Raises:
         SettingError: there are not four stages.
@@ -34,6 +35,7 @@ class VideoConvNet(VideoResNet):
         layers: Sequence[int] = (2, 2, 2, 2),
         width: int = 64,
         num_classes: int = 0,
+        in_chans: int = 3,
     ) -> None:
         nn.Module.__init__(self)
         if len(layers) != 4 or min(layers) < 1 or width < 1:
@@ -42,7 +44,7 @@ class VideoConvNet(VideoResNet):
                 f"backbone.width={width} at least 1"
             )
         self.inplanes = width
-        self.stem = _stem(width, factored=convolution is Conv2Plus1D)
+        self.stem = _stem(width, in_chans, factored=convolution is Conv2Plus1D)
         self.layer1, self.layer2, self.layer3, self.layer4 = (
             self._make_layer(BasicBlock, convolution, width * 2**stage, count, stride=1 if stage == 0 else 2)
             for stage, count in enumerate(layers)
@@ -55,7 +57,7 @@ class VideoConvNet(VideoResNet):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward_features(self, video: Tensor) -> Tensor:
-        """[B, T, 3, H, W] -> [B, D, T / 8, H / 16, W / 16]."""
+        """[B, T, C, H, W] -> [B, D, T / 8, H / 16, W / 16]."""
         x = self.stem(video.transpose(1, 2))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
@@ -77,13 +79,13 @@ class VideoConvNet(VideoResNet):
         return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
 
-def _stem(width: int, *, factored: bool) -> nn.Sequential:
+def _stem(width: int, in_chans: int, *, factored: bool) -> nn.Sequential:
     if not factored:
-        first = nn.Conv3d(3, width, (3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), bias=False)
+        first = nn.Conv3d(in_chans, width, (3, 7, 7), stride=(1, 2, 2), padding=(1, 3, 3), bias=False)
         return nn.Sequential(first, nn.BatchNorm3d(width), nn.ReLU(inplace=True))
     middle = 45 * width // 64
     return nn.Sequential(
-        nn.Conv3d(3, middle, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False),
+        nn.Conv3d(in_chans, middle, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False),
         nn.BatchNorm3d(middle),
         nn.ReLU(inplace=True),
         nn.Conv3d(middle, width, (3, 1, 1), padding=(1, 0, 0), bias=False),

@@ -39,7 +39,7 @@ class FineTune(Classifier):
         num_classes: number of classes; None for the number of classes in the data.
 
     Raises:
-        SettingError: a value is out of range.
+        SettingError: a value is out of range, or the backbone has no classifier to replace.
     """
 
     new_parameters = ("fc_norm.",)
@@ -65,11 +65,21 @@ class FineTune(Classifier):
             )
         if not 0 < layer_decay <= 1:
             raise SettingError(f"model.layer_decay must lie in (0, 1], got {layer_decay}")
+        needed = ("forward_head", "get_classifier", "reset_classifier", "group_matcher")
+        if not all(callable(getattr(backbone, name, None)) for name in needed) or not isinstance(
+            backbone.get_classifier(),  # type: ignore[operator]
+            nn.Module,
+        ):
+            raise SettingError(
+                f"backbone.model_name: fine-tuning needs a network with one classifier and timm's {', '.join(needed)}, "
+                f"which a {type(backbone).__name__} does not have"
+            )
         self.backbone = backbone
         self.layer_decay = layer_decay
         self.mixup, self.cutmix, self.smoothing = mixup, cutmix, smoothing
         self.head_std = head_std
         self.seed = seed
+        self.encoders()  # refuses a backbone whose features evaluation could not read
 
     def make_head(self, num_classes: int) -> None:
         self.backbone.reset_classifier(num_classes)  # type: ignore[operator]

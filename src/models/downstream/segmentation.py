@@ -15,6 +15,7 @@ from src.collectives import is_distributed
 from src.datamodules.batches.base import IGNORED
 from src.datamodules.batches.dense import SegmentationBatch
 from src.errors import SettingError
+from src.image_size import Size, height_and_width
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.feature_maps import FeatureMaps
 from src.models.backbones.image_encoder import ImageEncoder, cls_token_or_mean
@@ -50,8 +51,8 @@ class Segmenter(ClassHeadModule):
         decay_tokens: weight decay for class token and positional embedding too, as in mmsegmentation.
         new_layer_scale: the backbone's LayerScale begins anew where training starts from weights; mmsegmentation adds
             it to MAE's encoder, which has none.
-        crop: side of the training crops and of the sliding window, pixels.
-        stride: stride of the sliding window as a share of its side.
+        crop: side of the training crops and of the sliding window in pixels, or its height and width.
+        stride: stride of the sliding window as a share of its sides.
         num_classes: number of classes; None for the number of classes in the data's masks.
 
     Raises:
@@ -73,26 +74,25 @@ class Segmenter(ClassHeadModule):
         layer_decay: float = 1.0,
         decay_tokens: bool = False,
         new_layer_scale: bool = False,
-        crop: int = 512,
+        crop: Size = 512,
         stride: float = 2 / 3,
         num_classes: int | None = None,
     ) -> None:
         super().__init__(optimizer, num_classes)
-        if not 0 < layer_decay <= 1 or not 0 < stride <= 1 or crop < 1:
-            raise SettingError(
-                "model.layer_decay and model.stride must lie in (0, 1] and model.crop be at least 1, got "
-                f"{layer_decay}, {stride} and {crop}"
-            )
+        if not 0 < layer_decay <= 1 or not 0 < stride <= 1:
+            raise SettingError(f"model.layer_decay and model.stride must lie in (0, 1], got {layer_decay} and {stride}")
         self.features = FeatureMaps(backbone, count=maps, blocks=blocks, norm=norm, frozen=frozen)
         self.layer_decay, self.decay_tokens = layer_decay, decay_tokens
         scales = [name for name, module in backbone.named_modules() if isinstance(module, LayerScale)]
         if new_layer_scale and not scales:
             raise SettingError("model.new_layer_scale: the backbone has no LayerScale; set backbone.init_values too")
         self.new_parameters = [f"{name}." for name in scales] if new_layer_scale else []
-        self.crop, self.stride = crop, max(1, int(crop * stride))
+        self.crop = height_and_width(crop)
+        self.stride = max(1, int(self.crop[0] * stride)), max(1, int(self.crop[1] * stride))
         self.auxiliary_weight = auxiliary_weight
         self.metrics = nn.ModuleDict()
         self._make_head, self._make_auxiliary = head, auxiliary
+        self.encoders()  # refuses a backbone whose features evaluation could not read
 
     def class_names(self, datamodule: Any) -> Sequence[str]:
         return datamodule.mask_classes
@@ -125,7 +125,7 @@ class Segmenter(ClassHeadModule):
     def predict(self, image: Tensor) -> Tensor:
         """`forward`, with a sliding window for images larger than ``crop``."""
         assert self.num_classes is not None
-        if max(image.shape[-2:]) <= self.crop:
+        if image.shape[-2] <= self.crop[0] and image.shape[-1] <= self.crop[1]:
             return self(image)
         return sliding_window(self, image, self.crop, self.stride)
 
@@ -316,28 +316,31 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     )
 
 
-def sliding_window(network: Callable[[Tensor], Tensor], image: Tensor, crop: int, stride: int) -> Tensor:
+def sliding_window(
+    network: Callable[[Tensor], Tensor], image: Tensor, crop: tuple[int, int], stride: tuple[int, int]
+) -> Tensor:
     """Predicts an image window by window and averages the logits where windows overlap. The last windows are moved back
     into the image, and sides shorter than a window are padded.
 
     Args:
-        network: [B, 3, crop, crop] -> logits [B, K, crop, crop].
+        network: [B, 3, *crop] -> logits [B, K, *crop].
         image: [B, 3, H, W].
-        crop, stride: side and stride of the windows, pixels.
+        crop, stride: of the windows, down and across, pixels.
 
     Returns:
         logits, float32 [B, K, H, W].
     """
     height, width = image.shape[-2:]
-    image = F.pad(image, (0, max(0, crop - width), 0, max(0, crop - height)))
+    image = F.pad(image, (0, max(0, crop[1] - width), 0, max(0, crop[0] - height)))
     total, count = None, image.new_zeros(image.shape[-2:], dtype=torch.float32)
-    for top in _window_starts(image.shape[-2], crop, stride):
-        for left in _window_starts(image.shape[-1], crop, stride):
-            logits = network(image[..., top : top + crop, left : left + crop]).float()
+    for top in _window_starts(image.shape[-2], crop[0], stride[0]):
+        for left in _window_starts(image.shape[-1], crop[1], stride[1]):
+            rows, columns = slice(top, top + crop[0]), slice(left, left + crop[1])
+            logits = network(image[..., rows, columns]).float()
             if total is None:
                 total = logits.new_zeros(*logits.shape[:2], *image.shape[-2:])
-            total[..., top : top + crop, left : left + crop] += logits
-            count[top : top + crop, left : left + crop] += 1
+            total[..., rows, columns] += logits
+            count[rows, columns] += 1
     assert total is not None
     return (total / count)[..., :height, :width]
 

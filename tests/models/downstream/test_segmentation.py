@@ -126,19 +126,30 @@ class TestWindows:
             starts.append(window[0, 0, 0, 0].item())
             return window[:, :1].mean(dim=(2, 3), keepdim=True).expand(-1, -1, 4, 4)
 
-        output = sliding_window(mean, image, crop=4, stride=3)
+        output = sliding_window(mean, image, crop=(4, 4), stride=(3, 3))
         assert starts == [0.0, 2.0]  # the second window is moved back from 3
         assert output[0, 0, 0].tolist() == [1.5, 1.5, 2.5, 2.5, 3.5, 3.5]
 
     @pytest.mark.parametrize(("height", "width"), [(9, 11), (4, 13), (3, 10), (10, 4)])
     def test_a_pixelwise_network_gives_the_same_with_windows(self, height: int, width: int) -> None:
         image = torch.randn(2, 3, height, width)
-        output = sliding_window(lambda window: window * 2 + 1, image, crop=4, stride=3)
+        output = sliding_window(lambda window: window * 2 + 1, image, crop=(4, 4), stride=(3, 3))
         torch.testing.assert_close(output, image * 2 + 1)
+
+    def test_windows_may_be_wider_than_high(self) -> None:
+        shapes = []
+
+        def network(window: Tensor) -> Tensor:
+            shapes.append(tuple(window.shape[-2:]))
+            return window * 2 + 1
+
+        image = torch.randn(1, 3, 5, 13)
+        torch.testing.assert_close(sliding_window(network, image, crop=(4, 8), stride=(3, 5)), image * 2 + 1)
+        assert shapes == [(4, 8)] * 4  # rows from 0 and 1, columns from 0 and 5
 
     def test_an_image_larger_than_the_crop_is_predicted_with_windows(self) -> None:
         module = linear(stride=0.5).eval()
-        assert module.stride == 16
+        assert module.stride == (16, 16)
         small, large = torch.randn(1, 3, SIZE, SIZE), torch.randn(1, 3, SIZE, SIZE + 16)
         torch.testing.assert_close(module.predict(small), module(small))
         output = module.predict(large)
