@@ -68,4 +68,4 @@ class VideoInChannels(VideoReader):
 
     def flow(self, times: Sequence[float]) -> Tensor:
         """See `FlowFilmReader`."""
-        return self.video.flow(times)  # type: ignore[attr-defined, no-any-return]  # asked only of videos that have it
+        return self.video.flow(times)  # type: ignore[attr-defined]  # asked only of videos that have it

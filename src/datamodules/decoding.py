@@ -146,7 +146,7 @@ class EncodedImage:
         self._decoder(image.load)
         if image.format in _JPEG and _looks_cut(image, data) and self._decoder(lambda: _is_cut(data)):
             raise self._bad("the image is truncated: its last rows are missing")
-        if _has_16_bit_colors(image, data) and 0 < max(high for _, high in image.getextrema()) <= _TWELVE_BITS >> 8:
+        if _has_16_bit_colors(image, data) and 0 < int(np.asarray(image).max()) <= _TWELVE_BITS >> 8:
             raise self._bad(
                 "its 16-bit colors would be nearly black: if their values have 12 bits, save them times 16, because "
                 "only their upper 8 bits are decoded"

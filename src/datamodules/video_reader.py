@@ -132,11 +132,11 @@ class EncodedVideo:
         average = stream.average_rate or stream.guessed_rate
         rate = float(average) if average else None
         packets = None if declared is None else _packets_from(container, stream, declared.seek)
-        if packets is None or packets.count < _ENOUGH or (not stream.frames and not _agree(rate, packets)):
+        if packets is None or packets.pictures < _ENOUGH or (not stream.frames and not _agree(rate, packets)):
             with self._opened() as (from_start, its_stream):
                 packets = _packets_from(from_start, its_stream, None)
             if packets is not None and packets.last > packets.first:
-                rate = (packets.count - 1) / (packets.last - packets.first)
+                rate = (packets.pictures - 1) / (packets.last - packets.first)
         if packets is None or not rate:
             raise BadSample("the video has no frame, or no rate of frames")
         end = packets.end if packets.end > packets.last else packets.last + 1 / rate
@@ -175,7 +175,7 @@ class EncodedVideo:
 class _Packets(NamedTuple):
     """What the packets from some place of a file to its end say; times in seconds of the file's clock."""
 
-    count: int  # of the pictures
+    pictures: int  # number of them
     first: float  # start of the first picture
     last: float  # start of the last picture
     end: float  # end of the last picture
@@ -240,7 +240,7 @@ def _agree(rate: float | None, packets: _Packets) -> bool:
     """Returns True if a header's rate is about that of its packets: files of variable rate often state a wrong one."""
     if rate is None or packets.last <= packets.first:
         return False
-    return 2 / 3 < rate * (packets.last - packets.first) / (packets.count - 1) < 3 / 2
+    return 2 / 3 < rate * (packets.last - packets.first) / (packets.pictures - 1) < 3 / 2
 
 
 class _ForwardDecoder:

@@ -228,18 +228,18 @@ def _listed_images(
     """Returns path, height and width by id."""
     images: dict[object, tuple[str, int, int]] = {}
     for position, entry in enumerate(entries):
-        name, number, size = entry.get("file_name"), entry.get("id"), (entry.get("height"), entry.get("width"))
+        name, number, height, width = (entry.get(key) for key in ("file_name", "id", "height", "width"))
         place = f"images[{position}] of {file}"
         if not is_path(name) or not _is_id(number):
             problems.add("entries without an image (left out)", place)
-        elif not all(isinstance(side, int) and 0 < side < MAX_PIXELS for side in size):
+        elif not (isinstance(height, int) and isinstance(width, int) and min(height, width) > 0):
             problems.add("images without a size (left out)", place)
-        elif size[0] * size[1] > MAX_PIXELS:
+        elif height * width > MAX_PIXELS:
             problems.add(f"images of more than {MAX_PIXELS} pixels (left out)", place)
         elif number in images:
             problems.add("images that are listed twice (the first is used)", place)
         else:
-            images[number] = (name, size[0], size[1])  # type: ignore[assignment]
+            images[number] = (name, height, width)
     return images
 
 
