@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -147,6 +149,7 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     """
     if not torch.cuda.is_available():
         keep_freed_memory()
+    _stop_with_make()
     try:
         code = main(sys.argv[1:])
     except UserError as problem:
@@ -169,6 +172,13 @@ def _end_with(message: str) -> NoReturn:
         traceback.print_exc()
     print(f"error: {message}".encode(errors="backslashreplace").decode(), file=sys.stderr)
     raise SystemExit(2) from None
+
+
+def _stop_with_make() -> None:
+    """Lets a killed `make` end the command too, as by kill: a run would train on, and nobody would know of it."""
+    if sys.platform == "linux" and "MAKELEVEL" in os.environ:
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def default_scale() -> str:

@@ -9,6 +9,7 @@ from src.configuration import PROJECT
 FLOORS = (
     (
         "src.errors",
+        "src.event_writer",
         "src.files",
         "src.image_size",
         "src.memory",

@@ -15,6 +15,7 @@ from rich.text import Text
 from torch import Tensor
 
 from src.callbacks.schedules import total_steps
+from src.callbacks.stop_on_signal import silence
 
 _FIRST_LINES = 3
 _RATES = ("schedule/optimizer.lr", "lr")
@@ -45,7 +46,7 @@ class Progress(RichProgressBar):
         super().__init__(refresh_rate=4, leave=False)
         self.terminal = sys.stdout.isatty() if terminal is None else terminal
         self.every_seconds = every_seconds
-        self._write = write or (lambda line: print(line, flush=True))
+        self._write = write or _print
         self._clock = clock
         self._lines = 0
         self._reported_at = -math.inf
@@ -154,6 +155,14 @@ class _RunEta(ProgressColumn):
         total = _total_steps(self._trainer)
         steps = f"step {self._trainer.global_step}" + (f"/{total}" if total is not None else "")
         return Text(steps + (f"  run ETA {duration(left)}" if left is not None else ""))
+
+
+def _print(line: str) -> None:
+    """Prints a line. A reader that is gone, such as a killed `tee`, ends no run."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        silence(sys.stdout.fileno())
 
 
 def duration(seconds: float) -> str:

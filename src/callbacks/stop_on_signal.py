@@ -74,6 +74,7 @@ class StopOnSignal(AfterLogging):
         self.began = False  # training has begun, so that a signal is answered with a checkpoint
         self._requested_at = 0.0
         self._process = 0
+        self._terminals: list[int] = []  # of standard output and error, those that are a terminal
         self._trainer: L.Trainer | None = None  # while it trains
         self._waits_at: int | None = None  # number of the batch of this epoch that is waited for
         self._step = 0
@@ -106,6 +107,7 @@ class StopOnSignal(AfterLogging):
         self.began = True
         self._step = trainer.global_step
         self._process = os.getpid()
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         self._trainer, self._waits_at = trainer, None
         try:
             for number in self.signals:
@@ -162,6 +164,8 @@ class StopOnSignal(AfterLogging):
     def _request(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             _end_by(number)
+        if number == getattr(signal, "SIGHUP", None):
+            silence(*self._terminals)
         if self.requested:
             if number == signal.SIGINT and time.monotonic() - self._requested_at > _SAME_SIGNAL:
                 for child in multiprocessing.active_children():
@@ -187,6 +191,14 @@ class StopOnSignal(AfterLogging):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
+
+
+def silence(*descriptors: int) -> None:
+    """Drops what is written to files that are gone, such as a closed terminal or a broken pipe: a write would raise."""
+    for descriptor in descriptors:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
 
 def _end_by(number: int) -> None:

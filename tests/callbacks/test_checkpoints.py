@@ -3,8 +3,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pty
 import shutil
 import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from src.callbacks.checkpoints import Checkpoints
 from src.callbacks.last_validation import LastValidation
+from src.callbacks.progress import Progress
 from src.callbacks.stop_on_signal import Preempted, StopOnSignal
 from src.checkpoint_io import AtomicCheckpointIO, load_checkpoint
 from src.loggers import MetricsFile, OrderedTensorBoardLogger
@@ -526,3 +529,39 @@ def test_a_second_ctrl_c_stops_at_once_and_a_copy_of_the_first_does_not(tmp_path
             assert not (folder / "last.ckpt").exists()
         else:
             assert load_checkpoint(folder / "last.ckpt")["global_step"] == step
+
+
+@pytest.mark.parametrize("bar", [False, True])
+def test_a_closed_terminal_saves(tmp_path: Path, bar: bool) -> None:
+    """The terminal sends SIGHUP, and what is printed afterwards would raise."""
+    child, terminal = pty.fork()
+    if child == 0:
+        code = 70
+        try:
+            sys.stdout = os.fdopen(1, "w")
+            progress = Progress(every_seconds=0.0, terminal=bar)
+            checkpoints = Checkpoints(tmp_path, every_minutes=None)
+            fit(tmp_path, checkpoints, StopOnSignal(), progress, data=SmallData(4000), max_epochs=9)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            os._exit(code)
+    while b"/9000 " not in os.read(terminal, 10_000):
+        pass
+    os.close(terminal)
+    assert end_of(child) == 129
+    assert 0 < load_checkpoint(tmp_path / "last.ckpt")["global_step"] < 9000
+
+
+def test_a_broken_pipe_ends_no_run(tmp_path: Path) -> None:
+    def train() -> None:
+        reading, writing = os.pipe()
+        os.dup2(writing, 1)
+        for descriptor in (reading, writing):
+            os.close(descriptor)
+        sys.stdout = os.fdopen(1, "w")
+        progress = Progress(every_seconds=0.0, terminal=False)
+        fit(tmp_path, Checkpoints(tmp_path, every_minutes=None), progress)
+
+    assert end_of(in_child(train)) == 0
+    assert load_checkpoint(tmp_path / "last.ckpt")["global_step"] == 12

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from src.collectives import reduce_sum
 from src.datamodules.batches.base import BatchError
 from src.datamodules.batches.dense import DetectionBatch
 from src.errors import SettingError
@@ -39,7 +40,8 @@ class Detection(ClassHeadModule):
     Momentum Contrast (He et al., 2019). Deviations: those of the two pyramids.
 
     Validated by ``eval/box_ap``, ``eval/mask_ap`` and both at IoU thresholds of 0.50 and 0.75, at the resolution of the
-    evaluation view. Boxes without area are left out and counted in ``health/dropped_boxes``.
+    evaluation view. Boxes without area are left out; ``health/dropped_boxes`` is their number
+    in a batch.
 
     Args:
         pyramid: a backbone with a feature pyramid.
@@ -83,6 +85,18 @@ class Detection(ClassHeadModule):
     def class_names(self, datamodule: Any) -> Sequence[str]:
         return datamodule.classes
 
+    def on_fit_start(self) -> None:
+        """
+        Raises:
+            SettingError: weights and boxes would be stored in half precision.
+        """
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            raise SettingError(
+                f"trainer.precision={self.trainer.precision} rounds the coordinates of boxes to several pixels; "
+                f"use {str(self.trainer.precision).replace('true', 'mixed')}"
+            )
+        super().on_fit_start()
+
     def make_head(self, num_classes: int) -> None:
         self.heads = self.make_heads(self.pyramid.channels, self.pyramid.strides, num_classes)
         self.average_precision = AveragePrecision(masks=self.heads.has_masks)
@@ -101,7 +115,8 @@ class Detection(ClassHeadModule):
         ]  # 0: background
         losses = self.heads.losses(self.pyramid(image), sizes, targets)
         dropped = torch.stack([(~_has_area(boxes)).sum() for boxes in batch["boxes"]]).sum().float()
-        self.log("health/dropped_boxes", dropped, reduce_fx="sum", on_step=False, on_epoch=True, sync_dist=True)
+        # of this batch: a sum over the epoch would be lost to a run that is resumed within it
+        self.log("health/dropped_boxes", reduce_sum(dropped))
         logs = {name: value.detach() for name, value in losses.items()}
         return {"loss": torch.stack(list(losses.values())).sum(), "logs": logs}
 
