@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from src.configuration import compose
 from src.errors import UserError
 from src.export import hf_encoder
 from src.export.__main__ import main
+from src.export.hf_common import check_processor
+from src.export.trained_model import load_trained
+from src.models.backbones.weights import load_into, read_weights
 from src.models.downstream.finetune import FineTune
 from src.models.masked.mae import MAE
 from src.optim import OptimizerRecipe
@@ -29,9 +33,9 @@ def small(**kwargs):
     return model
 
 
-def make_run(folder: Path, module, words: list[str], backbone: dict) -> runs.Run:
+def make_run(folder: Path, module, words: list[str], backbone: dict, size: str = "48") -> runs.Run:
     """Writes the folder of a trained run without training it."""
-    config = compose("train", [*words, "image_size=48", "data.train_samples=64", "data.source.cache_dir=null"])
+    config = compose("train", [*words, f"image_size={size}", "data.train_samples=64", "data.source.cache_dir=null"])
     OmegaConf.set_struct(config, False)
     config.backbone = {"_target_": "timm.create_model", "img_size": "${image_size}", **backbone}
     config.run.experiment, config.run.name, config.run.dir = words[0].split("=")[1], folder.name, str(folder)
@@ -204,3 +208,45 @@ def test_a_checkpoint_that_does_not_fit_is_refused(mae):
     torch.save(content, run.last)
     with pytest.raises(UserError, match=r"last.ckpt does not fit the run's configuration: .*backbone.cls_token"):
         main([f"run={run.dir}"])
+
+
+def test_a_run_on_wide_images_of_four_channels_exports_to_timm_and_is_refused_for_transformers(tmp_path):
+    module = FineTune(
+        small(global_pool="avg", img_size=(48, 96), in_chans=4), OptimizerRecipe(torch.optim.AdamW, lr=1.0)
+    )
+    module.build(3)
+    module.classes = ["cat", "dog", "owl"]
+    words = ["experiment=finetune_vitb", "scale=tiny", "data.channels=4", "data.mean=[0.1,0.2,0.3,0.4]"]
+    backbone = {**BACKBONE, "num_classes": 0, "global_pool": "avg", "in_chans": "${data.channels}"}
+    run = make_run(tmp_path / "wide", module, [*words, "data.std=[0.5,0.6,0.7,0.8]"], backbone, size="[48,96]")
+    main([f"run={run.dir}"])
+    exported = timm.create_model(f"local-dir:{run.dir / 'export/timm'}", pretrained=True).eval()
+    image = torch.randn(2, 4, 48, 96)
+    torch.testing.assert_close(exported(image), module.eval()(image))
+    assert tuple(exported.pretrained_cfg["input_size"]) == (4, 48, 96)
+    assert exported.pretrained_cfg["mean"] == [0.1, 0.2, 0.3, 0.4]
+    # and it is a start, whose positional embedding is known to be 6 x 12
+    wider = timm.create_model(**BACKBONE, img_size=(96, 48), in_chans=4, num_classes=0, global_pool="avg")
+    line = load_into(wider, read_weights(run.dir / "export/timm"))
+    assert "positional embedding of 73 tokens interpolated to 73 (6x12 to 12x6)" in line
+    with pytest.raises(
+        UserError, match=r"not exported: .* read RGB, and this run's images have 4 channels: use format="
+    ):
+        main([f"run={run.dir}", "format=hf", "encoder=encoder"])
+
+
+def test_wide_images_are_refused_for_transformers(tmp_path):
+    module = MAE(small(img_size=(48, 96)), OptimizerRecipe(torch.optim.AdamW, lr=1.0), decoder_dim=16, decoder_depth=1,
+                 decoder_heads=2)  # fmt: skip
+    words = ["experiment=mae_tiny", "model.decoder_dim=16", "model.decoder_depth=1", "model.decoder_heads=2"]
+    run = make_run(tmp_path / "wide", module, words, {**BACKBONE, "num_classes": 0}, size="[48,96]")
+    with pytest.raises(UserError, match=r"not exported: the image processors of transformers crop squares, not 48x96"):
+        main([f"run={run.dir}", "format=hf"])
+    infrared = replace(load_trained(run, None, None), mean=[0.5] * 4)
+    with pytest.raises(UserError, match="read RGB, and this run's images have 4 channels: use format=timm"):
+        check_processor(infrared)
+    main([f"run={run.dir}", "format=timm"])
+    module.backbone.eval()
+    exported = timm.create_model(f"local-dir:{run.dir / 'export/timm'}", pretrained=True).eval()
+    image = torch.randn(2, 3, 48, 96)
+    torch.testing.assert_close(exported.forward_features(image), module.backbone.forward_features(image))
