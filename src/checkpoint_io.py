@@ -46,9 +46,9 @@ _HARMLESS: list[Any] = [
     np.dtype,
     *{type(dtype) for dtype in _DTYPES},
     *[
-        (getattr(np._core.multiarray, name), f"numpy.{core}.multiarray.{name}")
+        (function, f"numpy.{core}.multiarray.{function.__name__}")
         for core in ("core", "_core")
-        for name in ("scalar", "_reconstruct")
+        for function in (np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0])  # scalar and _reconstruct
     ],
 ]
 

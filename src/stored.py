@@ -160,8 +160,8 @@ def _is_written(name: str, home: str) -> bool:
 
 
 def _use_existing_cache(node: DictConfig, key: str, folder: Path, default_cache: Callable[[], str]) -> None:
-    """Replaces a cache folder that does not exist and would lie neither in the project nor in the run. Its content can be
-    made again."""
+    """Replaces a cache folder that does not exist and would lie neither in the project nor in the run: what it holds can
+    be made again."""
     from src.configuration import PROJECT  # which imports from here
 
     name = key.rpartition(".")[2]
@@ -185,11 +185,10 @@ def _resolvers(value: str) -> Iterator[str]:
 
 
 def _values(node: Any, key: str = "") -> Iterator[tuple[str, str, Any, Any]]:
-    """Yields the values below ``node`` as written: dotted key, last part of it, value, and the node that holds it.
-    Elements of a list belong to the node that holds the list, under its name."""
+    """Yields the values below ``node`` as written: dotted key, last part of it, value, and the node that holds it."""
     for name in node.keys() if isinstance(node, DictConfig) else range(len(node)):
         child = node._get_node(name)
-        path = f"{key}.{name}" if key else str(name)
+        path = f"{key}.{name!s}" if key else str(name)
         if isinstance(child, DictConfig | ListConfig) and not (
             child._is_none() or child._is_missing() or child._is_interpolation()
         ):

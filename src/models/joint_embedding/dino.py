@@ -185,11 +185,11 @@ def class_attention(backbone: nn.Module, image: Tensor) -> Tensor | None:
     outputs: list[Tensor] = []
     handle = attn.qkv.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
-        backbone.forward_features(image)  # type: ignore[operator]
+        backbone.forward_features(image)
     finally:
         handle.remove()
     q, k, _ = outputs[0].unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     q, k = attn.q_norm(q), attn.k_norm(k)
     weights = (q[:, :, :1] @ k.transpose(-2, -1) * attn.scale).softmax(dim=-1)[:, :, 0]
-    grid = backbone.patch_embed.dynamic_feat_size(image.shape[-2:])  # type: ignore[union-attr,operator]
+    grid = backbone.patch_embed.dynamic_feat_size(image.shape[-2:])
     return weights[:, :, backbone.num_prefix_tokens :].unflatten(-1, grid).float()
