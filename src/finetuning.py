@@ -87,11 +87,15 @@ def fine_tune(recipe: DictConfig, folder: Path) -> dict[str, float]:
 
     Raises:
         UserError: the training did not end well.
+        SystemExit: a signal stopped it, which is meant for the whole command.
     """
     run = runs.Run(folder)
     recipe.run.name, recipe.run.dir = run.dir.name, str(run.dir)
     runs.store(run, recipe)
     runs.adopt(run)
-    if train.fit(recipe, run):
+    code = train.fit(recipe, run)
+    if code > 128:
+        raise SystemExit(code)
+    if code:
         raise UserError(f"the fine-tuning did not end well; its run is {run.title}")
     return run.metrics().get("train", {})

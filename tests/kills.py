@@ -98,6 +98,7 @@ def command(
                 os.dup2(output.fileno(), 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
             os.setpgrp()  # its own, as of a command that a shell starts
+            os.environ.pop("PRETEXT_RUN_DIR", None)
             in_order(fork)
             sys.argv = ["command", *words]
             moments = Moments(at, number, group=group)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from src import resume, runs, train
+from src import configuration, resume, runs, train
 from src.errors import UserError
+from src.finetuning import fine_tune
 from src.train import compose
 from tests.callbacks.small_runs import end_of, in_child
 from tests.commands import SECONDS
@@ -140,3 +141,25 @@ def test_a_folder_that_cannot_be_written_is_answered_in_a_sentence(tmp_path: Pat
         UserError, match=r"paths\.runs: no run can be made in .*mae_tiny: (Not a directory|File exists)"
     ):
         stored(tmp_path)
+
+
+def test_ctrl_c_ends_a_command_without_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(words: object) -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        configuration.run_main(main)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "error: stopped by SIGINT\n"
+
+
+@pytest.mark.parametrize(("code", "error"), [(130, SystemExit), (1, UserError)])
+def test_a_signal_in_a_fine_tuning_ends_the_whole_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: type[BaseException]
+) -> None:
+    """Ctrl-C in a gauntlet would otherwise end one of its tasks, and the next would begin."""
+    monkeypatch.setattr(train, "fit", lambda *args: code)
+    monkeypatch.setattr(runs, "adopt", lambda run: None)
+    with pytest.raises(error) as end:
+        fine_tune(compose([*WORDS, f"paths.runs={tmp_path}"]), tmp_path)
+    assert getattr(end.value, "code", 130) == 130

@@ -56,7 +56,7 @@ class StopOnSignal(AfterLogging):
     The signal handler only sets a flag. After the current optimizer step all processes save ``last.ckpt`` with
     `Checkpoints` and stop, whichever of them received the signal. No evaluation is started; one that is running is
     finished first. A single process that waits for data saves and stops at once. A second Ctrl-C ends the process
-    without a checkpoint.
+    without a checkpoint. A signal that was ignored when the run was started, as ``nohup`` does, stays ignored.
 
     Args:
         signals: names of the signals.
@@ -94,7 +94,7 @@ class StopOnSignal(AfterLogging):
             if not self.began:
                 raise Preempted(number, None, None)
 
-        handlers = {number: signal.signal(number, stop) for number in self.signals}
+        handlers = {number: signal.signal(number, stop) for number in self._heeded()}
         try:
             yield
         finally:
@@ -110,7 +110,7 @@ class StopOnSignal(AfterLogging):
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         self._trainer, self._waits_at = trainer, None
         try:
-            for number in self.signals:
+            for number in self._heeded():
                 self._handlers[number] = signal.signal(number, self._request)
         except ValueError:  # Python sets handlers in the main thread only
             self._restore_handlers()
@@ -185,6 +185,10 @@ class StopOnSignal(AfterLogging):
         """True while a batch is waited for after a finished step."""
         ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         return self._waits_at == ready and trainer.global_step > 0 and is_between_steps(trainer)
+
+    def _heeded(self) -> list[signal.Signals]:
+        """The signals that are not ignored: a run under ``nohup`` outlives its terminal."""
+        return [number for number in self.signals if signal.getsignal(number) is not signal.SIG_IGN]
 
     def _restore_handlers(self) -> None:
         self._trainer = None

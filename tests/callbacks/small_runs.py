@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,9 @@ def in_child(work: Callable[[], None]) -> int:
     child = os.fork()
     if child == 0:
         code = 70
+        # the tests themselves may run in the background, where shells ignore these
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             work()
             code = 0

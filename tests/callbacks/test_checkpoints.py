@@ -538,6 +538,7 @@ def test_a_closed_terminal_saves(tmp_path: Path, bar: bool) -> None:
     if child == 0:
         code = 70
         try:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
             sys.stdout = os.fdopen(1, "w")
             progress = Progress(every_seconds=0.0, terminal=bar)
             checkpoints = Checkpoints(tmp_path, every_minutes=None)
@@ -565,3 +566,29 @@ def test_a_broken_pipe_ends_no_run(tmp_path: Path) -> None:
 
     assert end_of(in_child(train)) == 0
     assert load_checkpoint(tmp_path / "last.ckpt")["global_step"] == 12
+
+
+def test_a_signal_that_is_ignored_as_under_nohup_stops_nothing(tmp_path: Path) -> None:
+    def train() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = StopOnSignal()
+
+        class Hang(L.Callback):
+            def on_train_batch_start(self, *args: Any) -> None:
+                os.kill(os.getpid(), signal.SIGHUP)
+
+        with stop.before_training():
+            os.kill(os.getpid(), signal.SIGHUP)
+            fit(tmp_path, Checkpoints(tmp_path, every_minutes=None), stop, Hang())
+
+    assert end_of(in_child(train)) == 0
+    assert load_checkpoint(tmp_path / "last.ckpt")["global_step"] == 12
+
+
+def test_a_signal_before_training_ends_the_process_at_once_and_says_so() -> None:
+    stop = StopOnSignal()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted) as end, stop.before_training():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert (end.value.code, str(end.value)) == (143, "stopped by SIGTERM before training began")
+    assert signal.getsignal(signal.SIGTERM) is before
