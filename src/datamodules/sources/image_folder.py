@@ -126,7 +126,7 @@ class ImageFolderSource(Source):
         """Returns the classes in ``folder``, and (path below it, label) of its images, sorted."""
         entries = _entries(folder)
         classes = self._classes_in(folder)
-        flat = [entry.name for entry in entries if not entry.is_dir() and self._counts(entry.name)]
+        flat = [entry.name for entry in entries if not _is_folder(entry) and self._counts(entry.name)]
         if not classes:
             return _Listing([], [(name, -1) for name in flat])
         if flat:
@@ -140,7 +140,7 @@ class ImageFolderSource(Source):
 
     def _classes_in(self, folder: Path) -> list[str]:
         """Returns the folders in ``folder`` that have an image, sorted."""
-        names = [entry.name for entry in _entries(folder) if entry.is_dir()]
+        names = [entry.name for entry in _entries(folder) if _is_folder(entry)]
         classes = [name for name in names if next(self._walk(folder / name, ()), None) is not None]
         empty = [name for name in names if name not in set(classes)]
         if empty:
@@ -158,7 +158,7 @@ class ImageFolderSource(Source):
         if here in above:
             return  # a link to a folder that contains it
         for entry in _entries(folder):
-            if entry.is_dir():
+            if _is_folder(entry):
                 yield from self._walk(folder / entry.name, (*above, here))
             elif self._counts(entry.name):
                 yield entry.path
@@ -196,6 +196,13 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
@@ -216,7 +223,7 @@ def _require_folder(root: Path) -> None:
     parent = root.parent
     while not parent.is_dir():
         parent = parent.parent
-    folders = [entry.name for entry in _entries(parent) if entry.is_dir()]
+    folders = [entry.name for entry in _entries(parent) if _is_folder(entry)]
     name = root.relative_to(parent).parts[0]
     by_lower = {name.lower(): name for name in folders}
     near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
@@ -232,5 +239,5 @@ def _require_folder(root: Path) -> None:
 def _check_level(root: Path) -> None:
     """Checks that ``root`` is not the parent of a data set, whose folders would become classes."""
     for entry in _entries(root):
-        if entry.is_dir() and _first_folder(Path(entry.path), _SPLIT_FOLDERS["train"]):
+        if _is_folder(entry) and _first_folder(Path(entry.path), _SPLIT_FOLDERS["train"]):
             raise DataError(f"{root} has no folder 'train', but {entry.path} has: did you mean that one?")
