@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from src.callbacks.schedules import Schedules
 from src.models.pretrain_module import PretrainModule
-from src.schedules import Schedule
 from tests.fidelity.rules import by_rule
 
 Batch = dict[str, Tensor]
@@ -66,7 +65,7 @@ def run(
     return losses.values
 
 
-def squares(parameters: Sequence[nn.Parameter] | Any) -> list[float]:
+def squares(parameters: Iterable[nn.Parameter]) -> list[float]:
     """The squared norm of each parameter."""
     return [parameter.detach().pow(2).sum().item() for parameter in parameters]
 
@@ -104,6 +103,3 @@ class _Losses(L.Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
         assert isinstance(outputs, Mapping)
         self.values.append(outputs["loss"].item())
-
-
-__all__ = ["Schedule", "batch", "run", "squares", "views"]
