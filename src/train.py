@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import signal
 import sys
 import warnings
@@ -79,8 +80,8 @@ def compose(argv: Sequence[str]) -> DictConfig:
     if config.trainer.precision == "auto":
         config.trainer.precision = configuration.default_precision()
     configuration.check_complete(config)
-    if not isinstance(config.seed, int) or config.seed < 0:
-        raise UserError(f"seed={config.seed} must be a whole number from 0")
+    if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
+        raise UserError(f"seed={config.seed} must be a whole number from 0 to {2**32 - 1}")
     if not isinstance(config.checkpoint, str | None):
         raise UserError(f"CKPT={config.checkpoint} must be a run's folder or a file")
     return config
@@ -130,6 +131,7 @@ def _fit(config: DictConfig, run: runs.Run, callbacks: list[L.Callback], resume:
         )
     except (ValueError, L.pytorch.utilities.exceptions.MisconfigurationException) as problem:
         raise UserError(f"in trainer: {problem}") from problem
+    check_processes(trainer)
     check_teachers(module, trainer.callbacks)  # type: ignore[attr-defined]
     panels.announce(config, run, module, start=start, resume=resume)
     try:
@@ -204,6 +206,17 @@ def check_batches(module: L.LightningModule, datamodule: Any) -> None:
             f"{type(module).__name__} trains on {needed.__name__}, but the data makes {made.__name__}: "
             f"data.train_view must be a view that makes {needed.__name__}"
         )
+
+
+def check_processes(trainer: L.Trainer) -> None:
+    """Refuses far more processes than there are cores, each of which needs about a gigabyte, before they are started.
+
+    Raises:
+        UserError: there are more than eight to a core.
+    """
+    cores = os.cpu_count() or 1
+    if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > 8 * cores:
+        raise UserError(f"DEVICES={trainer.num_devices}: this machine has {cores} cores and no GPU")
 
 
 def check_teachers(module: L.LightningModule, callbacks: Sequence[L.Callback]) -> None:
