@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 
 _FARTHER = 0.25  # of two strings' similarity, from 0 to 1
@@ -12,9 +13,22 @@ class UserError(ValueError):
     """A mistake the user can correct; the message says what is wrong and what to type instead. Ends a command with
     its message and exit code 2, without a trace."""
 
+    def __init__(self, message: object = "") -> None:
+        super().__init__(without_trace(str(message)))
+
 
 class SettingError(UserError):
     """An argument or configuration value that cannot be used; the message names its key."""
+
+
+def without_trace(message: str) -> str:
+    """Returns the message of an error that was raised in a loader's worker. PyTorch raises it again in the run, with
+    the worker's whole trace before it."""
+    if not (message.startswith("Caught ") and "\nOriginal Traceback (most recent call last):\n" in message):
+        return message
+    # the last line that does not belong to the trace is "<module>.<Class>: <message>"
+    *_, own = re.split(r"^[\w.]+: ", message, flags=re.MULTILINE)
+    return own.strip()
 
 
 def nearest(word: str, options: Sequence[str], *, most: int = 40) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from src.datamodules.regular_files import NotRegularError, read_regular, reason
-from src.errors import SettingError
+from src.errors import SettingError, without_trace
 
 MAX_PIXELS = 89_478_485
 """Images with more pixels than this, by their header, are refused before they are decoded. Pillow itself refuses more
@@ -47,6 +47,9 @@ T = TypeVar("T")
 
 class BadSample(Exception):
     """A sample cannot be used; the message says why. It is counted, logged and replaced, and does not end a run."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(without_trace(str(message)))
 
 
 class DataError(SettingError):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.collectives import gather_rows, rank, world_size
+from src.datamodules.channels import to_channels
 from src.datamodules.sources.source import Sample, Split
 from src.datamodules.video_reader import VideoReader
 from src.errors import SettingError
@@ -161,7 +162,8 @@ class LabelPropagation(EncoderEvaluation):
         parts, datamodule = [], subject.datamodule
         with inference(encoder), autocast(subject.precision, subject.device):
             for part in frames.split(self.batch_size):
-                images = datamodule.on_after_batch_transfer({"image": part.to(subject.device)}, 0)["image"]
+                pixels = to_channels(part, datamodule.channels).to(subject.device)
+                images = datamodule.on_after_batch_transfer({"image": pixels}, 0)["image"]
                 features = encoder(datamodule.as_input(images).to(weight_dtype(encoder)))
                 # averages over the times of a clip that repeats one frame
                 parts.append(features.patches.float().unflatten(1, (-1, *features.grid[-2:])).mean(dim=1).flatten(1, 2))

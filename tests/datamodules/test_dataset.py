@@ -3,12 +3,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch._utils import ExceptionWrapper
 
 from src.datamodules.batches.base import BatchError, labels_of, optional_labels, validate
 from src.datamodules.batches.image import ImageBatch
 from src.datamodules.datamodule import DataModule
 from src.datamodules.dataset import EvalSampler, ResumableLoader, SampleKey, TrainSampler, ViewedDataset
-from src.datamodules.decoding import BadSample
+from src.datamodules.decoding import BadSample, DataError
 from src.datamodules.scenes.films import FilmsSource
 from src.datamodules.sources.source import Source
 from src.datamodules.sources.splits import of_each_class
@@ -144,6 +145,25 @@ def test_if_nothing_can_be_read_the_error_names_the_last_file():
     dataset = ViewedDataset(OneByOne(bad=tuple(range(24))), VIEW, seed=0)
     with pytest.raises(BadSample, match=r"16 samples in a row.*arrays/"):
         dataset[draws(0, [0])]
+
+
+@pytest.mark.parametrize("kind", [BadSample, SettingError, DataError])
+def test_an_error_in_a_worker_is_its_message_without_the_trace(kind):
+    try:
+        raise kind("data.source.root: no images (a: b)")
+    except kind:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(kind) as raised:
+        wrapped.reraise()
+    assert str(raised.value) == "data.source.root: no images (a: b)"
+
+
+def test_an_empty_split_and_no_samples_are_refused():
+    with pytest.raises(SettingError, match=r"data.source: Arrays has no sample in a split"):
+        datamodule(source=lambda split: Arrays(split, count=0 if split == "val" else 24)).val_dataloader()
+    for key in ("train_samples", "eval_samples"):
+        with pytest.raises(SettingError, match=rf"data.{key} must be at least 1, or null for all samples; got 0"):
+            datamodule(**{key: 0})
 
 
 def test_processes_and_micro_batches_split_the_same_global_batches():

@@ -104,6 +104,12 @@ class ImageFolderSource(Source):
                 "test_share": 0.0 if folders["test"] else test_share,
             }
             files = [(path, label) for path, label in train.files if hashed_split(path, **shares) == split]
+            if train.files and not files:
+                share = f"data.source.{split}_share={shares[f'{split}_share']}" if split != "train" else f"{shares}"
+                raise DataError(
+                    f"data.source.root: no images for the split '{split}': none of {len(train.files)} images below "
+                    f"{base} is in it by {share}; set another share, or make a folder {self.root / split}"
+                )
         self._folder = own or base
         if not files:
             raise DataError(f"data.source.root: no images for the split '{split}' below {self._folder}: {_EXPECTED}")

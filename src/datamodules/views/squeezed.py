@@ -9,11 +9,12 @@ import numpy as np
 
 from src.datamodules.views.augment import RandAugmentCrop
 from src.datamodules.views.image import CenterCrop, RandomResizedCrop
+from src.image_size import height_and_width
 
 
 @dataclass(frozen=True)
 class SqueezedCrop(RandomResizedCrop):
-    """`RandomResizedCrop` of the image squeezed to a square, in one resampling.
+    """`RandomResizedCrop` of the image squeezed to a square, or to the proportions of ``size``, in one resampling.
 
     Args:
         size, scale, ratio, flip, interpolation: see `RandomResizedCrop`; ``scale`` (1, 1) and ``ratio`` (1, 1) are the
@@ -26,8 +27,12 @@ class SqueezedCrop(RandomResizedCrop):
 
     def boxes(self, height: int, width: int, uniform: np.ndarray) -> np.ndarray:
         """Returns boxes [B, 4] (top, left, height, width) in pixels of the image, not rounded."""
-        side = max(height, width)
-        return super().boxes(side, side, uniform) * np.array([height, width, height, width]) / side
+        side, (rows, columns) = max(height, width), height_and_width(self.size)
+        # the image as it is squeezed to exactly the proportions of the result
+        times = -(-side // max(rows, columns))
+        rows, columns = (side, side) if rows == columns else (rows * times, columns * times)
+        boxes = super().boxes(rows, columns, uniform)
+        return boxes * np.array([height, width, height, width]) / np.array([rows, columns, rows, columns])
 
 
 @dataclass(frozen=True)

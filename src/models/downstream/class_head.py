@@ -55,8 +55,8 @@ class ClassHeadModule(PretrainModule):
             names = [str(number) for number in range(self._requested_classes)]
         if not names:
             raise BatchError(
-                f"{type(self).__name__} learns from labels, and the data has no classes: choose data with labels, or set "
-                "model.num_classes to the number of classes"
+                f"{type(self).__name__} learns from labels, and the data has no classes: choose data with labels, or "
+                "set model.num_classes to the number of classes"
             )
         self.classes = names
         if self.num_classes is None:

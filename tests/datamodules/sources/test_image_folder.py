@@ -172,6 +172,20 @@ class TestBad:
         val = ImageFolderSource("val", root=split_root)
         assert (val.classes, val.labels.tolist()) == (source.classes, source.labels.tolist())
 
+    def test_a_split_that_is_empty_by_its_share(self, tmp_path: Path) -> None:
+        picture(tmp_path / "ant" / "1.png")
+        said = r"split 'val': none of 1 images below .* is in it by data\.source\.val_share=0\.0; set another share"
+        with pytest.raises(DataError, match=said):
+            ImageFolderSource("val", root=tmp_path, val_share=0.0)
+
+    def test_a_link_to_itself_is_a_bad_sample_alone(self, split_root: Path) -> None:
+        (split_root / "train" / "ant" / "0.png").symlink_to("0.png")
+        (split_root / "train" / "loop").symlink_to("loop")
+        source = ImageFolderSource("train", root=split_root)
+        assert (source.classes, len(source)) == (["ant", "bee", "cat"], 7)
+        with pytest.raises(BadSample, match="symbolic links"):
+            source[0]["image"].decode()  # type: ignore[union-attr]
+
     def test_an_empty_folder_beside_images_does_not_make_classes(self, tmp_path: Path) -> None:
         picture(tmp_path / "1.png")
         (tmp_path / "empty" / "deeper").mkdir(parents=True)

@@ -21,6 +21,7 @@ from src.datamodules.views.image import CenterCrop, RandomResizedCrop
 from src.datamodules.views.multi import Augmented, MultiView
 from src.datamodules.views.resample import resample_boxes
 from src.datamodules.views.segmentation import SegmentationView
+from src.datamodules.views.squeezed import SqueezedCrop
 from src.datamodules.views.statistics import crop_flow, partitions
 from src.datamodules.views.transforms import PaddedCrop, check_transform, padding_color
 from src.datamodules.views.video import CenterVideoCrop, MultiScaleCrop, RandomSquare, RandomVideoCrop, SegmentClip
@@ -107,6 +108,14 @@ class TestSizes:
         whole = RandomResizedCrop((16, 32), scale=(1.0, 1.0), ratio=(1.0, 1.0))
         assert whole.boxes(50, 100, uniform(0, [0], [0], whole.num_uniforms)).tolist() == [[0, 0, 50, 100]]
 
+    def test_a_squeezed_image_is_whole_whatever_the_size(self) -> None:
+        for size in (16, (8, 32), (32, 8)):
+            view = SqueezedCrop(size)
+            assert view.boxes(60, 90, uniform(0, [0], [0], view.num_uniforms)).tolist() == [[0, 0, 60, 90]]
+        part = SqueezedCrop((10, 20), scale=(0.25, 0.25))  # a quarter, of the squeezed image's proportions: 30 x 45
+        boxes = part.boxes(60, 90, uniform(0, [0] * 20, range(20), part.num_uniforms))
+        np.testing.assert_allclose(boxes[:, 2:], [[30, 45]] * 20, rtol=0.03)
+
     def test_the_views_of_a_pair_share_a_size(self) -> None:
         kind = Augmented(RandomResizedCrop([8, 16]), Color(brightness=0.4, blur=1.0), count=2)
         small = Augmented(RandomResizedCrop((4, 8)))
@@ -187,7 +196,7 @@ class TestChannels:
             expected = torch.from_numpy(np.array(pil.convert(mode))).view(5, 6, -1).permute(2, 0, 1)
             assert torch.equal(to_channels(image[None], channels)[0], expected)
         assert torch.equal(to_channels(image[:1], 3), image[:1].repeat(3, 1, 1))
-        with pytest.raises(SettingError, match="have 4 channels, which cannot be converted: set data.channels=4"):
+        with pytest.raises(SettingError, match=r"have 4 channels, which cannot be converted: set data.channels=4"):
             to_channels(noise(4, 2, 2), 3)
 
     def test_videos_are_converted_and_keep_their_flow(self) -> None:
@@ -225,17 +234,17 @@ class TestChannels:
     def test_operators_that_need_rgb_refuse_other_channels(self) -> None:
         color = Color(saturation=0.4, hue=0.1, grey=0.2, brightness=0.4)
         for view in (Augmented(RandomResizedCrop(8), color), MultiView({"a": Augmented(RandomResizedCrop(8), color)})):
-            with pytest.raises(SettingError, match="saturation, hue, grey need RGB, and data.channels is 1: set satur"):
+            with pytest.raises(SettingError, match=r"saturation, hue, grey need RGB, and data.channels is 1: set"):
                 view.check_channels(1)
-        with pytest.raises(SettingError, match="policy=rand-m9-mstd0.5-inc1 need RGB, and data.channels is 4: set pol"):
+        with pytest.raises(SettingError, match=r"policy=rand-m9-mstd0.5-inc1 need RGB, and data.channels is 4: set"):
             RandAugmentCrop(8).check_channels(4)
-        with pytest.raises(SettingError, match="StrongFrames: mean and std have 3 numbers, and data.channels is 1"):
+        with pytest.raises(SettingError, match=r"StrongFrames: mean and std have 3 numbers, and data.channels is 1"):
             StrongFrames(8, policy=None).check_channels(1)
         jitter = v2.RandomApply([v2.ColorJitter(hue=0.1)])
-        with pytest.raises(SettingError, match="saturation and hue of ColorJitter need RGB, and data.channels is 1"):
+        with pytest.raises(SettingError, match=r"saturation and hue of ColorJitter need RGB, and data.channels is 1"):
             SegmentationView([jitter]).check_channels(1)
         check_transform(v2.RandomApply([v2.ColorJitter(brightness=0.1)]), 1)
-        with pytest.raises(SettingError, match="ColorJitter needs RGB or grayscale, and data.channels is 4"):
+        with pytest.raises(SettingError, match=r"ColorJitter needs RGB or grayscale, and data.channels is 4"):
             check_transform(v2.ColorJitter(brightness=0.1), 4)
         with pytest.raises(SettingError, match=r"saturation, hue, grey need RGB"):
             DataModule(
@@ -268,6 +277,6 @@ class TestChannels:
     def test_padding_has_as_many_channels(self) -> None:
         gray = tv_tensors.Image(noise(1, 2, 2))
         assert PaddedCrop((2, 3))(gray)[0, :, 2].tolist() == [117, 117]  # luma of (124, 116, 104) is 117.0
-        with pytest.raises(SettingError, match="fill, is not set, and data.channels is 4"):
+        with pytest.raises(SettingError, match=r"fill, is not set, and data.channels is 4"):
             padding_color(None, 4)
         assert padding_color((1, 2, 3, 4), 4) == [1, 2, 3, 4]
