@@ -10,6 +10,7 @@ from src.datamodules.batches.image import ImageBatch
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, cls_token
 from src.models.downstream.classifier import Classifier
+from src.models.functional import in_full_precision
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
 
@@ -59,7 +60,11 @@ class LinearProtocol(Classifier):
     def learn(self, image: Tensor, label: Tensor) -> StepOutput:
         """The step on images [B, 3, H, W] or clips [B, T, 3, H, W] with class labels [B]."""
         embedding = self.embed(image)
-        return {"loss": F.cross_entropy(self.head(self.norm(embedding)), label), "embedding": embedding}
+        return {"loss": F.cross_entropy(self.classify(embedding), label), "embedding": embedding}
+
+    def classify(self, embedding: Tensor) -> Tensor:
+        """The scores of the classes, float32: [B, D] -> [B, C]."""
+        return in_full_precision(self.head, in_full_precision(self.norm, embedding))
 
     def embed(self, image: Tensor) -> Tensor:
         """The embedding of the frozen backbone, float32 [B, D]."""
@@ -67,7 +72,7 @@ class LinearProtocol(Classifier):
             return self.encoders()["encoder"](image).embedding.float()
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.norm(self.embed(image)))
+        return self.classify(self.embed(image))
 
     def encoders(self) -> dict[str, Encoder]:
         return {"encoder": ImageEncoder(self.backbone, pool=self.pool)}

@@ -177,6 +177,7 @@ class XCLIP(ImageTextModule):
         if not isinstance(query, VideoFeatures):
             return _cosine(l2_normalize(query), l2_normalize(keys).expand(len(query), -1, -1))
         assert self.prompts is not None
+        keys = keys.to(self.prompts.alpha.dtype)  # stored features are float32, weights may be in half precision
         size = max(1, _PROMPTS_AT_ONCE // len(keys))
         return torch.cat(
             [

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from src.optim import OptimizerRecipe, Rule, classic_lars, larc, lars
+from tests.distributed import in_two_processes
 
 LR, MOMENTUM, TRUST = 0.5, 0.9, 0.001
 
@@ -93,3 +97,25 @@ def test_larc_also_scales_biases():
     bias, gradient = np.array([1.0, -1.0]), np.array([2.0, 0.0])
     moved = bias - LR * TRUST * 2**0.5 / (2.0 + 0.1 * 2**0.5) * (gradient + 0.1 * bias)
     np.testing.assert_allclose(linear.bias.detach().numpy(), moved, rtol=1e-6)
+
+
+def sharded_steps(process: int) -> torch.Tensor:
+    """Two steps of LARS on a matrix of 4 rows, of which each process holds two."""
+    linear = nn.Linear(3, 4, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.arange(12.0).view(4, 3))
+    if process >= 0:
+        fully_shard(linear, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = OptimizerRecipe(lars, lr=LR, weight_decay=0.1).build(linear)
+    for number in (1.0, -2.0):
+        linear(torch.full((2, 3), number)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weight = linear.weight.detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def test_sharded_weights_take_the_steps_of_whole_ones():
+    whole = sharded_steps(-1)
+    for part in in_two_processes(sharded_steps):
+        torch.testing.assert_close(part, whole, rtol=1e-6, atol=0)
