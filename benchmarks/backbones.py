@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from src.errors import UserError
 from src.measure.report import Check, Section, table
+from src.models.backbones.layout import own_size, shapes
 from src.models.downstream.finetune import FineTune
 from src.models.downstream.segmentation import LinearHead, Segmenter
 from src.models.joint_embedding.dino import DINO
@@ -98,16 +99,18 @@ def built(name: str, **options: Any) -> tuple[nn.Module, tuple[int, int]]:
     size. Returns it with the images' size."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        size = _SIZE * 7 // 8 if "patch14" in name else _SIZE
         shallow = {"depth": 2} if name.startswith(_DEEP) else {}
-        for tried_options in ({"img_size": _SIZE, **shallow}, {"img_size": _SIZE}):
+        for tried_options in ({"img_size": size, **shallow}, {"img_size": size}, {}):
             try:
                 network = timm.create_model(name, num_classes=0, **{**tried_options, **options})
-                return network, _pair({**tried_options, **options}["img_size"])
             except (TypeError, AssertionError, RuntimeError, ValueError):
                 continue
-        network = timm.create_model(name, num_classes=0, **options)
-    settings: Any = network.pretrained_cfg
-    return network, _pair(settings["input_size"][1:] if settings.get("fixed_input_size") else _SIZE)
+            asked = _pair({**tried_options, **options}.get("img_size", size))
+            if not isinstance(shapes(network, asked), Exception):
+                return network, asked
+    own: Any = own_size(network)
+    return network, own
 
 
 def attempt(use: str, name: str, **options: Any) -> str:
@@ -175,8 +178,9 @@ def _views(method: PretrainModule, size: tuple[int, int], *, local: bool = False
     batch: dict[str, Any] = {"views": torch.randn(2, 2, 3, *size), "index": torch.arange(2)}
     if local:
         network: Any = next(iter(method.encoders().values())).backbone
-        stride = max([32, *(int(stage["reduction"]) for stage in getattr(network, "feature_info", None) or [])])
-        smaller = [max(stride, side // 2 // stride * stride) for side in size]
+        info: Any = getattr(network, "feature_info", None) or []
+        stride = max([14 if size[0] % 16 else 32, *(int(stage["reduction"]) for stage in info)])
+        smaller = [max(stride, side * 3 // 4 // stride * stride) for side in size]
         batch["local_views"] = torch.randn(2, 1, 3, *smaller)
     return method.training_step(batch, 0)["loss"]
 
@@ -224,7 +228,7 @@ def report(result: dict[str, Any]) -> Section:
     ]
     parts = [
         "The smallest model of each class of each family of timm, and ViTs with what plain ones do not have: a "
-        "training step of two images, and their features. DINO's local crops have half the size. –: refused when the "
+        "training step of two images, and their features. DINO's local crops are smaller. –: refused when the "
         "method is built, in a sentence that names what the model has.",
         table(["", *USES], rows),
     ]

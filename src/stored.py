@@ -160,8 +160,8 @@ def _is_written(name: str, home: str) -> bool:
 
 
 def _use_existing_cache(node: DictConfig, key: str, folder: Path, default_cache: Callable[[], str]) -> None:
-    """Replaces a cache folder that does not exist and would lie neither in the project nor in the run: what it holds can
-    be made again."""
+    """Replaces a cache folder that does not exist and would lie neither in the project nor in the run. All that a cache
+    holds can be made again."""
     from src.configuration import PROJECT  # which imports from here
 
     name = key.rpartition(".")[2]

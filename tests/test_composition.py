@@ -216,6 +216,7 @@ def test_every_key_is_an_argument_of_something(composed):
 
 def test_every_top_level_value_is_referred_to_by_an_experiment(composed):
     read_by_code = {"about", "run", "paths", "data", "trainer", "logger", "callbacks", "model", "seed"}
+    read_by_code |= {"checkpoint", "checkpoint_encoder", "checkpoint_prefix"}
     text = "\n".join(OmegaConf.to_yaml(each.config) for (_, scale), each in composed.items() if scale == "paper")
     for key in {str(key) for each in composed.values() for key in each.config} - read_by_code:
         assert re.search(rf"\$\{{{key}(\.|\}})", text) or f",${{{key}" in text, key

@@ -13,7 +13,10 @@ from benchmarks.backbones import MODELS, USES, attempt, report
 YES = dict.fromkeys(USES, "works")
 NOT_A_VIT = {"MAE": "refused: backbone.model_name: MAE needs a plain timm ViT"}
 NO_PATCHES = {"MoCo v3": "refused: backbone.model_name: MoCo v3 with model.frozen_patches=true needs a plain timm ViT"}
-TWO_CLASSIFIERS = {"fine-tuning": "refused: backbone.model_name: fine-tuning needs a network with one classifier"}
+TWO_CLASSIFIERS = {
+    "fine-tuning": "refused: backbone.model_name: fine-tuning replaces the linear classifier of a timm model, and "
+    "VisionTransformerDistilled has 2 of them"
+}
 ONE_SIZE = {"DINO": "refused: backbone.model_name: "}
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 16, "depth": 1, "embed_dim": 16, "num_heads": 2}
 

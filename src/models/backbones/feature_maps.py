@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from src.errors import SettingError
+from src.models.backbones.layout import explained
 from src.models.backbones.positions import accept_any_image_size
 
 _FINEST = 4  # stride of the finest map that heads read
@@ -88,7 +89,8 @@ class FeatureMaps(nn.Module):
 
     def _intermediates(self, image: Tensor, **options: Any) -> list[Any]:
         backbone: Any = self.backbone
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        enabled = torch.is_grad_enabled() and not self.frozen
+        with explained(backbone, image), torch.set_grad_enabled(enabled):
             return backbone.forward_intermediates(
                 image, indices=list(self.indices), norm=self.norm, stop_early=True, intermediates_only=True, **options
             )

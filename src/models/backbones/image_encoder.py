@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from src.errors import SettingError
 from src.models.backbones.encoder import Encoder, Features
-from src.models.backbones.layout import check_image_backbone, split_features, wrong_size
+from src.models.backbones.layout import check_image_backbone, explained, split_features
 
 Pool = Callable[[Tensor, Tensor], Tensor]
 """Makes the embedding [B, D] of the prefix tokens [B, P, D] (class token, registers) and the patches [B, N, D]."""
@@ -76,16 +76,11 @@ class ImageEncoder(Encoder):
         """x: images [B, 3, H, W], normalized."""
         backbone, size = self.backbone, (x.shape[-2], x.shape[-1])
         class_tokens = None
-        try:
+        with explained(backbone, x):
             if self.last_blocks and _has_class_token(backbone):
                 output, class_tokens = self._with_class_tokens(x)
             else:
                 output = backbone.forward_features(x)  # type: ignore[operator]
-        except (AssertionError, RuntimeError, IndexError, ValueError) as problem:
-            error = None if isinstance(problem, SettingError) else wrong_size(backbone, size)
-            if error is None:
-                raise
-            raise error from problem
         prefix, patches, grid = split_features(backbone, output, size)
         return Features(self.pool(prefix, patches), patches, grid, class_tokens)
 

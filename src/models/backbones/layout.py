@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +72,7 @@ def check_image_backbone(backbone: nn.Module) -> None:
         raise SettingError(f"{_named(backbone)} has no forward_features or num_features, timm's interface of encoders")
     size = _working_size(backbone)
     if size is not None:  # None for a model that only its first batch can check
-        split_features(backbone, _shapes(backbone, size), size)
+        split_features(backbone, shapes(backbone, size), size)
 
 
 def check_accepts_any_size(backbone: nn.Module) -> None:
@@ -84,16 +86,28 @@ def check_accepts_any_size(backbone: nn.Module) -> None:
     stride = _stride(backbone)
     smaller = tuple(max(stride, -(-side // 2 // stride) * stride) for side in size)
     other = (size[0] + stride, size[1] + stride) if smaller == size else smaller
-    if isinstance(_shapes(backbone, other), Exception):
+    if isinstance(shapes(backbone, other), Exception):
         raise SettingError(
             f"{_named(backbone)} takes images of {_by(size)} pixels alone, and this method also sends it others"
             f"{_hint(backbone)}"
         )
 
 
+@contextmanager
+def explained(backbone: nn.Module, image: Tensor) -> Iterator[None]:
+    """While active, an error of ``backbone`` about images of a size that it does not take becomes a SettingError."""
+    try:
+        yield
+    except (AssertionError, RuntimeError, IndexError, ValueError) as problem:
+        error = None if isinstance(problem, SettingError) else wrong_size(backbone, (image.shape[-2], image.shape[-1]))
+        if error is None:
+            raise
+        raise error from problem
+
+
 def wrong_size(backbone: nn.Module, size: tuple[int, int]) -> SettingError | None:
     """Returns the error about images of a size that ``backbone`` does not take; None if it takes them."""
-    if not isinstance(_shapes(backbone, size), Exception):
+    if not isinstance(shapes(backbone, size), Exception):
         return None
     own = _working_size(backbone)
     if own is None or own == size:
@@ -125,7 +139,7 @@ def _working_size(backbone: nn.Module) -> tuple[int, int] | None:
         return None
     stride = _stride(backbone)
     squares = [(number * stride, number * stride) for number in (4, 7, 8, 2, 3, 5, 6, 1, 10, 12)]
-    return next((size for size in (own, *squares) if not isinstance(_shapes(backbone, size), Exception)), None)
+    return next((size for size in (own, *squares) if not isinstance(shapes(backbone, size), Exception)), None)
 
 
 def channels_of(backbone: nn.Module) -> int:
@@ -134,19 +148,23 @@ def channels_of(backbone: nn.Module) -> int:
     return first.in_channels if first is not None else int(getattr(backbone, "in_chans", 3))
 
 
-def _shapes(backbone: nn.Module, size: tuple[int, ...]) -> Any:
+def without_values(network: nn.Module) -> Any:
+    """Returns a copy of ``network`` whose parameters and buffers are on the meta device: it computes shapes alone."""
+    copies: dict[int, Tensor] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        copies[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(network, copies)
+
+
+def shapes(backbone: nn.Module, size: tuple[int, ...]) -> Any:
     """Returns the features of two images, or the exception that ``backbone`` raises. Computed by a copy without values,
-    on the meta device; by a real copy where some of its tensors cannot be there."""
-    tensors = [*backbone.parameters(), *backbone.buffers()]
-    empty = [torch.empty_like(tensor, device="meta", requires_grad=False) for tensor in tensors]
-    copies = {
-        id(tensor): nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
-        for tensor, copied in zip(tensors, empty, strict=True)
-    }
-    images = torch.empty(2, channels_of(backbone), *size, device="meta", dtype=tensors[0].dtype)
-    output = _features(copy.deepcopy(backbone, copies), images)
+    or by a real one where some of its tensors cannot be on the meta device."""
+    first = next(backbone.parameters())
+    images = torch.empty(2, channels_of(backbone), *size, device="meta", dtype=first.dtype)
+    output = _features(without_values(backbone), images)
     if isinstance(output, Exception) and "meta" in str(output):
-        output = _features(copy.deepcopy(backbone), torch.zeros_like(images, device=tensors[0].device))
+        output = _features(copy.deepcopy(backbone), torch.zeros_like(images, device=first.device))
     return output
 
 

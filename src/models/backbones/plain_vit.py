@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from src.errors import SettingError
+from src.models.backbones.layout import explained
 
 
 def check_plain_vit(
@@ -54,8 +55,13 @@ def position_count(vit: VisionTransformer) -> int:
 
 
 def embed_patches(vit: VisionTransformer, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeds images or clips with their positions: class token and registers [B, P, D], and patches [B, N, D]."""
-    patches = vit.patch_embed(image)
+    """Embeds images or clips with their positions: class token and registers [B, P, D], and patches [B, N, D].
+
+    Raises:
+        SettingError: the images have another size than the ViT was built for.
+    """
+    with explained(vit, image):
+        patches = vit.patch_embed(image)
     patches = patches.flatten(1, -2)  # rows and columns, where the ViT takes images of any size
     tokens = [token.expand(len(patches), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
     prefix = torch.cat(tokens, dim=1) if tokens else patches[:, :0]

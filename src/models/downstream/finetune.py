@@ -17,6 +17,7 @@ from src.datamodules.batches.image import ImageBatch
 from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
+from src.models.backbones.layout import explained, without_values
 from src.models.downstream.classifier import Classifier, truncated_normal
 from src.models.layers.mixing import mix
 from src.models.pretrain_module import StepOutput
@@ -65,15 +66,7 @@ class FineTune(Classifier):
             )
         if not 0 < layer_decay <= 1:
             raise SettingError(f"model.layer_decay must lie in (0, 1], got {layer_decay}")
-        needed = ("forward_head", "get_classifier", "reset_classifier", "group_matcher")
-        if not all(callable(getattr(backbone, name, None)) for name in needed) or not isinstance(
-            backbone.get_classifier(),  # type: ignore[operator]
-            nn.Module,
-        ):
-            raise SettingError(
-                f"backbone.model_name: fine-tuning needs a network with one classifier and timm's {', '.join(needed)}, "
-                f"which a {type(backbone).__name__} does not have"
-            )
+        check_classifier(backbone)
         self.backbone = backbone
         self.layer_decay = layer_decay
         self.mixup, self.cutmix, self.smoothing = mixup, cutmix, smoothing
@@ -116,7 +109,8 @@ class FineTune(Classifier):
 
     def embed(self, image: Tensor) -> Tensor:
         """The input of the classifier, [B, D]."""
-        features = self.backbone.forward_features(image)  # type: ignore[operator]
+        with explained(self.backbone, image):
+            features = self.backbone.forward_features(image)  # type: ignore[operator]
         return self.backbone.forward_head(features, pre_logits=True)  # type: ignore[operator]
 
     def classify(self, embedding: Tensor) -> Tensor:
@@ -137,6 +131,26 @@ class FineTune(Classifier):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         rules = [] if self.layer_decay == 1 else layer_rules(self.backbone, self.layer_decay, prefix="backbone.")
         return self.optimizer_recipe.build(self, extra_rules=rules)
+
+
+def check_classifier(backbone: nn.Module) -> None:
+    """Checks that ``backbone`` has one linear classifier, which timm's ``reset_classifier`` replaces.
+
+    Raises:
+        SettingError: it has none, several, or one of another kind.
+    """
+    needed = ("forward_features", "forward_head", "get_classifier", "reset_classifier", "group_matcher")
+    missing = [name for name in needed if not callable(getattr(backbone, name, None))]
+    name = type(backbone).__name__
+    what = f"backbone.model_name: fine-tuning replaces the linear classifier of a timm model, and {name}"
+    if missing:
+        raise SettingError(f"{what} has no {', '.join(missing)}")
+    network = without_values(backbone)
+    network.reset_classifier(2)
+    layer = network.get_classifier()
+    if not isinstance(layer, nn.Linear):
+        kind = f"{len(layer)} of them" if isinstance(layer, tuple | nn.ModuleList) else f"a {type(layer).__name__}"
+        raise SettingError(f"{what} has {kind}")
 
 
 def layer_rules(backbone: nn.Module, decay: float, prefix: str = "", *, decay_tokens: bool = False) -> list[Rule]:
