@@ -16,6 +16,7 @@ from src.errors import UserError
 from src.models.backbones.weights import WeightsError
 from src.models.image_text.base import ImageTextModule
 from src.models.pretrain_module import PretrainModule
+from src.panels import recipe_rows
 from src.trained import started, without_source
 
 EXPERIMENTS = configuration.names("experiment")
@@ -98,6 +99,8 @@ def test_a_runs_teacher_can_be_the_start_of_another_method(tmp_path: Path) -> No
     student, line = started(configured("mae_vitb", checkpoint=run, image_size=64))
     assert torch.equal(student.backbone.cls_token, dino.student["encoder"].backbone.cls_token)  # type: ignore
     assert "(encoder 'student')" in str(line)
+    assert recipe_rows(configured("mae_vitb"), line)["starts from"] == line
+    assert "starts from" not in recipe_rows(configured("mae_vitb"))
     teacher, _ = started(configured("moco_v3_vits", checkpoint=run, checkpoint_encoder="teacher"))
     for encoder in teacher.encoders().values():
         assert (encoder.backbone.cls_token == 5).all()  # type: ignore[union-attr]
@@ -127,6 +130,22 @@ def test_towers_start_from_both_towers_of_a_run_or_from_one_encoder(tmp_path: Pa
         WeightsError, match=r"of the towers'.*text_encoder\..*checkpoint_encoder=encoder the image tower"
     ):
         started(configured("lit_vitb16", checkpoint=run))
+
+
+def test_loaded_towers_bring_the_tokenizer_whose_ids_they_know(tmp_path: Path) -> None:
+    run = str(run_of(fresh(configured("clip_vitb32")), tmp_path))
+    config = configured("clip_vitb32", checkpoint=run)
+    datamodule = instantiate(config.data)
+    assert datamodule.tokenizer_settings.other_run is None
+    started(config, datamodule)
+    assert datamodule.tokenizer_settings.other_run == Path(run)
+    # not where one is named, nor where the image tower alone is loaded
+    for values in ({"tokenizer": "openai/clip-vit-base-patch32"}, {}):
+        config = configured("clip_vitb32", checkpoint=run, checkpoint_encoder=None if values else "encoder")
+        config.data.update(values)
+        datamodule = instantiate(config.data)
+        started(config, datamodule)
+        assert datamodule.tokenizer_settings.other_run is None
 
 
 def test_timms_weights_survive_a_method_that_initializes_its_backbone_anew(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ class Detection(ClassHeadModule):
             raise SettingError(f"model.layer_decay must lie in (0, 1], got {layer_decay}")
         require_pycocotools()
         self.pyramid = pyramid
+        self.encoders()  # refuses a backbone whose features evaluation could not read
         self.make_heads = heads
         self.frozen, self.frozen_norms = frozen, frozen_norms
         self.layer_decay = layer_decay

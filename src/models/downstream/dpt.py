@@ -51,6 +51,7 @@ class DensePrediction(PretrainModule):
             raise SettingError(
                 f"model.blocks, model.widths: DPT needs four maps, got {len(self.features.channels)} and {len(widths)}"
             )
+        self.encoders()  # refuses a backbone whose features evaluation could not read
         self.readout = readout and self.features.flat
         if self.readout and not getattr(backbone, "num_prefix_tokens", 0):
             raise SettingError("model.readout: the backbone has no class token; use model.readout=false")

@@ -42,7 +42,7 @@ class LinearProtocol(Classifier):
         self.backbone = backbone.requires_grad_(False).eval()
         self.pool = pool
         self.head_std = head_std
-        self.norm = nn.BatchNorm1d(int(backbone.num_features), affine=False, eps=1e-6)  # type: ignore[arg-type]
+        self.norm = nn.BatchNorm1d(self.encoders()["encoder"].dim, affine=False, eps=1e-6)
 
     def make_head(self, num_classes: int) -> None:
         self.head = nn.Linear(self.norm.num_features, num_classes)
