@@ -163,3 +163,31 @@ def test_a_signal_in_a_fine_tuning_ends_the_whole_command(
     with pytest.raises(error) as end:
         fine_tune(compose([*WORDS, f"paths.runs={tmp_path}"]), tmp_path)
     assert getattr(end.value, "code", 130) == 130
+
+
+def test_a_killed_make_ends_its_command() -> None:
+    reading, writing = os.pipe()
+
+    def command() -> None:
+        def end(number: int, frame: object) -> None:
+            os.write(writing, b"t")
+            os._exit(0)
+
+        def main(words: object) -> int:
+            os.write(writing, b"s")
+            signal.pause()
+            return 0
+
+        signal.signal(signal.SIGTERM, end)
+        configuration.run_main(main)
+
+    def make() -> None:
+        os.environ["MAKELEVEL"] = "1"
+        in_child(command)
+        signal.pause()
+
+    child = in_child(make)
+    assert os.read(reading, 1) == b"s"
+    os.kill(child, signal.SIGKILL)
+    end_of(child)
+    assert os.read(reading, 1) == b"t"

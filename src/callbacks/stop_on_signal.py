@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,8 @@ from src.callbacks.checkpoints import Checkpoints, SavedCheckpoint
 from src.callbacks.loop_state import AfterLogging, Moment, is_between_steps
 from src.collectives import any_process, gather_rows, world_size
 from src.errors import SettingError
+
+log = logging.getLogger(__name__)
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")  # kill and service managers, Ctrl-C, a closed terminal
 _SAME_SIGNAL = 0.5  # seconds within which a second SIGINT is a copy of the first, as `timeout` sends them
@@ -134,6 +137,12 @@ class StopOnSignal(AfterLogging):
         self._restore_handlers()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        # the data loader failed, for example because the system killed a worker: the steps so far are whole
+        if self._trainer is not None and isinstance(exception, Exception) and self._can_save_now(trainer):
+            self._trainer = None
+            saved = self._save_while_waiting(trainer).saved
+            if saved is not None:
+                log.error("the data loader failed; the checkpoint is %s, of step %d", saved.path, saved.step)
         super().on_exception(trainer, pl_module, exception)
         self._restore_handlers()
 
@@ -174,17 +183,23 @@ class StopOnSignal(AfterLogging):
             return
         self.requested, self._requested_at = number, time.monotonic()
         trainer = self._trainer
-        if trainer is not None and world_size() == 1 and self._is_waiting(trainer):
+        if trainer is not None and self._can_save_now(trainer):
             # what is waited for may never come, and nothing is under way that this could cut
-            checkpoints = _checkpoints(trainer)
-            if checkpoints.saved is None or checkpoints.saved.step != trainer.global_step:
-                checkpoints.save_last(trainer, "wait")
-            raise Preempted(number, trainer.global_step, checkpoints.saved)
+            saved = self._save_while_waiting(trainer).saved
+            raise Preempted(number, trainer.global_step, saved)
 
-    def _is_waiting(self, trainer: L.Trainer) -> bool:
-        """True while a batch is waited for after a finished step."""
+    def _can_save_now(self, trainer: L.Trainer) -> bool:
+        """True while the only process waits for a batch after a finished step."""
         ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return self._waits_at == ready and trainer.global_step > 0 and is_between_steps(trainer)
+        waits = self._waits_at == ready and trainer.global_step > 0 and is_between_steps(trainer)
+        return waits and world_size() == 1
+
+    @staticmethod
+    def _save_while_waiting(trainer: L.Trainer) -> Checkpoints:
+        checkpoints = _checkpoints(trainer)
+        if checkpoints.saved is None or checkpoints.saved.step != trainer.global_step:
+            checkpoints.save_last(trainer, "wait")
+        return checkpoints
 
     def _heeded(self) -> list[signal.Signals]:
         """The signals that are not ignored: a run under ``nohup`` outlives its terminal."""

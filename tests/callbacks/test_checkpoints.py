@@ -23,6 +23,7 @@ from src.callbacks.last_validation import LastValidation
 from src.callbacks.progress import Progress
 from src.callbacks.stop_on_signal import Preempted, StopOnSignal
 from src.checkpoint_io import AtomicCheckpointIO, load_checkpoint
+from src.datamodules.dataset import ResumableLoader
 from src.loggers import MetricsFile, OrderedTensorBoardLogger
 from tests.callbacks.small_runs import Evaluation, SmallData, SmallModule, end_of, fails_with, fit, in_child
 from tests.callbacks.test_last_validation import ValidatedData
@@ -592,3 +593,27 @@ def test_a_signal_before_training_ends_the_process_at_once_and_says_so() -> None
         os.kill(os.getpid(), signal.SIGTERM)
     assert (end.value.code, str(end.value)) == (143, "stopped by SIGTERM before training began")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_data_loader_that_fails_loses_no_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As torch does where it waits for the batch of a worker that the system has killed."""
+
+    class Fails(SmallData):
+        def train_dataloader(self) -> ResumableLoader:
+            loader = super().train_dataloader()
+            batches = ResumableLoader.__iter__
+
+            class Failing(ResumableLoader):
+                def __iter__(self) -> Any:
+                    for number, batch in enumerate(batches(self)):
+                        if self.sampler.epoch == 1 and number == 2:  # type: ignore[attr-defined]
+                            raise OSError("the network is gone")
+                        yield batch
+
+            loader.__class__ = Failing
+            return loader
+
+    with pytest.raises(OSError, match="the network is gone"):
+        fit(tmp_path, Checkpoints(tmp_path, every_minutes=None), StopOnSignal(), data=Fails())
+    assert load_checkpoint(tmp_path / "last.ckpt")["global_step"] == 6
+    assert f"the data loader failed; the checkpoint is {tmp_path / 'last.ckpt'}, of step 6" in caplog.text
