@@ -14,7 +14,8 @@ from src.models.pretrain_module import StepOutput
 
 class FineTuneAction(FineTune):
     """The fine-tuning of VideoMAE: Masked Autoencoders are Data-Efficient Learners for Self-Supervised Video
-    Pre-Training (Tong et al., 2022), which is `FineTune` on clips. Deviations: none; the views resize with antialiasing.
+    Pre-Training (Tong et al., 2022), which is `FineTune` on clips. Deviations: frames are resized with
+    antialiasing.
 
     An image backbone embeds each frame, and the embeddings are averaged. It is a baseline without the order of frames.
     """

@@ -22,6 +22,7 @@ from src.models.backbones.image_encoder import ImageEncoder, cls_token_or_mean
 from src.models.downstream.class_head import ClassHeadModule
 from src.models.downstream.colormaps import beside_image, color_classes
 from src.models.downstream.finetune import layer_rules_below
+from src.models.functional import at_least_float32
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
 
@@ -305,7 +306,7 @@ def pyramid_layers(channels: Sequence[int], strides: Sequence[int]) -> list[nn.M
 def pixel_loss(logits: Tensor, mask: Tensor) -> Tensor:
     """Cross-entropy of logits [B, K, h, w], resized to the mask [B, H, W]: the mean over all pixels, with 0 for ignored
     ones."""
-    logits = resize(logits.float(), mask.shape[-2:])
+    logits = resize(at_least_float32(logits), mask.shape[-2:])
     return F.cross_entropy(logits, mask, ignore_index=IGNORED, reduction="none").mean()
 
 

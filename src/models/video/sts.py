@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src.datamodules.batches.video import StatisticsBatch
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.video_encoder import clip_encoder
+from src.models.functional import full_precision
 from src.models.pretrain_module import PretrainModule, StepOutput
 from src.optim import OptimizerRecipe
 
@@ -45,8 +46,8 @@ class STS(PretrainModule):
 
     def training_step(self, batch: StatisticsBatch, batch_idx: int) -> StepOutput:
         embedding = self.encoders()["encoder"](batch["video"]).embedding
-        motion = F.mse_loss(self.motion(embedding).float(), batch["motion"].float())
-        appearance = F.mse_loss(self.appearance(embedding).float(), batch["appearance"].float())
+        motion = _mean_squared_error(self.motion(embedding), batch["motion"])
+        appearance = _mean_squared_error(self.appearance(embedding), batch["appearance"])
         return {
             "loss": self.motion_weight * motion + self.appearance_weight * appearance,
             "logs": {"motion": motion.detach(), "appearance": appearance.detach()},
@@ -55,3 +56,8 @@ class STS(PretrainModule):
 
     def encoders(self) -> dict[str, Encoder]:
         return {"encoder": clip_encoder(self.backbone)}
+
+
+@full_precision
+def _mean_squared_error(predicted: Tensor, statistics: Tensor) -> Tensor:
+    return F.mse_loss(predicted, statistics)
