@@ -200,6 +200,22 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_knows_its_accuracy_so_far(tmp_pa
     torch.testing.assert_close(after.state_dict(), straight.state_dict(), rtol=0, atol=0)
 
 
+def test_a_run_resumed_after_the_last_step_of_an_epoch_has_its_accuracy(tmp_path: Path) -> None:
+    """A signal in that step puts off the end of the epoch, and no batch comes before it."""
+    before, steps = OnlineProbe(), Steps()
+    for embedding, label in batches(4):
+        steps.run(before, embedding, label)
+    after, resumed = OnlineProbe(), Steps()
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    after.on_train_start(resumed.trainer, resumed.module)
+    for probe, seen_by in ((before, steps), (after, resumed)):
+        probe.on_train_epoch_end(seen_by.trainer, seen_by.module)
+    assert resumed.logged == steps.logged != {}
+    features = FeatureSet(random_rows(6, 5, 9), torch.tensor([0, 1, 2, 0, 1, 2]))
+    sets = FeatureSets(features, features)
+    assert after.score(sets, CPU) == before.score(sets, CPU) != {}
+
+
 def test_says_what_does_not_fit(caplog: pytest.LogCaptureFixture) -> None:
     probe, steps = OnlineProbe(), Steps()
     with pytest.raises(ValueError, match=r"one row for each of the 4 labels, got \[8, 5\]"):
