@@ -46,9 +46,9 @@ _HARMLESS: list[Any] = [
     np.dtype,
     *{type(dtype) for dtype in _DTYPES},
     *[
-        (function, f"numpy.{core}.multiarray.{function.__name__}")
+        (value.__reduce__()[0], f"numpy.{core}.multiarray.{name}")  # the function that unpickles such a value
         for core in ("core", "_core")
-        for function in (np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0])  # scalar and _reconstruct
+        for name, value in (("scalar", np.float64(0)), ("_reconstruct", np.zeros(0)))
     ],
 ]
 
