@@ -144,6 +144,15 @@ def test_other_data_keeps_the_runs_normalization(tmp_path):
     assert not {"mean", "std"} & set(evaluation_config(run, "cifar10", []).data)
 
 
+def test_the_filter_of_training_texts_is_not_applied_to_other_data(tmp_path):
+    """Other data may have no texts, such as labelled images for zero-shot classification."""
+    chosen = "+data.text_filter={_target_: src.datamodules.sources.text_filter.TextFilter}"
+    run = runs.Run(tmp_path)
+    runs.store(run, train.compose([*WORDS, f"paths.runs={tmp_path}", chosen]))
+    assert "text_filter" in run.config().data
+    assert "text_filter" not in evaluation_config(run, "cifar10", []).data
+
+
 def test_an_evaluation_keeps_the_settings_it_had_during_training(tmp_path):
     config = train.compose([*WORDS, f"paths.runs={tmp_path}", "callbacks.evaluation.evaluations.knn.k=7"])
     run = runs.Run(tmp_path)
