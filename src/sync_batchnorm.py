@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import timm.layers
 import torch
 from lightning.pytorch.plugins import TorchSyncBatchNorm
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from src.collectives import all_reduce, is_distributed, world_size
@@ -55,12 +57,25 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_(variance.to(self.running_var), share)
 
 
+class SyncBatchNormAct(SyncBatchNorm):
+    """The layer above for timm's batch norms that hold the activation after them, as in EfficientNet."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))
+
+
 class SyncBatchNormPlugin(TorchSyncBatchNorm):
-    """Lightning's ``sync_batchnorm`` with the layer above in the place of torch's."""
+    """Lightning's ``sync_batchnorm`` with the layers above in the place of torch's."""
 
     def apply(self, model: nn.Module) -> nn.Module:
-        model = super().apply(model)
+        # torch's own conversion would leave out the activations that timm's layers hold
+        model = convert_sync_batchnorm(model)
         for module in model.modules():
             if type(module) is nn.SyncBatchNorm:
                 module.__class__ = SyncBatchNorm  # type: ignore[assignment]
+            elif type(module) is timm.layers.SyncBatchNormAct:
+                module.__class__ = SyncBatchNormAct  # type: ignore[assignment]
         return model
