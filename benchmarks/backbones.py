@@ -8,7 +8,7 @@ import gc
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -179,7 +179,8 @@ def _views(method: PretrainModule, size: tuple[int, int], *, local: bool = False
     if local:
         network: Any = next(iter(method.encoders().values())).backbone
         info: Any = getattr(network, "feature_info", None) or []
-        stride = max([14 if size[0] % 16 else 32, *(int(stage["reduction"]) for stage in info)])
+        patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+        stride = 14 if patch == (14, 14) else max([32, *(int(stage["reduction"]) for stage in info)])
         smaller = [max(stride, side * 3 // 4 // stride * stride) for side in size]
         batch["local_views"] = torch.randn(2, 1, 3, *smaller)
     return method.training_step(batch, 0)["loss"]
@@ -213,12 +214,12 @@ def report(result: dict[str, Any]) -> Section:
         [f"{name} ({entry['family']})", *(marks[outcome.split(":")[0]] for outcome in entry["uses"].values())]
         for name, entry in models.items()
     ]
-    said = Counter(
-        outcome.removeprefix("refused: ")
-        for entry in models.values()
-        for outcome in entry["uses"].values()
-        if outcome.startswith("refused")
-    )
+    said: dict[str, list[str]] = defaultdict(list)  # sentence with … for the model's class -> classes
+    for entry in models.values():
+        for outcome in entry["uses"].values():
+            if outcome.startswith("refused"):
+                kinds = said[outcome.removeprefix("refused: ").replace(entry["kind"], "…")]
+                kinds += [entry["kind"]] if entry["kind"] not in kinds else []
     outcomes = [outcome for entry in models.values() for outcome in entry["uses"].values()]
     bad = [
         f"{name} with {use}: {outcome}"
@@ -234,7 +235,7 @@ def report(result: dict[str, Any]) -> Section:
     ]
     if bad:
         parts.append("Neither works nor is refused when it is built:\n\n" + "\n".join(f"- {line}" for line in bad))
-    parts.append("Refusals:\n\n" + "\n".join(f"- {words} ({count})" for words, count in sorted(said.items())))
+    parts.append("Refusals:\n\n" + "\n".join(f"- {words}: {', '.join(said[words])}" for words in sorted(said)))
     if result["missing"]:
         parts.append(f"Families of timm {result['timm']} that are not tried: {', '.join(result['missing'])}.")
     works = sum(outcome == "works" for outcome in outcomes)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from benchmarks import (
+    backbones,
     evaluation,
     gauntlet,
     image_text,
@@ -39,6 +40,7 @@ PARTS: dict[str, Part] = {
     "evaluation": evaluation,
     "joint_embedding": joint_embedding,
     "image_text": image_text,
+    "backbones": backbones,
     "learning": learning,
     "methods": methods,
     "gauntlet": gauntlet,

@@ -16,7 +16,7 @@ from src.datamodules.datamodule import DataModule
 from src.datamodules.sources.source import Split
 from src.errors import UserError
 from src.evaluation.subject import Subject
-from src.models.backbones.weights import Weights, grid_of, read_weights
+from src.models.backbones.weights import Weights, WeightsError, grid_of, read_weights
 from src.models.image_text.base import ImageTextModule, has_towers
 from src.models.pretrain_module import PretrainModule
 
@@ -157,12 +157,15 @@ def started(config: DictConfig, datamodule: DataModule | None = None) -> tuple[P
     if pretrained:
         config.backbone.pretrained = False  # loaded below, because some methods initialize their backbone anew
     module = configuration.instantiate(config.model)
-    weights = _start_of(config, pretrained=pretrained)
-    if weights is None:
-        return module, None
-    if not isinstance(module, PretrainModule):
-        raise UserError(f"checkpoint={config.checkpoint}: {type(module).__name__} has no encoders to load weights into")
-    line = module.load_start(weights)
+    try:
+        weights = _start_of(config, pretrained=pretrained)
+        if weights is None:
+            return module, None
+        if not isinstance(module, PretrainModule):
+            raise WeightsError(f"{type(module).__name__} has no encoders to load weights into")
+        line = module.load_start(weights)
+    except WeightsError as problem:
+        raise UserError(f"checkpoint: {problem}") from problem
     if isinstance(module, ImageTextModule) and has_towers(weights) and isinstance(datamodule, DataModule):
         settings = datamodule.tokenizer_settings
         if settings.name is None and settings.other_run is None:

@@ -61,12 +61,12 @@ def test_every_family_of_timm_is_in_the_list_but_those_with_large_models_alone()
 
 
 def test_the_page_names_what_neither_works_nor_is_refused() -> None:
-    uses = dict.fromkeys(USES, "works") | {"DINO": "refused: one size", "MAE": "error: AttributeError: x"}
+    uses = dict.fromkeys(USES, "works") | {"DINO": "refused: one size of K", "MAE": "error: AttributeError: x"}
     entry = {"family": "f", "kind": "K", "size": [8, 8], "uses": uses}
     section = report({"models": {"m": entry}, "missing": ["vgg"], "timm": "1"})
     assert section.checks[0].met is False
     assert section.checks[0].measured == "4 work, 1 are refused, 1 neither"
     assert "- m with MAE: error: AttributeError: x" in section.body
-    assert "- one size (1)" in section.body
+    assert "- one size of …: K" in section.body
     assert "| m (f) | yes | – | yes | **error** | yes | yes |" in section.body
     assert backbones.report({"models": {}, "missing": [], "timm": "1"}).checks[0].met is True

@@ -141,7 +141,7 @@ def test_every_threshold_is_answered() -> None:
 
 def test_what_is_missing_and_what_was_only_a_look_is_said() -> None:
     page = render(RESULTS)
-    missing = "image_text,learning,methods,gauntlet"
+    missing = "image_text,backbones,learning,methods,gauntlet"
     assert f"Not measured yet: {missing.replace(',', ', ')} (`make bench ARGS=only={missing}`)." in page
     assert page.count("A short trial") == 1
     assert "2030-01-01 12:00, commit abc1234, Some CPU (2 cores), torch 2.9, 2 threads." in page

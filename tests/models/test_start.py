@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from src import configuration
 from src.configuration import instantiate
 from src.errors import UserError
-from src.models.backbones.weights import WeightsError
 from src.models.image_text.base import ImageTextModule
 from src.models.pretrain_module import PretrainModule
 from src.panels import recipe_rows
@@ -106,7 +105,7 @@ def test_a_runs_teacher_can_be_the_start_of_another_method(tmp_path: Path) -> No
         assert (encoder.backbone.cls_token == 5).all()  # type: ignore[union-attr]
     with pytest.raises(UserError, match="no encoder 'techer'; did you mean teacher"):
         started(configured("mae_vitb", checkpoint=run, checkpoint_encoder="techer"))
-    with pytest.raises(WeightsError, match="of the backbone's"):
+    with pytest.raises(UserError, match=r"^checkpoint: .* of the backbone's"):
         started(configured("simclr_r50", checkpoint=run))
     with pytest.raises(UserError, match="checkpoint_encoder=teacher: there is no checkpoint to start from"):
         started(configured("mae_vitb", checkpoint_encoder="teacher"))
@@ -126,9 +125,7 @@ def test_towers_start_from_both_towers_of_a_run_or_from_one_encoder(tmp_path: Pa
     assert isinstance(one, ImageTextModule)
     assert torch.equal(one.image_encoder.backbone.cls_token, clip.image_encoder.backbone.cls_token)  # type: ignore
     assert not torch.equal(one.text_projection.weight, clip.text_projection.weight)  # type: ignore[union-attr,arg-type]
-    with pytest.raises(
-        WeightsError, match=r"of the towers'.*text_encoder\..*checkpoint_encoder=encoder the image tower"
-    ):
+    with pytest.raises(UserError, match=r"towers'.*text_encoder\..*checkpoint_encoder=encoder the image tower"):
         started(configured("lit_vitb16", checkpoint=run))
 
 

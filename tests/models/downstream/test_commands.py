@@ -74,7 +74,7 @@ def test_linear_probing_keeps_the_encoder_of_a_run(tmp_path, pretrained, monkeyp
 
 
 def test_a_missing_checkpoint_is_refused_before_the_run_starts(tmp_path):
-    with pytest.raises(UserError, match=r"in model.backbone: no weights at .*nowhere"):
+    with pytest.raises(UserError, match=r"^checkpoint: no weights at .*nowhere"):
         train.main([*FINETUNE, "checkpoint=nowhere", f"paths.runs={tmp_path}", "run.name=none"])
 
 
