@@ -8,7 +8,7 @@ in float64.
 
 DCL: its authors published no code. Made with raminnakhli/Decoupled-Contrastive-Learning, loss/dcl.py, commit 0b9b76d:
 the loss of both views of 5 images (`by_rule` number 3, normalized) at temperature 0.3, and of its gradient the
-squared norm and the product with `by_rule` number 5.
+squared norm and the product with `by_rule` number 5; of DCLW, whose weights take a gradient there, the loss alone.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from src.models.joint_embedding.simclr import SimCLR
-from src.models.losses.contrastive import dcl
+from src.models.losses.contrastive import dcl, dclw
 from src.optim import OptimizerRecipe, classic_lars
 from src.schedules import Horizon
 from tests.fidelity.rules import TinyConvNet, by_rule, fill
@@ -36,6 +36,7 @@ SQUARES = [
     9.807192638515879,
 ]
 DCL = [13.478109419784715, 50.1688884858837, -8.941992806297222]
+DCLW = 13.479750244829177
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,4 @@ def test_dcl_is_the_re_implementation_s():
     gradient = z.grad
     found = [loss.item(), gradient.pow(2).sum().item(), (gradient * by_rule(z.shape, 5)).sum().item()]
     assert found == pytest.approx(DCL, rel=1e-12)
+    assert dclw(z, z, 0, temperature=0.3).item() == pytest.approx(DCLW, rel=1e-12)
