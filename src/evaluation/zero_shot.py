@@ -27,7 +27,7 @@ class ZeroShot:
     """Classifies images by the similarity with prompts of each class, an ensemble of ``templates`` as in CLIP. Images
     and labels are enough; the names are those of `DataModule.class_names`.
 
-    Reports ``zeroshot_top1``, ``zeroshot_top5`` if there are more than five classes, ``zeroshot_mean_per_class``, the
+    Reports ``zeroshot_top1``, ``zeroshot_top5`` if there are more than five classes, ``zeroshot_per_class_top1``, the
     mean over classes of their accuracy, which CLIP reports on Flowers and Pets, and ``zeroshot_single_top1`` by the
     ``single`` prompt alone. If training has seen only some classes, ``zeroshot_unseen_top1`` is the accuracy on images
     of the other classes, among these, and ``zeroshot_seen_top1`` that on images of the seen classes, among those.
@@ -65,7 +65,7 @@ class ZeroShot:
             scores = {"top1": within(ensemble, label)}
             if ensemble.shape[1] > 5:
                 scores["top5"] = within(ensemble, label, k=5)
-            scores["mean_per_class"] = mean_per_class(ensemble, label)
+            scores["per_class_top1"] = mean_per_class(ensemble, label)
             if len(source.held_out):
                 scores |= _seen_and_unseen(ensemble, label, source.held_out)
             single, label = self._scores(subject, images, labelled, names, [self.single or prompts.single])

@@ -139,7 +139,7 @@ def test_labelled_images_without_captions_are_enough(tmp_path):
     bare = DataModule(extras=Captions(), tokenizer_file=tmp_path / "tokenizer.json", num_workers=0, **options)
     bare.tokenizer = TOKENIZER
     scores = ZeroShot(["{}"], name="mine")(towers(Reader(made), bare))
-    assert (scores["mine_top1"], scores["mine_mean_per_class"]) == (1, 1)
+    assert (scores["mine_top1"], scores["mine_per_class_top1"]) == (1, 1)
     with pytest.raises(SettingError, match=r"Untaught has no captions"):
         bare.train_dataloader()
     # the names of the file are wrong for half of the classes: the reader takes these for "zero"

@@ -24,8 +24,9 @@ from src.optim import OptimizerRecipe
 
 
 class CoCa(CLIP):
-    """CoCa: Contrastive Captioners are Image-Text Foundation Models (Yu et al., 2022). Deviations: initialized as CLIP,
-    since the paper does not say how; equal texts in a batch are not negatives of each other (``mask_equal_texts``).
+    """CoCa: Contrastive Captioners are Image-Text Foundation Models (Yu et al., 2022). Deviations: the
+    decoder's weights are initialized as those of CLIP's text tower, since the paper does not say how; equal texts in a
+    batch are not negatives of each other (``mask_equal_texts``).
 
     The unimodal half of the text decoder reads the text alone; its class token is compared with the image. The
     multimodal half reads the other tokens, attends to the image and predicts the caption. Two attentional poolers read
