@@ -67,6 +67,11 @@ class FineTune(Classifier):
         if not 0 < layer_decay <= 1:
             raise SettingError(f"model.layer_decay must lie in (0, 1], got {layer_decay}")
         check_classifier(backbone)
+        if layer_decay != 1 and not callable(getattr(backbone, "group_matcher", None)):
+            raise SettingError(
+                f"model.layer_decay={layer_decay}: {type(backbone).__name__} does not name its layers (timm's "
+                "group_matcher); set it to 1"
+            )
         self.backbone = backbone
         self.layer_decay = layer_decay
         self.mixup, self.cutmix, self.smoothing = mixup, cutmix, smoothing
@@ -139,7 +144,7 @@ def check_classifier(backbone: nn.Module) -> None:
     Raises:
         SettingError: it has none, several, or one of another kind.
     """
-    needed = ("forward_features", "forward_head", "get_classifier", "reset_classifier", "group_matcher")
+    needed = ("forward_features", "forward_head", "get_classifier", "reset_classifier")
     missing = [name for name in needed if not callable(getattr(backbone, name, None))]
     name = type(backbone).__name__
     what = f"backbone.model_name: fine-tuning replaces the linear classifier of a timm model, and {name}"
