@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from src.errors import SettingError
 from src.models.teacher import TeacherPair
@@ -18,7 +19,9 @@ class EMATeacher(L.Callback):
     (``teacher_momentum``), which a schedule may set for each step (``schedules.teacher_momentum``); this callback comes
     after `Schedules`.
 
-    The teachers are part of the module and of its checkpoint, so this callback has no state.
+    The teachers are part of the module and of its checkpoint. Only of teachers in half precision (``bf16-true``) this
+    callback keeps the averages itself, in float32: a step of 1 - m = 0.004 is less than bfloat16's resolution, so a
+    teacher that is moved in it stands still.
 
     Args:
         when: "before" the step's first forward pass (MoCo), or "after" its update (BYOL, DINO).
@@ -26,8 +29,8 @@ class EMATeacher(L.Callback):
             "copy" takes the student's whenever the teacher moves.
 
     Raises:
-        SettingError: the module has no teacher or no momentum, a momentum is outside of [0, 1], or the parameters of a
-            pair do not match by name and shape.
+        SettingError: the module has no teacher or no momentum, a momentum is outside of [0, 1], the parameters of a
+            pair do not match by name and shape, or a teacher in half precision is sharded.
     """
 
     def __init__(self, when: Literal["before", "after"] = "after", buffers: Literal["keep", "copy"] = "keep") -> None:
@@ -38,6 +41,13 @@ class EMATeacher(L.Callback):
         self.when = when
         self.buffers = buffers
         self._step: int | None = None  # optimizer steps done before the current one
+        self._averages: list[list[Tensor]] = []  # of each pair's teacher in half precision, in float32; else empty
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"averages": self._averages} if any(self._averages) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._averages = state_dict.get("averages", [])
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pairs = _pairs(pl_module)
@@ -47,6 +57,14 @@ class EMATeacher(L.Callback):
             _check_pair(pair)
         _momenta(pl_module)
         self._step = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        restored = self._averages
+        # here, because Lightning casts a module to half precision after `on_fit_start`
+        self._averages = [
+            _wide(pair.teacher, restored[position] if restored else None)
+            for position, pair in enumerate(_pairs(pl_module))
+        ]
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -66,14 +84,34 @@ class EMATeacher(L.Callback):
 
     @torch.no_grad()
     def _move(self, pl_module: L.LightningModule, momenta: list[float]) -> None:
-        for pair, momentum in zip(_pairs(pl_module), momenta, strict=True):
-            teacher: list[Tensor] = list(pair.teacher.parameters())
+        for pair, momentum, average in zip(_pairs(pl_module), momenta, self._averages, strict=True):
+            stored: list[Tensor] = list(pair.teacher.parameters())
             student: list[Tensor] = list(pair.student.parameters())
+            if average:
+                student = [parameter.float() for parameter in student]
+            teacher = average or stored
             torch._foreach_mul_(teacher, momentum)
             torch._foreach_add_(teacher, student, alpha=1 - momentum)
+            if average:
+                torch._foreach_copy_(stored, average)
             if self.buffers == "copy":
                 for to, source in zip(pair.teacher.buffers(), pair.student.buffers(), strict=True):
                     to.copy_(source)
+
+
+@torch.no_grad()
+def _wide(teacher: nn.Module, restored: list[Tensor] | None) -> list[Tensor]:
+    """Returns the averages of a teacher in half precision in float32, those of a resumed run if there are, or none."""
+    parameters = list(teacher.parameters())
+    if not any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in parameters):
+        return []
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        raise SettingError(
+            "trainer.precision: a sharded teacher cannot be moved in half precision; bf16-mixed keeps its weights whole"
+        )
+    if restored:
+        return [average.to(parameter.device) for average, parameter in zip(restored, parameters, strict=True)]
+    return [parameter.float() for parameter in parameters]
 
 
 def _pairs(pl_module: L.LightningModule) -> list[TeacherPair]:

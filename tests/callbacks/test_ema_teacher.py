@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from src.callbacks.checkpoints import Checkpoints
 from src.callbacks.ema_teacher import EMATeacher
 from src.callbacks.schedules import Schedules
 from src.errors import UserError
@@ -65,6 +66,36 @@ def run(folder: Path, module: Follower, *callbacks: Any, **options: Any) -> Foll
     options = {"max_epochs": -1, "max_steps": 3, **options}
     fit(folder, *callbacks, module=module, **options)
     return module
+
+
+class Constant(Follower):
+    """A student that stays 1, and a teacher that starts from 0."""
+
+    def __init__(self) -> None:
+        super().__init__(0.996, OptimizerRecipe(partial(torch.optim.SGD), lr=0.0))
+        nn.init.zeros_(self.teacher.weight)
+
+
+class StopAt(L.Callback):
+    class Reached(Exception):
+        pass
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 150:
+            raise self.Reached
+
+
+def test_a_teacher_in_half_precision_moves_as_far_as_any_other(tmp_path: Path) -> None:
+    """After n steps it is 1 - 0.996^n. In bfloat16 steps of 0.004 stop at 0.5, whose neighbor is 0.504."""
+    options = {"precision": "bf16-true", "max_steps": 300}
+    whole = run(tmp_path, Constant(), EMATeacher(), **options)
+    assert whole.teacher.weight.dtype == torch.bfloat16
+    assert whole.teacher.weight.item() == pytest.approx(1 - 0.996**300, abs=2**-9)
+    callbacks = [EMATeacher(), Checkpoints(tmp_path, every_steps=150, monitor=None)]
+    with pytest.raises(StopAt.Reached):
+        run(tmp_path, Constant(), *callbacks, StopAt(), **options)
+    resumed = run(tmp_path, Constant(), EMATeacher(), resume=tmp_path / "last.ckpt", **options)
+    assert torch.equal(resumed.teacher.weight, whole.teacher.weight)
 
 
 # the student: 1, 0.5, 0, -0.5
