@@ -24,6 +24,7 @@ from benchmarks.input_pipeline import photo_like
 from src.datamodules.datamodule import IMAGENET_MEAN, IMAGENET_STD, DataModule
 from src.datamodules.sources.video_folder import VideoFolderSource
 from src.datamodules.views.video import CenterVideoCrop, DenseClip, MultiScaleCrop, RandomVideoCrop
+from src.image_size import height_and_width
 from src.measure.paired_ratio import paired_ratio
 from src.measure.report import Check, Section, table
 from src.measure.subprocess_runner import run_in_subprocess
@@ -153,7 +154,9 @@ def _plain(folder: str) -> Callable[[int], int]:
             frames = torch.stack(list(_frames(file, start)))
             top, left, rows, columns = CROP.boxes(HEIGHT, WIDTH, draw.random((1, CROP.num_uniforms)))[0].astype(int)
             part = frames[..., top : top + rows, left : left + columns].float()
-            clip = F.interpolate(part, (CROP.size, CROP.size), mode="bicubic", antialias=True).clamp(0, 255)
+            clip = F.interpolate(part, height_and_width(CROP.size), mode=CROP.interpolation, antialias=True).clamp(
+                0, 255
+            )
             clips.append((clip.flip(-1) if draw.random() < CROP.flip else clip).div_(255).sub_(mean).div_(std))
         batches = torch.stack(clips).split(_BATCH)
         return sum(len(batch) for batch in batches)

@@ -248,7 +248,8 @@ def _check_value(override: Override, config: DictConfig) -> None:
             )
         old, override.type = arguments[key], OverrideType.FORCE_ADD
     if isinstance(old, dict) and "_target_" in old and not (new is None or isinstance(new, dict) or "${" in str(new)):
-        raise UserError(f"{key} has values of its own; set one of them: {', '.join(f'{key}.{name}=…' for name in old)}")
+        own = ", ".join(f"{key}.{name!s}=…" for name in old)
+        raise UserError(f"{key} has values of its own; set one of them: {own}")
     is_number = isinstance(old, int | float) and not isinstance(old, bool)
     if is_number and (isinstance(new, bool) or (isinstance(new, str) and "${" not in new)):
         raise UserError(f"{key} is a number ({old}); '{str(new).lower() if isinstance(new, bool) else new}' is not")

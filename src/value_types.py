@@ -54,7 +54,8 @@ def _check_arguments(node: DictConfig) -> None:
 
 
 def _children(node: DictConfig | ListConfig) -> Iterator[tuple[Any, Any]]:
-    for name in range(len(node)) if isinstance(node, ListConfig) else list(node.keys()):
+    names: Any = range(len(node)) if isinstance(node, ListConfig) else list(node.keys())
+    for name in names:
         child: Any = node._get_node(name)
         if child is not None and child._is_interpolation():
             child = child._dereference_node()
