@@ -25,6 +25,7 @@ from src.callbacks.stop_on_signal import Preempted, StopOnSignal
 from src.checkpoint_io import AtomicCheckpointIO, load_checkpoint
 from src.datamodules.dataset import ResumableLoader
 from src.loggers import MetricsFile, OrderedTensorBoardLogger
+from src.models.logging import publish
 from tests.callbacks.small_runs import Evaluation, SmallData, SmallModule, end_of, fails_with, fit, in_child
 from tests.callbacks.test_last_validation import ValidatedData
 from tests.kills import Moments, in_order, logged
@@ -276,6 +277,12 @@ class LogsStep(L.Callback):
         if trainer.global_step == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step != self.step:  # not for a micro-batch
+            publish(trainer, {"health/step": float(trainer.global_step)})  # which does not flush
+
 
 def logged_run(folder: Path, fork: int, *, at: int | None = None, signum: int = signal.SIGKILL, **options: Any) -> int:
     """Trains in a fork, with a signal at a moment, from the last checkpoint, or in an empty folder if there is none.
@@ -305,7 +312,7 @@ def logged_run(folder: Path, fork: int, *, at: int | None = None, signum: int = 
 
 
 LOGGED = {
-    "epochs": {"max_epochs": 3, "check_val_every_n_epoch": 2},
+    "epochs": {"max_epochs": 3, "check_val_every_n_epoch": 2, "log_every_n_steps": 5},
     "steps": {"max_epochs": -1, "max_steps": 10, "accumulate_grad_batches": 2},
     "processes": {"max_epochs": 2, "devices": 2, "strategy": "ddp_fork"},
 }
@@ -324,7 +331,7 @@ def logged_whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     """A run that is never stopped: its options, its folder, and the number of its moments."""
     options, folder = LOGGED[request.param], tmp_path_factory.mktemp(request.param)
     assert logged_run(folder, 1, **options) == 0
-    steps = [step for step, _ in logged(folder)["1_loss/total"]]
+    steps = [step for step, _ in logged(folder)["4_health/step"]]
     assert steps == list(range(load_checkpoint(folder / "last.ckpt")["global_step"]))
     # the moments of one process are those of its first one
     return options, folder, int((folder / "moments").read_text()) if "devices" not in options else 400
