@@ -23,6 +23,16 @@ def publish(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
     trainer.logged_metrics.update(tensors)
 
 
+def log_metrics(module: L.LightningModule, metrics: Mapping[str, torch.nn.Module]) -> None:
+    """Logs each metric as ``eval/<name>``, to be computed when the validation ends.
+
+    Every ``validation_step`` calls this, also for a batch without a valid sample: the processes compute their means
+    together, and a process that had logged none would leave the others waiting.
+    """
+    for name, metric in metrics.items():
+        module.log(f"eval/{name}", metric, batch_size=1)  # type: ignore[arg-type]  # metrics weigh samples themselves
+
+
 def logs_now(trainer: L.Trainer) -> bool:
     """Returns True every ``log_every_n_steps`` and at the last batch of an epoch. At other steps ``self.log`` would
     cost a millisecond and write nothing."""

@@ -16,6 +16,7 @@ from src.datamodules.batches.base import labels_of, mean_of_samples, optional_la
 from src.datamodules.batches.image import ImageBatch
 from src.datamodules.batches.video import VideoBatch
 from src.models.downstream.class_head import ClassHeadModule
+from src.models.logging import log_metrics
 from src.optim import OptimizerRecipe
 
 
@@ -50,6 +51,7 @@ class Classifier(ClassHeadModule):
             self.metrics["loss"] = MeanMetric()
 
     def validation_step(self, batch: ImageBatch | VideoBatch, batch_idx: int) -> None:
+        log_metrics(self, self.metrics)
         labels = optional_labels(batch)
         keep = (labels >= 0) & ~batch["replaced"]
         label = labels[keep]
@@ -63,7 +65,6 @@ class Classifier(ClassHeadModule):
         losses = F.cross_entropy(logits, label, reduction="none")
         for name, metric in self.metrics.items():
             metric.update(losses) if name == "loss" else metric.update(logits, label)  # type: ignore[operator]
-            self.log(f"eval/{name}", metric, batch_size=len(label))  # type: ignore[arg-type]
 
     def labels_of(self, batch: ImageBatch | VideoBatch) -> Tensor:
         """The labels of a batch.

@@ -14,6 +14,7 @@ from src.datamodules.batches.dense import DepthBatch
 from src.errors import SettingError
 from src.models.downstream.colormaps import beside_image, color_depth
 from src.models.downstream.dpt import DensePrediction
+from src.models.logging import log_metrics
 from src.models.losses.depth import silog
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
@@ -73,6 +74,7 @@ class DepthEstimator(DensePrediction):
         return self.nearest + (self.farthest - self.nearest) * share
 
     def validation_step(self, batch: DepthBatch, batch_idx: int) -> None:
+        log_metrics(self, self.metrics)
         keep = ~batch["replaced"] & batch["valid"].flatten(1).any(dim=1)
         image, depth, valid = (batch[name][keep] for name in ("image", "depth", "valid"))
         if len(image) == 0:
@@ -81,9 +83,7 @@ class DepthEstimator(DensePrediction):
         if predicted.shape != depth.shape:
             predicted = F.interpolate(predicted[:, None], size=depth.shape[-2:], mode="bilinear")[:, 0]
         for name, values in depth_errors(predicted, depth, valid).items():
-            metric = self.metrics[name]
-            metric.update(values)  # type: ignore[operator]
-            self.log(f"eval/{name}", metric, batch_size=len(image))  # type: ignore[arg-type]
+            self.metrics[name].update(values)  # type: ignore[operator]
 
     def visualize(self, batch: DepthBatch) -> Mapping[str, Tensor]:
         """Image, prediction and ground truth, colored from light (near) to dark (far, or unknown) over the range of the

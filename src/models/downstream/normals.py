@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 from src.datamodules.batches.dense import NormalsBatch
 from src.models.downstream.colormaps import beside_image, color_normals
 from src.models.downstream.dpt import DensePrediction
+from src.models.logging import log_metrics
 from src.models.losses.normals import angles, angular_nll
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
@@ -56,6 +57,7 @@ class SurfaceNormals(DensePrediction):
         return F.normalize(output[:, :3], dim=1), F.elu(output[:, 3]) + 1.01
 
     def validation_step(self, batch: NormalsBatch, batch_idx: int) -> None:
+        log_metrics(self, self.metrics)
         keep = ~batch["replaced"] & batch["valid"].flatten(1).any(dim=1)
         image, normals, valid = (batch[name][keep] for name in ("image", "normals", "valid"))
         if len(image) == 0:
@@ -67,8 +69,6 @@ class SurfaceNormals(DensePrediction):
         self.metrics["normals_mean"].update(error)  # type: ignore[operator]
         for name, limit in WITHIN.items():
             self.metrics[name].update((error < limit).float())  # type: ignore[operator]
-        for name, metric in self.metrics.items():
-            self.log(f"eval/{name}", metric, batch_size=len(image))  # type: ignore[arg-type]
 
     def visualize(self, batch: NormalsBatch) -> Mapping[str, Tensor]:
         """Image, prediction and ground truth; unknown pixels are gray."""

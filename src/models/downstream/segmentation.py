@@ -23,6 +23,7 @@ from src.models.downstream.class_head import ClassHeadModule
 from src.models.downstream.colormaps import beside_image, color_classes
 from src.models.downstream.finetune import layer_rules_below
 from src.models.functional import at_least_float32
+from src.models.logging import log_metrics
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
 
@@ -131,14 +132,14 @@ class Segmenter(ClassHeadModule):
         return sliding_window(self, image, self.crop, self.stride)
 
     def validation_step(self, batch: SegmentationBatch, batch_idx: int) -> None:
+        log_metrics(self, self.metrics)
         keep = ~batch["replaced"]
         image, mask = batch["image"][keep], batch["mask"][keep]
         if len(image) == 0:
             return
         predicted = resize(self.predict(image), mask.shape[-2:]).argmax(dim=1)
-        for name, metric in self.metrics.items():
+        for metric in self.metrics.values():
             metric.update(predicted, mask)  # type: ignore[operator]
-            self.log(f"eval/{name}", metric, batch_size=len(image))  # type: ignore[arg-type]
 
     def visualize(self, batch: SegmentationBatch) -> Mapping[str, Tensor]:
         """Image, prediction and ground truth."""

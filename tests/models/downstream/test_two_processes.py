@@ -58,6 +58,25 @@ def test_two_processes_have_the_gradient_of_one(name: str, parts: list[Mapping[s
         assert torch.allclose(mean, gradient, rtol=0, atol=1e-8), parameter
 
 
+def logged_by_half_a_split(process: int) -> dict[str, list[str]]:
+    """The metrics that each head logs of a batch without a valid sample, in the second process."""
+    logged: dict[str, list[str]] = {}
+    for name, (make, data) in HEADS.items():
+        module, batch = make().eval(), data(2)
+        batch["index"], batch["replaced"] = torch.arange(2), torch.full((2,), process == 1)
+        module.log = lambda key, *_args, kind=name, **_kwargs: logged.setdefault(kind, []).append(key)  # type: ignore
+        with torch.no_grad():
+            module.validation_step(batch, 0)  # type: ignore[operator]
+    return logged
+
+
+def test_a_process_without_a_valid_sample_takes_part_in_the_means() -> None:
+    """Otherwise the others would wait for it at the end of the validation."""
+    first, second = in_two_processes(logged_by_half_a_split)
+    assert first == second
+    assert set(first) == set(HEADS)
+
+
 def validated(process: int | None) -> dict[str, Tensor]:
     """Validates five samples: three in the first process, two in the second."""
     module = test_linear.protocol().eval()
