@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,19 @@ case "$*" in
   "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
   "-m pip install"*"-e"*)
     [ -z "$FAKE_SLEEP" ] || sleep "$FAKE_SLEEP"
+    echo "pip has slept" >> "$FAKE_LOG"
     [ -z "$FAKE_KILL" ] || kill -9 "$PPID"
     [ -z "$FAKE_OFFLINE" ] || { echo "pip: no route to the index" >&2; exit 1; } ;;
 esac
 """
 
 VENV = "-m venv .venv"
+
+
+def _heed_signals() -> None:
+    """A shell cannot trap a signal that it was started to ignore, as in the background."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Copy:
@@ -56,6 +64,7 @@ class Copy:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_heed_signals,
         )
 
     def setup(self, **settings: str) -> tuple[int, str, list[str]]:
@@ -131,6 +140,20 @@ def test_an_install_that_was_killed_is_done_again_from_scratch(project: Copy, fi
     assert not half.exists()
     assert project.stamp.exists()
     assert project.leftovers() == set()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_stops_pip_too(project: Copy, number: int, code: int) -> None:
+    project.log.write_text("")
+    process = project.start(FAKE_SLEEP="1")
+    while not installs(project.log.read_text().splitlines()):
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.wait(timeout=10)
+    assert process.returncode == code
+    time.sleep(1.2)  # past the end of what pip was doing
+    assert "pip has slept" not in project.log.read_text()
+    assert not project.stamp.exists()
 
 
 def test_a_failed_install_leaves_no_stamp_and_pips_own_words(project: Copy) -> None:

@@ -28,12 +28,25 @@ fi
 
 echo "setting up .venv (once; some minutes, most of it PyTorch)"
 if [ -f "$stamp" ] && [ -x .venv/bin/python ]; then rm -f "$stamp"; else rm -rf .venv && "$python" -m venv .venv; fi
+# A signal to this shell alone would leave pip at work: it is stopped too.
+stop() {
+  trap - TERM INT HUP
+  kill "$pip" 2>/dev/null || true
+  wait "$pip" 2>/dev/null || true
+  exit "$1"
+}
 install() {
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" >.venv/install.log 2>&1 || {
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" >.venv/install.log 2>&1 &
+  pip=$!
+  trap 'stop 143' TERM
+  trap 'stop 130' INT
+  trap 'stop 129' HUP
+  wait "$pip" || {
     tail -n 20 .venv/install.log >&2
     echo "pip failed: its last words are above, all of them in .venv/install.log" >&2
     exit 1
   }
+  trap - TERM INT HUP
 }
 # the pins were tested with the newest pip; an older one would do as well
 install --upgrade pip
