@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from src.errors import SettingError
 from src.models.backbones.layout import explained
-from src.models.backbones.positions import accept_any_image_size
+from src.models.backbones.positions import accept_any_image_size, interpolated_positions
 
 _FINEST = 4  # stride of the finest map that heads read
 
@@ -59,7 +59,7 @@ class FeatureMaps(nn.Module):
         self.strides = tuple(strides[index] for index in self.indices)
         self.norm = norm
         self.frozen = frozen
-        self.backbone = accept_any_image_size(backbone, needed=False)
+        self.backbone = accept_any_image_size(backbone, interpolation=interpolated_positions, needed=False)
         used = _used_parameters(backbone, self.indices, norm)
         for name, parameter in backbone.named_parameters():
             if frozen or name not in used:

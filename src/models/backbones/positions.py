@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -19,7 +21,11 @@ from src.models.functional import at_least_float32
 M = TypeVar("M", bound=nn.Module)
 
 
-def accept_any_image_size(backbone: M, *, as_dino: bool = False, needed: bool = True) -> M:
+PositionInterpolation = Callable[[Tensor, tuple[int, int], tuple[int, int]], Tensor]
+"""(table of the patches [1, rows * columns, D], its rows and columns, new rows and columns) -> [1, new patches, D]."""
+
+
+def accept_any_image_size(backbone: M, *, interpolation: PositionInterpolation | None = None, needed: bool = True) -> M:
     """Makes ``backbone`` take images of other sizes than its own, and returns it.
 
     A timm ViT then interpolates its positional embeddings, as if built with ``dynamic_img_size``; a ConvNet takes any
@@ -28,7 +34,8 @@ def accept_any_image_size(backbone: M, *, as_dino: bool = False, needed: bool = 
 
     Args:
         backbone: any timm model; changed in place.
-        as_dino: interpolate as DINO's code does (`dino_positions`) instead of timm's antialiased way. For local crops
+        interpolation: of a ViT's positional embeddings, as the code of the method's authors has it:
+            `interpolated_positions` or `dino_positions`; None for timm's, which is antialiased. For DINO's local crops
             the tables differ by 81 % of their norm at initialization.
         needed: refuse a model that takes images of its own size alone; False leaves it as it is.
 
@@ -42,8 +49,9 @@ def accept_any_image_size(backbone: M, *, as_dino: bool = False, needed: bool = 
         vit.patch_embed.flatten = False
         vit.patch_embed.output_fmt = Format.NHWC
         vit.patch_embed.register_forward_pre_hook(_whole_patches)
-        if as_dino and vit.pos_embed is not None and type(vit)._pos_embed is VisionTransformer._pos_embed:
-            vit._pos_embed = MethodType(_add_dino_positions, vit)
+        is_plain = type(vit)._pos_embed is VisionTransformer._pos_embed
+        if interpolation is not None and vit.pos_embed is not None and is_plain:
+            vit._pos_embed = MethodType(partial(_add_positions, interpolation), vit)
     if needed:
         check_accepts_any_size(backbone)
     return backbone
@@ -81,12 +89,12 @@ def dino_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) ->
     return F.interpolate(grid, scale_factor=scale, mode="bicubic").flatten(2).transpose(1, 2).to(table.dtype)
 
 
-def _add_dino_positions(vit: Any, patches: Tensor) -> Tensor:
-    """timm's ``_pos_embed`` with `dino_positions`: [B, rows, columns, D] -> [B, prefix tokens + patches, D]."""
+def _add_positions(interpolation: PositionInterpolation, vit: Any, patches: Tensor) -> Tensor:
+    """timm's ``_pos_embed`` with another interpolation: [B, rows, columns, D] -> [B, prefix tokens + patches, D]."""
     prefix = [token.expand(len(patches), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
     own = 0 if vit.no_embed_class else vit.num_prefix_tokens  # positions of prefix tokens
     grid = patches.shape[1], patches.shape[2]
-    positions = dino_positions(vit.pos_embed[:, own:], vit.patch_embed.grid_size, grid)
+    positions = interpolation(vit.pos_embed[:, own:], vit.patch_embed.grid_size, grid)
     tokens = torch.cat([*prefix, patches.flatten(1, 2) + positions], dim=1)
     tokens[:, :own] += vit.pos_embed[:, :own]
     return vit.pos_drop(tokens)

@@ -15,7 +15,7 @@ from src.datamodules.batches.image import MultiViewBatch
 from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, cls_token_or_mean
-from src.models.backbones.positions import accept_any_image_size
+from src.models.backbones.positions import accept_any_image_size, dino_positions
 from src.models.heads.dino import DINOHead
 from src.models.joint_embedding.base import JointEmbedding, forward_views_jointly
 from src.models.joint_embedding.center import Center
@@ -78,7 +78,7 @@ class DINO(JointEmbedding):
                 "must be above 0"
             )
         start_class_token(backbone)
-        encoder = ImageEncoder(accept_any_image_size(backbone, as_dino=True), pool)
+        encoder = ImageEncoder(accept_any_image_size(backbone, interpolation=dino_positions), pool)
         head = DINOHead(
             encoder.dim, prototypes, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim, train_gain=train_gain
         )

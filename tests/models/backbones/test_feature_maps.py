@@ -46,6 +46,19 @@ def test_a_vit_s_maps_are_its_blocks_in_even_steps() -> None:
         torch.testing.assert_close(cls, outputs[number][:, 0])
 
 
+def test_a_vit_s_maps_of_another_size_have_positions_interpolated_without_antialiasing() -> None:
+    backbone = vit().eval()
+    smaller = vit(img_size=16).eval()
+    table = backbone.pos_embed  # type: ignore[union-attr]
+    grid = table[:, 1:].transpose(1, 2).reshape(1, 24, 4, 4)  # type: ignore[index]
+    patches = torch.nn.functional.interpolate(grid, size=(2, 2), mode="bicubic").flatten(2).transpose(1, 2)
+    pos_embed = torch.cat([table[:, :1], patches], dim=1)  # type: ignore[index]
+    smaller.load_state_dict({**backbone.state_dict(), "pos_embed": pos_embed})
+    with torch.no_grad():
+        found, expected = (FeatureMaps(each, count=1).eval()(pictures(16)) for each in (backbone, smaller))
+    torch.testing.assert_close(found, expected)
+
+
 def test_blocks_are_those_that_are_named_and_may_be_normed() -> None:
     assert FeatureMaps(vit(depth=12)).indices == (2, 5, 8, 11)  # DPT's
     backbone = vit().eval()

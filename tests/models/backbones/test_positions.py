@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 
-from src.models.backbones.positions import accept_any_image_size, dino_positions, sincos_2d
+from src.models.backbones.positions import accept_any_image_size, dino_positions, interpolated_positions, sincos_2d
 
 
 def test_the_table_channel_by_channel():
@@ -45,18 +45,20 @@ def test_dino_s_positions_are_the_authors():
     assert not torch.allclose(dino_positions(table, (4, 4), (2, 8)), table)  # as many patches, another shape
 
 
+@pytest.mark.parametrize("interpolation", [dino_positions, interpolated_positions])
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 2}, {"reg_tokens": 2, "no_embed_class": True}])
-def test_a_vit_that_takes_images_as_dino_does_differs_in_positions_alone(options):
+def test_a_vit_with_another_interpolation_differs_in_positions_alone(options, interpolation):
     """At its own size it is timm's; at another one it is timm's with the authors' table in the place of its own."""
     small = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 1, "num_classes": 0, **options}
-    vit = accept_any_image_size(timm.create_model("vit_tiny_patch16_224", **small), as_dino=True).double()
+    vit = timm.create_model("vit_tiny_patch16_224", **small)
+    vit = accept_any_image_size(vit, interpolation=interpolation).double()
     plain = timm.create_model("vit_tiny_patch16_224", **small).double()
     plain.load_state_dict(vit.state_dict())
     x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(vit.forward_features(x), plain.forward_features(x), rtol=1e-12, atol=1e-12)
     crop = timm.create_model("vit_tiny_patch16_224", **{**small, "img_size": (16, 24)}).double()
     own = 0 if options.get("no_embed_class") else 1 + options.get("reg_tokens", 0)
-    patches = dino_positions(vit.pos_embed[:, own:], (4, 4), (2, 3))
+    patches = interpolation(vit.pos_embed[:, own:], (4, 4), (2, 3))
     crop.load_state_dict({**vit.state_dict(), "pos_embed": torch.cat([vit.pos_embed[:, :own], patches], dim=1)})
     copied = copy.deepcopy(vit)  # as a teacher is
     torch.nn.init.zeros_(vit.pos_embed)
