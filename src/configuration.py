@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src import composition as layered
 from src.composition import Composition
-from src.errors import UserError, nearest
+from src.errors import UserError, nearest, printable
 from src.image_size import height_and_width
 from src.memory import keep_freed_memory
 from src.value_types import check_values
@@ -170,7 +170,7 @@ def run_main(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
 def _end_with(message: str) -> NoReturn:
     if os.environ.get("PRETEXT_TRACE"):
         traceback.print_exc()
-    print(f"error: {message}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     raise SystemExit(2) from None
 
 

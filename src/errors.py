@@ -31,6 +31,12 @@ def without_trace(message: str) -> str:
     return own.strip()
 
 
+def printable(text: object) -> str:
+    """Returns ``text`` with escapes for what UTF-8 cannot hold, such as file names in another encoding, which neither a
+    log in a file nor another program takes."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
 def nearest(word: str, options: Sequence[str], *, most: int = 40) -> str:
     """``; did you mean …?`` with up to three names close to ``word``, or what there is, if that is not more than
     ``most``. A name that is much farther from it than the closest one is not meant."""

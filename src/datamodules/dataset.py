@@ -20,7 +20,7 @@ from src.datamodules.decoding import BadSample, EncodedImage
 from src.datamodules.extras.extras import Extras
 from src.datamodules.sources.source import Sample, Source
 from src.datamodules.views.view import ImageView, View
-from src.errors import SettingError
+from src.errors import SettingError, printable
 from src.files import DistinctLines
 from src.randomness import fold, uniform
 
@@ -196,12 +196,11 @@ class ViewedDataset(Dataset[dict[str, Any]]):
         if index in self._reported:
             return
         self._reported.add(index)
-        # file names may be in an encoding that neither a terminal nor a UTF-8 file takes
-        name = self.source.name(index).encode("utf-8", "backslashreplace").decode()
-        log.warning("replaced %s: %s", name, problem)
+        name, reason = printable(self.source.name(index)), printable(problem)
+        log.warning("replaced %s: %s", name, reason)
         if self.bad_log is not None:
             try:
-                self.bad_log.add(f"{name}\t{problem}".replace("\n", " "))
+                self.bad_log.add(f"{name}\t{reason}".replace("\n", " "))
             except OSError as failure:  # such as a full disk, which must not end the run
                 log.warning("could not note this in %s: %s", self.bad_log.path, failure.strerror or failure)
 

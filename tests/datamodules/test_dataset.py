@@ -131,14 +131,21 @@ def test_a_bad_sample_is_listed_once_whoever_meets_it(tmp_path, caplog):
     assert f"could not note this in {log}" in caplog.text
 
 
-def test_a_bad_sample_may_have_an_undecodable_name(tmp_path):
+def test_a_bad_sample_may_have_an_undecodable_name(tmp_path, caplog):
     class Foreign(OneByOne):
         def name(self, index: int) -> str:
             return b"gr\xfc\xdfe".decode("utf-8", "surrogateescape")
 
+        def __getitem__(self, index: int):
+            try:
+                return super().__getitem__(index)
+            except BadSample as problem:
+                raise BadSample(f"{self.name(index)} is {problem}") from problem
+
     log = tmp_path / "bad.tsv"
     ViewedDataset(Foreign(bad=(3,)), VIEW, seed=0, bad_log=log)[draws(0, [3])]
-    assert log.read_text(encoding="utf-8") == "gr\\udcfc\\udcdfe\tcut off\n"
+    assert log.read_text(encoding="utf-8") == "gr\\udcfc\\udcdfe\tgr\\udcfc\\udcdfe is cut off\n"
+    assert "gr\\udcfc\\udcdfe is cut off" in caplog.text.encode("utf-8").decode()
 
 
 def test_if_nothing_can_be_read_the_error_names_the_last_file():

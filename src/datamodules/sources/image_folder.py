@@ -15,6 +15,7 @@ from src.datamodules.decoding import DataError, EncodedImage
 from src.datamodules.sources.packed import PackedStrings
 from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.sources.splits import hashed_split
+from src.errors import printable
 
 log = logging.getLogger(__name__)
 
@@ -153,8 +154,8 @@ class ImageFolderSource(Source):
             log.warning(
                 "%d folders in %s have no image, so they are no classes: %s",
                 len(empty),
-                folder,
-                ", ".join(empty[:5]) + (" …" if len(empty) > 5 else ""),
+                printable(folder),
+                printable(", ".join(empty[:5]) + (" …" if len(empty) > 5 else "")),
             )
         return classes
 
@@ -189,7 +190,9 @@ class ImageFolderSource(Source):
         filled = set(labels.tolist())
         empty = [name for label, name in enumerate(self.classes) if label not in filled]
         if empty:
-            log.warning("classes without a training image in %s: %s", self._folder, ", ".join(empty))
+            log.warning(
+                "classes without a training image in %s: %s", printable(self._folder), printable(", ".join(empty))
+            )
 
 
 class _Listing(NamedTuple):

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 from src.datamodules.decoding import BadSample
+from src.errors import printable
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class Problems:
 
     def log(self) -> None:
         for problem, count in self.counts.items():
-            log.warning("%s: %d, the first is %s", problem, count, self._first[problem])
+            log.warning("%s: %d, the first is %s", problem, count, printable(self._first[problem]))
 
     def __str__(self) -> str:
         return "; ".join(f"{problem}: {count}" for problem, count in self.counts.items())
