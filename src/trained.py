@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from pydantic import PositiveInt
 
 from src import configuration, runs
 from src.checkpoint_io import load_checkpoint
@@ -19,6 +21,7 @@ from src.evaluation.subject import Subject
 from src.models.backbones.weights import Weights, WeightsError, grid_of, read_weights
 from src.models.image_text.base import ImageTextModule, has_towers
 from src.models.pretrain_module import PretrainModule
+from src.value_types import check_value
 
 
 class RunSubject(Subject):
@@ -46,15 +49,17 @@ class RunSubject(Subject):
 
     @classmethod
     def configured(cls, config: DictConfig, checkpoint: Path | None) -> RunSubject:
-        """Returns a run with the split and the limits of ``config.evaluate``, see `evaluation_config`."""
-        settings = config.evaluate
-        return cls(
-            config,
-            checkpoint,
-            split=settings.split,
-            bank_samples=settings.bank_samples,
-            query_samples=settings.query_samples,
-        )
+        """Returns a run with the split and the limits of ``config.evaluate``, see `evaluation_config`.
+
+        Raises:
+            UserError: they are none.
+        """
+        samples = PositiveInt | None
+        hints: dict[str, Any] = {"split": Split, "bank_samples": samples, "query_samples": samples}
+        settings = {name: config.evaluate[name] for name in hints}
+        for name, value in settings.items():
+            check_value(f"evaluate.{name}", value, hints[name])
+        return cls(config, checkpoint, **settings)
 
     @cached_property
     def device(self) -> torch.device:

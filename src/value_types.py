@@ -48,9 +48,23 @@ def _check_arguments(node: DictConfig) -> None:
     for name, child in _children(node):
         if name in hints:
             value = OmegaConf.to_container(child, resolve=True) if OmegaConf.is_config(child) else child._value()
-            expected = _mismatch(value, hints[name])
-            if expected:
-                raise UserError(f"{child._get_full_key('') or f'{key}.{name}'} {expected}, not {_shown(value)}")
+            check_value(child._get_full_key("") or f"{key}.{name}", value, hints[name])
+
+
+def check_value(key: str, value: Any, hint: Any) -> None:
+    """Checks one plain value against an annotation.
+
+    Args:
+        key: of the value, for the message.
+        value: a plain value.
+        hint: such as ``int | None``.
+
+    Raises:
+        UserError: the value is of another type.
+    """
+    expected = _mismatch(value, hint)
+    if expected:
+        raise UserError(f"{key} {expected}, not {_shown(value)}")
 
 
 def _children(node: DictConfig | ListConfig) -> Iterator[tuple[Any, Any]]:

@@ -23,7 +23,7 @@ def publish(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
     trainer.logged_metrics.update(tensors)
 
 
-def log_metrics(module: L.LightningModule, metrics: Mapping[str, torch.nn.Module]) -> None:
+def log_metrics(module: L.LightningModule, metrics: torch.nn.ModuleDict) -> None:
     """Logs each metric as ``eval/<name>``, to be computed when the validation ends.
 
     Every ``validation_step`` calls this, also for a batch without a valid sample: the processes compute their means
