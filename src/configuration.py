@@ -116,7 +116,10 @@ def apply(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         if _is_group(override):
             raise UserError(f"'{override.key_or_group}' cannot change in a run that exists; start a new one")
         _check_value(override, config)
-        OmegaConf.update(config, override.key_or_group, override.value(), force_add=override.is_add())
+        try:
+            OmegaConf.update(config, override.key_or_group, override.value(), force_add=override.is_add())
+        except OmegaConfBaseException as problem:
+            raise UserError(f"{override.input_line}: {_first_lines(problem)}") from problem
     return config
 
 

@@ -20,6 +20,7 @@ from src.evaluation.subject import Subject
 from src.evaluation_config import data_name, evaluation_config, evaluation_of
 from src.evaluation_results import score_table, store
 from src.finetuning import FineTuning
+from src.value_types import check_value
 
 ARGUMENTS = ("run", "eval", "checkpoint", "data")
 BASELINES = ("random", "pixels")  # encoders that EVAL= adds: the untrained one, and raw pixels
@@ -39,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     overrides = [argument for argument in others if not argument.startswith(prefix)]
     run = trained.run_of(arguments, "make evaluate")
     config = evaluation_config(run, arguments.get("data"), overrides, as_online=True)
+    check_value("evaluate.default", config.evaluate.default, list[str])
     names = requested(arguments.get("eval"), list(config.evaluate.default), list(map(str, config.evaluation)))
     checkpoint = trained.checkpoint_of(run, arguments.get("checkpoint"))
     data = arguments.get("data") or data_name(config)

@@ -56,10 +56,9 @@ class RunSubject(Subject):
         """
         samples = PositiveInt | None
         hints: dict[str, Any] = {"split": Split, "bank_samples": samples, "query_samples": samples}
-        settings = {name: config.evaluate[name] for name in hints}
-        for name, value in settings.items():
-            check_value(f"evaluate.{name}", value, hints[name])
-        return cls(config, checkpoint, **settings)
+        for name, hint in hints.items():
+            check_value(f"evaluate.{name}", config.evaluate[name], hint)
+        return cls(config, checkpoint, **{name: config.evaluate[name] for name in hints})
 
     @cached_property
     def device(self) -> torch.device:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import cache
 from types import SimpleNamespace
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.errors import UserError
+
+_CONTAINERS = (Mapping, dict, Sequence, list)
 
 
 def check_values(node: Any) -> None:
@@ -56,12 +58,14 @@ def check_value(key: str, value: Any, hint: Any) -> None:
 
     Args:
         key: of the value, for the message.
-        value: a plain value.
+        value: a plain value, or a part of a configuration.
         hint: such as ``int | None``.
 
     Raises:
         UserError: the value is of another type.
     """
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value, resolve=True)
     expected = _mismatch(value, hint)
     if expected:
         raise UserError(f"{key} {expected}, not {_shown(value)}")
@@ -115,8 +119,12 @@ def _mismatch(value: Any, hint: Any) -> str | None:
     from pydantic import ValidationError
     from pydantic_core import SchemaError
 
-    if _has_target(value):
+    if isinstance(value, dict) and "_target_" in value:
         return None
+    if _has_target(value):  # a container of objects, whose values are checked one by one
+        container = next((part for part in (hint, *get_args(hint)) if get_origin(part) in _CONTAINERS), None)
+        values = value.values() if isinstance(value, dict) else value
+        return next(filter(None, (_mismatch(each, get_args(container)[-1]) for each in values if container)), None)
     if is_dataclass(hint):  # pydantic would build one from a mapping
         return f"must be {_name(hint)}, which has a _target_"
     try:

@@ -33,6 +33,7 @@ class Thing(Base):
         layer: nn.Module | None = None,
         function: Callable[[], None] | None = None,
         schedule: Schedule | None = None,
+        layers: Mapping[str, nn.Module] | None = None,
         anything: Any = None,
         **others: Any,
     ) -> None:
@@ -70,6 +71,7 @@ def test_values_of_the_annotated_types_pass(values):
         ({"path": []}, r"thing.path must be a valid string, not \[\]"),
         ({"counts": {"a": "b"}}, "thing.counts must be a valid integer, not"),
         ({"layer": "linear"}, 'thing.layer must be .*Module.*, which has a _target_, not "linear"'),
+        ({"layers": {"a": {"_target_": "torch.nn.ReLU"}, "b": 1}}, "thing.layers must be Module, which has a _target_"),
         ({"function": 1}, "thing.function must be .*, which has a _target_, not 1"),
         ({"schedule": 0.1}, "thing.schedule must be .*, which has a _target_, not 0.1"),
         ({"size": "${thing.counts}", "counts": {"a": 2}}, "thing.counts must be a valid integer, not"),

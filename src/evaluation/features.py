@@ -132,9 +132,16 @@ class LastBlocks:
 
     Args:
         blocks: number of blocks; a backbone with fewer gives all of its blocks.
+
+    Raises:
+        SettingError: ``blocks`` is less than 1.
     """
 
     blocks: int = 4
+
+    def __post_init__(self) -> None:
+        if self.blocks < 1:
+            raise SettingError(f"LastBlocks: blocks must be at least 1, got {self.blocks}")
 
     def __call__(self, features: Features) -> Tensor:
         if features.class_tokens is None:

@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from src.datamodules.datamodule import SegmentedSource
 from src.datamodules.sources.source import Split
+from src.errors import SettingError
 from src.evaluation.errors import NotApplicable
 from src.evaluation.evaluation import EncoderEvaluation, score_exactly
 from src.evaluation.features import FeatureSet, FeatureSets, Rows, autocast, gathered, labelled, weight_dtype
@@ -39,6 +40,9 @@ class PatchSegmentation(EncoderEvaluation):
         temperature: of their weights.
         bank_images, query_images: numbers of images.
         bank_patches: number of patches.
+
+    Raises:
+        SettingError: a number is less than 1, or see `KNN`.
     """
 
     k: int = 20
@@ -49,6 +53,9 @@ class PatchSegmentation(EncoderEvaluation):
 
     def __post_init__(self) -> None:
         KNN(k=self.k, temperature=self.temperature)  # checks the values
+        for name in ("bank_images", "query_images", "bank_patches"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"PatchSegmentation: {name} must be at least 1, got {getattr(self, name)}")
 
     def by_encoder(self, subject: Subject) -> dict[str, dict[str, float]]:
         return {name: score_exactly(self, sets, subject.device) for name, sets in self.patch_sets(subject).items()}

@@ -17,6 +17,7 @@ from src.datamodules.datamodule import DataModule
 from src.datamodules.scenes.source import ScenesSource
 from src.datamodules.sources.source import Sample, Source, Split
 from src.datamodules.views.image import CenterCrop
+from src.errors import SettingError
 from src.evaluation.errors import NotApplicable
 from src.evaluation.features import FeatureSet, FeatureSets
 from src.evaluation.patch_knn import PatchSegmentation, patch_labels
@@ -167,3 +168,9 @@ def test_data_without_masks_is_refused() -> None:
 def test_refuses_what_makes_no_sense() -> None:
     with pytest.raises(ValueError, match="k must be at least 1"):
         PatchSegmentation(k=0)
+
+
+@pytest.mark.parametrize("name", ["bank_images", "query_images", "bank_patches"])
+def test_numbers_of_nothing_are_refused(name):
+    with pytest.raises(SettingError, match=f"PatchSegmentation: {name} must be at least 1, got 0"):
+        PatchSegmentation(**{name: 0})

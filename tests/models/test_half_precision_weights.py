@@ -106,8 +106,9 @@ def step(experiment: str, *overrides: str) -> tuple[L.LightningModule, torch.Ten
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values())
-def test_a_step_with_half_precision_weights_moves_them_to_finite_values(experiment):
-    method, loss = step(experiment, *(["model.prototypes=4"] if experiment == "swav_r50" else []))
+def test_a_step_with_half_precision_weights_moves_them_to_finite_values(experiment, tmp_path):
+    prototypes = ["model.prototypes=4"] if experiment == "swav_r50" else []
+    method, loss = step(experiment, f"run.dir={tmp_path}", *prototypes)
     assert torch.isfinite(loss)
     learning = {name: p for name, p in method.named_parameters() if p.requires_grad}
     assert {p.dtype for p in learning.values()} == {torch.bfloat16}

@@ -5,10 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.video.resnet import BasicBlock, Conv2Plus1D, Conv3DSimple, VideoResNet
 
 from src.errors import SettingError
+from src.models.functional import at_least_float32
+
+
+class TimeConv3d(nn.Conv3d):
+    """A convolution over time that a CPU computes in float32 at least.
+
+    On CPUs PyTorch 2.14 leaves parts of the weight's gradient uninitialized, often NaN, for a bfloat16 kernel of three
+    frames on clips of two, under autocast as well.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            bias = None if self.bias is None else at_least_float32(self.bias)
+            output = self._conv_forward(at_least_float32(x), at_least_float32(self.weight), bias)
+        return output.to(x.dtype)
 
 
 class VideoConvNet(VideoResNet):
@@ -55,6 +73,8 @@ class VideoConvNet(VideoResNet):
         for module in self.modules():
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.kernel_size[0] > 1:
+                    module.__class__ = TimeConv3d
 
     def forward_features(self, video: Tensor) -> Tensor:
         """[B, T, C, H, W] -> [B, D, T / 8, H / 16, W / 16]."""

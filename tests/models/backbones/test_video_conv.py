@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from timm.models._manipulate import group_with_matcher
+from torch import nn
 from torchvision.models.video import r2plus1d_18, r3d_18
 
 from src.errors import SettingError
-from src.models.backbones.video_conv import r2plus1d, r3d
+from src.models.backbones.video_conv import TimeConv3d, r2plus1d, r3d
 from src.models.backbones.video_encoder import VideoEncoder
 
 
@@ -20,6 +21,28 @@ def test_at_full_width_it_is_torchvisions(ours, theirs) -> None:
     video = torch.randn(1, 4, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(model(video), reference(video.transpose(1, 2)))
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["autocast", "half-precision weights"])
+def test_time_convolutions_of_a_cpu_have_whole_gradients(half) -> None:
+    """PyTorch's own in bfloat16 are NaN here, as often as freed memory holds NaN."""
+    torch.manual_seed(0)
+    conv = TimeConv3d(16, 16, (3, 1, 1), padding=(1, 0, 0), bias=False)
+    x = torch.randn(2, 16, 2, 4, 4)
+    if half:
+        conv, x = conv.bfloat16(), x.bfloat16()
+    exact = nn.Conv3d(16, 16, (3, 1, 1), padding=(1, 0, 0), bias=False)
+    exact.load_state_dict({"weight": conv.weight.detach().float()})
+    exact(x.float()).square().mean().backward()
+    for _ in range(5):
+        junk = [torch.full((1000, 1000), torch.nan) for _ in range(3)]
+        del junk
+        conv.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=not half):
+            y = conv(x)
+        assert y.dtype == x.dtype
+        y.float().square().mean().backward()
+        torch.testing.assert_close(conv.weight.grad.float(), exact.weight.grad, rtol=0.02, atol=1e-4)
 
 
 def test_a_small_one_answers_as_an_encoder() -> None:
