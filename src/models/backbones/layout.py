@@ -66,6 +66,7 @@ def check_image_backbone(backbone: nn.Module) -> None:
     Raises:
         SettingError: it does not; the message names what it has.
     """
+    check_heads_and_rates(backbone)
     if not callable(getattr(backbone, "forward_features", None)) or not isinstance(
         getattr(backbone, "num_features", None), int
     ):
@@ -73,6 +74,23 @@ def check_image_backbone(backbone: nn.Module) -> None:
     size = _working_size(backbone)
     if size is not None:  # None for a model that only its first batch can check
         split_features(backbone, shapes(backbone, size), size)
+
+
+def check_heads_and_rates(backbone: nn.Module) -> None:
+    """Checks values that timm does not check itself.
+
+    Raises:
+        SettingError: a number of heads below 1, or a block that is always dropped.
+    """
+    for module in backbone.modules():
+        heads, dropped = getattr(module, "num_heads", 1), getattr(module, "drop_prob", 0.0)
+        if isinstance(heads, int) and heads < 1:
+            raise SettingError(f"backbone.num_heads must be at least 1, got {heads}")
+        if isinstance(dropped, float | int) and not 0 <= dropped < 1:
+            raise SettingError(
+                f"backbone.drop_path_rate must be at least 0 and less than 1: it would drop a block with probability "
+                f"{dropped:g}"
+            )
 
 
 def check_accepts_any_size(backbone: nn.Module) -> None:

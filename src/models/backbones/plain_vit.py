@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from src.errors import SettingError
-from src.models.backbones.layout import explained
+from src.models.backbones.layout import check_heads_and_rates, explained
 
 
 def check_plain_vit(
@@ -34,6 +34,7 @@ def check_plain_vit(
     needs = f"backbone.model_name: {method} needs a plain timm ViT"
     if not isinstance(backbone, VisionTransformer):
         raise SettingError(f"{needs} (VisionTransformer), not a {type(backbone).__name__}")
+    check_heads_and_rates(backbone)
     own: Any = type(backbone)
     if any(getattr(own, name) is not getattr(VisionTransformer, name) for name in ("_pos_embed", "forward_features")):
         raise SettingError(f"{needs}, and {own.__name__} has tokens of its own, such as one for distillation")

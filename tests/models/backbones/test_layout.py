@@ -13,7 +13,8 @@ from torch import nn
 
 from src.errors import SettingError
 from src.models.backbones.image_encoder import ImageEncoder, cls_token, mean_patch
-from src.models.backbones.layout import check_accepts_any_size
+from src.models.backbones.layout import check_accepts_any_size, check_image_backbone
+from src.models.backbones.plain_vit import check_plain_vit
 from src.models.backbones.positions import accept_any_image_size
 from tests.toys import small_vit
 
@@ -122,3 +123,17 @@ def test_models_of_one_size_are_refused_where_crops_have_several() -> None:
 def test_other_numbers_of_channels(channels: int) -> None:
     for network in (swin(in_chans=channels), small_vit(in_chans=channels)):
         assert ImageEncoder(network)(images(16, 16, channels=channels)).embedding.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": -1}, "backbone.num_heads must be at least 1, got -1"),
+        ({"drop_path_rate": 1.5}, "backbone.drop_path_rate must be .* less than 1: .* with probability 1.5"),
+    ],
+)
+def test_values_that_timm_does_not_check_are_refused(options, message):
+    with pytest.raises(SettingError, match=message):
+        check_image_backbone(small_vit(depth=2, **options))
+    with pytest.raises(SettingError, match=message):
+        check_plain_vit(small_vit(depth=2, **options), "MAE")
