@@ -30,12 +30,15 @@ class Schedules(L.Callback):
             no cap. See `Horizon`.
 
     Raises:
-        SettingError: ``max_warmup`` is not a share; at start, a path leads nowhere.
+        SettingError: ``max_warmup`` is not a share, or a value no schedule; at start, a path leads nowhere.
     """
 
     def __init__(self, schedules: Mapping[str, Any], max_warmup: float | str | None = "20%") -> None:
         share_of(max_warmup)
         self.schedules: dict[str, Schedule] = dict(_flatten(schedules))
+        for path, schedule in self.schedules.items():
+            if not callable(getattr(schedule, "value", None)):
+                raise SettingError(f"schedules.{path} must be a schedule with a _target_, not {schedule!r}")
         self.max_warmup = max_warmup
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -106,7 +109,7 @@ def _optimizer_of(trainer: L.Trainer, pl_module: L.LightningModule, path: str) -
     Raises:
         SettingError: there is no such optimizer or setting, or several that ``optimizer`` could mean.
     """
-    first, *name, setting = path.split(".")
+    first, *name, setting = path.split(".") if "." in path else [path, ""]
     names = list(getattr(pl_module, "optimizer_recipes", ["optimizer"]))
     if len(name) != (first == "optimizers") or setting not in _OPTIMIZER_SETTINGS:
         raise SettingError(

@@ -9,6 +9,7 @@ import pytest
 
 from src import configuration
 from src.callbacks.schedules import Schedules
+from src.errors import SettingError
 from src.schedules import Horizon
 
 # samples of the papers' datasets, for recipes whose warm-up is in steps
@@ -49,3 +50,9 @@ def test_the_cap_changes_no_paper_recipe(name: str):
     freeze = config.callbacks.get("freeze")
     if freeze is not None:
         assert capped.warmup_steps(freeze.duration) == uncapped.warmup_steps(freeze.duration)
+
+
+@pytest.mark.parametrize("schedules", [{"optimizer": 0}, {"optimizer": {"lr": 0.1}}, {"teacher_momentum": "cosine"}])
+def test_a_value_that_is_no_schedule_is_refused(schedules):
+    with pytest.raises(SettingError, match=r"schedules\.\S+ must be a schedule with a _target_, not"):
+        Schedules(schedules)
