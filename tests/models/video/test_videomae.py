@@ -235,3 +235,24 @@ def test_clips_of_another_size_raise() -> None:
 def test_masked_mse_is_the_error_of_masked_patches() -> None:
     prediction, target = torch.zeros(1, 2, 3), torch.tensor([[[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]])
     assert masked_mse(prediction, target, torch.tensor([[0.0, 1.0]])) == 4.0
+
+
+@pytest.mark.parametrize(
+    ("experiment", "clips", "rate", "lowest", "warmup", "epochs"),
+    [
+        # MCG-NJU/VideoMAE, run_mae_pretraining.py, commit 14ef8d8: rates of 1.5e-4 and 1e-5 times the batch / 256; the
+        # batch is the paper's, table 8
+        ("videomae_vitb", 1024, 6.0e-4, 4.0e-5, "40 epochs", 1600),
+        # OpenGVLab/VideoMAEv2, scripts/pretrain/vit_b_hybrid_pt.sh, commit 29eab1e: 32 GPUs x 32 videos of four clips;
+        # rates times the videos / 256
+        ("videomae_v2_vitb", 4096, 4.0e-3, 4.0e-5, "20 epochs", 200),
+    ],
+)
+def test_the_recipe_is_the_authors(experiment, clips, rate, lowest, warmup, epochs):
+    config = compose([f"experiment={experiment}", "scale=paper", "paths.data=videos"])
+    lr = config.schedules.optimizer.lr
+    assert config.data.batch_size == clips
+    assert (lr.peak, lr.end) == pytest.approx((rate, lowest))
+    assert (lr.warmup, config.trainer.max_epochs) == (warmup, epochs)
+    assert config.data.train_view.crop.flip == 0.0  # neither mirrors in pretraining
+    assert config.data.train_view.get("repeats", 1) == (4 if "v2" in experiment else 1)
