@@ -241,7 +241,7 @@ def test_masked_mse_is_the_error_of_masked_patches() -> None:
     ("experiment", "clips", "rate", "lowest", "warmup", "epochs"),
     [
         # MCG-NJU/VideoMAE, run_mae_pretraining.py, commit 14ef8d8: rates of 1.5e-4 and 1e-5 times the batch / 256; the
-        # batch is the paper's, table 8
+        # batch is that of the paper
         ("videomae_vitb", 1024, 6.0e-4, 4.0e-5, "40 epochs", 1600),
         # OpenGVLab/VideoMAEv2, scripts/pretrain/vit_b_hybrid_pt.sh, commit 29eab1e: 32 GPUs x 32 videos of four clips;
         # rates times the videos / 256
