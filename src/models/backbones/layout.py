@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -113,14 +114,29 @@ def check_accepts_any_size(backbone: nn.Module) -> None:
 
 @contextmanager
 def explained(backbone: nn.Module, image: Tensor) -> Iterator[None]:
-    """While active, an error of ``backbone`` about images of a size that it does not take becomes a SettingError."""
+    """While active, an error of ``backbone`` about images of a size, or a number of channels, that it does not take
+    becomes a SettingError."""
     try:
         yield
     except (AssertionError, RuntimeError, IndexError, ValueError) as problem:
-        error = None if isinstance(problem, SettingError) else wrong_size(backbone, (image.shape[-2], image.shape[-1]))
+        error = None if isinstance(problem, SettingError) else wrong_channels(problem, image)
+        if error is None and not isinstance(problem, SettingError):
+            error = wrong_size(backbone, (image.shape[-2], image.shape[-1]))
         if error is None:
             raise
         raise error from problem
+
+
+def wrong_channels(problem: Exception, image: Tensor) -> SettingError | None:
+    """Returns the error about images of another number of channels than a backbone takes; None if ``problem`` is not
+    that of a convolution."""
+    found = re.search(r"to have (\d+) channels, but got (\d+) channels", str(problem))
+    if found is None or int(found[2]) != image.shape[-3]:
+        return None
+    return SettingError(
+        f"backbone.in_chans: the backbone takes images of {found[1]} channels, and the data have {found[2]} "
+        "(data.channels)"
+    )
 
 
 def wrong_size(backbone: nn.Module, size: tuple[int, int]) -> SettingError | None:

@@ -15,6 +15,7 @@ from src.datamodules.batches.image import MultiViewBatch
 from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, cls_token_or_mean
+from src.models.backbones.layout import explained
 from src.models.backbones.positions import accept_any_image_size, dino_positions
 from src.models.heads.dino import DINOHead
 from src.models.joint_embedding.base import JointEmbedding, forward_views_jointly
@@ -185,7 +186,8 @@ def class_attention(backbone: nn.Module, image: Tensor) -> Tensor | None:
     outputs: list[Tensor] = []
     handle = attn.qkv.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
-        backbone.forward_features(image)
+        with explained(backbone, image):
+            backbone.forward_features(image)
     finally:
         handle.remove()
     q, k, _ = outputs[0].unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)

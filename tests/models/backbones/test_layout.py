@@ -105,7 +105,7 @@ def test_images_of_a_size_that_a_model_does_not_take_are_refused_in_words() -> N
         ImageEncoder(swin())(images(16, 24))
     with pytest.raises(SettingError, match=r"image_size: VisionTransformer takes images of 16x16 pixels, not of 16x24"):
         ImageEncoder(small_vit())(images(16, 24))
-    with pytest.raises(RuntimeError, match=r"expected input.* to have 3 channels"):  # this is not about the size
+    with pytest.raises(SettingError, match=r"backbone.in_chans: .* of 3 channels"):  # this is not about the size
         ImageEncoder(small_vit())(images(16, 16, channels=1))
 
 
@@ -137,3 +137,9 @@ def test_values_that_timm_does_not_check_are_refused(options, message):
         check_image_backbone(small_vit(depth=2, **options))
     with pytest.raises(SettingError, match=message):
         check_plain_vit(small_vit(depth=2, **options), "MAE")
+
+
+def test_images_of_another_number_of_channels_are_refused_by_their_keys():
+    encoder = ImageEncoder(small_vit(in_chans=1))
+    with pytest.raises(SettingError, match=r"backbone.in_chans: .* images of 1 channels, and the data have 3"):
+        encoder(torch.zeros(1, 3, 16, 16))
