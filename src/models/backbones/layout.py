@@ -81,8 +81,11 @@ def check_heads_and_rates(backbone: nn.Module) -> None:
     """Checks values that timm does not check itself.
 
     Raises:
-        SettingError: a number of heads below 1, or a block that is always dropped.
+        SettingError: a number of heads below 1, a block that is always dropped, or no block.
     """
+    blocks = getattr(backbone, "blocks", None)
+    if isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks) == 0:
+        raise SettingError("backbone.depth must be at least 1: there are no blocks")
     for module in backbone.modules():
         heads, dropped = getattr(module, "num_heads", 1), getattr(module, "drop_prob", 0.0)
         if isinstance(heads, int) and heads < 1:

@@ -223,7 +223,15 @@ class TransformersTextTower(TextTower):
 
 
 def _sizes(vocabulary: int, length: int, width: int, depth: int, heads: int) -> dict[str, Any]:
-    """Returns the sizes of a text transformer under their names in transformers."""
+    """Returns the sizes of a text transformer under their names in transformers.
+
+    Raises:
+        SettingError: one of them is less than 1.
+    """
+    given = {"vocabulary": vocabulary, "length": length, "width": width, "depth": depth, "heads": heads}
+    for name, number in given.items():
+        if number < 1:
+            raise SettingError(f"model.text.{name} must be at least 1, got {number}")
     return {
         "vocab_size": vocabulary,
         "max_position_embeddings": length,

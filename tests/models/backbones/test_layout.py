@@ -129,14 +129,15 @@ def test_other_numbers_of_channels(channels: int) -> None:
     ("options", "message"),
     [
         ({"num_heads": -1}, "backbone.num_heads must be at least 1, got -1"),
+        ({"depth": 0}, "backbone.depth must be at least 1"),
         ({"drop_path_rate": 1.5}, "backbone.drop_path_rate must be .* less than 1: .* with probability 1.5"),
     ],
 )
 def test_values_that_timm_does_not_check_are_refused(options, message):
     with pytest.raises(SettingError, match=message):
-        check_image_backbone(small_vit(depth=2, **options))
+        check_image_backbone(small_vit(**{"depth": 2, **options}))
     with pytest.raises(SettingError, match=message):
-        check_plain_vit(small_vit(depth=2, **options), "MAE")
+        check_plain_vit(small_vit(**{"depth": 2, **options}), "MAE")
 
 
 def test_images_of_another_number_of_channels_are_refused_by_their_keys():

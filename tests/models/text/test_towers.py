@@ -9,7 +9,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from src import configuration
-from src.errors import UserError
+from src.errors import SettingError, UserError
 from src.models.backbones.image_encoder import cls_token_or_mean, mean_patch
 from src.models.backbones.weights import load_backbone
 from src.models.image_text.clip import CLIP
@@ -193,3 +193,9 @@ def test_lit_composes(scale, tmp_path):
         with pytest.raises(UserError, match="text_checkpoint=/gone is no model of transformers"):
             configuration.instantiate(gone.model)
     assert isinstance(text_tower(), CLIPTextTower)
+
+
+@pytest.mark.parametrize("name", ["vocabulary", "length", "width", "depth", "heads"])
+def test_sizes_of_nothing_are_refused_by_their_keys(name):
+    with pytest.raises(SettingError, match=rf"model\.text\.{name} must be at least 1, got 0"):
+        text_tower(**{name: 0})
