@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from torch import Tensor
 
 from src.datamodules.batches.video import VideoBatch
@@ -43,5 +45,6 @@ class LinearAction(LinearProtocol):
     def training_step(self, batch: VideoBatch, batch_idx: int) -> StepOutput:  # type: ignore[override]
         return self.learn(batch["video"], self.labels_of(batch))
 
-    def encoders(self) -> dict[str, Encoder]:
-        return {"encoder": clip_encoder(self.backbone, self.pool)}
+    @cached_property
+    def encoder(self) -> Encoder:
+        return clip_encoder(self.backbone, self.pool)

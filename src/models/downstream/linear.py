@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,7 +44,7 @@ class LinearProtocol(Classifier):
         self.backbone = backbone.requires_grad_(False).eval()
         self.pool = pool
         self.head_std = head_std
-        self.norm = nn.BatchNorm1d(self.encoders()["encoder"].dim, affine=False, eps=1e-6)
+        self.norm = nn.BatchNorm1d(self.encoder.dim, affine=False, eps=1e-6)
 
     def make_head(self, num_classes: int) -> None:
         self.head = nn.Linear(self.norm.num_features, num_classes)
@@ -69,10 +71,15 @@ class LinearProtocol(Classifier):
     def embed(self, image: Tensor) -> Tensor:
         """The embedding of the frozen backbone, float32 [B, D]."""
         with torch.no_grad():
-            return self.encoders()["encoder"](image).embedding.float()
+            return self.encoder(image).embedding.float()
 
     def forward(self, image: Tensor) -> Tensor:
         return self.classify(self.embed(image))
 
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Built once: it checks its backbone, which takes as long as a small training step."""
+        return ImageEncoder(self.backbone, pool=self.pool)
+
     def encoders(self) -> dict[str, Encoder]:
-        return {"encoder": ImageEncoder(self.backbone, pool=self.pool)}
+        return {"encoder": self.encoder}

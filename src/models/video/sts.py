@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,12 +42,12 @@ class STS(PretrainModule):
         self.backbone = backbone
         self.motion_weight = motion_weight
         self.appearance_weight = appearance_weight
-        dim = clip_encoder(backbone).dim
+        dim = self.encoder.dim
         self.motion = nn.Linear(dim, MOTION)
         self.appearance = nn.Linear(dim, APPEARANCE)
 
     def training_step(self, batch: StatisticsBatch, batch_idx: int) -> StepOutput:
-        embedding = self.encoders()["encoder"](batch["video"]).embedding
+        embedding = self.encoder(batch["video"]).embedding
         motion = _mean_squared_error(self.motion(embedding), batch["motion"])
         appearance = _mean_squared_error(self.appearance(embedding), batch["appearance"])
         return {
@@ -54,8 +56,13 @@ class STS(PretrainModule):
             "embedding": embedding.detach().float(),
         }
 
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Built once: it checks its backbone."""
+        return clip_encoder(self.backbone)
+
     def encoders(self) -> dict[str, Encoder]:
-        return {"encoder": clip_encoder(self.backbone)}
+        return {"encoder": self.encoder}
 
 
 @full_precision

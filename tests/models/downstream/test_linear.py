@@ -3,32 +3,23 @@ from functools import partial
 
 import lightning as L
 import pytest
-import timm
 import torch
 from torch.nn import functional as F
 
 from src.datamodules.batches.base import BatchError
 from src.datamodules.datamodule import DataModule
 from src.datamodules.views.image import CenterCrop, RandomResizedCrop
+from src.models.backbones import image_encoder
 from src.models.backbones.image_encoder import mean_patch
 from src.models.downstream.linear import LinearProtocol
 from src.optim import OptimizerRecipe, lars
 from tests.evaluation.toy import SIZE, Squares
+from tests.toys import small_vit
 
 
 def backbone():
     torch.manual_seed(0)
-    return timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=SIZE,
-        patch_size=8,
-        embed_dim=24,
-        depth=2,
-        num_heads=2,
-        num_classes=0,
-        drop_path_rate=0.5,
-        proj_drop_rate=0.5,
-    )
+    return small_vit(img_size=SIZE, embed_dim=24, depth=2, drop_path_rate=0.5, proj_drop_rate=0.5)
 
 
 def protocol(optimizer: OptimizerRecipe | None = None, **kwargs) -> LinearProtocol:
@@ -154,3 +145,17 @@ def test_data_without_labels_or_with_more_classes_are_refused():
         trainer(1).fit(protocol(), datamodule=data(labelled=False))
     with pytest.raises(BatchError, match="the classifier has 2 classes, the data 3"):
         trainer(1).fit(protocol(num_classes=2), datamodule=data())
+
+
+def test_the_backbone_is_checked_once_not_at_every_step(monkeypatch):
+    checked = []
+    monkeypatch.setattr(image_encoder, "check_image_backbone", checked.append)
+    module = protocol(num_classes=4)
+    module.build(4)
+    batch = {"image": torch.randn(2, 3, SIZE, SIZE), "label": torch.tensor([0, 1])}
+    for step in range(2):
+        module.training_step(batch, step)
+    assert checked == [module.backbone]
+    assert "encoder.backbone.cls_token" not in module.state_dict()
+    twin = copy.deepcopy(module)
+    assert twin.encoders()["encoder"].backbone is twin.backbone
