@@ -7,7 +7,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from src.errors import SettingError
 
@@ -107,24 +106,21 @@ def share_of(max_warmup: float | str | None) -> float:
     return share
 
 
-class Schedule(Protocol):
+class Schedule(ABC):
     """A value for every optimizer step."""
 
+    @abstractmethod
     def value(self, step: int, horizon: Horizon) -> float:
         """The value for the step after ``step`` optimizer steps."""
-        ...
 
-
-def value_for(schedule: Schedule, lr_multiplier: float, step: int, horizon: Horizon) -> float:
-    """The learning rate of a parameter group: ``lr_multiplier`` times the schedule's value, unless the schedule has a
-    rule of its own (`CosineWithWarmup`)."""
-    if isinstance(schedule, CosineWithWarmup):
-        return schedule.value_for(lr_multiplier, step, horizon)
-    return schedule.value(step, horizon) * lr_multiplier
+    def value_for(self, lr_multiplier: float, step: int, horizon: Horizon) -> float:
+        """The learning rate of a parameter group: ``lr_multiplier`` times the value, unless a subclass says
+        otherwise."""
+        return self.value(step, horizon) * lr_multiplier
 
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(Schedule):
     """The same value throughout."""
 
     at: float
@@ -134,7 +130,7 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Switch:
+class Switch(Schedule):
     """``before`` for the duration ``at``, then ``after``.
 
     Args:
@@ -152,7 +148,7 @@ class Switch:
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Schedule):
     """From ``start`` to ``end`` in a straight line over ``duration``, then ``end``."""
 
     start: float
@@ -164,7 +160,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class LinearWarmup:
+class LinearWarmup(Schedule):
     """From ``start`` to ``end`` in a straight line over ``warmup``, then ``end`` for the rest of the run.
 
     Args:
@@ -185,7 +181,7 @@ class LinearWarmup:
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(Schedule):
     """From ``start`` to ``end`` along half a cosine over ``duration``, then ``end``."""
 
     start: float
@@ -197,7 +193,7 @@ class Cosine:
 
 
 @dataclass(frozen=True)
-class _Warmup(ABC):
+class _Warmup(Schedule):
     """From ``start`` to ``peak`` in a straight line over ``warmup``, then to ``end`` at the end of the run.
 
     Step 0 has the value ``start``: with ``start=0`` the first update of a run with a warm-up changes nothing, as in the
@@ -235,7 +231,7 @@ class WarmupCosine(_Warmup):
 
 
 @dataclass(frozen=True)
-class CosineWithWarmup:
+class CosineWithWarmup(Schedule):
     """Half a cosine from ``peak`` to ``end`` over the whole run, whose beginning a warm-up in a straight line from 0
     replaces, so that it goes on below ``peak``: timm's ``CosineLRScheduler`` without ``warmup_prefix``.
 
@@ -250,7 +246,6 @@ class CosineWithWarmup:
         return self.value_for(1.0, step, horizon)
 
     def value_for(self, lr_multiplier: float, step: int, horizon: Horizon) -> float:
-        """The learning rate of a parameter group with ``lr_multiplier``."""
         warmup = horizon.warmup_steps(self.warmup)
         peak = self.peak * lr_multiplier
         if step < warmup:
@@ -266,7 +261,7 @@ class WarmupLinear(_Warmup):
 
 
 @dataclass(frozen=True)
-class WarmupDrops:
+class WarmupDrops(Schedule):
     """From ``start`` to ``peak`` in a straight line over ``warmup``, then ``peak``, multiplied by ``factor`` at each of
     the ``drops``."""
 

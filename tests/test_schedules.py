@@ -19,7 +19,6 @@ from src.schedules import (
     WarmupCosine,
     WarmupDrops,
     WarmupLinear,
-    value_for,
 )
 
 RUN = Horizon(total_steps=1000, steps_per_epoch=50.0, batch_size=256)
@@ -75,10 +74,10 @@ def test_a_cosine_over_the_whole_run_is_timms():
         t_in_epochs=False,
     )
     for step in (0, 100, 199, 200, 500, 999):
-        assert [value_for(schedule, factor, step, RUN) for factor in (1, 10)] == pytest.approx(theirs._get_lr(step))
+        assert [schedule.value_for(factor, step, RUN) for factor in (1, 10)] == pytest.approx(theirs._get_lr(step))
     assert schedule.value(200, RUN) == pytest.approx(0.02 + 1.98 * 0.5 * (1 + math.cos(0.2 * math.pi)))  # not the peak
-    assert value_for(schedule, 10, 1000, RUN) == schedule.value(1000, RUN) == pytest.approx(0.02)
-    assert value_for(WarmupCosine(peak=2.0), 10, 500, RUN) == pytest.approx(10.0)
+    assert schedule.value_for(10, 1000, RUN) == schedule.value(1000, RUN) == pytest.approx(0.02)
+    assert WarmupCosine(peak=2.0).value_for(10, 500, RUN) == pytest.approx(10.0)
 
 
 def test_a_value_per_epoch_is_that_of_the_epoch_s_first_step():

@@ -12,7 +12,7 @@ import torch
 from src.callbacks.resumed_position import schedule_step, surplus_steps
 from src.errors import SettingError, nearest
 from src.models.logging import logs_now
-from src.schedules import Horizon, Schedule, share_of, value_for
+from src.schedules import Horizon, Schedule, share_of
 
 _OPTIMIZER_SETTINGS = ("lr", "weight_decay")
 
@@ -37,7 +37,7 @@ class Schedules(L.Callback):
         share_of(max_warmup)
         self.schedules: dict[str, Schedule] = dict(_flatten(schedules))
         for path, schedule in self.schedules.items():
-            if not callable(getattr(schedule, "value", None)):
+            if not isinstance(schedule, Schedule):
                 raise SettingError(f"schedules.{path} must be a schedule with a _target_, not {schedule!r}")
         self.max_warmup = max_warmup
 
@@ -51,9 +51,8 @@ class Schedules(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        horizon, logs = horizon_of(trainer), logs_now(trainer)
+        step, horizon, logs = schedule_step(trainer), horizon_of(trainer), logs_now(trainer)
         for path, schedule in self.schedules.items():
-            step = schedule_step(trainer)
             value = schedule.value(step, horizon)
             if path.endswith(".lr") and _is_of_optimizer(path):
                 _set_rates(_optimizer_of(trainer, pl_module, path), schedule, step, horizon)
@@ -133,7 +132,7 @@ def _optimizer_of(trainer: L.Trainer, pl_module: L.LightningModule, path: str) -
 def _set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, horizon: Horizon) -> None:
     for group in optimizer.param_groups:
         if not group.get("constant_lr", False):
-            group["lr"] = value_for(schedule, group["lr_multiplier"], step, horizon)
+            group["lr"] = schedule.value_for(group["lr_multiplier"], step, horizon)
 
 
 def _set_weight_decay(optimizer: torch.optim.Optimizer, value: float) -> None:

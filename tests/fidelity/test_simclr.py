@@ -19,7 +19,7 @@ import torch
 from src.models.joint_embedding.simclr import SimCLR
 from src.models.losses.contrastive import dcl, dclw
 from src.optim import OptimizerRecipe, classic_lars
-from src.schedules import Horizon
+from src.schedules import Horizon, Schedule
 from tests.fidelity.rules import TinyConvNet, by_rule, fill
 from tests.fidelity.runs import batch, run, squares, views
 
@@ -40,7 +40,7 @@ DCLW = 13.479750244829177
 
 
 @dataclass(frozen=True)
-class Rates:
+class Rates(Schedule):
     """The learning rate of each step."""
 
     rates: tuple[float, ...]
