@@ -41,7 +41,9 @@ class ResumedPosition(L.Callback):
         loop = checkpoint["loops"]["fit_loop"]
         saved = _saved_position(loop)
         loader = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
-        if saved is None or not isinstance(loader, ResumableLoader):
+        if not isinstance(loader, ResumableLoader):  # of a DataModule that has its own, which Lightning resumes
+            return
+        if saved is None:
             raise CheckpointError(
                 f"{trainer.ckpt_path} does not say how many samples of its epoch were trained on: it was written by "
                 "another version, and can be started from with CKPT=, but not be resumed"

@@ -138,3 +138,21 @@ def test_a_checkpoint_without_the_number_of_samples_is_refused(tmp_path):
     torch.save(saved, tmp_path / "old.ckpt")
     with pytest.raises(CheckpointError, match=r"does not say how many samples .* started from with CKPT="):
         train(tmp_path, batch=8, resume=tmp_path / "old.ckpt")
+
+
+class PlainData(SmallData):
+    """A DataModule with a loader of PyTorch's own."""
+
+    def train_dataloader(self) -> Any:
+        rows = [{"image": row, "index": index} for index, row in enumerate(self.rows.image)]
+        return torch.utils.data.DataLoader(rows, batch_size=self.batch_size)
+
+
+def test_a_loader_that_counts_no_samples_is_left_to_lightning(tmp_path):
+    def callbacks() -> list[L.Callback]:
+        return [Checkpoints(tmp_path, every_steps=1, monitor=None), ResumedPosition()]
+
+    with pytest.raises(Stop.Reached):
+        fit(tmp_path, *callbacks(), Stop(2), data=PlainData(), max_epochs=1)
+    resumed = fit(tmp_path, *callbacks(), data=PlainData(), resume=tmp_path / "last.ckpt", max_epochs=1)
+    assert resumed.global_step == 4
