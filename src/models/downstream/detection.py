@@ -21,6 +21,7 @@ from src.models.downstream.class_head import ClassHeadModule
 from src.models.downstream.finetune import layer_rules_below
 from src.models.heads.mask_rcnn import MaskRCNNOnMaps
 from src.models.heads.pyramid import Pyramid
+from src.models.logging import logs_now
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
 
@@ -115,11 +116,15 @@ class Detection(ClassHeadModule):
             {**image_objects, "labels": image_objects["labels"] + 1} for image_objects in objects
         ]  # 0: background
         losses = self.heads.losses(self.pyramid(image), sizes, targets)
-        dropped = torch.stack([(~_has_area(boxes)).sum() for boxes in batch["boxes"]]).sum().float()
-        # of this batch: a sum over the epoch would be lost to a run that is resumed within it
-        self.log("health/dropped_boxes", reduce_sum(dropped))
         logs = {name: value.detach() for name, value in losses.items()}
         return {"loss": torch.stack(list(losses.values())).sum(), "logs": logs}
+
+    def on_train_batch_end(self, outputs: Any, batch: DetectionBatch, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        if logs_now(self.trainer):
+            dropped = torch.stack([(~_has_area(boxes)).sum() for boxes in batch["boxes"]]).sum().float()
+            # of this batch: a sum over the epoch would be lost to a run that is resumed within it
+            self.log("health/dropped_boxes", reduce_sum(dropped))
 
     def objects(self, batch: DetectionBatch) -> list[dict[str, Tensor]]:
         """The objects of each image whose boxes have an area: ``boxes``, ``labels`` from 0, ``masks`` if the heads

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from src.datamodules.batches.base import BatchError
 from src.datamodules.datamodule import DataModule
@@ -20,6 +21,7 @@ from src.models.downstream.detection import Detection
 from src.models.heads.mask_rcnn import MaskRCNNOnMaps
 from src.models.heads.pyramid import ConvPyramid, SimplePyramid
 from src.optim import OptimizerRecipe, adamw
+from tests.toys import small_vit
 
 HEADS = partial(
     MaskRCNNOnMaps,
@@ -36,8 +38,7 @@ SCENES = partial(ScenesSource, count=8, resolution=64, fields=("boxes", "box_lab
 
 def vit(**kwargs) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 0}
-    return timm.create_model("vit_tiny_patch16_224", **sizes | kwargs)
+    return small_vit(**{"img_size": 64, "embed_dim": 64, "depth": 2, **kwargs})
 
 
 def convnet() -> nn.Module:
@@ -99,8 +100,6 @@ def test_it_memorizes_boxes_and_masks_of_eight_images():
 
 def test_empty_images_train_and_boxes_without_area_are_left_out():
     module = detection()
-    logged: dict[str, Tensor] = {}
-    module.log = lambda name, value, **_: logged.__setitem__(name, value)
     data = batch([], [(4, 4, 20, 20), (10, 10, 10, 30)])
     out = module.training_step(data, 0)
     assert out["loss"].isfinite()
@@ -108,8 +107,19 @@ def test_empty_images_train_and_boxes_without_area_are_left_out():
     assert not any(value.requires_grad for value in out["logs"].values())
     assert [len(objects["boxes"]) for objects in module.objects(data)] == [0, 1]
     assert [objects["masks"].shape for objects in module.objects(data)] == [(0, 64, 64), (1, 64, 64)]
-    assert logged["health/dropped_boxes"] == 1.0
     assert module.training_step(batch([], []), 0)["loss"].isfinite()
+
+
+@pytest.mark.parametrize("logs", [False, True])
+def test_dropped_boxes_are_counted_at_the_steps_that_log(logs, monkeypatch):
+    module, logged = detection(), {}
+    module.log, module.log_dict = logged.__setitem__, logged.update
+    monkeypatch.setattr(Detection, "trainer", SimpleNamespace(accumulate_grad_batches=1))
+    for place in ("pretrain_module", "downstream.detection"):
+        monkeypatch.setattr(f"src.models.{place}.logs_now", lambda _: logs)
+    data = batch([(9, 9, 9, 9)], [(4, 4, 20, 20), (10, 10, 10, 30)])
+    module.on_train_batch_end({"loss": torch.tensor(1.5)}, data, 0)
+    assert logged == ({"loss/total": 1.5, "health/dropped_boxes": 2.0} if logs else {})
 
 
 def test_crowds_are_neither_learned_nor_false_negatives():
