@@ -14,6 +14,7 @@ from src.evaluate import evaluate
 from src.evaluation_config import evaluation_config
 from src.measure import machine, result_cache
 from src.measure.report import Check, Section, table
+from src.trained import RunSubject
 
 DATA = ("scenes", "emoji")
 SEEDS = (0, 1, 2)
@@ -73,7 +74,7 @@ def train_and_evaluate(overrides: Sequence[str], config: DictConfig) -> dict[str
         whole_splits = ["evaluate.bank_samples=null", "evaluate.query_samples=null"]
         settled = evaluation_config(run, None, whole_splits)
         # the last checkpoint, because the best one was chosen on the evaluated images
-        scores = evaluate(settled, run.last, ["knn", "linear", "random", "pixels"])
+        scores = evaluate(RunSubject.configured(settled, run.last), ["knn", "linear", "random", "pixels"])
     top1 = {encoder: {metric: values[metric] for metric in METRICS} for encoder, values in scores.items()}
     epochs = int(config.trainer.max_epochs)
     return {"minutes": trained.seconds / 60, "epochs": epochs, "steps": steps, "scores": top1}

@@ -14,6 +14,7 @@ from src.evaluate import evaluate
 from src.evaluation_config import evaluation_config
 from src.measure import machine, result_cache
 from src.measure.report import Check, Section, table
+from src.trained import RunSubject
 
 SEEDS = (0, 1, 2)
 METRICS = {"knn_top1": "kNN", "linear_top1": "linear"}
@@ -186,7 +187,8 @@ def train_and_evaluate(
     with result_cache.train_once([*overrides, f"trainer.max_steps={steps}"], config) as trained:
         run = trained.run
         settings = ["evaluate.bank_samples=null", "evaluate.query_samples=null", "evaluate.split=test"]
-        scores = evaluate(evaluation_config(run, None, settings), run.last, evaluations)
+        subject = RunSubject.configured(evaluation_config(run, None, settings), run.last)
+        scores = evaluate(subject, evaluations)
     return {
         "scores": {encoder: {metric: values[metric] for metric in METRICS} for encoder, values in scores.items()},
         "steps": steps,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
-from omegaconf import DictConfig
 from rich.console import Console
 from torch import nn
 
@@ -47,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     if config.evaluate.split != "val":
         data = f"{data}_{config.evaluate.split}"
     subject = trained.RunSubject.configured(config, checkpoint)
-    scores = evaluate(config, checkpoint, [name for name in names if name != FINETUNE], subject)
+    scores = evaluate(subject, [name for name in names if name != FINETUNE])
     if scores:
         store(run, data, scores)  # before a fine-tuning that may fail
     if FINETUNE in names:
@@ -90,26 +88,24 @@ def requested(eval_argument: str | None, default: Sequence[str], evaluations: Se
     return list(dict.fromkeys(names))
 
 
-def evaluate(
-    config: DictConfig, checkpoint: Path, names: Sequence[str], subject: trained.RunSubject | None = None
-) -> Scores:
+def evaluate(subject: trained.RunSubject, names: Sequence[str]) -> Scores:
     """Runs the named evaluations on every encoder of the run and on the named baselines. Numbers of the method as a
     whole are those of the encoder "pairs".
 
     Args:
-        config: see `evaluation_config`.
+        subject: the run, with a configuration of `evaluation_config`.
         names: of evaluations and of `BASELINES`.
-        subject: of the same configuration and checkpoint, where the caller needs it afterwards.
 
     Raises:
         UserError: an evaluation is not applicable, or features are NaN or infinite.
     """
-    evaluations: dict[str, Evaluation] = {name: evaluation_of(config, name) for name in names if name not in BASELINES}
-    subject = subject or trained.RunSubject.configured(config, checkpoint)
+    evaluations: dict[str, Evaluation] = {
+        name: evaluation_of(subject.config, name) for name in names if name not in BASELINES
+    }
     subject.needs = joined_needs(list(evaluations.values()))
     baselines: dict[str, nn.Module] = {}
     if "random" in names:
-        baselines["random"] = next(iter(trained.fresh(config).encoders().values())).to(subject.device)
+        baselines["random"] = next(iter(trained.fresh(subject.config).encoders().values())).to(subject.device)
     if "pixels" in names:
         baselines["pixels"] = PixelEncoder()
     if baselines:

@@ -94,7 +94,7 @@ def test_of_several_clips_a_videos_scores_are_averaged(run: runs.Run) -> None:
         batch = data.on_after_batch_transfer(loaded, 0)
         each = module.similarity(module.encode_image(batch["video"]), names).unflatten(0, (-1, 2)).mean(dim=1)
         right += int((each.argmax(dim=1) == batch["label"][::2]).sum())
-    scores = evaluate.evaluate(config, run.last, ["zeroshot"])["pairs"]
+    scores = evaluate.evaluate(trained.RunSubject.configured(config, run.last), ["zeroshot"])["pairs"]
     assert scores["zeroshot_top1"] == pytest.approx(right / 12)
 
 

@@ -175,7 +175,7 @@ def test_make_evaluate_runs_captions_alone_or_with_others(tmp_path, monkeypatch)
         config = compose(words)
         with open_dict(config):
             config.evaluate = OmegaConf.load(CONFIGS / "evaluate.yaml")
-        return evaluate.evaluate(config, tmp_path / "none.ckpt", names)["pairs"]
+        return evaluate.evaluate(trained.RunSubject.configured(config, tmp_path / "none.ckpt"), names)["pairs"]
 
     assert set(asked("coca_vitb32", "captions")) == {"captions_bleu4", "captions_cider"}
     assert {"captions_cider", "zeroshot_top1", "gap"} <= set(asked("coca_vitb32", "zeroshot", "captions", "geometry"))
