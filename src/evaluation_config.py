@@ -95,8 +95,6 @@ def _other_data(config: DictConfig, data: str) -> DictConfig:
     other = configuration.compose("train", arguments).data
     with open_dict(other):
         for key in (*METHOD_KEYS, *NORMALIZATION_KEYS):
-            if key == "text_filter":
-                continue  # it chose what to train on; other data may have no texts
             if key in config.data:
                 other[key] = config.data._get_node(key)
             else:

@@ -67,7 +67,7 @@ class FineTuning:
             if recipe.backbone.get("pretrained"):
                 recipe.backbone.pretrained = False  # training starts from the run's own weights, or from random ones
             # videos keep the experiment's evaluation view, which takes several clips
-            own = {*METHOD_KEYS, *self.own_data, *(("eval_view", "eval_batch_size") if clips else ())}
+            own = {*METHOD_KEYS, "text_filter", *self.own_data, *(("eval_view", "eval_batch_size") if clips else ())}
             for key in set(map(str, config.data)) - own:
                 recipe.data[key] = config.data._get_node(key)
             if clips:

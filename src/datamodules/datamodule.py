@@ -45,14 +45,10 @@ METHOD_KEYS = (
     "tokenizer_from",
     "vocabulary",
     "text_length",
-    "text_filter",
     "extras",
 )
-NORMALIZATION_KEYS = (
-    "mean",
-    "std",
-    "channels",
-)  # what an encoder was trained with, whatever data it is evaluated or fine-tuned on
+# Keys of `data` that an encoder was trained with, whatever data it is evaluated or fine-tuned on.
+NORMALIZATION_KEYS = ("mean", "std", "channels")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
