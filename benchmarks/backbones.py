@@ -1,6 +1,6 @@
-"""Which timm models work with which kind of method. One small model of each family takes a training step of methods
-that read it whole, of methods that take it apart, and of one that reads its feature maps. The command
-``python -m benchmarks.backbones`` prints the table; with names of models it tries these."""
+"""The table of timm's models and the kinds of methods that they work with. One small model of each family takes a
+training step of methods that read it whole, of methods that take it apart, and of one that reads its feature maps. The
+command ``python -m benchmarks.backbones`` prints the table; with names of models it tries these."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.models import _registry
 from torch import Tensor, nn
 
@@ -106,7 +107,7 @@ def built(name: str, **options: Any) -> tuple[nn.Module, tuple[int, int]]:
                 network = timm.create_model(name, num_classes=0, **{**tried_options, **options})
             except (TypeError, AssertionError, RuntimeError, ValueError):
                 continue
-            asked = _pair({**tried_options, **options}.get("img_size", size))
+            asked = to_2tuple({**tried_options, **options}.get("img_size", size))
             if not isinstance(shapes(network, asked), Exception):
                 return network, asked
     own: Any = own_size(network)
@@ -214,11 +215,11 @@ def report(result: dict[str, Any]) -> Section:
         [f"{name} ({entry['family']})", *(marks[outcome.split(":")[0]] for outcome in entry["uses"].values())]
         for name, entry in models.items()
     ]
-    said: dict[str, list[str]] = defaultdict(list)  # sentence with … for the model's class -> classes
+    refusals: dict[str, list[str]] = defaultdict(list)  # sentence with … for the model's class -> classes
     for entry in models.values():
         for outcome in entry["uses"].values():
             if outcome.startswith("refused"):
-                kinds = said[outcome.removeprefix("refused: ").replace(entry["kind"], "…")]
+                kinds = refusals[outcome.removeprefix("refused: ").replace(entry["kind"], "…")]
                 kinds += [entry["kind"]] if entry["kind"] not in kinds else []
     outcomes = [outcome for entry in models.values() for outcome in entry["uses"].values()]
     bad = [
@@ -235,7 +236,8 @@ def report(result: dict[str, Any]) -> Section:
     ]
     if bad:
         parts.append("Neither works nor is refused when it is built:\n\n" + "\n".join(f"- {line}" for line in bad))
-    parts.append("Refusals:\n\n" + "\n".join(f"- {words}: {', '.join(said[words])}" for words in sorted(said)))
+    reasons = (f"- {reason}: {', '.join(kinds)}" for reason, kinds in sorted(refusals.items()))
+    parts.append("Refusals:\n\n" + "\n".join(reasons))
     if result["missing"]:
         parts.append(f"Families of timm {result['timm']} that are not tried: {', '.join(result['missing'])}.")
     works = sum(outcome == "works" for outcome in outcomes)
@@ -248,13 +250,9 @@ def report(result: dict[str, Any]) -> Section:
     return Section("Backbones", [check], "\n\n".join(parts))
 
 
-def _pair(size: Any) -> tuple[int, int]:
-    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
 if __name__ == "__main__":
     if sys.argv[1:]:
-        found = {name: {"family": _registry._model_to_module[name], **tried(name)} for name in sys.argv[1:]}
-        print(report({"models": found, "missing": [], "timm": timm.__version__}).body)
+        tried_models = {name: {"family": _registry._model_to_module[name], **tried(name)} for name in sys.argv[1:]}
+        print(report({"models": tried_models, "missing": [], "timm": timm.__version__}).body)
     else:
         print(report(measure()).body)

@@ -36,7 +36,7 @@ class ResumedLogger:
     """A logger of a run that can be resumed and that a file which cannot be written does not end."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of the logger, plain values."""
+        """Returns the logger's state for a checkpoint, plain values."""
         return {}
 
     def resume(self, step: int, state: Mapping[str, Any]) -> None:

@@ -119,6 +119,7 @@ def _mismatch(value: Any, hint: Any) -> str | None:
     from pydantic import ValidationError
     from pydantic_core import SchemaError
 
+    needs_target = f"must be {_name(hint)}, which has a _target_"
     if isinstance(value, dict) and "_target_" in value:
         return None
     if _has_target(value):  # a container of objects, whose values are checked one by one
@@ -126,7 +127,7 @@ def _mismatch(value: Any, hint: Any) -> str | None:
         values = value.values() if isinstance(value, dict) else value
         return next(filter(None, (_mismatch(each, get_args(container)[-1]) for each in values if container)), None)
     if is_dataclass(hint):  # pydantic would build one from a mapping
-        return f"must be {_name(hint)}, which has a _target_"
+        return needs_target
     try:
         adapter = _adapter(hint)
         if adapter is not None:
@@ -134,15 +135,13 @@ def _mismatch(value: Any, hint: Any) -> str | None:
     except ValidationError as problem:
         errors = problem.errors(include_url=False)
         if any(error["type"] in ("needs_python_object", "is_instance_of", "callable_type") for error in errors):
-            return f"must be {_name(hint)}, which has a _target_"
+            return needs_target
         expected = dict.fromkeys(
             error["msg"].removeprefix("Input should be ").partition(", got")[0] for error in errors
         )
         return f"must be {' or '.join(expected)}"
     except SchemaError:  # a protocol, which no plain value satisfies
-        return (
-            None if value is None and type(None) in get_args(hint) else f"must be {_name(hint)}, which has a _target_"
-        )
+        return None if value is None and type(None) in get_args(hint) else needs_target
     return None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from src.errors import SettingError
+from src.models.functional import HALF
 from src.models.teacher import TeacherPair
 
 
@@ -103,7 +104,7 @@ class EMATeacher(L.Callback):
 def _wide(teacher: nn.Module, restored: list[Tensor] | None) -> list[Tensor]:
     """Returns the averages of a teacher in half precision in float32, those of a resumed run if there are, or none."""
     parameters = list(teacher.parameters())
-    if not any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in parameters):
+    if not any(parameter.dtype in HALF for parameter in parameters):
         return []
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         raise SettingError(

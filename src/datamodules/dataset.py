@@ -331,7 +331,7 @@ def _exit_when_told_by(parent: int) -> None:
 
 
 class LoaderPosition(TypedDict):
-    """How far a `ResumableLoader` has come."""
+    """The position of a `ResumableLoader` in its epoch."""
 
     epoch: int
     samples: int  # of this epoch, served by all processes

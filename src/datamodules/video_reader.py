@@ -173,7 +173,7 @@ class EncodedVideo:
 
 
 class _Packets(NamedTuple):
-    """What the packets from some place of a file to its end say; times in seconds of the file's clock."""
+    """The times of the packets from a place in a file to its end, in seconds of the file's clock."""
 
     pictures: int  # number of them
     first: float  # start of the first picture
@@ -184,7 +184,7 @@ class _Packets(NamedTuple):
 
 
 class _Declared(NamedTuple):
-    """What a file says of itself, in seconds; None for what it does not say."""
+    """The times in a file's header, in seconds; None for one that is missing."""
 
     of_stream: float | None  # duration of the pictures
     of_file: float | None  # duration of everything

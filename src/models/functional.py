@@ -16,7 +16,7 @@ from torch.nn import functional as F
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 def full_precision(loss: Callable[P, R]) -> Callable[P, R]:
@@ -46,7 +46,7 @@ def in_full_precision(module: nn.Module, x: Tensor) -> Tensor:
         stored = {
             name: value
             for name, value in chain(module.named_parameters(), module.named_buffers())
-            if value.dtype in _HALF
+            if value.dtype in HALF
         }
         if not stored:
             return module(x)
@@ -61,7 +61,7 @@ def in_full_precision(module: nn.Module, x: Tensor) -> Tensor:
 
 def at_least_float32(value: Tensor) -> Tensor:
     """Casts half-precision tensors to float32 and leaves others as they are."""
-    return value.float() if value.dtype in _HALF else value
+    return value.float() if value.dtype in HALF else value
 
 
 def _widen(value: object) -> object:

@@ -1,4 +1,4 @@
-"""Where a DataModule's tokenizer comes from: a name, another run, or the training texts."""
+"""The settings of a DataModule's tokenizer: it comes from a name, another run, or the training texts."""
 
 from __future__ import annotations
 

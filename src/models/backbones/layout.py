@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -46,13 +46,13 @@ def split_features(backbone: nn.Module, output: Any, size: tuple[int, int]) -> S
     else:
         count = prefix_tokens(backbone)
         prefix, patches = output[:, :count], output[:, count:]
-        found = _grid(backbone, size, patches.shape[1])
-        if found is None:
+        patch_grid = _grid(backbone, size, patches.shape[1])
+        if patch_grid is None:
             raise SettingError(
-                f"{_named(backbone)} returns {output.shape[1]} tokens for an image of {_by(size)} pixels, which are no "
-                f"grid of patches after {count} others"
+                f"{_named(backbone)} returns {output.shape[1]} tokens for an image of {size_text(size)} pixels, which "
+                f"are no grid of patches after {count} others"
             )
-        grid = found
+        grid = patch_grid
     if patches.shape[2] != backbone.num_features:
         raise SettingError(
             f"{_named(backbone)} returns features of width {patches.shape[2]}, and its num_features is "
@@ -110,7 +110,7 @@ def check_accepts_any_size(backbone: nn.Module) -> None:
     other = (size[0] + stride, size[1] + stride) if smaller == size else smaller
     if isinstance(shapes(backbone, other), Exception):
         raise SettingError(
-            f"{_named(backbone)} takes images of {_by(size)} pixels alone, and this method also sends it others"
+            f"{_named(backbone)} takes images of {size_text(size)} pixels alone, and this method also sends it others"
             f"{_hint(backbone)}"
         )
 
@@ -121,10 +121,10 @@ def explained(backbone: nn.Module, image: Tensor) -> Iterator[None]:
     becomes a SettingError."""
     try:
         yield
+    except SettingError:
+        raise
     except (AssertionError, RuntimeError, IndexError, ValueError) as problem:
-        error = None if isinstance(problem, SettingError) else wrong_channels(problem, image)
-        if error is None and not isinstance(problem, SettingError):
-            error = wrong_size(backbone, (image.shape[-2], image.shape[-1]))
+        error = wrong_channels(problem, image) or wrong_size(backbone, (image.shape[-2], image.shape[-1]))
         if error is None:
             raise
         raise error from problem
@@ -133,11 +133,11 @@ def explained(backbone: nn.Module, image: Tensor) -> Iterator[None]:
 def wrong_channels(problem: Exception, image: Tensor) -> SettingError | None:
     """Returns the error about images of another number of channels than a backbone takes; None if ``problem`` is not
     that of a convolution."""
-    found = re.search(r"to have (\d+) channels, but got (\d+) channels", str(problem))
-    if found is None or int(found[2]) != image.shape[-3]:
+    channels = re.search(r"to have (\d+) channels, but got (\d+) channels", str(problem))
+    if channels is None or int(channels[2]) != image.shape[-3]:
         return None
     return SettingError(
-        f"backbone.in_chans: the backbone takes images of {found[1]} channels, and the data have {found[2]} "
+        f"backbone.in_chans: the backbone takes images of {channels[1]} channels, and the data have {channels[2]} "
         "(data.channels)"
     )
 
@@ -150,7 +150,8 @@ def wrong_size(backbone: nn.Module, size: tuple[int, int]) -> SettingError | Non
     if own is None or own == size:
         return None
     return SettingError(
-        f"image_size: {type(backbone).__name__} takes images of {_by(own)} pixels, not of {_by(size)}{_hint(backbone)}"
+        f"image_size: {type(backbone).__name__} takes images of {size_text(own)} pixels, not of "
+        f"{size_text(size)}{_hint(backbone)}"
     )
 
 
@@ -250,5 +251,6 @@ def _named(backbone: nn.Module) -> str:
     return f"backbone.model_name: {type(backbone).__name__}"
 
 
-def _by(size: tuple[int, ...]) -> str:
+def size_text(size: Sequence[int]) -> str:
+    """Formats a size or a grid: (14, 16) -> "14x16"."""
     return "x".join(map(str, size))

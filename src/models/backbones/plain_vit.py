@@ -1,5 +1,5 @@
-"""What methods need that take timm's ViT apart, such as MAE, which encodes a part of the patches: its parts in their
-order, and a check that they are all it has."""
+"""The parts of timm's ViT in their order, and a check that it has no others: for methods that run them one by one, such
+as MAE, which encodes a part of the patches."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from src.errors import SettingError
 from src.models.backbones.layout import check_heads_and_rates, explained
+from src.models.backbones.positions import with_positions
 
 
 def check_plain_vit(
@@ -50,11 +51,6 @@ def check_plain_vit(
         raise SettingError(f"backbone.patch_size: {method} needs square patches, not {patch[0]}x{patch[1]}")
 
 
-def position_count(vit: VisionTransformer) -> int:
-    """The number of prefix tokens that have positional embeddings."""
-    return 0 if vit.no_embed_class else vit.num_prefix_tokens
-
-
 def embed_patches(vit: VisionTransformer, image: Tensor) -> tuple[Tensor, Tensor]:
     """Embeds images or clips with their positions: class token and registers [B, P, D], and patches [B, N, D].
 
@@ -64,12 +60,7 @@ def embed_patches(vit: VisionTransformer, image: Tensor) -> tuple[Tensor, Tensor
     with explained(vit, image):
         patches = vit.patch_embed(image)
     patches = patches.flatten(1, -2)  # rows and columns, where the ViT takes images of any size
-    tokens = [token.expand(len(patches), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
-    prefix = torch.cat(tokens, dim=1) if tokens else patches[:, :0]
-    if vit.pos_embed is not None:
-        own = position_count(vit)
-        patches = patches + vit.pos_embed[:, own:]
-        prefix = prefix + vit.pos_embed[:, :own] if own else prefix
+    prefix, patches = with_positions(vit, patches, vit.pos_embed)
     return vit.pos_drop(prefix), vit.pos_drop(patches)
 
 

@@ -67,8 +67,7 @@ def interpolated_positions(table: Tensor, old: tuple[int, int], new: tuple[int, 
     """
     if old == new:
         return table
-    grid = at_least_float32(table).unflatten(1, old).permute(0, 3, 1, 2)
-    return F.interpolate(grid, size=new, mode="bicubic").flatten(2).transpose(1, 2).to(table.dtype)
+    return _bicubic(table, old, size=new)
 
 
 def dino_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -85,19 +84,43 @@ def dino_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) ->
     if old == new:
         return table
     scale = ((new[0] + 0.1) / old[0], (new[1] + 0.1) / old[1])
+    return _bicubic(table, old, scale_factor=scale)
+
+
+def _bicubic(table: Tensor, old: tuple[int, int], **target: Any) -> Tensor:
+    """target: ``size`` or ``scale_factor`` of ``interpolate``."""
     grid = at_least_float32(table).unflatten(1, old).permute(0, 3, 1, 2)
-    return F.interpolate(grid, scale_factor=scale, mode="bicubic").flatten(2).transpose(1, 2).to(table.dtype)
+    return F.interpolate(grid, mode="bicubic", **target).flatten(2).transpose(1, 2).to(table.dtype)
+
+
+def position_count(backbone: nn.Module) -> int:
+    """The number of prefix tokens that have positional embeddings."""
+    return 0 if getattr(backbone, "no_embed_class", False) else int(getattr(backbone, "num_prefix_tokens", 0))
+
+
+def with_positions(vit: Any, patches: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The tokens of a ViT with their positional embeddings: class token and registers [B, P, D], and patches [B, N, D].
+
+    Args:
+        vit: has the class token and the registers.
+        patches: embedded, [B, N, D].
+        positions: [1, `position_count` + N, D]; None for a ViT without.
+    """
+    tokens = [token.expand(len(patches), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+    prefix = torch.cat(tokens, dim=1) if tokens else patches[:, :0]
+    if positions is not None:
+        count = position_count(vit)
+        patches = patches + positions[:, count:]
+        prefix = prefix + positions[:, :count] if count else prefix
+    return prefix, patches
 
 
 def _add_positions(interpolation: PositionInterpolation, vit: Any, patches: Tensor) -> Tensor:
     """timm's ``_pos_embed`` with another interpolation: [B, rows, columns, D] -> [B, prefix tokens + patches, D]."""
-    prefix = [token.expand(len(patches), -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
-    own = 0 if vit.no_embed_class else vit.num_prefix_tokens  # positions of prefix tokens
-    grid = patches.shape[1], patches.shape[2]
-    positions = interpolation(vit.pos_embed[:, own:], vit.patch_embed.grid_size, grid)
-    tokens = torch.cat([*prefix, patches.flatten(1, 2) + positions], dim=1)
-    tokens[:, :own] += vit.pos_embed[:, :own]
-    return vit.pos_drop(tokens)
+    count, grid = position_count(vit), (patches.shape[1], patches.shape[2])
+    of_patches = interpolation(vit.pos_embed[:, count:], vit.patch_embed.grid_size, grid)
+    positions = torch.cat([vit.pos_embed[:, :count], of_patches], dim=1)
+    return vit.pos_drop(torch.cat(with_positions(vit, patches.flatten(1, 2), positions), dim=1))
 
 
 def _whole_patches(patch_embed: nn.Module, arguments: tuple[Tensor, ...]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -39,8 +40,8 @@ class TubeletEmbed(nn.Module):
     ) -> None:
         super().__init__()
         self.frames, self.tubelet_frames = frames, tubelet_frames
-        self.img_size = _pair(img_size)
-        self.patch_size = _pair(patch_size)
+        self.img_size = to_2tuple(img_size)
+        self.patch_size = to_2tuple(patch_size)
         rows, columns = (side // patch for side, patch in zip(self.img_size, self.patch_size, strict=True))
         whole = (frames, *self.img_size) == (frames // tubelet_frames * tubelet_frames, *self._covered(rows, columns))
         if not whole or 0 in (frames // tubelet_frames, rows, columns):
@@ -90,7 +91,3 @@ def sinusoids(dim: int, count: int) -> nn.Parameter:
     angle = position * 10_000.0 ** -(2 * (torch.arange(dim, dtype=torch.float64) // 2) / dim)
     table = torch.where(torch.arange(dim) % 2 == 0, angle.sin(), angle.cos()).float()
     return nn.Parameter(table.unsqueeze(0), requires_grad=False)
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from src.checkpoint_io import CheckpointError, best_or_last, read_foreign
 from src.errors import UserError, nearest
-from src.models.backbones.positions import interpolated_positions
+from src.models.backbones.layout import size_text
+from src.models.backbones.positions import interpolated_positions, position_count
 from src.models.backbones.released_towers import stated_activation, with_own_names
 from src.models.layers.activations import activation_name
 
@@ -340,7 +342,7 @@ def _on_grid_of(backbone: nn.Module, table: Tensor, weights: Weights) -> tuple[T
     own = getattr(backbone, "pos_embed", None)
     if target is None or not isinstance(own, Tensor) or own.ndim != 3 or table.ndim != 3:
         return table, []
-    prefix = 0 if getattr(backbone, "no_embed_class", False) else int(getattr(backbone, "num_prefix_tokens", 0))
+    prefix = position_count(backbone)
     times = target[0] if len(target) == 3 else 1
     source = weights.grid or _assumed_grid(table.shape[1] - prefix, times, target)
     if source is None or math.prod(source) != table.shape[1] - prefix:
@@ -352,14 +354,14 @@ def _on_grid_of(backbone: nn.Module, table: Tensor, weights: Weights) -> tuple[T
         return table, []
     if source[:-2] != target[:-2]:
         raise WeightsError(
-            f"{weights.origin} has a positional embedding of {_by(source)} tubelets, where the backbone's clips have "
-            f"{_by(target)}: times cannot be interpolated"
+            f"{weights.origin} has a positional embedding of {size_text(source)} tubelets, where the backbone's clips "
+            f"have {size_text(target)}: times cannot be interpolated"
         )
     old, new = (source[-2], source[-1]), (target[-2], target[-1])
     patches = [interpolated_positions(part, old, new) for part in table[:, prefix:].chunk(times, dim=1)]
     resampled = torch.cat([table[:, :prefix], *patches], dim=1)
     note = f"positional embedding of {table.shape[1]} tokens interpolated to {resampled.shape[1]}"
-    return resampled, [f"{note} ({_by(source)} to {_by(target)})"]
+    return resampled, [f"{note} ({size_text(source)} to {size_text(target)})"]
 
 
 def _assumed_grid(count: int, times: int, target: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -369,23 +371,15 @@ def _assumed_grid(count: int, times: int, target: tuple[int, ...]) -> tuple[int,
     return target if math.prod(target) == count else None
 
 
-def _by(grid: Sequence[int]) -> str:
-    return "x".join(map(str, grid))
-
-
 def _exported_grid(folder: Path) -> tuple[int, ...] | None:
     """The grid of patches that an export's ``config.json`` gives, in the form of timm."""
     try:
         content = json.loads((folder / "config.json").read_text())
         arguments = content["model_args"]
-        size, patch = (_pair(arguments[name]) for name in ("img_size", "patch_size"))
+        size, patch = to_2tuple(arguments["img_size"]), to_2tuple(arguments["patch_size"])
+        return int(size[0]) // int(patch[0]), int(size[1]) // int(patch[1])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return size[0] // patch[0], size[1] // patch[1]
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
 def _classifiers(backbone: nn.Module) -> Sequence[str]:

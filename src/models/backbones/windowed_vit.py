@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from src.errors import SettingError
 from src.models.backbones.plain_vit import check_plain_vit
-from src.models.backbones.positions import accept_any_image_size, interpolated_positions
+from src.models.backbones.positions import accept_any_image_size, interpolated_positions, position_count
 
 
 class WindowedViT(nn.Module):
@@ -68,8 +68,7 @@ class WindowedViT(nn.Module):
         vit = self.backbone
         patches = vit.patch_embed(image)
         rows, columns = grid = (patches.shape[1], patches.shape[2])
-        of_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        table = vit.get_parameter("pos_embed")[:, of_prefix:]
+        table = vit.get_parameter("pos_embed")[:, position_count(vit) :]
         positions = interpolated_positions(table, vit.patch_embed.grid_size, grid)
         tokens = vit.norm_pre(vit.pos_drop(patches.flatten(1, 2) + positions))
         for number, block in enumerate(vit.blocks):

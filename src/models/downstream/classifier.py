@@ -62,9 +62,9 @@ class Classifier(ClassHeadModule):
         if len(first) < len(label):
             logits = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
             label = label[first]
-        losses = F.cross_entropy(logits, label, reduction="none")
-        for name, metric in self.metrics.items():
-            metric.update(losses) if name == "loss" else metric.update(logits, label)  # type: ignore[operator]
+        for name in ("top1", "top5"):
+            self.metrics[name].update(logits, label)  # type: ignore[operator]
+        self.metrics["loss"].update(F.cross_entropy(logits, label, reduction="none"))  # type: ignore[operator]
 
     def labels_of(self, batch: ImageBatch | VideoBatch) -> Tensor:
         """The labels of a batch.

@@ -15,7 +15,7 @@ from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, Pool, mean_patch
 from src.models.backbones.plain_vit import check_plain_vit
-from src.models.backbones.positions import fixed_positions
+from src.models.backbones.positions import fixed_positions, position_count
 from src.models.functional import l2_normalize
 from src.models.heads.mlp import MlpHead
 from src.models.joint_embedding.base import JointEmbedding, forward_views_separately, two_views
@@ -121,7 +121,6 @@ def initialize_vit(vit: VisionTransformer, *, frozen_patches: bool) -> None:
     patch_embed.requires_grad_(not frozen_patches)
     if vit.cls_token is not None:
         nn.init.normal_(vit.cls_token, std=1e-6)
-    prefix_tokens = 0 if vit.no_embed_class else vit.num_prefix_tokens
     vit.pos_embed = fixed_positions(
-        vit.embed_dim, vit.patch_embed.grid_size, prefix_tokens=prefix_tokens, rows_first=True
+        vit.embed_dim, vit.patch_embed.grid_size, prefix_tokens=position_count(vit), rows_first=True
     )

@@ -15,7 +15,7 @@ from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, mean_patch
 from src.models.backbones.layout import channels_of
 from src.models.backbones.plain_vit import check_plain_vit, embed_patches, encode_tokens
-from src.models.backbones.positions import fixed_positions
+from src.models.backbones.positions import fixed_positions, position_count
 from src.models.losses.reconstruction import masked_mse, normalize_patches, patchify, unpatchify
 from src.models.masked.masking import Masking, gather_tokens, random_masking
 from src.models.pretrain_module import PretrainModule, StepOutput
@@ -64,9 +64,7 @@ class MAE(PretrainModule):
         self.backbone = backbone
         self.patch_size = backbone.patch_embed.patch_size[0]
         self.grid: tuple[int, int] = backbone.patch_embed.grid_size
-        backbone.pos_embed = fixed_positions(
-            backbone.embed_dim, self.grid, prefix_tokens=0 if backbone.no_embed_class else backbone.num_prefix_tokens
-        )
+        backbone.pos_embed = fixed_positions(backbone.embed_dim, self.grid, prefix_tokens=position_count(backbone))
         self.decoder = MAEDecoder(
             encoder_dim=backbone.embed_dim,
             dim=decoder_dim,
