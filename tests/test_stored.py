@@ -76,7 +76,7 @@ FUNCTION = {"_target_": "hydra.utils.get_method"}
         ("callbacks.checkpoints.folder", "${run.dir}/../..", "callbacks.checkpoints.folder=.* is outside"),
         ("logger.metrics.path", "src/train.py", "logger.metrics.path=src/train.py is outside"),
         ("logger.tensorboard.save_dir", "~/x", "logger.tensorboard.save_dir=~/x is outside"),
-        ("trainer.default_root_dir", "/tmp/elsewhere", "trainer.default_root_dir=/tmp/elsewhere is outside"),
+        ("trainer.default_root_dir", "/elsewhere", "trainer.default_root_dir=/elsewhere is outside"),
         ("data.bad_log", "/etc/passwd", "data.bad_log=/etc/passwd is outside"),
         ("data.tokenizer_file", "/etc/passwd", "data.tokenizer_file=/etc/passwd is outside"),
         (

@@ -9,6 +9,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from src.models.backbones.video_vit import TubeletEmbed, video_vit
 from src.models.image_text.clip import CLIP
 from src.models.text.text_tower import CLIPTextTower
 from src.optim import OptimizerRecipe, adamw
@@ -17,11 +18,18 @@ from src.optim import OptimizerRecipe, adamw
 TEXT = torch.tensor([[2, 7, 8, 1, 0, 0], [2, 9, 1, 0, 0, 0], [2, 7, 8, 9, 5, 1], [2, 7, 8, 1, 0, 0]])
 MASK = TEXT != 0
 
+_SMALL_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
 
-def small_vit(**options: Any) -> VisionTransformer:
+
+def small_vit(name: str = "vit_tiny_patch16_224", **options: Any) -> VisionTransformer:
     """Returns a ViT of one block that reads images of 16 x 16 pixels as 2 x 2 patches."""
-    small = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 0}
-    return timm.create_model("vit_tiny_patch16_224", **{**small, **options})
+    return timm.create_model(name, **{**_SMALL_VIT, **options})
+
+
+def small_video_vit(frames: int = 4, **options: Any) -> VisionTransformer:
+    """Returns a ViT of one block that reads clips of 16 x 16 pixels in tubelets of two frames of 2 x 2 patches."""
+    embed = {"embed_layer": partial(TubeletEmbed, frames=frames), "class_token": False, "global_pool": "avg"}
+    return video_vit("vit_tiny_patch16_224", **{**_SMALL_VIT, **embed, **options})
 
 
 def text_tower(**options: Any) -> CLIPTextTower:

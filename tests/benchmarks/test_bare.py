@@ -6,7 +6,6 @@ import copy
 from functools import partial
 
 import numpy as np
-import timm
 import torch
 from torch import nn
 
@@ -17,13 +16,12 @@ from src.datamodules.views.image import CenterCrop
 from src.models.masked.mae import MAE
 from src.models.teacher import TeacherPair
 from src.optim import OptimizerRecipe
+from tests.toys import small_vit
 
 
 def mae() -> MAE:
     torch.manual_seed(0)
-    vit = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0
-    )
+    vit = small_vit(img_size=32, embed_dim=32)
     recipe = OptimizerRecipe(partial(torch.optim.AdamW, betas=(0.9, 0.95)), lr=0.01, weight_decay=0.05)
     return MAE(vit, recipe, decoder_dim=16, decoder_depth=1, decoder_heads=2)
 

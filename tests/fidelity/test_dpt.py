@@ -9,13 +9,13 @@ images are those of `rules`.
 from typing import Any
 
 import pytest
-import timm
 import torch
 
 from src.models.downstream.depth import DepthEstimator
 from src.optim import OptimizerRecipe
 from tests.fidelity.rules import by_rule, fill
 from tests.fidelity.runs import squares
+from tests.toys import small_vit
 
 LOSSES = [-3098.975187588042]
 SQUARES = [4654.386919776896, 57804.097580516725, 9021090.461368792, 5813.798601754763, 3.2751324672377082]
@@ -45,9 +45,7 @@ SQUARES += [0.5484488453315405, 1253380080.753727, 467.82723712588967, 315191327
 
 
 def method() -> DepthEstimator:
-    vit: Any = timm.create_model(
-        "vit_tiny_patch16_224", img_size=64, patch_size=16, embed_dim=12, depth=4, num_heads=2, num_classes=0
-    )
+    vit: Any = small_vit(img_size=64, patch_size=16, embed_dim=12, depth=4)
     recipe = OptimizerRecipe(torch.optim.AdamW, lr=1.0)
     return DepthEstimator(vit, recipe, width=8, widths=(4, 6, 8, 10), blocks=[0, 1, 2, 3]).double()
 

@@ -11,7 +11,6 @@ from itertools import count
 from typing import Any
 
 import pytest
-import timm
 import torch
 
 from src.models.masked.mae import MAE
@@ -19,6 +18,7 @@ from src.optim import OptimizerRecipe
 from src.schedules import WarmupCosine
 from tests.fidelity.rules import by_rule, fill
 from tests.fidelity.runs import run, squares
+from tests.toys import small_vit
 
 LOSSES = [2.262838094410926, 2.2647186583778214, 1.9571623959668107, 1.7695814721135554]
 SQUARES = [0.5220217921432837, 25.921189445032624, 11.748836608935314, 14.20639204716403, 12.734180098321062]
@@ -34,9 +34,7 @@ SQUARES += [7.852034001545622, 17.405826329046512, 49.18766603029749]
 
 
 def method() -> MAE:
-    vit: Any = timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=2, num_classes=0
-    )
+    vit: Any = small_vit(patch_size=4, embed_dim=12, depth=2)
     adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95))
     recipe = OptimizerRecipe(adamw, lr=0.01, weight_decay=0.05)
     return MAE(vit, recipe, decoder_dim=8, decoder_depth=1, decoder_heads=2).double()

@@ -13,17 +13,16 @@ from itertools import count
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor
 
-from src.models.backbones.video_vit import TubeletEmbed
 from src.models.video.masking import running_cell_masking
 from src.models.video.videomae import VideoMAE
 from src.optim import OptimizerRecipe, Rule
 from src.schedules import WarmupCosine
 from tests.fidelity.rules import by_rule, fill
 from tests.fidelity.runs import run, squares
+from tests.toys import small_video_vit
 
 LOSSES = [2.2614242260097144, 1.8993301765927324, 1.6917050989944935, 1.5963626030715476]
 SQUARES = [52.43445835852017, 11.223032987354996, 11.657465478626364, 14.237175013664547, 19.47233611632009]
@@ -50,19 +49,7 @@ V2_SQUARES += [93.8916798107796]
 
 
 def method(**options: Any) -> VideoMAE:
-    vit: Any = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=16,
-        patch_size=4,
-        embed_dim=12,
-        depth=2,
-        num_heads=2,
-        num_classes=0,
-        class_token=False,
-        global_pool="avg",
-        fc_norm=False,
-        embed_layer=partial(TubeletEmbed, frames=16),
-    )
+    vit: Any = small_video_vit(frames=16, patch_size=4, embed_dim=12, depth=2, fc_norm=False)
     rules = [Rule(r"^decoder\.mask_token$", weight_decay=0.0)]  # as in the recipe
     recipe = OptimizerRecipe(partial(torch.optim.AdamW, betas=(0.9, 0.95)), lr=0.01, weight_decay=0.05, rules=rules)
     options |= {"mask_ratio": 0.75, "pixel_std": (0.229, 0.224, 0.225)}

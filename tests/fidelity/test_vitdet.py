@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -19,6 +18,7 @@ from src.models.heads.mask_rcnn import RegionPool
 from src.models.heads.pyramid import POOLED, SimplePyramid
 from tests.fidelity.rules import by_rule, fill
 from tests.fidelity.runs import squares
+from tests.toys import small_vit
 
 LOSSES = [-47.88352913790156, -54.14475352612146, -38.32452142635267]
 SQUARES = [9.2181261325653, 414.70322250133415, 11.808077281041575, 14.020913381760746, 12.813226201577164]
@@ -42,16 +42,7 @@ BOXES = torch.tensor(
 
 
 def method() -> SimplePyramid:
-    vit: Any = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=64,
-        patch_size=16,
-        embed_dim=12,
-        depth=2,
-        num_heads=2,
-        num_classes=0,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-    )
+    vit: Any = small_vit(img_size=64, patch_size=16, embed_dim=12, depth=2, norm_layer=partial(nn.LayerNorm, eps=1e-6))
     return SimplePyramid(vit, channels=8, window=4, global_blocks=1).double()
 
 

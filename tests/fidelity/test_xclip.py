@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from src.optim import OptimizerRecipe, Rule
 from src.schedules import CosineWithWarmup, Horizon
 from tests.fidelity.rules import by_rule, fill
 from tests.fidelity.runs import run, squares
+from tests.toys import small_vit
 
 NAMES = torch.tensor([[1, 5, 19, 0, 0], [1, 6, 7, 19, 0], [1, 7, 5, 6, 19], [1, 8, 19, 0, 0]])
 
@@ -80,15 +80,7 @@ class Steps(XCLIP):
 
 
 def method() -> XCLIP:
-    vit: Any = timm.create_model(
-        "vit_base_patch32_clip_quickgelu_224",
-        img_size=16,
-        patch_size=8,
-        embed_dim=64,
-        depth=2,
-        num_heads=1,
-        num_classes=0,
-    )
+    vit: Any = small_vit("vit_base_patch32_clip_quickgelu_224", embed_dim=64, depth=2, num_heads=1)
     text = CLIPTextTower(vocabulary=20, length=5, width=64, depth=2, heads=1, activation="quick_gelu")
     rules = [Rule("pos_embed|cls_token|position_embedding", weight_decay=0.0)]  # as in the recipe
     recipe = OptimizerRecipe(partial(torch.optim.AdamW, betas=(0.9, 0.98)), lr=0.001, weight_decay=0.1, rules=rules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,14 +30,14 @@ def images(*size: int, channels: int = 3) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "size"),
+    ("make", "size"),
     [
-        ("swin", {"img_size": (16, 32)}, (16, 32)),
-        ("test_mambaout", {}, (32, 96)),
+        (partial(swin, img_size=(16, 32)), (16, 32)),
+        (partial(timm.create_model, "test_mambaout", num_classes=0), (32, 96)),
     ],
 )
-def test_maps_with_the_channels_last_are_read_by_place(name: str, options: Any, size: tuple[int, int]) -> None:
-    network = swin(**options) if name == "swin" else timm.create_model(name, num_classes=0, **options)
+def test_maps_with_the_channels_last_are_read_by_place(make: Any, size: tuple[int, int]) -> None:
+    network = make()
     encoder = ImageEncoder(network).eval()
     with torch.no_grad():
         features, output = encoder(images(*size)), network.forward_features(images(*size))  # type: ignore[operator]

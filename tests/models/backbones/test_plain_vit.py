@@ -12,13 +12,13 @@ from torch import nn
 
 from src.errors import SettingError
 from src.models.backbones.plain_vit import check_plain_vit
-from src.models.backbones.video_vit import TubeletEmbed, video_vit
+from src.models.backbones.video_vit import TubeletEmbed
 from src.models.joint_embedding.moco_v3 import MoCoV3
 from src.models.masked.mae import MAE
 from src.models.masked.masking import Masking, random_masking
 from src.models.video.videomae import VideoMAE
 from src.optim import OptimizerRecipe, adamw
-from tests.toys import small_vit
+from tests.toys import small_video_vit, small_vit
 
 RECIPE = OptimizerRecipe(partial(adamw), lr=1e-3)
 
@@ -120,16 +120,13 @@ def test_moco_v3_initializes_every_plain_vit_and_freezes_its_patches() -> None:
 
 
 def test_videomae_encodes_with_the_norm_before_the_blocks_and_refuses_a_class_token() -> None:
-    options: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 2}
-    embed = partial(TubeletEmbed, frames=4)
-    tokens: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False}
-    vit = video_vit("vit_tiny_patch16_224", num_classes=0, embed_layer=embed, pre_norm=True, **options, **tokens)
+    vit = small_video_vit(embed_dim=12, pre_norm=True, fc_norm=False)
     method = VideoMAE(vit, RECIPE, decoder_dim=8, decoder_depth=1, decoder_heads=2).eval()
     nn.init.normal_(vit.norm_pre.weight)
     video, order = torch.randn(2, 4, 3, 16, 16), torch.arange(8).expand(2, -1)
     everything = Masking(order, order, torch.zeros(2, 8))
     torch.testing.assert_close(method.encode(video, everything), vit.forward_features(video))
-    with_class = timm.create_model("vit_tiny_patch16_224", num_classes=0, embed_layer=embed, **options)
+    with_class = small_vit(embed_layer=partial(TubeletEmbed, frames=4))
     with pytest.raises(SettingError, match=r"ViT of tubelets alone, and this has 1 tokens before them"):
         VideoMAE(with_class, RECIPE)  # type: ignore[arg-type]
     with pytest.raises(SettingError, match=r"embedded one by one \(TubeletEmbed\), not by a PatchEmbed"):

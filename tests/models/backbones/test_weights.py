@@ -2,7 +2,6 @@ import argparse
 import collections
 import copy
 import fractions
-import functools
 import io
 import logging
 import pathlib
@@ -15,21 +14,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
-from src.models.backbones.video_vit import TubeletEmbed, video_vit
 from src.models.backbones.weights import WeightsError, load_backbone
+from tests.toys import small_video_vit, small_vit
 
 
 def vit(size: int = 32, **kwargs):
-    return timm.create_model(
-        "vit_tiny_patch16_224",
-        **{"img_size": size, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0} | kwargs,
-    )
-
-
-def small_video_vit(size: int = 16, frames: int = 4):
-    options = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 0, "class_token": False}
-    embed = functools.partial(TubeletEmbed, frames=frames)
-    return video_vit("vit_tiny_patch16_224", img_size=size, embed_layer=embed, global_pool="avg", **options)
+    return small_vit(**{"img_size": size, "embed_dim": 24, "depth": 2, **kwargs})
 
 
 @pytest.fixture
@@ -303,9 +293,9 @@ def test_a_table_of_equal_length_for_another_grid_is_interpolated(tmp_path):
 
 def test_clips_of_another_number_of_times_are_refused(tmp_path):
     """16 times of 2 x 2 tubelets are as many as 4 of 4 x 4."""
-    source = small_video_vit(size=16, frames=8)
+    source = small_video_vit(frames=8)
     state = {f"backbone.{name}": value for name, value in source.state_dict().items()}
     content = {"state_dict": state, "encoders": {"encoder": "backbone."}, "grids": {"encoder": [4, 2, 2]}}
     torch.save(content, tmp_path / "w.ckpt")
     with pytest.raises(WeightsError, match="4x2x2 tubelets, where the backbone's clips have 1x4x4: times cannot be"):
-        load_backbone(small_video_vit(size=32, frames=2), tmp_path / "w.ckpt")
+        load_backbone(small_video_vit(frames=2, img_size=32), tmp_path / "w.ckpt")

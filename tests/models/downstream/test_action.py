@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import pytest
 import timm
@@ -13,24 +13,22 @@ from src.datamodules.batches.video import VideoBatch
 from src.models.backbones.image_encoder import ImageEncoder
 from src.models.backbones.video_conv import r2plus1d
 from src.models.backbones.video_encoder import FrameEncoder, VideoEncoder, clip_encoder
-from src.models.backbones.video_vit import TubeletEmbed, sinusoids, video_vit
+from src.models.backbones.video_vit import sinusoids
 from src.models.backbones.weights import WeightsError, load_backbone
 from src.models.downstream.action import FineTuneAction, LinearAction
 from src.optim import OptimizerRecipe, adamw
 from src.randomness import seeded
+from tests.toys import small_video_vit, small_vit
 
-SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
 RECIPE = OptimizerRecipe(adamw, lr=1.0, weight_decay=0.05)
 
 
-def small_video_vit(size: int = 16, frames: int = 4) -> timm.models.VisionTransformer:
-    embed = partial(TubeletEmbed, frames=frames, tubelet_frames=2)
-    options = {**SMALL, "img_size": size, "class_token": False, "global_pool": "avg", "fc_norm": True}
-    return video_vit("vit_tiny_patch16_224", embed_layer=embed, **options)
+def video_vit(**options: Any) -> timm.models.VisionTransformer:
+    return small_video_vit(**{"embed_dim": 24, "depth": 2, "fc_norm": True, **options})
 
 
 def image_vit() -> timm.models.VisionTransformer:
-    return timm.create_model("vit_tiny_patch16_224", global_pool="avg", **SMALL)
+    return small_vit(embed_dim=24, depth=2, global_pool="avg")
 
 
 def batch(count: int = 4, classes: int = 3) -> VideoBatch:
@@ -51,7 +49,7 @@ def built(backbone: torch.nn.Module, **options: object) -> FineTuneAction:
 
 def test_frames_of_a_clip_are_mixed_equally() -> None:
     """Equal to mixing each frame as an image with the same random numbers."""
-    module, data = built(small_video_vit()), batch()
+    module, data = built(video_vit()), batch()
     for step in range(4):  # some steps use mixup, some cutmix
         mixed, shares = module.mix(data["video"], data["label"], step)
         for frame in range(4):
@@ -63,14 +61,14 @@ def test_frames_of_a_clip_are_mixed_equally() -> None:
 
 
 def test_the_loss_is_the_cross_entropy_with_the_mixed_labels() -> None:
-    module, data = built(small_video_vit()), batch()
+    module, data = built(video_vit()), batch()
     mixed, target = module.mix(data["video"], data["label"], 1)
     by_hand = -(target.double() * module(mixed).double().log_softmax(dim=1)).sum(dim=1).mean()
     torch.testing.assert_close(module.training_step(data, 1)["loss"].double(), by_hand, rtol=1e-5, atol=1e-6)
 
 
 def test_layer_decay_and_a_fixed_positional_embedding() -> None:
-    module = built(small_video_vit(), layer_decay=0.75)
+    module = built(video_vit(), layer_decay=0.75)
     groups = module.configure_optimizers().param_groups
     rates = {name: group["lr"] for group in groups for name in group["names"]}
     assert rates["backbone.patch_embed.projection.weight"] == pytest.approx(0.75**3)
@@ -82,7 +80,7 @@ def test_layer_decay_and_a_fixed_positional_embedding() -> None:
 
 
 def test_the_embedding_is_the_norm_of_the_mean() -> None:
-    module, video = built(small_video_vit()), batch()["video"]
+    module, video = built(video_vit()), batch()["video"]
     tokens = module.backbone.forward_features(video)
     expected = torch.nn.functional.layer_norm(tokens.mean(dim=1), (24,), eps=module.backbone.fc_norm.eps)
     torch.testing.assert_close(module.embed(video), expected)
@@ -101,12 +99,12 @@ def test_an_image_backbone_averages_frames_and_ignores_their_order() -> None:
     assert (features.grid, features.patches.shape) == ((4, 2, 2), (4, 16, 24))
     torch.testing.assert_close(features.patches[:, 4:8], image_encoder(video[:, 1]).patches)
     torch.testing.assert_close(module(video.flip(1)), module(video))
-    clips = built(small_video_vit())
+    clips = built(video_vit())
     assert not torch.allclose(clips(video.flip(1)), clips(video))
 
 
 def test_probabilities_of_several_clips_of_a_video_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = built(small_video_vit())
+    module = built(video_vit())
     # a confident clip of class 0 and two less confident ones of class 1: the mean of the logits would be class 0
     logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 1.0]])
     monkeypatch.setattr(module, "forward", lambda video: logits[: len(video)])
@@ -121,7 +119,7 @@ def test_probabilities_of_several_clips_of_a_video_are_averaged(monkeypatch: pyt
 
 
 def test_linear_probing_trains_the_head_alone() -> None:
-    for backbone in (small_video_vit(), image_vit(), r2plus1d(layers=(1, 1, 1, 1), width=4)):
+    for backbone in (video_vit(), image_vit(), r2plus1d(layers=(1, 1, 1, 1), width=4)):
         module = LinearAction(backbone, RECIPE, pool=clip_encoder(backbone).pool)
         module.build(3)
         module.train()
@@ -132,8 +130,8 @@ def test_linear_probing_trains_the_head_alone() -> None:
 
 
 def test_positional_embeddings_of_larger_clips_are_interpolated_at_each_time(tmp_path) -> None:
-    torch.save(small_video_vit().state_dict(), tmp_path / "small.pth")
-    larger = load_backbone(small_video_vit(size=32), tmp_path / "small.pth")
+    torch.save(video_vit().state_dict(), tmp_path / "small.pth")
+    larger = load_backbone(video_vit(img_size=32), tmp_path / "small.pth")
     table, source = larger.pos_embed.unflatten(1, (2, 4, 4)), sinusoids(24, 8).unflatten(1, (2, 2, 2))
     for time in range(2):
         expected = torch.nn.functional.interpolate(
@@ -141,7 +139,7 @@ def test_positional_embeddings_of_larger_clips_are_interpolated_at_each_time(tmp
         )
         torch.testing.assert_close(table[:, time].permute(0, 3, 1, 2), expected)
     with pytest.raises(WeightsError, match="8 tokens, not a square grid for each of 4 times"):
-        load_backbone(small_video_vit(frames=8), tmp_path / "small.pth")
+        load_backbone(video_vit(frames=8), tmp_path / "small.pth")
 
 
 def test_it_learns_classes_that_single_frames_do_not_show() -> None:
@@ -154,7 +152,7 @@ def test_it_learns_classes_that_single_frames_do_not_show() -> None:
         4, places.view(32, 4, 1, 1, 1).expand(-1, -1, 3, 16, -1), torch.ones(1).expand(32, 4, 3, 16, 1).clone()
     )
     data = batch(32, 2) | {"video": video, "label": label}
-    module = built(small_video_vit(), mixup=0.0, cutmix=0.0, layer_decay=1.0).train()
+    module = built(video_vit(), mixup=0.0, cutmix=0.0, layer_decay=1.0).train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3)
     for step in range(80):
         optimizer.zero_grad()
@@ -164,6 +162,6 @@ def test_it_learns_classes_that_single_frames_do_not_show() -> None:
 
 
 def test_clip_encoder_depends_on_the_backbone() -> None:
-    assert isinstance(clip_encoder(small_video_vit()), VideoEncoder)
+    assert isinstance(clip_encoder(video_vit()), VideoEncoder)
     assert isinstance(clip_encoder(r2plus1d(layers=(1, 1, 1, 1), width=4)), VideoEncoder)
     assert isinstance(clip_encoder(image_vit()), FrameEncoder)

@@ -13,16 +13,12 @@ from src.datamodules.views.image import CenterCrop
 from src.models.downstream.finetune import FineTune, layer_rules, layer_rules_below
 from src.optim import OptimizerRecipe, Rule
 from tests.evaluation.toy import SIZE, Squares
+from tests.toys import small_vit
 
 
 def vit(**kwargs):
     torch.manual_seed(0)
-    return timm.create_model(
-        "vit_tiny_patch16_224",
-        **{"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 0}
-        | {"global_pool": "avg"}
-        | kwargs,
-    )
+    return small_vit(**{"embed_dim": 24, "depth": 3, "global_pool": "avg", **kwargs})
 
 
 def recipe(**kwargs) -> OptimizerRecipe:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,7 +15,7 @@ from src.models.image_text.clip import CLIP
 from src.models.image_text.siglip import SigLIP
 from src.models.text.text_tower import CLIPTextTower, SigLIPTextTower
 from src.optim import OptimizerRecipe
-from tests.toys import MASK, TEXT
+from tests.toys import MASK, TEXT, small_vit
 
 RECIPE = OptimizerRecipe(torch.optim.AdamW, lr=1.0)
 SIZES = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -75,16 +74,7 @@ def in_openai_layout(model: CLIPModel) -> dict[str, Tensor]:
 
 def clip(activation: str = "quick_gelu") -> CLIP:
     torch.manual_seed(0)
-    vit = timm.create_model(
-        "vit_base_patch16_clip_224",
-        img_size=16,
-        patch_size=8,
-        embed_dim=16,
-        depth=2,
-        num_heads=2,
-        num_classes=0,
-        act_layer=activation,
-    )
+    vit = small_vit("vit_base_patch16_clip_224", depth=2, act_layer=activation)
     text = CLIPTextTower(vocabulary=20, length=6, width=16, depth=2, heads=2, activation=activation)
     return CLIP(vit, text, RECIPE, embed_dim=8).eval()
 
@@ -134,16 +124,7 @@ def test_siglips_towers_compute_the_same_features(tmp_path):
     released = randomized(SiglipModel(config))
     released.logit_bias.data.fill_(-3.0)
     released.save_pretrained(tmp_path)
-    vit = timm.create_model(
-        "vit_base_patch16_siglip_224",
-        img_size=16,
-        patch_size=8,
-        embed_dim=16,
-        depth=2,
-        num_heads=2,
-        num_classes=0,
-        act_layer="gelu_tanh",
-    )
+    vit = small_vit("vit_base_patch16_siglip_224", depth=2, act_layer="gelu_tanh")
     tower = SigLIPTextTower(vocabulary=20, length=6, width=16, depth=2, heads=2, embed_dim=16)
     module = SigLIP(vit, tower, RECIPE).eval()
     assert "not from the file" not in module.load_start(read_weights(tmp_path))

@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import pytest
-import timm
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -24,6 +23,7 @@ from src.models.joint_embedding.dino import DINO, class_attention
 from src.models.joint_embedding.ibot import iBOT
 from tests.distributed import in_two_processes
 from tests.models.joint_embedding import toy
+from tests.toys import small_vit
 
 SMALL = {"prototypes": 7, "hidden_dim": 10, "bottleneck_dim": 6}
 
@@ -107,16 +107,7 @@ def test_the_student_alone_drops_paths():
 def test_a_local_view_gets_the_positions_in_between():
     vit = accept_any_image_size(toy.vit(img_size=32)).double()
     x = torch.randn(1, 3, 16, 16, dtype=torch.float64)
-    same = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=32,
-        patch_size=8,
-        embed_dim=12,
-        depth=1,
-        num_heads=2,
-        num_classes=0,
-        dynamic_img_size=True,
-    ).double()
+    same = small_vit(img_size=32, embed_dim=12, dynamic_img_size=True).double()
     same.load_state_dict(vit.state_dict())
     assert torch.equal(vit.forward_features(x), same.forward_features(x))
     resnet = toy.resnet()
@@ -138,9 +129,7 @@ def test_the_class_token_starts_as_the_authors_do_unless_it_was_loaded():
 def test_local_crops_and_evaluation_take_the_authors_positions():
     method = build(vit={"img_size": 32})
     backbone, x = method.teacher["encoder"].backbone, torch.randn(1, 3, 16, 16, dtype=torch.float64)
-    at_its_size = timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=2, num_classes=0
-    ).double()
+    at_its_size = small_vit(embed_dim=12).double()
     table = backbone.pos_embed
     resized = torch.cat([table[:, :1], dino_positions(table[:, 1:], (4, 4), (2, 2))], dim=1)
     at_its_size.load_state_dict({**backbone.state_dict(), "pos_embed": resized})

@@ -2,7 +2,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
@@ -10,14 +9,13 @@ from src.models.losses.reconstruction import patchify
 from src.models.masked.mae import MAE
 from src.models.masked.masking import gather_tokens, random_masking
 from src.optim import OptimizerRecipe
+from tests.toys import small_vit
 
 
 @pytest.fixture
 def mae() -> MAE:
     torch.manual_seed(0)
-    backbone = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0
-    )
+    backbone = small_vit(img_size=32, embed_dim=32, depth=2)
     optimizer = OptimizerRecipe(partial(torch.optim.AdamW, betas=(0.9, 0.95)), lr=1e-3, weight_decay=0.05)
     return MAE(backbone, optimizer, decoder_dim=16, decoder_depth=1, decoder_heads=2).eval()
 
@@ -119,9 +117,7 @@ def test_gradients_reach_everything_but_the_position_tables(mae, batch):
 
 def test_initialization_is_the_paper_s():
     torch.manual_seed(0)
-    backbone: VisionTransformer = timm.create_model(
-        "vit_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=192, depth=1, num_heads=3, num_classes=0
-    )
+    backbone: VisionTransformer = small_vit(img_size=64, embed_dim=192, num_heads=3)
     model = MAE(backbone, OptimizerRecipe(torch.optim.AdamW, lr=1.0), decoder_dim=128, decoder_depth=1, decoder_heads=4)
     block = model.backbone.blocks[0]
     for weight in (block.attn.qkv.weight, block.mlp.fc1.weight, model.decoder.pred.weight):
@@ -160,8 +156,6 @@ def test_visualizations_show_the_image_its_visible_patches_and_the_reconstructio
 
 
 def test_a_width_the_position_table_cannot_have_is_refused():
-    backbone = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0
-    )
+    backbone = small_vit(img_size=32, embed_dim=32)
     with pytest.raises(ValueError, match="multiple of 4"):
         MAE(backbone, OptimizerRecipe(torch.optim.AdamW, lr=1.0), decoder_dim=18, decoder_depth=1, decoder_heads=2)

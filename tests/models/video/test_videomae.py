@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import timm
 import torch
@@ -12,30 +10,19 @@ from transformers import VideoMAEConfig, VideoMAEForPreTraining
 from src.errors import SettingError
 from src.export.hf_videos import videomae_weights
 from src.models.backbones.video_encoder import VideoEncoder
-from src.models.backbones.video_vit import TubeletEmbed, sinusoids
+from src.models.backbones.video_vit import sinusoids
 from src.models.losses.reconstruction import masked_mse
 from src.models.video.masking import running_cell_masking, tube_masking
 from src.models.video.videomae import VideoMAE, from_tubelets, normalize_tubelets, to_tubelets
 from src.optim import OptimizerRecipe, Rule
 from src.train import compose
+from tests.toys import small_video_vit
 
 RECIPE = OptimizerRecipe(torch.optim.AdamW, lr=1e-3)
 
 
 def vit(frames: int = 4) -> timm.models.VisionTransformer:
-    return timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=32,
-        patch_size=8,
-        embed_dim=24,
-        depth=2,
-        num_heads=2,
-        num_classes=0,
-        class_token=False,
-        global_pool="avg",
-        fc_norm=False,
-        embed_layer=partial(TubeletEmbed, frames=frames, tubelet_frames=2),
-    )
+    return small_video_vit(frames, img_size=32, embed_dim=24, depth=2, fc_norm=False)
 
 
 def method(**options: object) -> VideoMAE:

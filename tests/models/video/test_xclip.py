@@ -25,6 +25,7 @@ from src.models.layers.video_prompts import VideoPrompts
 from src.models.text.text_tower import CLIPTextTower
 from src.models.video.xclip import XCLIP
 from src.optim import OptimizerRecipe, adamw
+from tests.toys import small_vit
 
 FRAMES, CLASSES = 3, 4
 # the end token has the largest id, as transformers expects
@@ -33,15 +34,7 @@ MASK = TEXT != 0
 
 
 def vit() -> timm.models.VisionTransformer:
-    return timm.create_model(
-        "vit_base_patch32_clip_quickgelu_224",
-        img_size=16,
-        patch_size=8,
-        embed_dim=24,
-        depth=2,
-        num_heads=2,
-        num_classes=0,
-    )
+    return small_vit("vit_base_patch32_clip_quickgelu_224", embed_dim=24, depth=2)
 
 
 def tower() -> CLIPTextTower:
@@ -301,9 +294,7 @@ def test_towers_are_loaded_from_a_run(tmp_path: Path) -> None:
 
     run, file = clip(), tmp_path / "last.ckpt"
     torch.save({"encoders": {"encoder": "image_encoder.backbone."}, "state_dict": run.state_dict()}, file)
-    vit = timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=0
-    )
+    vit = small_vit()
     text = CLIPTextTower(vocabulary=20, length=6, width=16, depth=2, heads=2)
     recipe = OptimizerRecipe(partial(adamw), lr=1e-3)
     loaded = XCLIP(vit, text, recipe, frames=FRAMES, embed_dim=8, heads=1, temperature=0.5)
