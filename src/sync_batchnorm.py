@@ -11,7 +11,6 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from src.collectives import all_reduce, is_distributed, world_size
-from src.models.functional import at_least_float32
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -36,7 +35,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return nn.modules.batchnorm._BatchNorm.forward(self, input)
         axes = [axis for axis in range(input.ndim) if axis != 1]
         shape = [1 if axis != 1 else -1 for axis in range(input.ndim)]
-        x = at_least_float32(input)
+        x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         count = x.numel() // x.shape[1] * world_size()
         mean = all_reduce(x.sum(dim=axes)) / count
         centered = x - mean.view(shape)

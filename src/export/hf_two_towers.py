@@ -18,6 +18,7 @@ from src.export.folder import check_equal, quiet
 from src.export.hf_common import image_processor, load_folder, rename_weights
 from src.export.trained_model import Towers, TrainedModel
 from src.models.backbones.image_encoder import cls_token, cls_token_or_mean
+from src.models.backbones.released_towers import BLOCK_IN_TRANSFORMERS, LAYERS_IN_TRANSFORMERS
 from src.models.image_text.base import ImageTextModule
 from src.models.layers.activations import activation_name
 from src.models.text.text_tower import CLIPTextTower, SigLIPTextTower
@@ -170,23 +171,9 @@ def vision_weights(vit: VisionTransformer) -> dict[str, Tensor]:
             weights[f"head.attention.in_proj_{leaf}"] = torch.cat(parts)
     return weights | rename_weights(
         state,
-        names={
-            "patch_embed.proj": "embeddings.patch_embedding",
-            "norm_pre": "pre_layrnorm",  # spelled so in transformers
-            "norm": "post_layernorm",
-            "attn_pool.proj": "head.attention.out_proj",
-            "attn_pool.norm": "head.layernorm",
-            "attn_pool.mlp.fc1": "head.mlp.fc1",
-            "attn_pool.mlp.fc2": "head.mlp.fc2",
-        },
+        names=LAYERS_IN_TRANSFORMERS,
         layers="encoder.layers",
-        block={
-            "norm1": "layer_norm1",
-            "norm2": "layer_norm2",
-            "attn.proj": "self_attn.out_proj",
-            "mlp.fc1": "mlp.fc1",
-            "mlp.fc2": "mlp.fc2",
-        },
+        block=BLOCK_IN_TRANSFORMERS,
         qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         target="an image tower of transformers",
     )

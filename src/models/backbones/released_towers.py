@@ -23,23 +23,25 @@ _BLOCK_OF_OPENAI = {
     "mlp.c_fc": ("mlp.fc1", "mlp.fc1"),
     "mlp.c_proj": ("mlp.fc2", "mlp.fc2"),
 }
-# transformers' names of an image tower -> timm's
-_BLOCK_OF_TRANSFORMERS = {
-    "layer_norm1": "norm1",
-    "layer_norm2": "norm2",
-    "self_attn.out_proj": "attn.proj",
+# timm's names of an image tower -> transformers'
+LAYERS_IN_TRANSFORMERS = {
+    "patch_embed.proj": "embeddings.patch_embedding",
+    "norm_pre": "pre_layrnorm",  # spelled so in transformers
+    "norm": "post_layernorm",
+    "attn_pool.proj": "head.attention.out_proj",
+    "attn_pool.norm": "head.layernorm",
+    "attn_pool.mlp.fc1": "head.mlp.fc1",
+    "attn_pool.mlp.fc2": "head.mlp.fc2",
+}
+BLOCK_IN_TRANSFORMERS = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attn.proj": "self_attn.out_proj",
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
-_LAYERS_OF_TRANSFORMERS = {
-    "embeddings.patch_embedding": "patch_embed.proj",
-    "pre_layrnorm": "norm_pre",  # spelled so in transformers
-    "post_layernorm": "norm",
-    "head.attention.out_proj": "attn_pool.proj",
-    "head.layernorm": "attn_pool.norm",
-    "head.mlp.fc1": "attn_pool.mlp.fc1",
-    "head.mlp.fc2": "attn_pool.mlp.fc2",
-}
+_LAYERS_OF_TRANSFORMERS = {theirs: ours for ours, theirs in LAYERS_IN_TRANSFORMERS.items()}
+_BLOCK_OF_TRANSFORMERS = {theirs: ours for ours, theirs in BLOCK_IN_TRANSFORMERS.items()}
 
 
 def with_own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
