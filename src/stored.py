@@ -113,13 +113,13 @@ def _is_allowed(target: str, trusted: tuple[str, ...]) -> bool:
         return True
     if "${" in target or package not in {name.partition(".")[0] for name in _CLASSES}:
         return False
-    found = _object(target)
-    if found is None:  # what does not exist cannot run; building it says so
+    named = _object(target)
+    if named is None:  # what does not exist cannot run; building it says so
         return True
-    home = _home(found)
-    if inspect.isclass(found):
+    home = _home(named)
+    if inspect.isclass(named):
         return _is_below(home, _CLASSES)
-    return inspect.isfunction(found) and _is_below(home, _FUNCTIONS)
+    return inspect.isfunction(named) and _is_below(home, _FUNCTIONS)
 
 
 def _object(target: Any) -> Any:

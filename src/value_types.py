@@ -85,18 +85,18 @@ def _hints(target: Any) -> dict[str, Any]:
     """Returns the annotations of a function's or class's arguments. Those of base classes serve ``**kwargs``."""
     if not inspect.isclass(target):
         return _resolved(target, target)
-    found: dict[str, Any] = {}
+    hints: dict[str, Any] = {}
     for base in target.__mro__:
         init = vars(base).get("__init__")
         if is_dataclass(base):  # its fields, whose annotations are those of the modules that declare them
             arguments = inspect.signature(base).parameters
             fields = {name: hint for part in base.__mro__[::-1] for name, hint in _resolved(part, part).items()}
-            return {**{name: hint for name, hint in fields.items() if name in arguments}, **found}
+            return {**{name: hint for name, hint in fields.items() if name in arguments}, **hints}
         if init is not None and base is not object:
-            found = {**_resolved(init, base), **found}
+            hints = {**_resolved(init, base), **hints}
             if inspect.Parameter.VAR_KEYWORD not in {p.kind for p in inspect.signature(init).parameters.values()}:
                 break
-    return found
+    return hints
 
 
 def _resolved(annotated: Any, owner: Any) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _mismatch(value: Any, hint: Any) -> str | None:
     if _has_target(value):  # a container of objects, whose values are checked one by one
         container = next((part for part in (hint, *get_args(hint)) if get_origin(part) in _CONTAINERS), None)
         values = value.values() if isinstance(value, dict) else value
-        return next(filter(None, (_mismatch(each, get_args(container)[-1]) for each in values if container)), None)
+        return next(filter(None, (_mismatch(item, get_args(container)[-1]) for item in values if container)), None)
     if is_dataclass(hint):  # pydantic would build one from a mapping
         return needs_target
     try:

@@ -146,7 +146,7 @@ class EncodedVideo:
                 (declared.of_file, max(end, packets.end_of_all) - declared.begin_of_file),
                 (stream.frames / float(average) if stream.frames and average else None, end - begin),
             )
-            missing = max(stated - found for stated, found in ends if stated is not None)
+            missing = max(stated - read for stated, read in ends if stated is not None)
             if packets.cut or missing > _MISSING + 0.05 * (end - begin):
                 raise BadSample(f"the video is truncated: its last {max(missing, 0):.1f} s are missing")
         return _Header(end - begin, rate, packets.last - begin)

@@ -286,10 +286,10 @@ def _prefix_of(weights: Weights, needed: Sequence[str]) -> str:
 
 
 def _rank(prefix: str) -> int:
-    words = prefix.split(".")
-    if any(word in _TARGETS for word in words):
+    modules = prefix.split(".")
+    if any(module in _TARGETS for module in modules):
         return 2
-    return 0 if any(word in _EVALUATED for word in words) else 1
+    return 0 if any(module in _EVALUATED for module in modules) else 1
 
 
 def _prefixes(weights: Weights, found: Counter[str], wanted: int) -> str:
