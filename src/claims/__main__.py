@@ -4,6 +4,8 @@
 - ``all=true``: measure every claim
 - ``again=failed``, ``again=all``: measure failed runs, or all runs, again; the latter are also trained again
 - ``data=<data set>``: measure on this data set only
+- ``workers=<number>``: runs that are trained side by side, one thread each (default: with ``all=true`` one for each
+  core, or 1 beside a GPU)
 - ``out=<folder>``: where claims.json and claims.md are written (default docs)
 - ``--write``: write claims.md from claims.json, and measure nothing
 """
@@ -11,10 +13,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -27,9 +31,9 @@ from src.files import write_atomically
 from src.trained import split_arguments
 
 RUN_FOLDER = PROJECT / "cache" / "claims"
-OPTIONS = ("claim", "all", "again", "out", "data")
+OPTIONS = ("claim", "all", "again", "out", "data", "workers")
 # ``again=`` -> runs with one of these keys are measured again
-REPEATED: dict[str, tuple[str, ...]] = {"failed": ("failed",), "all": ("failed", "value")}
+REPEATED: dict[str, tuple[str, ...]] = {"failed": ("failed",), "all": ("failed", "values")}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,48 +55,62 @@ def main(argv: Sequence[str]) -> int:
     claims = [load(name) for name in (configuration.names("claim") if measure_all else [options["claim"]])]
     if measure_all and data is not None:
         claims = [claim for claim in claims if data in claim.data]
-    problems = []
-    for claim in claims:
-        print(f"claim: {claim.name}: {claim.title}", flush=True)
-        try:
-            measure(claim, folder, again, data)
-        except UserError as problem:
-            if len(claims) == 1:
-                raise
-            problems.append(str(problem))
-    if problems:
-        raise UserError("\n".join(problems))
+    measure(claims, folder, again, data, workers=_workers(options.get("workers"), measure_all))
     return 0
 
 
-def measure(claim: Claim, folder: Path, again: str | None = None, data: str | None = None) -> None:
-    """Measures one claim, and writes its entry after every run.
+def _workers(given: str | None, measure_all: bool) -> int:
+    """Returns the number of runs that are trained side by side.
+
+    Raises:
+        UserError: it is no whole number from 1.
+    """
+    if given is None:
+        return len(os.sched_getaffinity(0)) if measure_all and not torch.cuda.is_available() else 1
+    if not given.isdecimal() or int(given) < 1:
+        raise UserError(f"workers={given} must be a whole number from 1")
+    return int(given)
+
+
+def measure(
+    claims: Sequence[Claim], folder: Path, again: str | None = None, data: str | None = None, workers: int = 1
+) -> None:
+    """Measures claims, and writes the entry of a claim after each of its runs.
 
     Args:
         folder: of claims.json and claims.md.
         again: a key of ``REPEATED``; None measures only what is missing.
-        data: the only data set to measure on now; None for all of the claim's.
+        data: the only data set to measure on now; None for all of the claims'.
+        workers: see `ledger.measure`.
     """
-    stored = _read(folder).get(claim.name, {})
     repeated = REPEATED[again] if again else ()
-    remaining = {
-        kind: {key: run for key, run in stored.get(kind, {}).items() if not any(word in run for word in repeated)}
-        for kind in ("runs", "floors")
+    stored = {
+        name: entry
+        | {
+            kind: {key: run for key, run in entry.get(kind, {}).items() if not any(word in run for word in repeated)}
+            for kind in ("runs", "floors")
+        }
+        for name, entry in _read(folder).items()
     }
 
-    def save(entry: dict[str, Any]) -> None:
+    def save(name: str, entry: dict[str, Any]) -> None:
         # read again: another claim may be measured at the same time
-        _write(folder, _read(folder) | {claim.name: entry})
+        _write(folder, _read(folder) | {name: entry})
 
-    for source in claim.data:
-        for key, (baseline, claimed) in claim.difference(source).items():
-            values = f"{baseline} in '{claim.arms[0].name}', {claimed} in '{claim.arms[1].name}'"
-            print(f"  {source}: {key}: {values}", flush=True)
+    for claim in claims:
+        print(f"claim: {claim.name}: {claim.title}", flush=True)
+        for source in claim.data:
+            for key, (baseline, claimed) in claim.difference(source).items():
+                values = f"{baseline} in '{claim.arms[0].name}', {claimed} in '{claim.arms[1].name}'"
+                print(f"  {source}: {key}: {values}", flush=True)
     run_folder = None if again == "all" else RUN_FOLDER  # failed trainings are never kept there
-    entry = ledger.measure(claim, stored=stored | remaining, save=save, data=data, run_folder=run_folder)
-    for source in claim.data:
-        result = ledger.outcome(claim, entry, source)
-        print(f"  {source}: {result.verdict}{f' ({result.note})' if result.note else ''}", flush=True)
+    entries = ledger.measure(claims, stored=stored, save=save, data=data, run_folder=run_folder, workers=workers)
+    for claim in claims:
+        for source in claim.data:
+            for metric in claim.metrics_on(source):
+                result = ledger.outcome(claim, entries[claim.name], source, metric)
+                note = f" ({result.note})" if result.note else ""
+                print(f"  {claim.name} on {source}, {metric.name}: {result.verdict}{note}", flush=True)
     print(f"claim: wrote {folder / 'claims.md'}")
 
 
@@ -100,12 +118,11 @@ def show() -> None:
     """Prints the names, titles and verdicts of all claims."""
     results = _read(PROJECT / "docs")
     rows = Table(box=None, header_style="bold")
-    for column in ("claim", "title", "verdicts"):
+    for column in ("claim", "title", "verdict"):
         rows.add_column(column, no_wrap=column == "claim")
     for name in configuration.names("claim"):
         claim = load(name)
-        verdicts = [f"{data}: {ledger.outcome(claim, results.get(name, {}), data).verdict}" for data in claim.data]
-        rows.add_row(name, claim.title, ", ".join(verdicts))
+        rows.add_row(name, claim.title, ledger.standing(claim, results.get(name, {})))
     console = Console()
     console.print(rows)
     console.print("\nmeasure one with: make claim CLAIM=<claim>, all missing ones with: make claims")

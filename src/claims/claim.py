@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from src import configuration, train
 from src.configuration import CONFIGS
@@ -17,6 +18,7 @@ from src.measure.result_cache import IDENTITY_KEYS
 DIRECTIONS = ("higher", "lower")
 BUDGETS = ("steps", "images", "seconds", "flops")
 SPLITS = ("test", "val", "train")
+METRIC_KEYS = ("evaluation", "value", "encoder")
 
 Difference = dict[str, tuple[Any, Any]]  # key -> its value in the first and in the second arm
 
@@ -32,13 +34,35 @@ class Arm:
         name: unique within the claim, without "/".
         experiment: name in `configs/experiment/`.
         overrides: in Hydra's grammar, applied after all others.
-        metric: replaces the claim's metric for this arm. Arms that differ in nothing else share one run per seed.
+        metric: keys of the claim's only metric that this arm replaces. Arms that differ in nothing else share one run
+            per seed.
     """
 
     name: str
     experiment: str
     overrides: list[str] = field(default_factory=list)
     metric: dict[str, Any] | None = None
+
+
+@dataclass
+class ClaimMetric:
+    """One metric by which a claim is judged.
+
+    Args:
+        name: on the page; unique within the claim.
+        evaluation, value, encoder: one number of an evaluation, see `src.claims.metrics.Metric`.
+        least: smallest difference that counts, in the metric's unit.
+        direction: "higher" or "lower": where the second arm should end.
+        data: the claim's data sets that it judges on; empty for all.
+    """
+
+    name: str
+    evaluation: Any
+    value: str
+    least: float
+    direction: str = "higher"
+    encoder: str | None = None
+    data: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -67,10 +91,7 @@ class Claim:
         claim: the claimed sentence.
         arms: the baseline, then the arm that is claimed to be better.
         differs: keys in which the arms' configurations may differ; a key includes everything below it.
-        metric: an evaluation, one of its values and an encoder, see `src.claims.metrics.Metric`.
-        measured: name of the metric on the page.
-        direction: "higher" or "lower": where the second arm should end.
-        least: smallest difference that counts, in the metric's unit.
+        metrics: what it is judged by. It is reproduced where all of them say so.
         budget: the cost that is equal in both arms.
         seeds: one pair of runs each.
         data: data set -> overrides that apply to it.
@@ -87,10 +108,7 @@ class Claim:
     claim: str
     arms: list[Arm]
     differs: list[str]
-    metric: dict[str, Any]
-    measured: str
-    direction: str
-    least: float
+    metrics: list[ClaimMetric]
     budget: Budget
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     data: dict[str, list[str]] = field(default_factory=dict)
@@ -99,8 +117,17 @@ class Claim:
     start: Arm | None = None
     tried: str = ""
 
-    def metric_of(self, arm: Arm) -> dict[str, Any]:
-        return self.metric if arm.metric is None else arm.metric
+    def metrics_on(self, data: str) -> list[ClaimMetric]:
+        """Returns the metrics that judge on a data set."""
+        return [metric for metric in self.metrics if not metric.data or data in metric.data]
+
+    def metrics_of(self, arm: Arm, data: str) -> dict[str, dict[str, Any]]:
+        """Returns what is evaluated of an arm's run: name of the metric -> evaluation, value and encoder."""
+        return {
+            metric.name: {"evaluation": metric.evaluation, "value": metric.value, "encoder": metric.encoder}
+            | (arm.metric or {})
+            for metric in self.metrics_on(data)
+        }
 
     def run_overrides(self, arm: Arm, data: str, seed: int) -> list[str]:
         """Returns the arguments of `make train` for one run of an arm; the arm's own come last and win."""
@@ -126,7 +153,8 @@ class Claim:
             UserError: a key is not listed in ``differs``, or there is no difference.
         """
         differing = difference(*(train.compose(self.run_overrides(arm, data, self.seeds[0])) for arm in self.arms))
-        differing |= difference(*(OmegaConf.create({"metric": self.metric_of(arm)}) for arm in self.arms))
+        first_metrics = (next(iter(self.metrics_of(arm, data).values())) for arm in self.arms)
+        differing |= difference(*(OmegaConf.create({"metric": metric}) for metric in first_metrics))
         unlisted = [
             key
             for key in differing
@@ -160,7 +188,7 @@ def _read(name: str, followed: Sequence[str] = ()) -> dict[str, Any]:
         raise UserError(f"`like` leads in a circle: {', '.join([*followed, name])}")
     try:
         content: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "claim" / f"{name}.yaml"), resolve=False)
-    except (OmegaConfBaseException, ValueError) as problem:
+    except (OmegaConfBaseException, YAMLError, ValueError) as problem:
         raise UserError(f"configs/claim/{name}.yaml cannot be read: {problem}") from problem
     if not isinstance(content, dict):
         raise UserError(f"configs/claim/{name}.yaml must hold keys and values, not {content!r}")
@@ -216,22 +244,43 @@ def _check(claim: Claim) -> None:
     if names[0] == names[1] or any("/" in name for name in names):
         raise SettingError(f"arms must have different names without '/', not {' and '.join(map(repr, names))}")
     choices = {
-        "direction": (claim.direction, DIRECTIONS),
         "budget.equal": (claim.budget.equal, BUDGETS),
         "split": (claim.split, SPLITS),
         **{f"data.{data}": (data, configuration.names("data", CONFIGS)) for data in claim.data},
+        **{f"metrics.{metric.name}.direction": (metric.direction, DIRECTIONS) for metric in claim.metrics},
+        **{
+            f"metrics.{metric.name}.data": (data, tuple(claim.data)) for metric in claim.metrics for data in metric.data
+        },
     }
     for key, (value, options) in choices.items():
         if value not in options:
             raise SettingError(f"{key}: '{value}' is not one of {', '.join(options)}{nearest(value, options)}")
-    for key, number in {"least": claim.least, "budget.within": claim.budget.within}.items():
+    numbers = {f"metrics.{metric.name}.least": metric.least for metric in claim.metrics}
+    for key, number in {**numbers, "budget.within": claim.budget.within}.items():
         if not number >= 0:
             raise SettingError(f"{key} must be at least 0, not {number:g}")
     if not claim.seeds or min(claim.seeds) < 0 or len(set(claim.seeds)) < len(claim.seeds):
         raise SettingError(f"seeds must be different whole numbers from 0, not {claim.seeds}")
-    for metric in map(claim.metric_of, claim.arms):
-        if "evaluation" not in metric and "_target_" not in metric:  # results of older versions have a _target_
-            raise SettingError("metric needs an evaluation of configs/evaluation and one of its values")
+    _check_metrics(claim)
+
+
+def _check_metrics(claim: Claim) -> None:
+    """
+    Raises:
+        SettingError: see `_check`.
+    """
+    names = [metric.name for metric in claim.metrics]
+    if len(set(names)) < len(names):
+        raise SettingError(f"metrics must have different names, not {', '.join(names)}")
+    for data in claim.data:
+        if not claim.metrics_on(data):
+            raise SettingError(f"metrics: none of them judges on {data}")
+    for arm in claim.arms:
+        if arm.metric is not None and len(claim.metrics) != 1:
+            raise SettingError(f"arms.{arm.name}.metric: an arm has a metric of its own only where the claim has one")
+        for key in arm.metric or ():
+            if key not in METRIC_KEYS:
+                raise SettingError(f"arms.{arm.name}.metric: there is no key '{key}'{nearest(str(key), METRIC_KEYS)}")
 
 
 def as_dict(claim: Claim) -> dict[str, Any]:
@@ -243,6 +292,9 @@ def as_dict(claim: Claim) -> dict[str, Any]:
     for arm in (*content["arms"], *([content["start"]] if content["start"] else [])):
         if arm["metric"] is None:
             del arm["metric"]
+    for metric in content["metrics"]:
+        for key in [key for key in ("encoder", "data") if not metric[key]]:
+            del metric[key]
     if content["start"] is None:
         del content["start"]
     return content

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
 from src import train
-from src.claims.claim import Arm, Claim, as_dict
-from src.claims.metrics import Metric, subject_of
+from src.claims.claim import Arm, Claim, ClaimMetric, as_dict
+from src.claims.metrics import Metric, subject_of, values_of
 from src.claims.run_cache import RunCache
-from src.claims.verdict import PairedDifference, paired_difference, verdict
-from src.datamodules.sources.source import Split
+from src.claims.verdict import INCONCLUSIVE, REPRODUCED, PairedDifference, paired_difference, verdict
 from src.errors import UserError
-from src.measure import result_cache
+from src.measure import machine, result_cache
 from src.measure.result_cache import TrainedRun, TrainingJob
 from src.measure.train_command import TrainingFailed
 from src.trained import RunSubject
@@ -27,15 +31,36 @@ STOPPED_CODES = (143, -15, 130, -2)  # exit codes of a training that a person or
 COUNT_FLOPS = "+callbacks.throughput.count_flops=true"  # in both arms, so that their costs can be compared
 
 NOT_MEASURED, UNFINISHED, FAILED, UNEVEN = "not measured yet", "unfinished", "failed", "no verdict"
+IN_PART = "in part"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a claim that is to be measured, or a floor.
+
+    Args:
+        claim: name of the claim.
+        kind: "runs" or "floors": the part of the claim's entry that the result belongs to.
+        key: "<data>/<seed>/<arm>" of a run, "<data>/<seed>" of a floor.
+        training: of the arm, with all that the result depends on.
+        start: arguments of `make train` for the run that the arm starts from; empty for none.
+    """
+
+    claim: str
+    kind: str
+    key: str
+    training: TrainingJob
+    start: tuple[str, ...] = ()
 
 
 def measure(
-    claim: Claim,
+    claims: Sequence[Claim],
     *,
-    stored: Mapping[str, Any] | None = None,
-    save: Callable[[dict[str, Any]], None] = lambda entry: None,
+    stored: Mapping[str, Any],
+    save: Callable[[str, dict[str, Any]], None],
     data: str | None = None,
     run_folder: Path | None = None,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Trains and evaluates both arms with every seed on every data set, pair by pair, and measures the floors.
 
@@ -43,79 +68,153 @@ def measure(
     checkpoint, for claims that something gets lower, or for metrics that are only logged in training.
 
     Args:
-        stored: the claim's earlier entry; runs of the same recipe and metric are not repeated.
-        save: receives the entry after each run.
-        data: the only data set to measure on now; None for all of the claim's.
+        stored: the ledger; runs of the same recipe and metrics are not repeated.
+        save: receives a claim's name and its entry after each of its runs.
+        data: the only data set to measure on now; None for all of the claims'.
         run_folder: where trained runs are kept for other claims and metrics, see `RunCache`; None deletes them.
+        workers: runs that are trained side by side, each on one thread; 1 trains in this process, on all of them.
 
     Returns:
-        ``claim``, the arms' ``difference`` by data set, ``runs``: for "<data>/<seed>/<arm>" the ``value`` and what was
-        ``spent``, or why it ``failed``, and ``floors``: for "<data>/<seed>" likewise. Each says where it was measured.
+        Claim -> its entry: ``claim``, the arms' ``difference`` by data set, ``runs``: for "<data>/<seed>/<arm>" the
+        ``values`` by metric and what was ``spent``, or why it ``failed``, and ``floors``: for "<data>/<seed>" likewise.
+        Each says where it was measured.
 
     Raises:
-        UserError: the arms differ in more than the claim lists, the claim has no such ``data``, or a training was
+        UserError: the arms differ in more than the claim lists, a claim has no such ``data``, or a training was
             stopped.
+    """
+    entries: dict[str, Any] = {}
+    missing: list[Job] = []
+    for claim in claims:  # all are checked before anything is trained
+        entries[claim.name], jobs = plan(claim, stored.get(claim.name, {}), data)
+        missing += jobs
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = run_folder or Path(temporary)
+        progress = Progress(len(missing))
+        for job, result in _results(missing, folder, workers):
+            entries[job.claim][job.kind][job.key] = result
+            save(job.claim, entries[job.claim])
+            progress.report(job, result)
+    return entries
+
+
+def plan(claim: Claim, stored: Mapping[str, Any], data: str | None = None) -> tuple[dict[str, Any], list[Job]]:
+    """Returns a claim's entry with the stored runs that today's recipe still has, and the jobs that are missing in it.
+
+    Raises:
+        UserError: see `measure`.
     """
     if data not in (None, *claim.data):
         raise UserError(f"data={data}: claim '{claim.name}' is measured on {', '.join(claim.data)}")
     # both checks come before any training
     differences = {source: claim.difference(source) for source in claim.data}
-    metrics = [Metric.parse(claim.metric_of(arm)) for arm in claim.arms]
-    for metric in metrics:
-        if claim.split not in metric.splits:
-            raise UserError(
-                f"claim '{claim.name}': split={claim.split}, but {claim.measured} is measured on "
-                f"{' or '.join(metric.splits)}"
-            )
-    jobs, starts, floor_jobs = {}, {}, {}
-    has_floor = claim.start is None and claim.direction == "higher" and metrics[1].untrained
+    _check_splits(claim)
+    jobs = [
+        Job(claim.name, "runs", key_of(source, seed, arm.name), _training(claim, source, seed, arm), start)
+        for source in claim.data
+        for seed in claim.seeds
+        for start in [tuple(_start(claim, source, seed))]
+        for arm in claim.arms
+    ]
+    jobs += [
+        Job(claim.name, "floors", f"{source}/{seed}", TrainingJob(overrides, floors))
+        for source in claim.data
+        if (floors := _floor_metrics(claim, source))
+        for seed in claim.seeds
+        for overrides in [claim.run_overrides(claim.arms[1], source, seed)]
+    ]
+    kept: dict[str, dict[str, Any]] = {"runs": {}, "floors": {}}
+    for job in jobs:
+        result = stored.get(job.kind, {}).get(job.key)
+        # results of another recipe are dropped, so that runs of two recipes are never compared
+        if result is not None and result["recipe"] == _recipe(job.training, job.training.config()):
+            kept[job.kind][job.key] = result
+    entry = {
+        "claim": as_dict(claim),
+        "difference": {
+            source: {key: list(values) for key, values in differing.items()}
+            for source, differing in differences.items()
+        },
+        **kept,
+    }
+    missing = [job for job in jobs if job.key not in kept[job.kind] and data in (None, job.key.split("/")[0])]
+    return entry, missing
+
+
+def _check_splits(claim: Claim) -> None:
+    """
+    Raises:
+        UserError: a metric cannot be computed on the claim's split.
+    """
     for source in claim.data:
-        for seed in claim.seeds:
-            for arm in claim.arms:
-                job = _job(claim, source, seed, arm)
-                jobs[key_of(source, seed, arm.name)] = job
-                starts[tuple(job.overrides)] = _start(claim, source, seed)
-            if has_floor:
-                overrides = claim.run_overrides(claim.arms[1], source, seed)
-                floor_jobs[f"{source}/{seed}"] = TrainingJob(overrides, _evaluation(claim, claim.arms[1]))
+        for arm in claim.arms:
+            for name, spec in claim.metrics_of(arm, source).items():
+                splits = Metric.parse(spec).splits
+                if claim.split not in splits:
+                    raise UserError(
+                        f"claim '{claim.name}': split={claim.split}, but {name} is measured on {' or '.join(splits)}"
+                    )
 
-    def entry(runs: Mapping[str, Any], floors: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "claim": as_dict(claim),
-            "difference": {
-                source: {key: list(values) for key, values in differing.items()}
-                for source, differing in differences.items()
-            },
-            "runs": {key: runs[key] for key in jobs if key in runs},
-            **({"floors": {key: floors[key] for key in floor_jobs if key in floors}} if floor_jobs else {}),
-        }
 
-    def chosen(all_jobs: Mapping[str, TrainingJob]) -> dict[str, TrainingJob]:
-        return {key: job for key, job in all_jobs.items() if data in (None, key.split("/")[0])}
+def _results(jobs: Sequence[Job], folder: Path, workers: int) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Measures jobs, in this process or side by side, and yields each with its result when it is there."""
+    if workers == 1 or len(jobs) < 2:
+        for job in jobs:
+            yield job, measure_job(job, folder)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_single_thread) as pool:
+        try:
+            futures = {pool.submit(measure_job, job, folder): job for job in jobs}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)  # what was begun ends, and is not lost
+            raise
 
-    stored_floors = (stored or {}).get("floors", {})
-    with tempfile.TemporaryDirectory() as temporary:
-        run_cache = RunCache(run_folder or Path(temporary))
 
-        def trained_run(overrides: Sequence[str], config: DictConfig) -> TrainedRun:
-            start = starts[tuple(overrides)]
-            start_run = run_cache.get_or_train(start, train.compose(start)).run if start else None
-            return run_cache.get_or_train(overrides, config, start=start_run)
+def _single_thread() -> None:
+    """Keeps a worker, and the training command that it starts, to one thread."""
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
-        runs = result_cache.measure_missing(
-            chosen(jobs),
-            lambda job, config: _measure_run(job, config, cast(Split, claim.split), trained_run),
-            stored=(stored or {}).get("runs", {}),
-            save=lambda runs: save(entry(runs, stored_floors)),
-        )
-    floors = result_cache.measure_missing(
-        chosen(floor_jobs),
-        lambda job, config: _measure_floor(job, config, cast(Split, claim.split)),
-        stored=stored_floors,
-        save=lambda floors: save(entry(runs, floors)),
-    )
-    save(entry(runs, floors))
-    return entry(runs, floors)
+
+def measure_job(job: Job, run_folder: Path) -> dict[str, Any]:
+    """Returns the result of a job with its recipe, and where it was measured."""
+    config = job.training.config()
+    head = {"about": machine.about(), "recipe": _recipe(job.training, config)}
+    if job.kind == "floors":
+        return head | _measure_floor(job.training, config)
+    run_cache = RunCache(run_folder)
+
+    def trained_run(overrides: Sequence[str], config: DictConfig) -> TrainedRun:
+        start = list(job.start)
+        start_run = run_cache.get_or_train(start, train.compose(start)).run if start else None
+        return run_cache.get_or_train(overrides, config, start=start_run)
+
+    return head | _measure_run(job.training, config, trained_run)
+
+
+class Progress:
+    """Prints a line for each result, with the time that the others are expected to take.
+
+    Args:
+        total: number of jobs.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.done = 0
+        self.begin = time.monotonic()
+
+    def report(self, job: Job, result: Mapping[str, Any]) -> None:
+        self.done += 1
+        values = result.get("values", {})
+        outcome = ", ".join(f"{value:.4g}" for value in values.values()) or f"failed: {result.get('failed')}"
+        left = (time.monotonic() - self.begin) / self.done * (self.total - self.done)
+        rest = f", about {left / 60:.0f} minutes left" if self.done < self.total else ""
+        floor = ", random start" if job.kind == "floors" else ""
+        print(f"  {self.done} of {self.total}: {job.claim} {job.key}{floor}: {outcome}{rest}", flush=True)
 
 
 def outdated(claim: Claim, entry: Mapping[str, Any]) -> set[str]:
@@ -127,17 +226,21 @@ def outdated(claim: Claim, entry: Mapping[str, Any]) -> set[str]:
         for source in claim.data
         for arm in claim.arms
         if (run := entry.get("runs", {}).get(key_of(source, seed, arm.name))) is not None
-        if (job := _job(claim, source, seed, arm))
-        if run["recipe"] != result_cache.fingerprint(job.config(), job.extra)
+        if (training := _training(claim, source, seed, arm))
+        if run["recipe"] != _recipe(training, training.config())
     }
 
 
-def _job(claim: Claim, data: str, seed: int, arm: Arm) -> TrainingJob:
-    """Returns the training of one arm, with all that its value depends on."""
+def _recipe(training: TrainingJob, config: DictConfig) -> str:
+    return result_cache.fingerprint(config, training.extra)
+
+
+def _training(claim: Claim, data: str, seed: int, arm: Arm) -> TrainingJob:
+    """Returns the training of one arm, with all that its values depend on."""
     start = _start(claim, data, seed)
     start_recipe = {"start": result_cache.fingerprint(train.compose(start))} if start else {}
     overrides = [*claim.run_overrides(arm, data, seed), COUNT_FLOPS]
-    return TrainingJob(overrides, _evaluation(claim, arm) | start_recipe)
+    return TrainingJob(overrides, {"metrics": claim.metrics_of(arm, data), "split": claim.split} | start_recipe)
 
 
 def _start(claim: Claim, data: str, seed: int) -> list[str]:
@@ -145,8 +248,15 @@ def _start(claim: Claim, data: str, seed: int) -> list[str]:
     return [*start, COUNT_FLOPS] if start else []
 
 
-def _evaluation(claim: Claim, arm: Arm) -> dict[str, Any]:
-    return {"metric": dict(claim.metric_of(arm)), "split": claim.split}
+def _floor_metrics(claim: Claim, data: str) -> dict[str, Any]:
+    """Returns what is measured of an untrained network; empty if nothing is."""
+    specs = claim.metrics_of(claim.arms[1], data)
+    metrics = {
+        metric.name: specs[metric.name]
+        for metric in claim.metrics_on(data)
+        if metric.direction == "higher" and Metric.parse(specs[metric.name]).untrained
+    }
+    return {"metrics": metrics, "split": claim.split} if metrics and claim.start is None else {}
 
 
 def key_of(data: str, seed: int, arm: str) -> str:
@@ -155,12 +265,12 @@ def key_of(data: str, seed: int, arm: str) -> str:
 
 
 def _measure_run(
-    job: TrainingJob, config: DictConfig, split: Split, trained_run: Callable[[Sequence[str], DictConfig], TrainedRun]
+    job: TrainingJob, config: DictConfig, trained_run: Callable[[Sequence[str], DictConfig], TrainedRun]
 ) -> dict[str, Any]:
-    """Returns the ``value`` of one run and what was ``spent``, or why it ``failed``."""
+    """Returns the ``values`` of one run by metric and what was ``spent``, or why it ``failed``."""
     try:
         trained = trained_run(job.overrides, config)
-        value = Metric.parse(job.extra["metric"])(subject_of(trained.run, split))
+        values = values_of(job.extra["metrics"], subject_of(trained.run, job.extra["split"]))
         metrics = trained.run.metrics()["train"]
         spent: dict[str, Any] = {
             "steps": trained.steps,
@@ -169,7 +279,7 @@ def _measure_run(
         }
         if metrics.get("speed/step_flops"):
             spent["flops"] = trained.steps * metrics["speed/step_flops"]
-        return {"value": value, "spent": spent} | ({"about": trained.about} if trained.about else {})
+        return {"values": values, "spent": spent} | ({"about": trained.about} if trained.about else {})
     except TrainingFailed as failure:
         if failure.code in STOPPED_CODES:
             raise UserError("the training was stopped; the same command continues with the missing runs") from failure
@@ -180,14 +290,13 @@ def _measure_run(
     return {"failed": _shortened(reason)}
 
 
-def _measure_floor(job: TrainingJob, config: DictConfig, split: Split) -> dict[str, Any]:
-    """Returns the ``value`` of an untrained network, or why it ``failed``."""
-    print(f"  {' '.join(job.overrides)}, before its first step …", flush=True)
+def _measure_floor(job: TrainingJob, config: DictConfig) -> dict[str, Any]:
+    """Returns the ``values`` of an untrained network by metric, or why it ``failed``."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             config = config.copy()
             config.run.dir = folder  # a tokenizer may be learned here
-            return {"value": Metric.parse(job.extra["metric"])(RunSubject(config, None, split=split))}
+            return {"values": values_of(job.extra["metrics"], RunSubject(config, None, split=job.extra["split"]))}
     except Exception as problem:
         return {"failed": _shortened(_reason(problem))}
 
@@ -206,7 +315,7 @@ def _shortened(reason: str) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The state of a claim on one data set.
+    """The state of a claim on one data set by one metric.
 
     Args:
         verdict: see `src.claims.verdict.verdict`, or the reason why there is none.
@@ -223,8 +332,8 @@ class Outcome:
     note: str = ""
 
 
-def outcome(claim: Claim, entry: Mapping[str, Any], data: str) -> Outcome:
-    """Returns the claim's verdict on a data set, which needs every pair: a missing one may contradict the claim.
+def outcome(claim: Claim, entry: Mapping[str, Any], data: str, metric: ClaimMetric) -> Outcome:
+    """Returns the verdict on a data set by one metric, which needs every pair: a missing one may contradict the claim.
 
     Args:
         entry: the claim's part of the ledger, as `measure` returns it; may be empty.
@@ -240,7 +349,7 @@ def outcome(claim: Claim, entry: Mapping[str, Any], data: str) -> Outcome:
         failed |= {
             f"{seed}/{name}": run["failed"] for name, run in zip(names, pair, strict=True) if run and "failed" in run
         }
-        values = [run["value"] for run in pair if run and "value" in run]
+        values = [run["values"][metric.name] for run in pair if run and "values" in run]
         if len(values) == 2:
             pairs[seed] = (values[0], values[1])
     difference = paired_difference(*zip(*pairs.values(), strict=True)) if pairs else None
@@ -250,14 +359,26 @@ def outcome(claim: Claim, entry: Mapping[str, Any], data: str) -> Outcome:
         return Outcome(UNFINISHED if begun else NOT_MEASURED, pairs, failed, difference, note)
     if failed:
         note = f"{len(failed)} of {2 * len(claim.seeds)} runs failed"
-        return Outcome("inconclusive" if pairs else FAILED, pairs, failed, difference, note)
+        return Outcome(INCONCLUSIVE if pairs else FAILED, pairs, failed, difference, note)
     uneven = _uneven_budget(claim, runs, data)
     if uneven:
         return Outcome(UNEVEN, pairs, failed, difference, uneven)
     assert difference is not None
-    note = "one seed is no verdict" if len(pairs) == 1 else _nothing_learned(pairs, floors_of(claim, entry, data))
-    result = verdict(difference, direction=claim.direction, least=claim.least)
+    floors = [(floor or {}).get("values", {}).get(metric.name) for floor in floors_of(claim, entry, data)]
+    note = "one seed is no verdict" if len(pairs) == 1 else _nothing_learned(pairs, floors)
+    result = verdict(difference, direction=metric.direction, least=metric.least)
     return Outcome(result, pairs, failed, difference, note)
+
+
+def standing(claim: Claim, entry: Mapping[str, Any]) -> str:
+    """Returns the verdict on a claim as a whole: the one that all of its metrics give on all of its data sets, or
+    "in part" where only some of them reproduce it."""
+    verdicts = {outcome(claim, entry, data, metric).verdict for data in claim.data for metric in claim.metrics_on(data)}
+    if len(verdicts) == 1:
+        return verdicts.pop()
+    if verdicts & {NOT_MEASURED, UNFINISHED}:
+        return UNFINISHED
+    return IN_PART if REPRODUCED in verdicts else INCONCLUSIVE
 
 
 def floors_of(claim: Claim, entry: Mapping[str, Any], data: str) -> list[Mapping[str, Any] | None]:
@@ -265,9 +386,9 @@ def floors_of(claim: Claim, entry: Mapping[str, Any], data: str) -> list[Mapping
     return [entry.get("floors", {}).get(f"{data}/{seed}") for seed in claim.seeds]
 
 
-def _nothing_learned(pairs: Mapping[int, tuple[float, float]], floors: Sequence[Mapping[str, Any] | None]) -> str:
+def _nothing_learned(pairs: Mapping[int, tuple[float, float]], floors: Sequence[float | None]) -> str:
     """Returns a note if neither arm beats the untrained network: the comparison then says nothing about learning."""
-    values = [floor["value"] for floor in floors if floor and "value" in floor]
+    values = [floor for floor in floors if floor is not None]
     if len(values) < len(floors):
         return ""
     best = max(statistics.fmean(arm) for arm in zip(*pairs.values(), strict=True))

@@ -10,13 +10,10 @@ from hydra.utils import get_class
 
 from src import runs
 from src.datamodules.sources.source import Split
-from src.errors import UserError, nearest
-from src.evaluation.evaluation import value_of
+from src.evaluation.evaluation import joined_needs, value_of
 from src.evaluation.subject import Subject
 from src.evaluation_config import evaluation_of
 from src.trained import RunSubject
-
-KEYS = ("evaluation", "value", "encoder")
 
 
 @dataclass(frozen=True)
@@ -46,17 +43,7 @@ class Metric:
 
     @classmethod
     def parse(cls, spec: Mapping[str, Any]) -> Metric:
-        """Returns the metric that ``metric:`` in a claim's file describes.
-
-        Raises:
-            UserError: a key is missing or not known.
-        """
-        for key in spec:
-            if key not in KEYS:
-                raise UserError(f"metric: there is no key '{key}'{nearest(str(key), KEYS)}")
-        for key in ("evaluation", "value"):
-            if not spec.get(key):
-                raise UserError(f"missing value: metric.{key}")
+        """Returns the metric that an entry of `Claim.metrics_of` describes."""
         return cls(**spec)
 
     @property
@@ -71,17 +58,30 @@ class Metric:
             return ("test", "val")
         return ("val",) if self.value.startswith("eval/") else ("train",)
 
-    def __call__(self, subject: RunSubject) -> float:
-        """
-        Raises:
-            UserError: the evaluation is not applicable or does not report the number, or it is not finite.
-        """
-        evaluation = evaluation_of(subject.config, self.evaluation)
-        return value_of(evaluation(subject.only(self.encoder)), self.value)
-
     @property
     def _is_logged(self) -> bool:
         return isinstance(self.evaluation, Mapping) and get_class(self.evaluation["_target_"]) is Logged
+
+
+def values_of(specs: Mapping[str, Mapping[str, Any]], subject: RunSubject) -> dict[str, float]:
+    """Returns the numbers of a run, by name of the metric. Those of one encoder share its features.
+
+    Args:
+        specs: see `Claim.metrics_of`.
+
+    Raises:
+        UserError: an evaluation is not applicable or does not report the number, or it is not finite.
+    """
+    metrics = {name: Metric.parse(spec) for name, spec in specs.items()}
+    evaluations = {name: evaluation_of(subject.config, metric.evaluation) for name, metric in metrics.items()}
+    values = {}
+    for encoder in {metric.encoder: None for metric in metrics.values()}:
+        of_encoder = subject.only(encoder)
+        names = [name for name, metric in metrics.items() if metric.encoder == encoder]
+        of_encoder.needs = joined_needs([evaluations[name] for name in names])
+        for name in names:
+            values[name] = value_of(evaluations[name](of_encoder), metrics[name].value)
+    return {name: values[name] for name in metrics}
 
 
 def subject_of(run: runs.Run, split: Split) -> RunSubject:

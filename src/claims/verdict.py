@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
+REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE = "reproduced", "not reproduced", "inconclusive"
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ def verdict(difference: PairedDifference, *, direction: str, least: float) -> st
     - "inconclusive": neither, and always for a single pair.
     """
     if difference.low is None or difference.high is None:
-        return "inconclusive"
+        return INCONCLUSIVE
     gain, low, high = difference.mean, difference.low, difference.high
     if direction == "lower":
         gain, low, high = -gain, -high, -low
     if low > 0 and gain >= least:
-        return "reproduced"
-    return "not reproduced" if high < least else "inconclusive"
+        return REPRODUCED
+    return NOT_REPRODUCED if high < least else INCONCLUSIVE

@@ -14,6 +14,12 @@ from src.claims.claim import Claim, as_dict, difference, load, parse
 from src.claims.metrics import Metric
 from src.errors import UserError
 
+RANK: dict[str, Any] = {
+    "name": "effective rank",
+    "evaluation": {"_target_": "src.claims.metrics.Logged"},
+    "value": "health/effective_rank",
+    "least": 0.5,
+}
 CONTENT: dict[str, Any] = {
     "title": "More is more",
     "paper": "A paper (Somebody, 2020)",
@@ -23,10 +29,7 @@ CONTENT: dict[str, Any] = {
         {"name": "more", "experiment": "mae_tiny"},
     ],
     "differs": ["model.mask_ratio"],
-    "metric": {"evaluation": {"_target_": "src.claims.metrics.Logged"}, "value": "health/effective_rank"},
-    "measured": "effective rank",
-    "direction": "higher",
-    "least": 0.5,
+    "metrics": [RANK],
     "budget": {"equal": "steps", "how": "the same epochs"},
     "split": "train",
 }
@@ -47,9 +50,10 @@ def arms(first: list[str], second: list[str], experiments: tuple[str, str] = ("m
 def test_every_claim_of_the_project_can_be_measured(name: str) -> None:
     """It parses, its metric can be built and judges on its split, and its arms differ in what it lists, in no more."""
     found = load(name)
-    metric = Metric.parse(found.metric)
-    assert found.split in metric.splits
     for data in found.data:
+        for arm in found.arms:
+            specs = found.metrics_of(arm, data).values()
+            assert all(found.split in Metric.parse(spec).splits for spec in specs)
         assert found.difference(data)
     assert as_dict(parse(name, as_dict(found))) == as_dict(found)
     assert len(found.seeds) > 1
@@ -137,9 +141,25 @@ def test_differences_of_lists_absent_keys_and_references() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"direction": "up"}, "direction: 'up' is not one of higher, lower"),
-        ({"least": -1}, "least must be at least 0, not -1"),
-        ({"least": True}, "least: Value 'True' of type 'bool'"),
+        (
+            {"metrics": [RANK | {"direction": "up"}]},
+            "metrics.effective rank.direction: 'up' is not one of higher, lower",
+        ),
+        ({"metrics": [RANK | {"least": -1}]}, "metrics.effective rank.least must be at least 0, not -1"),
+        ({"metrics": [RANK | {"least": True}]}, "least: Value 'True' of type 'bool'"),
+        ({"metrics": [RANK, RANK]}, "metrics must have different names, not effective rank, effective rank"),
+        ({"metrics": [RANK | {"data": ["emoji"]}]}, "metrics.effective rank.data: 'emoji' is not one of scenes"),
+        ({"metrics": []}, "metrics: none of them judges on scenes"),
+        ({"metrics": [{"name": "x", "value": "y", "least": 0}]}, r"missing keys: metrics\[0\].evaluation"),
+        ({"metrics": [RANK | {"encoders": "x"}]}, "unknown key 'encoders'; did you mean encoder"),
+        (
+            {"data": {"scenes": [], "emoji": []}, "metrics": [RANK | {"data": ["emoji"]}]},
+            "metrics: none of them judges on scenes",
+        ),
+        (
+            {"arms": [{"name": "a", "experiment": "mae_tiny", "metric": {"valeu": "x"}}, *arms([], [])[1:]]},
+            "arms.a.metric: there is no key 'valeu'; did you mean value",
+        ),
         ({"seeds": [0, 0]}, "seeds must be different whole numbers"),
         ({"seeds": []}, "seeds must be different whole numbers"),
         ({"seeds": [0.5]}, r"seeds\[0\]: Value '0.5' of type 'float' could not be converted to Integer"),
@@ -154,7 +174,6 @@ def test_differences_of_lists_absent_keys_and_references() -> None:
         ({"differs": "model"}, "differs: .* is not a ListConfig, list or tuple"),
         ({"common": "scale=tiny"}, "common: .* is not a ListConfig, list or tuple"),
         ({"data": {"scenes": "data.batch_size=8"}}, r"data.scenes: Value 'data.batch_size=8' \(str\) is incompatible"),
-        ({"metric": {"value": "x"}}, "metric needs an evaluation of configs/evaluation"),
         ({"arms": [{"name": "a", "experiment": "mae_tiny"}]}, "arms must be two"),
         ({"arms": [{"name": "a", "experiment": "mae_tiny"}] * 2}, "different names"),
         ({"arms": [{"name": "a"}, {"name": "b", "experiment": "mae_tiny"}]}, r"missing keys: arms\[0\].experiment"),
@@ -171,9 +190,10 @@ def test_a_claim_like_another_says_what_is_its_own(tmp_path: Path, monkeypatch: 
     for group in ("claim", "data"):
         (tmp_path / group).mkdir()
     (tmp_path / "data" / "scenes.yaml").touch()
+    own = {"metrics": [{"name": "deviation", "evaluation": "y", "value": "z", "least": 0.1}]}
     files = {
         "more": CONTENT | {"tried": "Half of the rate."},
-        "deviation": {"like": "more", "metric": {"evaluation": "y", "value": "z"}, "least": 0.1},
+        "deviation": {"like": "more", **own},
         "later": {"like": "deviation", "seeds": [5]},
         "egg": {"like": "hen"},
         "hen": {"like": "egg"},
@@ -183,7 +203,6 @@ def test_a_claim_like_another_says_what_is_its_own(tmp_path: Path, monkeypatch: 
         OmegaConf.save(content, tmp_path / "claim" / f"{name}.yaml")
     monkeypatch.setattr("src.configuration.CONFIGS", tmp_path)
     monkeypatch.setattr("src.claims.claim.CONFIGS", tmp_path)
-    own = {"metric": {"evaluation": "y", "value": "z"}, "least": 0.1}
     assert load("deviation") == parse("deviation", CONTENT | own)
     assert load("later") == parse("later", CONTENT | own | {"seeds": [5]})
     assert load("more").tried == "Half of the rate."
@@ -191,6 +210,29 @@ def test_a_claim_like_another_says_what_is_its_own(tmp_path: Path, monkeypatch: 
         load("egg")
     with pytest.raises(UserError, match="there is no claim 'mroe'; did you mean more"):
         load("lost")
+
+
+def test_metrics_judge_on_their_data_sets() -> None:
+    """An arm with a metric of its own needs a claim with one."""
+    retrieval = {"name": "retrieval", "evaluation": "retrieval", "value": "retrieval_rsum", "least": 5.0}
+    of = claim(data={"scenes": [], "emoji": []}, metrics=[RANK | {"data": ["scenes"]}, retrieval | {"data": ["emoji"]}])
+    assert [metric.name for metric in of.metrics_on("emoji")] == ["retrieval"]
+    assert of.metrics_of(of.arms[0], "emoji") == {
+        "retrieval": {"evaluation": "retrieval", "value": "retrieval_rsum", "encoder": None}
+    }
+    own = [{"name": "a", "experiment": "mae_tiny", "metric": {"value": "x"}}, *arms([], ["model.mask_ratio=0.5"])[1:]]
+    assert claim(arms=own).metrics_of(claim(arms=own).arms[0], "scenes")["effective rank"]["value"] == "x"
+    with pytest.raises(UserError, match="an arm has a metric of its own only where the claim has one"):
+        claim(arms=own, metrics=[RANK, retrieval])
+
+
+def test_a_file_that_is_no_yaml_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "claim").mkdir()
+    (tmp_path / "claim" / "bad.yaml").write_text("a: 1\n  b: 2\n")
+    monkeypatch.setattr("src.configuration.CONFIGS", tmp_path)
+    monkeypatch.setattr("src.claims.claim.CONFIGS", tmp_path)
+    with pytest.raises(UserError, match=r"configs/claim/bad.yaml cannot be read: mapping values are not allowed here"):
+        load("bad")
 
 
 def test_a_claim_that_does_not_exist() -> None:

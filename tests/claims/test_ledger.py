@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from src.errors import UserError
 from src.measure import machine, result_cache
 from src.measure.train_command import TrainingFailed
 from src.runs import Run
-from tests.claims.test_claim import arms, claim
+from tests.claims.test_claim import RANK, arms, claim
 from tests.commands import SECONDS
 
 ABOUT = {
@@ -37,7 +40,7 @@ ABOUT = {
 
 def run(value: float, **more: Any) -> dict[str, Any]:
     spent = {"steps": 100, "images": 6400, "seconds": 60.0, "flops": 1e12} | more
-    return {"about": ABOUT, "recipe": "r", "value": value, "spent": spent}
+    return {"about": ABOUT, "recipe": "r", "values": {"effective rank": value}, "spent": spent}
 
 
 def broken(reason: str) -> dict[str, Any]:
@@ -59,64 +62,180 @@ def entry(of: Claim, found: dict[str, Any]) -> dict[str, Any]:
     return {"claim": as_dict(of), "difference": difference, "runs": found}
 
 
+def outcome(of: Claim, stored: dict[str, Any], data: str = "scenes") -> ledger.Outcome:
+    return ledger.outcome(of, stored, data, of.metrics[0])
+
+
+def measure(of: Claim, stored: dict[str, Any] | None = None, save: Any = None, **options: Any) -> dict[str, Any]:
+    """Measures one claim."""
+    entries = ledger.measure(
+        [of],
+        stored={of.name: stored} if stored else {},
+        save=lambda name, entry: save and save(json.loads(json.dumps(entry))),
+        **options,
+    )
+    return entries[of.name]
+
+
+def rank(**changes: Any) -> list[dict[str, Any]]:
+    return [RANK | changes]
+
+
+def value(result: dict[str, Any]) -> float | None:
+    return result.get("values", {}).get("effective rank")
+
+
 class TestOutcome:
     def test_a_verdict_of_pairs(self) -> None:
-        found = ledger.outcome(claim(), {"runs": runs([1.0, 2.0, 3.0], [2.0, 3.1, 3.9])}, "scenes")
+        found = outcome(claim(), {"runs": runs([1.0, 2.0, 3.0], [2.0, 3.1, 3.9])})
         assert (found.verdict, found.note) == ("reproduced", "")
         assert found.pairs == {0: (1.0, 2.0), 1: (2.0, 3.1), 2: (3.0, 3.9)}
-        lower = ledger.outcome(claim(direction="lower"), {"runs": runs([1.0, 2.0, 3.0], [2.0, 3.1, 3.9])}, "scenes")
+        lower = outcome(claim(metrics=rank(direction="lower")), {"runs": runs([1.0, 2.0, 3.0], [2.0, 3.1, 3.9])})
         assert lower.verdict == "not reproduced"
 
     def test_before_the_last_pair_there_is_none(self) -> None:
-        found = ledger.outcome(claim(), {"runs": runs([1.0, 2.0, 3.0], [2.0, 3.0, None])}, "scenes")
+        found = outcome(claim(), {"runs": runs([1.0, 2.0, 3.0], [2.0, 3.0, None])})
         assert (found.verdict, found.note) == ("unfinished", "2 of 3 pairs")
-        assert ledger.outcome(claim(), {}, "scenes").verdict == "not measured yet"
+        assert outcome(claim(), {}).verdict == "not measured yet"
 
     def test_a_failed_run_costs_the_verdict(self) -> None:
-        found = ledger.outcome(
-            claim(), {"runs": runs([1.0, 2.0, 3.0], [2.0, broken("the loss is nan"), 4.0])}, "scenes"
-        )
+        found = outcome(claim(), {"runs": runs([1.0, 2.0, 3.0], [2.0, broken("the loss is nan"), 4.0])}, "scenes")
         assert (found.verdict, found.note) == ("inconclusive", "1 of 6 runs failed")
         assert found.failed == {"1/more": "the loss is nan"}
         assert found.pairs == {0: (1.0, 2.0), 2: (3.0, 4.0)}
 
     def test_without_any_pair_it_has_failed(self) -> None:
-        found = ledger.outcome(claim(), {"runs": runs([1.0, 2.0, 3.0], [broken("nan")] * 3)}, "scenes")
+        found = outcome(claim(), {"runs": runs([1.0, 2.0, 3.0], [broken("nan")] * 3)})
         assert (found.verdict, found.note, found.difference) == ("failed", "3 of 6 runs failed", None)
 
     def test_one_seed_is_no_verdict(self) -> None:
-        found = ledger.outcome(claim(seeds=[0]), {"runs": runs([1.0], [9.0])}, "scenes")
+        found = outcome(claim(seeds=[0]), {"runs": runs([1.0], [9.0])})
         assert (found.verdict, found.note) == ("inconclusive", "one seed is no verdict")
 
     def test_budgets_that_are_not_equal_are_no_verdict(self) -> None:
         long = [run(2.0), run(3.0), run(4.0, steps=125, seconds=63.0)]
-        found = ledger.outcome(claim(), {"runs": runs([1.0, 2.0, 3.0], long)}, "scenes")
+        found = outcome(claim(), {"runs": runs([1.0, 2.0, 3.0], long)})
         assert (found.verdict, found.note) == ("no verdict", "budgets are 20 % apart in steps (100 and 125)")
         by_time = claim(budget={"equal": "seconds", "how": "x", "within": 0.05})  # 3 of 63 seconds are 4.8 %
-        assert ledger.outcome(by_time, {"runs": runs([1.0, 2.0, 3.0], long)}, "scenes").verdict == "reproduced"
+        assert outcome(by_time, {"runs": runs([1.0, 2.0, 3.0], long)}).verdict == "reproduced"
         stricter = claim(budget={"equal": "seconds", "how": "x", "within": 0.04})
-        assert ledger.outcome(stricter, {"runs": runs([1.0, 2.0, 3.0], long)}, "scenes").verdict == "no verdict"
+        assert outcome(stricter, {"runs": runs([1.0, 2.0, 3.0], long)}).verdict == "no verdict"
 
     def test_what_was_not_counted_cannot_be_equal(self) -> None:
         uncounted = run(1.0)
         del uncounted["spent"]["flops"]
         of = claim(budget={"equal": "flops", "how": "x"})
-        assert (
-            ledger.outcome(of, {"runs": runs([uncounted, 1.0, 1.0], [2.0] * 3)}, "scenes").note
-            == "flops were not counted"
-        )
+        assert outcome(of, {"runs": runs([uncounted, 1.0, 1.0], [2.0] * 3)}).note == "flops were not counted"
 
     def test_arms_that_have_not_learned_say_so(self) -> None:
         """Both means are 2 and 3; the floor's is 2.9, then 3. A floor that is not there says nothing."""
         of, found = claim(), runs([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])
 
         def note(*floors: float) -> str:
-            stored = {f"scenes/{seed}": {"value": value} for seed, value in enumerate(floors)}
-            return ledger.outcome(of, {"runs": found, "floors": stored}, "scenes").note
+            stored = {f"scenes/{seed}": {"values": {"effective rank": floor}} for seed, floor in enumerate(floors)}
+            return outcome(of, {"runs": found, "floors": stored}).note
 
         assert note(2.9, 2.8, 3.0) == ""
         assert note(3.0, 2.8, 3.2) == "neither arm ends above its random start"
         assert note(9.0, 9.0) == ""
+
+
+class TestStanding:
+    """A claim with two metrics on two data sets: retrieval judges on emoji, the rank on both."""
+
+    of = claim(
+        data={"scenes": [], "emoji": []},
+        metrics=[RANK, RANK | {"name": "std", "value": "health/feature_std", "data": ["emoji"], "direction": "lower"}],
+    )
+
+    def entry(self, scenes: list[float], emoji: list[float], std: list[float]) -> dict[str, Any]:
+        """Values of the second arm; the first has 1, 2, 3 in all metrics."""
+        found = runs([1.0, 2.0, 3.0], scenes) | runs([1.0, 2.0, 3.0], emoji, "emoji")
+        for seed in range(3):
+            found[f"emoji/{seed}/less"]["values"]["std"] = seed + 1.0
+        for seed, number in enumerate(std):
+            found[f"emoji/{seed}/more"]["values"]["std"] = number
+        return entry(self.of, found)
+
+    def test_all_metrics_on_all_data_sets_or_in_part(self) -> None:
+        more, same, fewer = [2.0, 3.1, 3.9], [1.0, 2.1, 2.9], [0.0, 1.1, 2.1]
+        assert ledger.standing(self.of, self.entry(more, more, fewer)) == "reproduced"
+        assert ledger.standing(self.of, self.entry(more, more, more)) == "in part"
+        assert ledger.standing(self.of, self.entry(more, same, more)) == "in part"
+        assert ledger.standing(self.of, self.entry(same, same, same)) == "not reproduced"
+        assert ledger.standing(self.of, self.entry(more, more[:2], fewer[:2])) == "unfinished"
+        assert ledger.standing(self.of, {}) == "not measured yet"
+
+    def test_the_page_opens_with_the_count_and_has_a_row_for_each_metric(self) -> None:
+        more, fewer = [2.0, 3.1, 3.9], [0.0, 1.1, 2.1]
+        stored = self.entry(more, more, fewer)
+        text = page.render({"more": stored}, [self.of])
+        assert "**Of 1 claims: 1 reproduced.**" in text
+        rows = [line for line in text.splitlines() if line.startswith("| [More is more]")]
+        assert [row.split(" | ")[1:3] for row in rows] == [
+            ["scenes", "effective rank"],
+            ["emoji", "effective rank"],
+            ["emoji", "std"],
+        ]
+        assert "effective rank higher by at least 0.5; std on emoji lower by at least 0.5" in text
+        assert text.count("| less | 1 | 2 | 3 | 2 ± 1 |") == 3
+        text = page.render({"more": stored}, [self.of, claim(title="Other")], {"more": {"emoji"}})
+        assert "**Of 1 claims: 1 measured with an earlier recipe alone.**" in text
+
+
+class TestSideBySide:
+    """With threads in the place of processes, and trainings that are not done."""
+
+    @pytest.fixture(autouse=True)
+    def fake(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ledger, "ProcessPoolExecutor", lambda number, *_, **__: ThreadPoolExecutor(number))
+        monkeypatch.setattr(ledger, "plan", self.plan)
+        self.begun: list[str] = []
+
+    def plan(self, of: Claim, stored: dict[str, Any], data: None) -> tuple[dict[str, Any], list[ledger.Job]]:
+        jobs = [ledger.Job(of.name, "runs", str(key), result_cache.TrainingJob([])) for key in range(4)]
+        return {"runs": {}}, jobs
+
+    def measure(self, save: Any) -> dict[str, Any]:
+        return ledger.measure([claim()], stored={}, save=save, workers=2)["more"]["runs"]
+
+    def test_two_at_a_time_and_each_is_saved(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        together, saved = threading.Barrier(2, timeout=20), []  # type: ignore[var-annotated]
+
+        def measure_job(job: ledger.Job, folder: Path) -> dict[str, Any]:
+            together.wait()
+            return run(float(job.key))
+
+        monkeypatch.setattr(ledger, "measure_job", measure_job)
+        found = self.measure(lambda name, entry: saved.append(set(entry["runs"])))
+        assert {key: value(each) for key, each in found.items()} == {str(key): float(key) for key in range(4)}
+        assert [len(keys) for keys in saved] == [1, 2, 3, 4]
+        printed = capsys.readouterr().out
+        assert "1 of 4: more" in printed
+        assert "minutes left" in printed.splitlines()[0]
+        assert "minutes left" not in printed.splitlines()[3]
+
+    def test_a_stopped_training_ends_the_others_that_have_not_begun(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        begun: list[str] = []
+
+        def measure_job(job: ledger.Job, folder: Path) -> dict[str, Any]:
+            begun.append(job.key)
+            if job.key == "0":
+                raise UserError("the training was stopped")
+            time.sleep(0.2)
+            return run(1.0)
+
+        monkeypatch.setattr(ledger, "measure_job", measure_job)
+        with pytest.raises(UserError, match="the training was stopped"):
+            self.measure(lambda name, entry: None)
+        assert "3" not in begun
+
+    @pytest.mark.parametrize("given", ["0", "two", "-1", "1.5"])
+    def test_a_number_of_workers(self, given: str) -> None:
+        with pytest.raises(UserError, match=f"workers={given} must be a whole number from 1"):
+            command.main(["claim=mae_mask_ratio", f"workers={given}"])
 
 
 class TestPage:
@@ -198,7 +317,7 @@ class TestMeasure:
             if len(self.done) == self.stop_after:
                 raise KeyboardInterrupt
             self.done.append(f"{job.overrides[2]} {job.overrides[-2]}")
-            return {"value": float(len(self.done)), "spent": {"steps": 1}}
+            return {"values": {"effective rank": float(len(self.done))}, "spent": {"steps": 1}}
 
         monkeypatch.setattr(ledger, "_measure_run", one_run)
 
@@ -207,24 +326,24 @@ class TestMeasure:
 
     def test_one_data_set_now_and_the_other_later(self) -> None:
         both = self.of(data={"scenes": [], "emoji": []})
-        first = ledger.measure(both, data="emoji")
+        first = measure(both, data="emoji")
         assert list(first["runs"]) == [f"emoji/{seed}/{arm.name}" for seed in (0, 3) for arm in both.arms]
-        second = ledger.measure(both, stored=first, data="scenes")
+        second = measure(both, stored=first, data="scenes")
         assert len(self.done) == len(second["runs"]) == 8
         assert second["runs"].items() >= first["runs"].items()
         with pytest.raises(UserError, match=r"data=stl10: claim .more. is measured on scenes, emoji"):
-            ledger.measure(both, data="stl10")
+            measure(both, data="stl10")
 
     def test_pair_by_pair_and_on_where_it_was_killed(self) -> None:
         kept: list[dict[str, Any]] = []
         self.stop_after = 3
         with pytest.raises(KeyboardInterrupt):
-            ledger.measure(self.of(), save=kept.append)
+            measure(self.of(), save=kept.append)
         assert self.done == ["seed=0 model.mask_ratio=0.5", "seed=0 scale=tiny", "seed=3 model.mask_ratio=0.5"]
         self.stop_after = 99
-        found = ledger.measure(self.of(), stored=json.loads(json.dumps(kept[-1])))
+        found = measure(self.of(), stored=json.loads(json.dumps(kept[-1])))
         assert self.done[3:] == ["seed=3 scale=tiny"]
-        assert [each["value"] for each in found["runs"].values()] == [1.0, 2.0, 3.0, 4.0]
+        assert [value(each) for each in found["runs"].values()] == [1.0, 2.0, 3.0, 4.0]
         assert found["difference"] == {"scenes": {"model.mask_ratio": [0.5, 0.75]}}
 
     def test_the_floor_is_what_the_second_arm_begins_with(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,38 +352,36 @@ class TestMeasure:
 
         def one_floor(job: result_cache.TrainingJob, *_: Any) -> dict[str, Any]:
             asked.append(list(job.overrides))
-            return {"value": 0.5}
+            return {"values": {"effective rank": 0.5}}
 
         monkeypatch.setattr(ledger, "_measure_floor", one_floor)
-        patches = {"metric": {"evaluation": "patchknn", "value": "patch_miou"}, "split": "val"}
+        patches = {"metrics": rank(evaluation="patchknn", value="patch_miou"), "split": "val"}
         of = self.of(**patches, arms=arms([], ["model.mask_ratio=0.5"]))
-        found = ledger.measure(of)
+        found = measure(of)
         assert asked == [of.run_overrides(of.arms[1], "scenes", seed) for seed in (0, 3)]
-        assert {key: each["value"] for key, each in found["floors"].items()} == {"scenes/0": 0.5, "scenes/3": 0.5}
+        assert {key: value(each) for key, each in found["floors"].items()} == {"scenes/0": 0.5, "scenes/3": 0.5}
         assert len(found["runs"]) == 4
-        ledger.measure(of, stored=found)
+        measure(of, stored=found)
         assert (len(asked), len(self.done)) == (2, 4)
-        less = self.of(**patches, direction="lower")
+        less = self.of(**patches | {"metrics": rank(evaluation="patchknn", value="patch_miou", direction="lower")})
         begun = self.of(**patches, start={"name": "before", "experiment": "mae_tiny"})
-        assert not any("floors" in ledger.measure(each) for each in (self.of(), less, begun))
+        assert not any(measure(each)["floors"] for each in (self.of(), less, begun))
         assert len(asked) == 2
 
     def test_another_recipe_metric_or_split_is_measured_again_and_nothing_else(self) -> None:
-        stored = ledger.measure(self.of())
+        stored = measure(self.of())
         self.done.clear()
-        ledger.measure(self.of(title="Another title", least=0.1), stored=stored)
+        measure(self.of(title="Another title", metrics=rank(least=0.1)), stored=stored)
         assert self.done == []
-        ledger.measure(
-            self.of(arms=[*arms(["model.mask_ratio=0.4"], [])[:1], stored["claim"]["arms"][1]]), stored=stored
-        )
+        measure(self.of(arms=[*arms(["model.mask_ratio=0.4"], [])[:1], stored["claim"]["arms"][1]]), stored=stored)
         assert len(self.done) == 2
         self.done.clear()
-        ledger.measure(self.of(metric={**stored["claim"]["metric"], "value": "health/feature_std"}), stored=stored)
+        measure(self.of(metrics=rank(value="health/feature_std")), stored=stored)
         assert len(self.done) == 4
 
     def test_runs_of_another_recipe_metric_or_data_set_are_outdated(self) -> None:
         both = self.of(data={"scenes": [], "emoji": []})
-        stored = ledger.measure(both)
+        stored = measure(both)
         assert ledger.outdated(both, stored) == set()
         assert ledger.outdated(self.of(data=both.data, common=["scale=tiny", "data.batch_size=32"]), stored) == {
             "scenes",
@@ -275,20 +392,20 @@ class TestMeasure:
         assert ledger.outdated(both, {}) == set()
 
     def test_runs_of_two_recipes_never_stand_side_by_side(self) -> None:
-        stored = ledger.measure(self.of())
+        stored = measure(self.of())
         kept: list[dict[str, Any]] = []
         changed = self.of(common=["scale=tiny", "data.batch_size=32"])
         self.done.clear()
         self.stop_after = 1
         with pytest.raises(KeyboardInterrupt):
-            ledger.measure(changed, stored=stored, save=kept.append)
+            measure(changed, stored=stored, save=kept.append)
         assert list(kept[-1]["runs"]) == ["scenes/0/less"]
 
     def test_nothing_is_trained_for_arms_that_differ_in_more_or_a_metric_that_cannot_judge_there(self) -> None:
         with pytest.raises(UserError, match=r"differ in keys that `differs` does not list: model\.mask_ratio"):
-            ledger.measure(self.of(differs=["optimizer"]))
+            measure(self.of(differs=["optimizer"]))
         with pytest.raises(UserError, match="split=test, but effective rank is measured on train"):
-            ledger.measure(self.of(split="test"))
+            measure(self.of(split="test"))
         assert self.done == []
 
 
@@ -324,20 +441,20 @@ def test_both_arms_of_a_pair_go_on_from_one_run(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(result_cache, "train_once", fake)
     start = {"name": "before", "experiment": "mae_tiny", "overrides": ["trainer.max_epochs=5"]}
     of = claim(seeds=[0, 3], start=start)
-    found = ledger.measure(of)
+    found = measure(of)
     begins = [words for words in trained if "trainer.max_epochs=5" in words]
     assert [words[2] for words in begins] == ["seed=0", "seed=3"]
     assert trained.index(begins[1]) == 3
     assert there[0] == there[1] != there[2] == there[3]
     assert not any(folder.exists() for folder in there)
-    assert all("value" in run for run in found["runs"].values())
+    assert all("values" in run for run in found["runs"].values())
     assert "both arms start from one run of *before*: `experiment=mae_tiny trainer.max_epochs=5`" in page.render(
         {"more": found}, [of]
     )
     trained.clear()
-    ledger.measure(claim(seeds=[0], start=start), stored=found)
+    measure(claim(seeds=[0], start=start), stored=found)
     assert trained == []
-    ledger.measure(claim(seeds=[0], start=start | {"overrides": ["trainer.max_epochs=6"]}), stored=found)
+    measure(claim(seeds=[0], start=start | {"overrides": ["trainer.max_epochs=6"]}), stored=found)
     assert len(trained) == 3
 
 
@@ -355,9 +472,9 @@ def test_arms_that_differ_in_what_they_are_judged_by_are_one_run(
     other = {"evaluation": {"_target_": "src.claims.metrics.Logged"}, "value": "health/feature_std"}
     both = [{"name": "less", "experiment": "mae_tiny", "metric": other}, {"name": "more", "experiment": "mae_tiny"}]
     of = claim(seeds=[0, 3], arms=both, differs=["metric.value"])
-    found = ledger.measure(of)
+    found = measure(of)
     assert trained == ["seed=0", "seed=3"]
-    assert [run["value"] for run in found["runs"].values()] == [1.0, 2.0, 2.0, 2.0]
+    assert [value(run) for run in found["runs"].values()] == [1.0, 2.0, 2.0, 2.0]
     assert found["difference"]["scenes"] == {"metric.value": ["health/feature_std", "health/effective_rank"]}
     assert "`metric.value`" in page.render({"more": found}, [of])
     with pytest.raises(UserError, match="do not differ"):
@@ -378,11 +495,10 @@ def test_what_two_claims_want_is_trained_once(monkeypatch: pytest.MonkeyPatch, q
     run_folder = tmp_path / "kept"
     with monkeypatch.context() as before:
         before.setattr(machine, "about", lambda: ABOUT | {"commit": "trained"})
-        found = ledger.measure(claim(seeds=[0]), run_folder=run_folder)
-    assert [run.get("value") for run in found["runs"].values()] == [None, 2.0]
-    other = {"evaluation": {"_target_": "src.claims.metrics.Logged"}, "value": "health/feature_std"}
-    again = ledger.measure(claim(seeds=[0], metric=other), run_folder=run_folder)
-    assert [run["value"] for run in again["runs"].values()] == [0.5, 0.5]
+        found = measure(claim(seeds=[0]), run_folder=run_folder)
+    assert [value(run) for run in found["runs"].values()] == [None, 2.0]
+    again = measure(claim(seeds=[0], metrics=rank(value="health/feature_std")), run_folder=run_folder)
+    assert [value(run) for run in again["runs"].values()] == [0.5, 0.5]
     assert [run["spent"]["seconds"] for run in again["runs"].values()] == [1.5, 1.5]
     first, second = (measured["runs"]["scenes/0/more"]["about"] for measured in (found, again))
     assert (first["commit"], second) == ("trained", first)  # judged later, and trained when it was
@@ -392,10 +508,10 @@ def test_what_two_claims_want_is_trained_once(monkeypatch: pytest.MonkeyPatch, q
     assert not list(run_folder.glob("*/checkpoints/best.ckpt"))
     for kept in run_folder.glob("*/trained.json"):
         kept.unlink()  # as somebody left it who was in a hurry
-    ledger.measure(claim(seeds=[0]), run_folder=run_folder)
+    measure(claim(seeds=[0]), run_folder=run_folder)
     assert len(trained) == 5
     begun = claim(seeds=[0], start={"name": "before", "experiment": "mae_tiny", "overrides": ["scale=smoke"]})
-    ledger.measure(begun, run_folder=run_folder)
+    measure(begun, run_folder=run_folder)
     assert len(trained) == 8
 
 
@@ -405,7 +521,7 @@ def test_a_training_that_somebody_stops_did_not_fail(code: int) -> None:
         raise TrainingFailed(["x"], code, "terminated")
 
     with pytest.raises(UserError, match="continues with the missing runs"):
-        ledger._measure_run(result_cache.TrainingJob([]), None, "test", stopped)  # type: ignore[arg-type]
+        ledger._measure_run(result_cache.TrainingJob([]), None, stopped)  # type: ignore[arg-type]
 
 
 def test_from_the_command_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
@@ -417,20 +533,19 @@ def test_from_the_command_to_the_page(tmp_path: Path, monkeypatch: pytest.Monkey
         arms=arms(["optimizer.lr=0.0"], ["optimizer.lr=1e20"]),
         differs=["optimizer.lr", "schedules.optimizer.lr.peak"],
         split="test",
-        metric={
-            "evaluation": {"_target_": "src.evaluation.patch_knn.PatchSegmentation", "k": 3},
-            "value": "patch_accuracy",
-        },
+        metrics=rank(
+            evaluation={"_target_": "src.evaluation.patch_knn.PatchSegmentation", "k": 3}, value="patch_accuracy"
+        ),
     )
     monkeypatch.setattr(command, "RUN_FOLDER", tmp_path / "kept")  # not the project's, which may hold it already
-    command.measure(of, tmp_path)
+    command.measure([of], tmp_path)
     stored = json.loads((tmp_path / "claims.json").read_text())["more"]
     good, bad = stored["runs"]["scenes/0/a"], stored["runs"]["scenes/0/b"]
     assert (good["spent"]["steps"], good["spent"]["images"]) == (8, 32)
     assert good["spent"]["flops"] > 0
     # 16 test images of 4 x 4 patches
-    assert 256 * good["value"] == pytest.approx(round(256 * good["value"]), abs=1e-4)
-    assert stored["floors"]["scenes/0"]["value"] == good["value"]
+    assert 256 * value(good) == pytest.approx(round(256 * value(good)), abs=1e-4)
+    assert stored["floors"]["scenes/0"]["values"] == good["values"]
     assert "the loss is" in bad["failed"]
     assert str(Path(tmp_path).parent) not in bad["failed"]
     text = (tmp_path / "claims.md").read_text()
@@ -466,15 +581,17 @@ def test_forgetting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[str]] = []
     elsewhere: list[bool] = []
 
-    def measure(of: Claim, *, stored: dict[str, Any], save: Any, data: None, run_folder: Path | None) -> dict[str, Any]:
-        seen.append(set(stored["runs"]))
+    def measure(
+        claims: list[Claim], *, stored: dict[str, Any], save: Any, data: None, run_folder: Path | None, workers: int
+    ) -> dict[str, Any]:
+        seen.append(set(stored["more"]["runs"]))
         elsewhere.append(run_folder is None)
-        return entry(of, stored["runs"])
+        return {"more": entry(claims[0], stored["more"]["runs"])}
 
     monkeypatch.setattr(ledger, "measure", measure)
     found = runs([1.0, 2.0, 3.0], [2.0, broken("nan"), 4.0])
     (tmp_path / "claims.json").write_text(json.dumps({"more": entry(claim(), found)}))
     for again in (None, "failed", "all"):
-        command.measure(claim(), tmp_path, again)
+        command.measure([claim()], tmp_path, again)
     assert seen == [set(found), set(found) - {"scenes/1/more"}, set()]
     assert elsewhere == [False, False, True]  # of a training that failed nothing is kept
