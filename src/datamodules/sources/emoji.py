@@ -17,7 +17,7 @@ from PIL import Image
 
 from src.datamodules.decoding import DataError
 from src.datamodules.sources.source import Prompts, Sample, Source, Split
-from src.datamodules.sources.splits import hashed_split
+from src.datamodules.sources.splits import folded_split, hashed_split
 from src.datamodules.sources.texts import TextListSource
 from src.errors import SettingError
 
@@ -92,6 +92,8 @@ class EmojiSource(TextListSource, Source):
         skin_tones: adds about 1,900 variants in skin tone, which make "People & Body" three fifths of the set.
         background: CSS color behind the drawing.
         languages: of the texts, by the names of the package `emoji`: "en", "de", "es", "fr", "ja", "zh" …
+        fold: 0 to 4 for one of five folds of families, each of which is in "test" in one fold: 20 % "test" and 10 %
+            "val". Scores of all folds together are of all emoji, of which a single test split has too few.
         cache_dir: folder of the rendered images (one file for each split and setting); None renders every time, about
             6 ms an image.
 
@@ -102,7 +104,7 @@ class EmojiSource(TextListSource, Source):
 
     Raises:
         DataError: the packages of the extra ``emoji`` are not installed.
-        SettingError: the package lacks a language.
+        SettingError: the package lacks a language, or there is no such fold.
     """
 
     classes = CLASSES
@@ -116,9 +118,11 @@ class EmojiSource(TextListSource, Source):
         skin_tones: bool = False,
         background: str = "white",
         languages: Sequence[str] = ("en",),
+        fold: int | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
-        self.drawings = [drawing for drawing in list_drawings(skin_tones=skin_tones) if split_of(drawing) == split]
+        drawings = list_drawings(skin_tones=skin_tones)
+        self.drawings = [drawing for drawing in drawings if split_of(drawing, fold) == split]
         self.labels = np.array([drawing.label for drawing in self.drawings], np.int64)
         codes = [drawing.code for drawing in self.drawings]
         self._names = _names(languages)
@@ -177,7 +181,9 @@ def _distinct(drawings: list[Drawing]) -> Iterator[Drawing]:
             yield drawing
 
 
-def split_of(drawing: Drawing) -> Split:
+def split_of(drawing: Drawing, fold: int | None = None) -> Split:
+    if fold is not None:
+        return folded_split(drawing.family, fold)
     return hashed_split(drawing.family, val_share=VAL_SHARE, test_share=TEST_SHARE)
 
 

@@ -29,11 +29,34 @@ def hashed_split(key: str, *, val_share: float, test_share: float = 0.0) -> Spli
         raise SettingError(
             f"data.source.val_share={val_share} and test_share={test_share} must be >= 0 and leave a part for train"
         )
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    position = int.from_bytes(digest, "big") / 2.0**64
+    position = _position(key)
     if position < val_share:
         return "val"
     return "test" if position < val_share + test_share else "train"
+
+
+FOLDS = 5
+
+
+def folded_split(key: str, fold: int) -> Split:
+    """Returns the split of ``key`` in one of five folds of cross-validation, by its hash alone: every key is in "test"
+    in one of them. A fifth of all keys is "test", a tenth "val".
+
+    Raises:
+        SettingError: there is no such fold.
+    """
+    if fold not in range(FOLDS):
+        raise SettingError(f"data.source.fold must be 0 to {FOLDS - 1}, or null for the usual splits, not {fold}")
+    tenth = (int(2 * FOLDS * _position(key)) - 2 * fold) % (2 * FOLDS)
+    if tenth < 2:
+        return "test"
+    return "val" if tenth == 2 else "train"
+
+
+def _position(key: str) -> float:
+    """Returns the hash of ``key`` as a number in [0, 1)."""
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2.0**64
 
 
 class Files(NamedTuple):

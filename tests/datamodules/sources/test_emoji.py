@@ -14,6 +14,7 @@ import torch
 from src.datamodules.decoding import DataError
 from src.datamodules.sources import emoji
 from src.datamodules.sources.emoji import CLASSES, Drawing, EmojiSource, family_of, list_drawings, split_of
+from src.errors import SettingError
 
 SPLITS = ("train", "val", "test")
 
@@ -87,6 +88,17 @@ class TestDrawings:
         assert max(len(splits) for splits in splits_of_family.values()) == 1
         assert max(len(splits) for splits in splits_of_base.values()) == 1
         assert len({drawing.name for drawing in every}) == len(every)
+
+    def test_five_folds_test_every_family_once(self, every: list[Drawing]) -> None:
+        families = {drawing.family: drawing for drawing in every}.values()
+        splits = [[split_of(drawing, fold) for fold in range(5)] for drawing in families]
+        assert all(each.count("test") == 1 for each in splits)
+        for fold in range(5):
+            shares = Counter(each[fold] for each in splits)
+            assert shares["test"] / len(splits) == pytest.approx(0.2, abs=0.03)
+            assert shares["val"] / len(splits) == pytest.approx(0.1, abs=0.02)
+        with pytest.raises(SettingError, match=r"data\.source\.fold must be 0 to 4, or null .*, not 5"):
+            split_of(every[0], 5)
 
     def test_no_drawing_occurs_twice(self, every: list[Drawing]) -> None:
         folder = emoji._folder()
