@@ -69,8 +69,8 @@ class Color:
         """Changes images uint8 [B, C, H, W] by uniform [B, num_uniforms] in [0, 1) -> uint8 [B, C, H, W]."""
         self.check_channels(images.shape[1])
         rows = max(1, _CHUNK // images[0].numel())
-        numbers = torch.from_numpy(np.ascontiguousarray(uniform, dtype=np.float32))
-        parts = zip(images.split(rows), numbers.split(rows), strict=True)
+        numbers = np.ascontiguousarray(uniform, dtype=np.float32)
+        parts = [(images[i : i + rows], numbers[i : i + rows]) for i in range(0, len(images), rows)]
         return torch.cat([self._augment(*part) for part in parts])
 
     def check_channels(self, channels: int) -> None:
@@ -87,37 +87,52 @@ class Color:
                 + " in the view's color"
             )
 
-    def _augment(self, images: Tensor, uniform: Tensor) -> Tensor:
+    def _augment(self, images: Tensor, uniform: np.ndarray) -> Tensor:
+        # which images are changed is decided in numpy, where the numbers are: single images come here too, for which a
+        # tensor operation for each decision would take longer than the changes
         decide, strength, place, width = uniform[:, :4], uniform[:, 4:8], uniform[:, 8:12], uniform[:, 12]
+        jittered, grey, blurred, solarized = (
+            np.flatnonzero(decide[:, i] < share)
+            for i, share in enumerate((self.jitter, self.grey, self.blur, self.solarize))
+        )
+        jitters = self._jitters(strength)
+        if not (jitters and len(jittered)) and not len(grey) + len(blurred) + len(solarized):
+            return images
         x = images.to(torch.float32).div_(255)
-        order = place.argsort(dim=1, stable=True)
+        order = place[jittered].argsort(axis=1, kind="stable")
         for stage in range(4):
-            for operation, (change, factor) in enumerate(self._jitters(strength)):
-                if factor is not None:
-                    _apply(x, (order[:, stage] == operation) & (decide[:, 0] < self.jitter), change, factor)
-        _apply(x, decide[:, 1] < self.grey, lambda y, _: luma(y).expand_as(y), width)
-        sigma = self.sigma[0] + width * (self.sigma[1] - self.sigma[0])
-        _apply(x, decide[:, 2] < self.blur, gaussian_blur, sigma)
-        _apply(x, decide[:, 3] < self.solarize, lambda y, _: solarize(y), width)
+            for number, change, factor in jitters:
+                _apply(x, jittered[order[:, stage] == number], change, factor)
+        _apply(x, grey, lambda y, _: luma(y).expand_as(y), width)
+        _apply(x, blurred, gaussian_blur, self.sigma[0] + width * (self.sigma[1] - self.sigma[0]))
+        _apply(x, solarized, lambda y, _: solarize(y), width)
         return x.mul_(255).round_().to(torch.uint8)
 
-    def _jitters(self, uniform: Tensor) -> list[tuple[Callable[[Tensor, Tensor], Tensor], Tensor | None]]:
-        """Returns the four changes, each with its factors [B], or None if its strength is 0."""
+    def _jitters(self, uniform: np.ndarray) -> list[tuple[int, Callable[[Tensor, Tensor], Tensor], np.ndarray]]:
+        """Returns the changes of the jitter that have a strength: their number in the order, and their factors [B]."""
+        found: list[tuple[int, Callable[[Tensor, Tensor], Tensor], np.ndarray]] = []
         spans = (self.brightness, self.contrast, self.saturation)
-        factors: list[Tensor | None] = [
-            (low := max(0.0, 1 - x)) + uniform[:, i] * (1 + x - low) if x else None for i, x in enumerate(spans)
-        ]
-        factors.append((2 * uniform[:, 3] - 1) * self.hue if self.hue else None)
-        return list(zip((adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue), factors, strict=True))
+        for i, (change, span) in enumerate(
+            zip((adjust_brightness, adjust_contrast, adjust_saturation), spans, strict=True)
+        ):
+            if span:
+                low = max(0.0, 1 - span)
+                found.append((i, change, low + uniform[:, i] * (1 + span - low)))
+        if self.hue:
+            found.append((3, adjust_hue, (2 * uniform[:, 3] - 1) * self.hue))
+        return found
 
 
-def _apply(x: Tensor, chosen: Tensor, change: Callable[[Tensor, Tensor], Tensor], amount: Tensor) -> None:
-    """Changes the chosen images of a batch in place."""
-    index = chosen.nonzero().flatten()
-    if len(index) == len(x):
-        x.copy_(change(x, amount))
-    elif len(index):
-        x[index] = change(x[index], amount[index])
+def _apply(x: Tensor, chosen: np.ndarray, change: Callable[[Tensor, Tensor], Tensor], amount: np.ndarray) -> None:
+    """Changes the images of a batch with the numbers ``chosen``, ascending, in place."""
+    if len(chosen) == 0:
+        return
+    amounts = torch.from_numpy(np.ascontiguousarray(amount[chosen], dtype=np.float32)).to(x.device)
+    if len(chosen) == len(x):
+        x.copy_(change(x, amounts))
+    else:
+        index = torch.from_numpy(chosen).to(x.device)
+        x[index] = change(x[index], amounts)
 
 
 def luma(x: Tensor) -> Tensor:
