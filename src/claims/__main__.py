@@ -13,12 +13,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +26,7 @@ from src.claims.claim import Claim, load
 from src.configuration import PROJECT, run_main
 from src.errors import UserError, nearest
 from src.files import write_atomically
+from src.measure.side_by_side import default_workers, workers_of
 from src.trained import split_arguments
 
 RUN_FOLDER = PROJECT / "cache" / "claims"
@@ -51,25 +50,13 @@ def main(argv: Sequence[str]) -> int:
     again = options.get("again")
     if again is not None and again not in REPEATED:
         raise UserError(f"again must be {' or '.join(REPEATED)}, not '{again}'{nearest(again, list(REPEATED))}")
+    workers = workers_of(options.get("workers"), default_workers() if measure_all else 1)
     data = options.get("data")
     claims = [load(name) for name in (configuration.names("claim") if measure_all else [options["claim"]])]
     if measure_all and data is not None:
         claims = [claim for claim in claims if data in claim.data]
-    measure(claims, folder, again, data, workers=_workers(options.get("workers"), measure_all))
+    measure(claims, folder, again, data, workers=workers)
     return 0
-
-
-def _workers(given: str | None, measure_all: bool) -> int:
-    """Returns the number of runs that are trained side by side.
-
-    Raises:
-        UserError: it is no whole number from 1.
-    """
-    if given is None:
-        return len(os.sched_getaffinity(0)) if measure_all and not torch.cuda.is_available() else 1
-    if not given.isdecimal() or int(given) < 1:
-        raise UserError(f"workers={given} must be a whole number from 1")
-    return int(given)
 
 
 def measure(

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from src import train
@@ -22,8 +18,9 @@ from src.claims.metrics import Metric, subject_of, values_of
 from src.claims.run_cache import RunCache
 from src.claims.verdict import INCONCLUSIVE, REPRODUCED, PairedDifference, paired_difference, verdict
 from src.errors import UserError
-from src.measure import machine, result_cache
+from src.measure import machine, result_cache, side_by_side
 from src.measure.result_cache import TrainedRun, TrainingJob
+from src.measure.side_by_side import Progress
 from src.measure.train_command import TrainingFailed
 from src.trained import RunSubject
 
@@ -89,12 +86,12 @@ def measure(
         entries[claim.name], jobs = plan(claim, stored.get(claim.name, {}), data)
         missing += jobs
     with tempfile.TemporaryDirectory() as temporary:
-        folder = run_folder or Path(temporary)
         progress = Progress(len(missing))
-        for job, result in _results(missing, folder, workers):
+        measure_one = partial(measure_job, run_folder=run_folder or Path(temporary))
+        for job, result in side_by_side.results(missing, measure_one, workers):
             entries[job.claim][job.kind][job.key] = result
             save(job.claim, entries[job.claim])
-            progress.report(job, result)
+            progress.report(_words(job, result))
     return entries
 
 
@@ -156,29 +153,6 @@ def _check_splits(claim: Claim) -> None:
                     )
 
 
-def _results(jobs: Sequence[Job], folder: Path, workers: int) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Measures jobs, in this process or side by side, and yields each with its result when it is there."""
-    if workers == 1 or len(jobs) < 2:
-        for job in jobs:
-            yield job, measure_job(job, folder)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_single_thread) as pool:
-        try:
-            futures = {pool.submit(measure_job, job, folder): job for job in jobs}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)  # what was begun ends, and is not lost
-            raise
-
-
-def _single_thread() -> None:
-    """Keeps a worker, and the training command that it starts, to one thread."""
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-
-
 def measure_job(job: Job, run_folder: Path) -> dict[str, Any]:
     """Returns the result of a job with its recipe, and where it was measured."""
     config = job.training.config()
@@ -195,26 +169,11 @@ def measure_job(job: Job, run_folder: Path) -> dict[str, Any]:
     return head | _measure_run(job.training, config, trained_run)
 
 
-class Progress:
-    """Prints a line for each result, with the time that the others are expected to take.
-
-    Args:
-        total: number of jobs.
-    """
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.done = 0
-        self.begin = time.monotonic()
-
-    def report(self, job: Job, result: Mapping[str, Any]) -> None:
-        self.done += 1
-        values = result.get("values", {})
-        outcome = ", ".join(f"{value:.4g}" for value in values.values()) or f"failed: {result.get('failed')}"
-        left = (time.monotonic() - self.begin) / self.done * (self.total - self.done)
-        rest = f", about {left / 60:.0f} minutes left" if self.done < self.total else ""
-        floor = ", random start" if job.kind == "floors" else ""
-        print(f"  {self.done} of {self.total}: {job.claim} {job.key}{floor}: {outcome}{rest}", flush=True)
+def _words(job: Job, result: Mapping[str, Any]) -> str:
+    """Returns a result in words."""
+    values = ", ".join(f"{value:.4g}" for value in result.get("values", {}).values())
+    floor = ", random start" if job.kind == "floors" else ""
+    return f"{job.claim} {job.key}{floor}: {values or 'failed: ' + result['failed']}"
 
 
 def outdated(claim: Claim, entry: Mapping[str, Any]) -> set[str]:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -181,61 +178,6 @@ class TestStanding:
         assert text.count("| less | 1 | 2 | 3 | 2 ± 1 |") == 3
         text = page.render({"more": stored}, [self.of, claim(title="Other")], {"more": {"emoji"}})
         assert "**Of 1 claims: 1 measured with an earlier recipe alone.**" in text
-
-
-class TestSideBySide:
-    """With threads in the place of processes, and trainings that are not done."""
-
-    @pytest.fixture(autouse=True)
-    def fake(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ledger, "ProcessPoolExecutor", lambda number, *_, **__: ThreadPoolExecutor(number))
-        monkeypatch.setattr(ledger, "plan", self.plan)
-        self.begun: list[str] = []
-
-    def plan(self, of: Claim, stored: dict[str, Any], data: None) -> tuple[dict[str, Any], list[ledger.Job]]:
-        jobs = [ledger.Job(of.name, "runs", str(key), result_cache.TrainingJob([])) for key in range(4)]
-        return {"runs": {}}, jobs
-
-    def measure(self, save: Any) -> dict[str, Any]:
-        return ledger.measure([claim()], stored={}, save=save, workers=2)["more"]["runs"]
-
-    def test_two_at_a_time_and_each_is_saved(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        together, saved = threading.Barrier(2, timeout=20), []  # type: ignore[var-annotated]
-
-        def measure_job(job: ledger.Job, folder: Path) -> dict[str, Any]:
-            together.wait()
-            return run(float(job.key))
-
-        monkeypatch.setattr(ledger, "measure_job", measure_job)
-        found = self.measure(lambda name, entry: saved.append(set(entry["runs"])))
-        assert {key: value(each) for key, each in found.items()} == {str(key): float(key) for key in range(4)}
-        assert [len(keys) for keys in saved] == [1, 2, 3, 4]
-        printed = capsys.readouterr().out
-        assert "1 of 4: more" in printed
-        assert "minutes left" in printed.splitlines()[0]
-        assert "minutes left" not in printed.splitlines()[3]
-
-    def test_a_stopped_training_ends_the_others_that_have_not_begun(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        begun: list[str] = []
-
-        def measure_job(job: ledger.Job, folder: Path) -> dict[str, Any]:
-            begun.append(job.key)
-            if job.key == "0":
-                raise UserError("the training was stopped")
-            time.sleep(0.2)
-            return run(1.0)
-
-        monkeypatch.setattr(ledger, "measure_job", measure_job)
-        with pytest.raises(UserError, match="the training was stopped"):
-            self.measure(lambda name, entry: None)
-        assert "3" not in begun
-
-    @pytest.mark.parametrize("given", ["0", "two", "-1", "1.5"])
-    def test_a_number_of_workers(self, given: str) -> None:
-        with pytest.raises(UserError, match=f"workers={given} must be a whole number from 1"):
-            command.main(["claim=mae_mask_ratio", f"workers={given}"])
 
 
 class TestPage:
@@ -558,6 +500,7 @@ def test_from_the_command_to_the_page(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         (["claim=mae_mask"], "there is no claim 'mae_mask'; did you mean mae_mask_ratio"),
         (["clami=x"], "no option 'clami=x'; did you mean claim?"),
+        (["claim=mae_mask_ratio", "workers=two"], "workers=two must be a whole number from 1"),
         (["claim=mae_mask_ratio", "again=fail"], "again must be failed or all, not 'fail'; did you mean failed"),
     ],
 )
