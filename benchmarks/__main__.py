@@ -3,7 +3,8 @@
 - ``only=loop,precision``: the parts to measure (default all)
 - ``quick=true``: a short trial of each part; its page goes to ``cache/bench``
 - ``again=true``: repeat finished runs of the parts that train for hours (learning, methods, gauntlet)
-- ``data=<data set>``: measure these parts on this data set only
+- ``data=<data set>``: measure learning and gauntlet on this data set only
+- ``workers=<number>``: runs of methods that are trained side by side, one thread each (default: one for each core)
 - ``out=<folder>``: where benchmarks.json and benchmarks.md are written (default docs)
 - ``--write``: write benchmarks.md from benchmarks.json, and measure nothing
 """
@@ -22,9 +23,10 @@ from src.configuration import PROJECT, run_main
 from src.errors import UserError, nearest
 from src.files import write_atomically
 from src.measure import machine
+from src.measure.side_by_side import default_workers, workers_of
 from src.trained import split_arguments
 
-OPTIONS = ("only", "quick", "again", "out", "data")
+OPTIONS = ("only", "quick", "again", "out", "data", "workers")
 LONG = {"learning": learning, "methods": methods, "gauntlet": gauntlet}
 
 
@@ -36,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     data = (options["data"],) if "data" in options else DATA
     if not set(data) <= set(DATA):
         raise UserError(f"data must be {' or '.join(DATA)}, not '{data[0]}'{nearest(data[0], DATA)}")
+    workers = workers_of(options.get("workers"), default_workers())
     folder = Path(options.get("out") or PROJECT / ("cache/bench" if quick else "docs"))
     results = _read(folder)
     if "--write" in argv:
@@ -52,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
         if name in LONG:
             # these measure for hours: finished runs are stored and not repeated
             stored = {} if again else results.get(name, {}).get("result", {})
-            save(LONG[name].measure(quick, stored=stored, save=save, data=data))
+            own: dict[str, Any] = {"workers": workers} if name == "methods" else {"data": data}
+            save(LONG[name].measure(quick, stored=stored, save=save, **own))
         else:
             save(PARTS[name].measure(quick))
     print(f"bench: wrote {folder / 'benchmarks.md'}")

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from src.errors import SettingError, nearest
 
 COMMAND_LINE = "command line"
-_SECTIONS = ("data", "backbone")  # groups whose files may have a section `scales` of their own, below their key
+_SECTIONS = ("data", "data.train_view", "backbone")  # keys of groups whose files may have a section `scales` below them
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,15 @@ def _sections(layer: Layer, scale: str) -> Iterator[Layer]:
     """Yields the values that a file replaces at ``scale``, below the keys of `_SECTIONS` and at the root."""
     origin = f"{layer.origin} ({scale})"
     for name in _SECTIONS:
-        section = layer.values.get(name)
+        *above, last = name.split(".")
+        section: Any = layer.values
+        for key in (*above, last):
+            section = section.get(key) if isinstance(section, Mapping) else None
         if isinstance(section, Mapping) and (section.get("scales") or {}).get(scale):
-            yield Layer(origin, {name: section["scales"][scale]})
+            values: Any = {last: section["scales"][scale]}
+            for key in reversed(above):
+                values = {key: values}
+            yield Layer(origin, values)
     if (layer.values.get("scales") or {}).get(scale):
         yield Layer(origin, layer.values["scales"][scale])
 
@@ -183,11 +189,16 @@ def _scales(layers: Sequence[Layer]) -> list[str]:
 
 
 def _without_scales(layer: Layer) -> Layer:
-    values = {key: value for key, value in layer.values.items() if key != "scales"}
-    for name in _SECTIONS:
-        if isinstance(values.get(name), Mapping):
-            values[name] = {key: value for key, value in values[name].items() if key != "scales"}
-    return Layer(layer.origin, values)
+    return Layer(layer.origin, _pruned(layer.values, ("", *_SECTIONS)))
+
+
+def _pruned(values: Mapping[str, Any], sections: Sequence[str], path: str = "") -> dict[str, Any]:
+    """Returns ``values`` without the keys `scales` directly below ``sections``; "" is the root."""
+    return {
+        key: _pruned(value, sections, f"{path}.{key}".removeprefix(".")) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if not (key == "scales" and path in sections)
+    }
 
 
 @cache

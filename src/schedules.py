@@ -193,6 +193,25 @@ class Cosine(Schedule):
 
 
 @dataclass(frozen=True)
+class Momentum(Schedule):
+    """Momentum of a moving average: from ``start`` to ``end`` along half a cosine over the run.
+
+    Args:
+        half_life: duration in which the average forgets half of what it was, which replaces ``start``. A recipe's start
+            is for its own number of steps: BYOL's 0.996 has a half-life of 173 of 312,000 steps, in which a run of
+            hundreds would hardly move.
+    """
+
+    start: float
+    end: float = 1.0
+    half_life: int | float | str | None = None
+
+    def value(self, step: int, horizon: Horizon) -> float:
+        start = self.start if self.half_life is None else 0.5 ** (1 / max(horizon.steps(self.half_life), 1e-9))
+        return _half_cosine(start, self.end, _progress(step, 0.0, horizon.total_steps))
+
+
+@dataclass(frozen=True)
 class _Warmup(Schedule):
     """From ``start`` to ``peak`` in a straight line over ``warmup``, then to ``end`` at the end of the run.
 

@@ -76,6 +76,25 @@ def test_a_scale_replaces_what_the_defaults_the_data_the_backbone_and_the_recipe
     assert "scales" not in config.backbone
 
 
+def test_views_have_scales_of_their_own(folder):
+    """A recipe that takes them has the last word."""
+    file = folder / "views/pair.yaml"
+    file.parent.mkdir()
+    file.write_text(
+        yaml.safe_dump({"crop": {"scale": 0.08, "flip": 0.5}, "scales": {"tiny": {"crop": {"scale": 0.3}}}})
+    )
+    recipe = yaml.safe_load((folder / "recipe/method.yaml").read_text())
+    recipe = {"defaults": [{"/views@data.train_view": "pair"}, "_self_"], **recipe}
+    recipe["scales"]["smoke"] = {"data": {"train_view": {"crop": {"flip": 0.0}}}}
+    (folder / "recipe/method.yaml").write_text("# @package _global_\n" + yaml.safe_dump(recipe, sort_keys=False))
+    crops = {scale: compose(folder, "experiment=plain", f"scale={scale}").config.data.train_view for scale in SCALES}
+    assert crops["paper"] == {"crop": {"scale": 0.08, "flip": 0.5}}
+    assert crops["smoke"] == {"crop": {"scale": 0.08, "flip": 0.0}}
+    assert crops["tiny"] == {"crop": {"scale": 0.3, "flip": 0.5}}
+    origin = compose(folder, "experiment=plain", "scale=tiny").origin("data.train_view.crop.scale")
+    assert origin == "configs/views/pair.yaml (tiny)"
+
+
 def test_the_paper_s_scale_replaces_nothing(folder):
     composed = compose(folder, "experiment=plain", "scale=paper")
     config = composed.config

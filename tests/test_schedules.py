@@ -14,6 +14,7 @@ from src.schedules import (
     Horizon,
     Linear,
     LinearWarmup,
+    Momentum,
     Schedule,
     Switch,
     WarmupCosine,
@@ -194,3 +195,15 @@ def test_a_switch_is_capped_only_after_a_warmup():
 def test_a_cap_that_is_no_share_is_refused_by_its_key(wrong):
     with pytest.raises(SettingError, match=f"max_warmup={wrong} must be a share of the run"):
         Horizon(total_steps=10, steps_per_epoch=1, batch_size=1, max_warmup=wrong)
+
+
+def test_a_momentum_by_its_half_life() -> None:
+    """In a hundredth of 1,000 steps an average with the first momentum forgets half; the way to 1 is a cosine."""
+    schedule = Momentum(start=0.996, half_life="1%")
+    assert schedule.value(0, RUN) ** 10 == pytest.approx(0.5)
+    half = 0.5**0.1
+    assert schedule.value(500, RUN) == pytest.approx((half + 1) / 2)
+    assert schedule.value(1000, RUN) == pytest.approx(1.0)
+    assert Momentum(start=0.996, half_life=0).value(0, RUN) == 0.0
+    for step in (0, 250, 990):
+        assert Momentum(start=0.996).value(step, RUN) == Cosine(start=0.996, end=1.0).value(step, RUN)

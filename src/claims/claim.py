@@ -211,7 +211,7 @@ def parse(name: str, content: dict[str, Any]) -> Claim:
     try:
         if "name" in given:
             raise SettingError("unknown key 'name': a claim has the name of its file")
-        config = OmegaConf.merge(OmegaConf.structured(Claim), {"name": name}, given)
+        config = OmegaConf.merge(OmegaConf.structured(Claim), {"name": name}, _literal(given))
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise SettingError(f"missing keys: {', '.join(missing)}")
@@ -223,6 +223,15 @@ def parse(name: str, content: dict[str, Any]) -> Claim:
     except OmegaConfBaseException as problem:
         raise SettingError(f"claim '{name}': {_explained(problem)}") from problem
     return claim
+
+
+def _literal(value: Any) -> Any:
+    """Returns ``value`` with its interpolations escaped: ``${seed}`` in an override is the run's seed."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_literal(item) for item in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 def _explained(problem: OmegaConfBaseException) -> str:

@@ -1,103 +1,111 @@
-"""The table of all methods: what fits into the time, which encoder counts, and one small run from the command on."""
+"""The table of every method at its tiny scale: what is compared, what is too little, and one small run of each kind."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import methods
+from src import configuration, train
 from tests.commands import SECONDS
 
 ABOUT = {"date": "2030-01-01", "commit": "abc", "cpu": "a CPU", "cores": 2, "torch": "2", "threads": 1, "others": 0.0}
+SMALL = [word for word in SECONDS[1:] if not word.startswith("model.")]
 
 
-def run(**knn: float) -> dict[str, Any]:
-    """One whose linear probe is 10 points above its kNN throughout."""
+def run(start: float, end: float, metric: str = "knn_top1", seconds: float = 200.0) -> dict[str, Any]:
     return {
         "about": ABOUT,
         "recipe": "r",
+        "metric": metric,
+        "start": start,
+        "end": end,
         "steps": 1000,
-        "batch": 128,
-        "seconds": 200.0,
-        "scores": {name: {"knn_top1": value, "linear_top1": value + 0.1} for name, value in knn.items()},
+        "images": 128000,
+        "core_seconds": seconds,
+        "rate": 640.0,
     }
 
 
-def rates(*keys: str) -> dict[str, Any]:
-    return {key: {"about": ABOUT, "recipe": "r", "rate": 711.0, "memory": 1.5} for key in keys}
+def runs(name: str, *pairs: tuple[float, float], **more: Any) -> dict[str, Any]:
+    return {f"{name}/{seed}": run(*pair, **more) for seed, pair in enumerate(pairs)}
 
 
-def test_as_many_steps_as_fit() -> None:
-    assert methods.steps_within(180, 640, 128) == 900
-    assert methods.steps_within(1, 10, 128) == 10
+@pytest.mark.parametrize(
+    ("experiment", "metric"),
+    [
+        ("dino_vits", "knn_top1"),
+        ("clip_vitb32", "zeroshot_top1"),
+        ("xclip_vitb32", "zeroshot_top1"),
+        ("action_vitb", "eval/top1"),
+        ("segmentation_linear_vitb", "eval/miou"),
+        ("depth_dpt_vitb", "eval/abs_rel"),
+    ],
+)
+def test_what_an_experiment_is_judged_by(experiment: str, metric: str) -> None:
+    assert methods.metric_of(train.compose([f"experiment={experiment}", "scale=tiny"])) == metric
 
 
-def test_the_encoder_that_the_paper_judges_is_the_one_in_the_table() -> None:
-    runs = {
-        f"dino/scenes/{seed}": run(student=0.3, teacher=0.5 + shift, random=0.1, pixels=0.2)
-        for seed, shift in enumerate((-0.02, 0.0, 0.02))
-    }
-    section = methods.report({"rates": rates("dino/scenes"), "runs": runs})
-    assert "| DINO | 50.0 ± 2.0 | 60.0 ± 2.0 | 711 | 128,000 | 1.50 |" in section.body
-    assert "| random initialization | 10.0 ± 0.0 | 20.0 ± 0.0 |" in section.body
-    assert "DINO's student 30.0 ± 0.0, 40.0 ± 0.0." in section.body
-    assert "with the reason" not in section.body
-    (check,) = section.checks
-    assert (check.met, check.measured) == (None, "all of 3 runs above")  # of one method: the table is not whole
+def test_the_least_gain_is_that_of_the_worst_seed() -> None:
+    section = methods.report({"runs": runs("simclr_r50", (0.2, 0.31), (0.18, 0.4), (0.22, 0.5))})
+    assert "| simclr_r50 | kNN, top-1 | 20.0 ± 2.0 | 40.3 ± 9.5 | +11.0 | 1,000 | 200 | 640 |" in section.body
+    gain, time = section.checks
+    assert (gain.met, gain.measured) == (None, "all of 1 measured")  # of one experiment: the table is not whole
+    assert (time.met, time.measured) == (None, "at most 200")
 
 
-def test_a_method_below_its_beginning_is_named() -> None:
-    low = {"byol/emoji/0": run(student=0.1, teacher=0.4, random=0.2, pixels=0.3)}
-    section = methods.report({"rates": rates("byol/emoji"), "runs": low})
-    (check,) = section.checks
-    assert (check.met, check.measured) == (False, "below: BYOL by kNN, BYOL by linear")
-    assert "The other of two encoders, kNN and linear: BYOL's teacher 40.0, 50.0." in section.body
-    assert f"with the reason:\n\n- BYOL: {methods.METHODS['byol'].why}" in section.body
+def test_too_little_and_too_slow_are_named() -> None:
+    found = runs("byol_r50", (0.2, 0.4), (0.2, 0.29), seconds=400.0) | runs("dino_vits", (0.2, 0.1))
+    section = methods.report({"runs": found})
+    assert "+9.0 **too little**" in section.body
+    assert "-10.0 **too little**" in section.body
+    gain, time = section.checks
+    assert (gain.met, gain.measured) == (False, "not: byol_r50, dino_vits")
+    assert (time.met, time.measured) == (False, "more: byol_r50")
+
+
+def test_an_error_gains_by_getting_smaller() -> None:
+    better = methods.report({"runs": runs("depth_dpt_vitb", (0.5, 0.25), (0.5, 0.375), metric="eval/abs_rel")})
+    assert "| 0.500 ± 0.000 | 0.312 ± 0.088 | +0.125 |" in better.body
+    assert better.checks[0].measured == "all of 1 measured"
+    worse = methods.report({"runs": runs("depth_dpt_vitb", (0.5, 0.25), (0.5, 0.51), metric="eval/abs_rel")})
+    assert worse.checks[0].measured == "not: depth_dpt_vitb"
 
 
 def test_a_whole_table_of_good_methods_is_met() -> None:
-    runs = {
-        f"{name}/scenes/{seed}": run(**{method.encoder: 0.6, "random": 0.1, "pixels": 0.2})
-        for name, method in methods.METHODS.items()
-        for seed in methods.SEEDS
-    }
-    measured = rates(*(f"{name}/scenes" for name in methods.METHODS))
-    (check,) = methods.report({"rates": measured, "runs": runs}).checks
-    assert check.met is True
+    found: dict[str, Any] = {}
+    for name in configuration.names("experiment"):
+        found |= runs(name, (0.2, 0.4), (0.2, 0.4), (0.2, 0.4))
+    assert [check.met for check in methods.report({"runs": found}).checks] == [True, True]
 
 
-def test_a_small_run_from_the_command_to_its_scores(tmp_path: Path) -> None:
-    words = [word for word in SECONDS[1:] if not word.startswith(("model.", "trainer.max_epochs"))]
-    words += ["model.hidden_dim=16", "callbacks.throughput.every_n_steps=1"]
-    kept: list[dict[str, Any]] = []
+def test_a_small_run_from_the_command_to_its_scores() -> None:
+    """The start is that of the untrained network, and a stored run is not repeated."""
+    overrides = [*SMALL, "optimizer.lr=0.0", "trainer.max_epochs=1", "callbacks.throughput.every_n_steps=1"]
+    saved: list[dict[str, Any]] = []
     result = methods.measure(
-        overrides=words,
-        methods=["byol"],
-        data=["scenes"],
-        seeds=[3],
-        seconds=0.001,
-        save=lambda each: kept.append(each),
+        experiments=["supervised_vits"], overrides=overrides, seeds=[3], save=saved.append, workers=1
     )
-    found = result["runs"]["byol/scenes/3"]
-    assert [each["runs"] for each in kept] == [{}, result["runs"]]
-    assert {each["rates"]["byol/scenes"]["rate"] for each in kept} == {result["rates"]["byol/scenes"]["rate"]}
-    assert found["steps"] == 10  # the least there can be
-    assert set(found["scores"]) == {"student", "teacher", "random", "pixels"}
+    found = result["runs"]["supervised_vits/3"]
+    assert saved == [result]
+    assert (found["metric"], found["steps"], found["images"]) == ("knn_top1", 8, 32)
+    assert found["start"] == found["end"]  # at a rate of 0
+    assert found["core_seconds"] > 1
 
-    def no_run(*_: Any) -> dict[str, Any]:
+    def no_run(*_: Any, **__: Any) -> dict[str, Any]:
         raise AssertionError("it is known already")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods, "train_and_evaluate", no_run)
-        patch.setattr(methods, "measure_rate", no_run)
+        patch.setattr(methods, "_measure_run", no_run)
         again = methods.measure(
-            overrides=words,
-            methods=["byol"],
-            data=["scenes"],
-            seeds=[3],
-            seconds=0.001,
-            stored=result,
+            experiments=["supervised_vits"], overrides=overrides, seeds=[3], stored=result, workers=1
         )
     assert again == result
+
+
+def test_a_method_that_evaluates_itself_starts_from_its_own_validation() -> None:
+    config = train.compose(["experiment=linear_vitb", "scale=tiny", *SMALL])
+    value = methods.score(config, None, "eval/top1")
+    images = len(configuration.instantiate(config.data).source("val"))
+    assert value * images == pytest.approx(round(value * images), abs=1e-4)

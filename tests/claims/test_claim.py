@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from src import configuration
+from src import configuration, train
 from src.claims.claim import Claim, as_dict, difference, load, parse
 from src.claims.metrics import Metric
 from src.errors import UserError
@@ -90,6 +90,14 @@ def test_an_arm_has_the_last_word() -> None:
         "data.batch_size=8",
         "model.mask_ratio=0.5",
     ]
+
+
+def test_an_override_may_refer_to_the_run() -> None:
+    found = claim(data={"emoji": ["data.source.fold=${seed}"]})
+    assert found.run_overrides(found.arms[1], "emoji", 3)[-1] == "data.source.fold=${seed}"
+    assert as_dict(parse("more", as_dict(found))) == as_dict(found)
+    config = train.compose(found.run_overrides(found.arms[1], "emoji", 3))
+    assert config.data.source.fold == 3
 
 
 def test_the_exact_difference() -> None:

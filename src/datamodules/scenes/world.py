@@ -50,6 +50,7 @@ class ObjectsWorld:
     """
 
     kinds: tuple[Kind, ...] = KINDS
+    palette: tuple[str, ...] = tuple(COLORS)  # names of the colors that objects have
     patterns: tuple[Pattern, ...] = PATTERNS
     plain: float = 0.9  # share of surfaces without a pattern
     main_radius: Range = (0.7, 1.1)  # of the disc of equal area
@@ -69,14 +70,21 @@ class ObjectsWorld:
     def __post_init__(self) -> None:
         if self.combinations not in ("all", "seen", "unseen"):
             raise SettingError(f"the combinations of a world are all, seen or unseen, not '{self.combinations}'")
+        unknown = [name for name in self.palette if name not in COLORS]
+        if unknown or not self.palette:
+            raise SettingError(
+                f"the palette of a world has some of the colors {', '.join(COLORS)}, not {', '.join(unknown) or 'none'}"
+            )
 
     def colors(self, kind: Kind) -> tuple[str, ...]:
         """Returns the names of the colors that objects of a kind can have."""
         position = [other.name for other in self.kinds].index(kind.name)
         held_out = {name: (position + number) % _HELD_OUT == 0 for number, name in enumerate(COLORS)}
-        if self.combinations == "all":
-            return tuple(held_out)
-        return tuple(name for name, is_so in held_out.items() if is_so == (self.combinations == "unseen"))
+        return tuple(
+            name
+            for name, is_so in held_out.items()
+            if name in self.palette and (self.combinations == "all" or is_so == (self.combinations == "unseen"))
+        )
 
     def scene(self, seed: int, index: int) -> Scene:
         """Returns scene ``index`` of ``seed``, a function of these two only."""

@@ -22,6 +22,7 @@ from src.datamodules.scenes.cache import SceneImages, folder_of, open_or_build
 from src.datamodules.scenes.captions import _SYNONYMS
 from src.datamodules.scenes.source import FIELDS, ScenesSource
 from src.datamodules.scenes.world import COLORS, ObjectsWorld
+from src.errors import SettingError
 
 
 def _image(source: ScenesSource, index: int) -> np.ndarray:
@@ -255,3 +256,18 @@ def test_each_region_is_told_in_the_order_of_the_boxes() -> None:
                 assert any(color in text for color in _SYNONYMS[obj.color])
         reworded += source.regions(index, 0.1) != source.regions(index, 0.8)
     assert reworded >= 5  # the choice chooses
+
+
+def test_a_palette_is_all_that_objects_wear() -> None:
+    """Together with combinations it leaves what both allow."""
+    world = ObjectsWorld(palette=("white", "red"), others=(0, 1))
+    worn = {obj.color for index in range(60) for obj in world.scene(0, index).objects}
+    assert worn == {"white", "red"}
+    for kind in world.kinds:
+        held_out = set(ObjectsWorld(combinations="unseen").colors(kind))
+        both = ObjectsWorld(combinations="unseen", palette=("white", "red")).colors(kind)
+        assert set(both) == held_out & {"white", "red"}
+    with pytest.raises(SettingError, match=r"the palette of a world has some of the colors red, .*, not mauve"):
+        ObjectsWorld(palette=("mauve",))
+    with pytest.raises(SettingError, match="not none"):
+        ObjectsWorld(palette=())
