@@ -91,6 +91,26 @@ def dclw(
     return _loss_per_view(z, keys, offset, temperature, max_entries, decoupled=True, weight=weight).sum(dim=1).mean()
 
 
+@full_precision
+def supcon(
+    z: Tensor, keys: Tensor, label: Tensor, offset: int, *, temperature: float, max_entries: int = MAX_ENTRIES
+) -> Tensor:
+    """SupCon's loss L_out (Khosla et al., 2020), mean over images and views: `nt_xent` whose positives are the other
+    views of all images of the same class. The denominator has all views of all images except the view itself.
+
+    Args:
+        z: [B, V, D], the views of this process's images.
+        keys: [N, V, D], the views of all processes' images.
+        label: [N], the classes of all processes' images.
+        offset: row of ``keys`` at which this process's images begin.
+        temperature: similarities are divided by it.
+
+    Raises:
+        SettingError: one image in all, which has no negative.
+    """
+    return _loss_per_view(z, keys, offset, temperature, max_entries, decoupled=False, label=label).mean()
+
+
 @torch.no_grad()
 @full_precision
 def coupling(z: Tensor, keys: Tensor, offset: int, *, temperature: float, max_entries: int = MAX_ENTRIES) -> Tensor:
@@ -108,22 +128,26 @@ def _loss_per_view(
     *,
     decoupled: bool,
     weight: Tensor | None = None,
+    label: Tensor | None = None,
 ) -> Tensor:
-    """Contrasts every view of this process with all views of all images: [B, V]."""
+    """Contrasts every view of this process with all views of all images: [B, V]. Positives are the other views of the
+    images with the same ``label`` [N]; without labels those of the same image."""
     check_images(len(keys))
     views = z.shape[1]
+    group = torch.arange(len(keys), device=z.device) if label is None else label
 
-    def loss_of_rows(own: Tensor, query: Tensor, weight: Tensor, keys: Tensor) -> Tensor:
+    def loss_of_rows(own: Tensor, query: Tensor, weight: Tensor, keys: Tensor, group: Tensor) -> Tensor:
         columns = torch.arange(len(keys), device=keys.device)
         same_view = own[:, None] == columns
-        same_image = own[:, None] // views == columns // views
+        same_group = group[own // views][:, None] == group.repeat_interleave(views)
         logits = query @ keys.T / temperature
-        return contrastive_loss(logits, same_image & ~same_view, ~(same_image if decoupled else same_view), weight)
+        return contrastive_loss(logits, same_group & ~same_view, ~(same_group if decoupled else same_view), weight)
 
     query, keys = z.flatten(0, 1), keys.flatten(0, 1)
     own = torch.arange(offset * views, offset * views + len(query), device=z.device)
     weight = torch.ones_like(query[:, 0]) if weight is None else weight
-    losses = in_row_chunks(loss_of_rows, [own, query, weight], [keys], columns=len(keys), max_entries=max_entries)
+    rows, shared = [own, query, weight], [keys, group]
+    losses = in_row_chunks(loss_of_rows, rows, shared, columns=len(keys), max_entries=max_entries)
     return losses.unflatten(0, z.shape[:2])
 
 
