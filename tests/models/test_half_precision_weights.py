@@ -44,6 +44,7 @@ EXPERIMENTS = {
     "simsiam": "simsiam_r50",
     "sts": "sts_r2plus1d",
     "supervised": "supervised_r50",
+    "supcon": "supcon_r50",
     "swav": "swav_r50",
     "vicreg": "vicreg_r50",
     "videomae": "videomae_vitb",
