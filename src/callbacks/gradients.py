@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import lightning as L
 import torch
@@ -34,6 +35,38 @@ class ClipEachParameter(L.Callback):
         for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
             if parameter.grad is not None:
                 clip_grad_norm_(parameter, self.max_norm)
+
+
+class ClipEachPart(L.Callback):
+    """Clips the gradient of each part of a model on its own to the norm ``max_norm`` (DINOv2: the backbone and each
+    head).
+
+    Args:
+        max_norm: largest norm of the gradient of all parameters of a part together.
+        parts: a pattern (``re.search``) of the parameters' names for each part.
+
+    Raises:
+        SettingError: ``max_norm`` is not positive; at start, a parameter that learns is in no part or in several.
+    """
+
+    def __init__(self, max_norm: float, parts: Sequence[str]) -> None:
+        if max_norm <= 0:
+            raise SettingError(f"callbacks.gradient_clip.max_norm={max_norm} must be above 0")
+        self.max_norm = max_norm
+        self.parts = list(parts)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for name, parameter in pl_module.named_parameters():
+            found = [part for part in self.parts if re.search(part, name)]
+            if parameter.requires_grad and len(found) != 1:
+                raise SettingError(f"callbacks.gradient_clip.parts: '{name}' must match one of the parts, not {found}")
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        named = [(name, p) for name, p in pl_module.named_parameters() if p.grad is not None]
+        for part in self.parts:
+            clip_grad_norm_([p for name, p in named if re.search(part, name)], self.max_norm)
 
 
 class FreezeAtFirst(L.Callback):

@@ -17,12 +17,15 @@ class MlpHead(nn.Module):
 
     ==================  =======================================================================================
     SimCLR              ``MlpHead((d, d, 128), last_bias=False, last_norm=batch_norm_without_shift)``
-    MoCo v2, MoCHi      ``MlpHead((d, d, 128), hidden_norm=None)``
+    MoCo v2, MoCHi      ``MlpHead((d, d, 128), hidden_norm=None)``; so have DenseCL (both), SupCon and LOOK
     MoCo v3 projector   ``MlpHead((d, 4096, 4096, 256), last_bias=False, last_norm=plain)``; ResNet: one 4096 less
     MoCo v3 predictor   ``MlpHead((256, 4096, 256), last_bias=False, last_norm=plain)``; ResNet: no last norm
     SimSiam projector   ``MlpHead((d, d, d, 2048), last_bias=False, last_norm=plain)``
     SimSiam predictor   ``MlpHead((2048, 512, 2048))``
     BYOL, both          ``MlpHead((d, 4096, 256), hidden_bias=True, last_bias=False)``
+    NNCLR projector     ``MlpHead((d, 2048, 2048, 256), hidden_bias=True, last_norm=nn.BatchNorm1d)``
+    NNCLR predictor     ``MlpHead((256, 4096, 256), hidden_bias=True)``
+    PixPro, all         ``MlpHead((d, 4096, 256), hidden_bias=True)``
     Barlow Twins        ``MlpHead((d, 8192, 8192, 8192), last_bias=False)``, its norm on z being ``plain(8192)``
     VICReg              ``MlpHead((d, 8192, 8192, 8192), hidden_bias=True, last_bias=False)``
     SwAV                ``MlpHead((d, d, 128), hidden_bias=True)``

@@ -135,13 +135,8 @@ class DINO(JointEmbedding):
     def visualize(self, batch: MultiViewBatch) -> Mapping[str, Tensor]:
         """The views and, for a ViT, the attention of the teacher's class token in the first of them, head by head."""
         visualizations = dict(super().visualize(batch))
-        first = batch["views"][:, 0]
-        attention = class_attention(self.teacher["encoder"].backbone, first)  # type: ignore[arg-type]
-        if attention is not None:
-            maps = F.interpolate(attention, size=first.shape[-2:], mode="nearest").unsqueeze(2)
-            maps = maps / maps.amax(dim=(-2, -1), keepdim=True)
-            visualizations["attention"] = torch.cat([first[:, None], first[:, None] * maps], dim=1)
-        return visualizations
+        attended = attended_images(self.teacher["encoder"].backbone, batch["views"][:, 0])  # type: ignore[arg-type]
+        return visualizations if attended is None else {**visualizations, "attention": attended}
 
 
 def global_views(batch: MultiViewBatch) -> Tensor:
@@ -173,6 +168,17 @@ def disable_drop_path(module: M) -> M:
         if isinstance(child, DropPath):
             child.drop_prob = 0.0
     return module
+
+
+def attended_images(backbone: nn.Module, image: Tensor) -> Tensor | None:
+    """Returns images beside themselves under the attention of the class token, head by head: [B, 3, H, W] -> [B, 1 +
+    heads, 3, H, W]. None as in `class_attention`."""
+    attention = class_attention(backbone, image)
+    if attention is None:
+        return None
+    maps = F.interpolate(attention, size=image.shape[-2:], mode="nearest").unsqueeze(2)
+    maps = maps / maps.amax(dim=(-2, -1), keepdim=True)
+    return torch.cat([image[:, None], image[:, None] * maps], dim=1)
 
 
 def class_attention(backbone: nn.Module, image: Tensor) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,17 +57,7 @@ class iBOT(DINO):
         patch_weight: float = 1.0,
         **others: Any,
     ) -> None:
-        embed = getattr(backbone, "patch_embed", None)
-        if getattr(backbone, "cls_token", None) is None or not isinstance(embed, PatchEmbed):
-            raise SettingError(
-                "model.backbone: iBOT masks the patches of a ViT with a class token, not of a "
-                f"{type(backbone).__name__}"
-            )
-        if not 0 <= mask_probability <= 1 or not 0 <= mask_share[0] <= mask_share[1] < 1:
-            raise SettingError(
-                f"model.mask_probability={mask_probability} must lie in [0, 1] and "
-                f"model.mask_share={list(mask_share)} must satisfy 0 <= smallest <= largest < 1"
-            )
+        check_masks("iBOT", backbone, mask_probability, mask_share)
         if patch_teacher_temperature <= 0:
             raise SettingError(f"model.patch_teacher_temperature={patch_teacher_temperature} must be above 0")
         super().__init__(backbone, optimizer, prototypes=prototypes, **{"pool": cls_token, **others})
@@ -124,13 +114,40 @@ class iBOT(DINO):
 
     def visualize(self, batch: MultiViewBatch) -> Mapping[str, Tensor]:
         """DINO's, and the masked global crops."""
-        views = batch["views"]
-        images = views.flatten(0, 1)
-        mask = self.draw_masks(images)
-        grid = self.student["encoder"].backbone.patch_embed.dynamic_feat_size(images.shape[-2:])  # type: ignore
-        height, width = images.shape[-2] // grid[0], images.shape[-1] // grid[1]
-        visible = (~mask).view(-1, 1, *grid).repeat_interleave(height, dim=2).repeat_interleave(width, dim=3)
-        return {**super().visualize(batch), "masked": (images * visible).unflatten(0, views.shape[:2])}
+        backbone: nn.Module = self.student["encoder"].backbone  # type: ignore[assignment]
+        return {**super().visualize(batch), "masked": visible_patches(batch["views"], self.draw_masks, backbone)}
+
+
+def check_masks(method: str, backbone: nn.Module, probability: float, share: tuple[float, float]) -> None:
+    """
+    Raises:
+        SettingError: a backbone without a class token or patches, or a probability or share out of range.
+    """
+    embed = getattr(backbone, "patch_embed", None)
+    if getattr(backbone, "cls_token", None) is None or not isinstance(embed, PatchEmbed):
+        raise SettingError(
+            f"model.backbone: {method} masks the patches of a ViT with a class token, not of a "
+            f"{type(backbone).__name__}"
+        )
+    if not 0 <= probability <= 1 or not 0 <= share[0] <= share[1] < 1:
+        raise SettingError(
+            f"model.mask_probability={probability} must lie in [0, 1] and "
+            f"model.mask_share={list(share)} must satisfy 0 <= smallest <= largest < 1"
+        )
+
+
+def visible_patches(views: Tensor, draw_masks: Callable[[Tensor], Tensor], backbone: nn.Module) -> Tensor:
+    """Blackens the masked patches of views: [B, V, 3, H, W] -> [B, V, 3, H, W].
+
+    Args:
+        draw_masks: images [B * V, 3, H, W] -> bool [B * V, N], True where masked.
+        backbone: the ViT whose patches are masked.
+    """
+    images = views.flatten(0, 1)
+    grid = backbone.patch_embed.dynamic_feat_size(images.shape[-2:])  # type: ignore[operator, union-attr]
+    height, width = images.shape[-2] // grid[0], images.shape[-1] // grid[1]
+    visible = (~draw_masks(images)).view(-1, 1, *grid).repeat_interleave(height, dim=2).repeat_interleave(width, dim=3)
+    return (images * visible).unflatten(0, views.shape[:2])
 
 
 @contextmanager

@@ -25,6 +25,7 @@ def contrastive_loss(
     weight: Tensor | None = None,
     *,
     label_smoothing: float = 0.0,
+    any_positive: bool = False,
 ) -> Tensor:
     """Computes log(sum over the denominator of exp(logit)) - weight * mean over the positives of the logit: [R].
 
@@ -36,8 +37,13 @@ def contrastive_loss(
         denominator: bool, broadcastable to [R, N]; at least one key in each row.
         weight: [R], weights of the positive terms; None for 1.
         label_smoothing: share of the target that is spread evenly over the keys of the denominator.
+        any_positive: takes log(sum over the positives of exp(logit)) in the place of the mean, so that one similar
+            positive is enough, where the mean wants all of them similar.
     """
-    target_logit = torch.where(positives, logits, 0).sum(dim=1) / positives.sum(dim=1)
+    if any_positive:
+        target_logit = logits.masked_fill(~positives, -torch.inf).logsumexp(dim=1)
+    else:
+        target_logit = torch.where(positives, logits, 0).sum(dim=1) / positives.sum(dim=1)
     if label_smoothing:
         mean_logit = torch.where(denominator, logits, 0).sum(dim=1) / denominator.sum(dim=1)
         target_logit = (1 - label_smoothing) * target_logit + label_smoothing * mean_logit
@@ -91,6 +97,71 @@ def dclw(
     return _loss_per_view(z, keys, offset, temperature, max_entries, decoupled=True, weight=weight).sum(dim=1).mean()
 
 
+@full_precision
+def supcon(
+    z: Tensor, keys: Tensor, label: Tensor, offset: int, *, temperature: float, max_entries: int = MAX_ENTRIES
+) -> Tensor:
+    """SupCon's loss L_out (Khosla et al., 2020), mean over images and views: `nt_xent` whose positives are the other
+    views of all images of the same class. The denominator has all views of all images except the view itself.
+
+    Args:
+        z: [B, V, D], the views of this process's images.
+        keys: [N, V, D], the views of all processes' images.
+        label: [N], the classes of all processes' images.
+        offset: row of ``keys`` at which this process's images begin.
+        temperature: similarities are divided by it.
+
+    Raises:
+        SettingError: one image in all, which has no negative.
+    """
+    return _loss_per_view(z, keys, offset, temperature, max_entries, decoupled=False, label=label).mean()
+
+
+@full_precision
+def leave_one_out(
+    query: Tensor,
+    candidates: Tensor,
+    label: Tensor,
+    candidate_label: Tensor,
+    excluded: Tensor,
+    *,
+    neighbors: int,
+    temperature: float,
+    max_entries: int = MAX_ENTRIES,
+) -> Tensor:
+    """LOOK's loss (Feng et al., 2021), one value for each image: minus the logarithm of the probability that a weighted
+    nearest-neighbor classifier without the image itself gives to its class, [B]. The neighbors enter the denominator,
+    those of the image's class are the positives.
+
+    The most similar candidate of the image's class is always among the neighbors. An image without one counts as 0.
+
+    Args:
+        query: [B, D].
+        candidates: [N, D], without gradient.
+        label: [B], classes of the queries.
+        candidate_label: [N].
+        excluded: bool [B, N], candidates that are no neighbors of a query: its own image's, and empty ones.
+        neighbors: number of nearest candidates.
+        temperature: similarities are divided by it.
+    """
+    count = min(neighbors, len(candidates))
+
+    def loss_of_rows(query: Tensor, label: Tensor, excluded: Tensor, candidates: Tensor, classes: Tensor) -> Tensor:
+        logits = query @ candidates.T / temperature
+        allowed = logits.detach().masked_fill(excluded, -torch.inf)
+        same = (label[:, None] == classes) & ~excluded
+        nearest_same = allowed.masked_fill(~same, -torch.inf).argmax(dim=1, keepdim=True)
+        near = torch.zeros_like(excluded).scatter_(1, allowed.topk(count, dim=1).indices, True)
+        near = near.scatter_(1, nearest_same, True) & ~excluded
+        near |= ~near.any(dim=1, keepdim=True)  # an image that is alone
+        positives = near & same
+        positives = torch.where(positives.any(dim=1, keepdim=True), positives, near)
+        return contrastive_loss(logits, positives, near, any_positive=True)
+
+    rows, shared = [query, label, excluded], [candidates, candidate_label]
+    return in_row_chunks(loss_of_rows, rows, shared, columns=len(candidates), max_entries=max_entries)
+
+
 @torch.no_grad()
 @full_precision
 def coupling(z: Tensor, keys: Tensor, offset: int, *, temperature: float, max_entries: int = MAX_ENTRIES) -> Tensor:
@@ -108,22 +179,26 @@ def _loss_per_view(
     *,
     decoupled: bool,
     weight: Tensor | None = None,
+    label: Tensor | None = None,
 ) -> Tensor:
-    """Contrasts every view of this process with all views of all images: [B, V]."""
+    """Contrasts every view of this process with all views of all images: [B, V]. Positives are the other views of the
+    images with the same ``label`` [N]; without labels those of the same image."""
     check_images(len(keys))
     views = z.shape[1]
+    group = torch.arange(len(keys), device=z.device) if label is None else label
 
-    def loss_of_rows(own: Tensor, query: Tensor, weight: Tensor, keys: Tensor) -> Tensor:
+    def loss_of_rows(own: Tensor, query: Tensor, weight: Tensor, keys: Tensor, group: Tensor) -> Tensor:
         columns = torch.arange(len(keys), device=keys.device)
         same_view = own[:, None] == columns
-        same_image = own[:, None] // views == columns // views
+        same_group = group[own // views][:, None] == group.repeat_interleave(views)
         logits = query @ keys.T / temperature
-        return contrastive_loss(logits, same_image & ~same_view, ~(same_image if decoupled else same_view), weight)
+        return contrastive_loss(logits, same_group & ~same_view, ~(same_group if decoupled else same_view), weight)
 
     query, keys = z.flatten(0, 1), keys.flatten(0, 1)
     own = torch.arange(offset * views, offset * views + len(query), device=z.device)
     weight = torch.ones_like(query[:, 0]) if weight is None else weight
-    losses = in_row_chunks(loss_of_rows, [own, query, weight], [keys], columns=len(keys), max_entries=max_entries)
+    rows, shared = [own, query, weight], [keys, group]
+    losses = in_row_chunks(loss_of_rows, rows, shared, columns=len(keys), max_entries=max_entries)
     return losses.unflatten(0, z.shape[:2])
 
 

@@ -18,6 +18,7 @@ def block_masks(
     probability: float = 0.5,
     share: tuple[float, float] = (0.1, 0.5),
     ratio: tuple[float, float] = (0.3, 1 / 0.3),
+    smallest: int | None = None,
 ) -> Tensor:
     """Draws iBOT's masks (Zhou et al., 2021), bool [B, N], True where masked: a crop stays whole, or a random share of
     its patches is masked in BEiT's blocks.
@@ -31,6 +32,8 @@ def block_masks(
         probability: probability that a crop is masked.
         share: smallest and largest share of masked patches in a masked crop, in [0, 1).
         ratio: smallest and largest ratio of a block's height to its width.
+        smallest: least area from which a block's is drawn, in patches; None for iBOT's, a third of the grid's shorter
+            side squared.
 
     Raises:
         SettingError: a probability or share out of range.
@@ -39,19 +42,21 @@ def block_masks(
         raise SettingError(
             f"model.mask_probability={probability} must lie in [0, 1] and model.mask_share={list(share)} in [0, 1)"
         )
+    least = (min(grid) // 3) ** 2 if smallest is None else smallest
     masks = torch.zeros(len(uniform), grid[0] * grid[1], dtype=torch.bool)
     for mask, (chance, amount, seed) in zip(masks, uniform.tolist(), strict=True):
         if chance < probability:
             count = int((share[0] + amount * (share[1] - share[0])) * len(mask))
-            mask[_blocks(grid, count, ratio, random.Random(seed))] = True
+            mask[_blocks(grid, count, ratio, least, random.Random(seed))] = True
     return masks
 
 
-def _blocks(grid: tuple[int, int], count: int, ratio: tuple[float, float], draw: random.Random) -> list[int]:
+def _blocks(
+    grid: tuple[int, int], count: int, ratio: tuple[float, float], smallest: int, draw: random.Random
+) -> list[int]:
     """Draws the raster positions of ``count`` masked patches."""
     rows, columns = grid
     masked: set[int] = set()
-    smallest = (min(grid) // 3) ** 2
     while len(masked) < count:
         for _ in range(10):
             area = draw.uniform(smallest, count - len(masked))

@@ -16,7 +16,7 @@ from src.optim import OptimizerRecipe
 
 class Supervised(Classifier):
     """Classification from scratch, as in Deep Residual Learning (He et al., 2015) or DeiT (Touvron et al., 2020) by
-    recipe. The only pretraining method here whose loss reads labels. Deviations: none.
+    recipe. Deviations: none.
 
     Args:
         backbone: any timm model without a head.

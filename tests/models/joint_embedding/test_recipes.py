@@ -68,6 +68,11 @@ def test_the_decoupled_losses_are_simclr_with_another_loss(experiment, loss, bat
         "swav_r50",
         "swav_r50_2crops",
         "swav_r50_b256",
+        "nnclr_r50",
+        "densecl_r50",
+        "pixpro_r50",
+        "supcon_r50",
+        "look_r50",
         "supervised_r50",
         "supervised_vits",
     ],
@@ -139,6 +144,9 @@ def test_barlow_twins_takes_the_steps_of_the_authors_32_gpus():
     [
         ("moco_v2_r50", "bilinear"),
         ("mochi_r50", "bilinear"),
+        ("densecl_r50", "bilinear"),
+        ("pixpro_r50", "bilinear"),
+        ("supcon_r50", "bilinear"),
         ("simsiam_r50", "bilinear"),
         ("moco_v3_r50", "bilinear"),
         ("moco_v3_vitb", "bilinear"),
@@ -152,6 +160,7 @@ def test_barlow_twins_takes_the_steps_of_the_authors_32_gpus():
         ("vicreg_r50", "bicubic"),
         ("dino_vitb", "bicubic"),
         ("ibot_vitb", "bicubic"),
+        ("dinov2_vitl14", "bicubic"),
     ],
 )
 def test_crops_are_interpolated_as_the_authors_do(experiment, interpolation):
@@ -165,6 +174,7 @@ def test_crops_are_interpolated_as_the_authors_do(experiment, interpolation):
     ("experiment", "zero"),
     [
         *[(name, False) for name in ("moco_v2_r50", "mochi_r50", "swav_r50", "swav_r50_b256", "dino_r50")],
+        *[(name, False) for name in ("densecl_r50", "pixpro_r50", "supcon_r50")],
         *[(name, True) for name in ("simclr_r50", "byol_r50", "moco_v3_r50", "barlow_twins_r50", "vicreg_r50")],
         ("simsiam_r50", True),
         ("supervised_r50", False),
