@@ -41,6 +41,7 @@ EXPERIMENTS = {
     "segmentation_linear": "segmentation_linear_vitb",
     "siglip": "siglip_vitb16",
     "simclr": "simclr_r50",
+    "simmim": "simmim_vitb",
     "simsiam": "simsiam_r50",
     "sts": "sts_r2plus1d",
     "supervised": "supervised_r50",
