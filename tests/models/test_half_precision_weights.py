@@ -37,6 +37,7 @@ EXPERIMENTS = {
     "linear": "linear_vitb",
     "linear_action": "action_linear_vitb",
     "mae": "mae_tiny",
+    "mixedae": "mixedae_vitb",
     "mochi": "mochi_r50",
     "moco_v2": "moco_v2_r50",
     "moco_v3": "moco_v3_vits",
