@@ -83,8 +83,11 @@ def claims(project: Path) -> dict[str, list[str]]:
         entry = stored.get(name, {})
         earlier = outdated(claim, entry)
         verdicts = [
-            f"{outcome(claim, entry, data).verdict} on {data}{' (earlier recipe)' if data in earlier else ''}"
+            f"{outcome(claim, entry, data, metric).verdict} on {data}"
+            + (f" by {metric.name}" if len(claim.metrics_on(data)) > 1 else "")
+            + (" (earlier recipe)" if data in earlier else "")
             for data in claim.data
+            for metric in claim.metrics_on(data)
         ]
         line = f"[{claim.title}](claims.md#{name}): {', '.join(verdicts)}"
         for experiment in _experiments_of(name, project) or [claim.arms[1].experiment]:

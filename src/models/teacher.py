@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import NamedTuple, TypeVar
 
+from timm.layers import DropPath
 from torch import nn
 
 M = TypeVar("M", bound=nn.Module)
@@ -25,3 +26,11 @@ def teacher_of(student: M) -> M:
     moves it.
     """
     return deepcopy(student).requires_grad_(False)
+
+
+def disable_drop_path(module: M) -> M:
+    """Turns off stochastic depth in ``module``, also in training mode, and returns it."""
+    for child in module.modules():
+        if isinstance(child, DropPath):
+            child.drop_prob = 0.0
+    return module

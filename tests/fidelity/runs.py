@@ -37,6 +37,7 @@ def run(
     schedules: Mapping[str, Any],
     *callbacks: L.Callback,
     epochs: int,
+    gradient_clip_val: float | None = None,
 ) -> list[float]:
     """Trains ``method`` in float64 on ``batches``, divided evenly over ``epochs``; returns the loss of each step.
 
@@ -46,6 +47,7 @@ def run(
         schedules: as in a recipe.
         callbacks: of the recipe: teacher, clipping, freezing.
         epochs: of the run, which schedules refer to.
+        gradient_clip_val: as of the trainer.
     """
     torch.set_num_threads(1)
     losses = _Losses()
@@ -54,6 +56,7 @@ def run(
         devices=1,
         max_epochs=epochs,
         precision="64-true",
+        gradient_clip_val=gradient_clip_val,
         logger=False,
         callbacks=[Schedules(schedules, max_warmup=None), *callbacks, losses],
         enable_checkpointing=False,

@@ -51,6 +51,12 @@ def batch_for(method: PretrainModule, channels: int) -> dict[str, Any]:
     ("experiment", "channels", "grid"),
     [
         ("mae_vitb", 4, (4, 8)),
+        ("simmim_vitb", 4, (4, 8)),
+        ("ijepa_vitb", 4, (4, 8)),
+        ("droppos_vitb", 1, (4, 8)),
+        ("gmml_vits", 3, (4, 8)),
+        ("sit_vits", 3, (4, 8)),
+        ("mixedae_vitb", 4, (4, 8)),
         ("simclr_r50", 1, (1, 2)),
         ("dino_vits", 3, (4, 8)),
         ("ibot_vits", 3, (4, 8)),
@@ -71,7 +77,7 @@ def test_a_step_and_the_features_of_images_that_are_not_square(
 ) -> None:
     method = built(experiment, channels)
     batch = batch_for(method, channels)
-    if experiment.startswith(("simclr", "moco", "byol")):
+    if experiment.startswith(("simclr", "moco", "byol", "sit")):
         del batch["local_views"]
     output: Any = method.training_step(batch, 0)
     output["loss"].backward()

@@ -51,8 +51,13 @@ def check_plain_vit(
         raise SettingError(f"backbone.patch_size: {method} needs square patches, not {patch[0]}x{patch[1]}")
 
 
-def embed_patches(vit: VisionTransformer, image: Tensor) -> tuple[Tensor, Tensor]:
+def embed_patches(vit: VisionTransformer, image: Tensor, *, positions: bool = True) -> tuple[Tensor, Tensor]:
     """Embeds images or clips with their positions: class token and registers [B, P, D], and patches [B, N, D].
+
+    Args:
+        vit: see `check_plain_vit`.
+        image: or clips, of the size that the ViT was built for.
+        positions: add the positional embedding.
 
     Raises:
         SettingError: the images have another size than the ViT was built for.
@@ -60,7 +65,7 @@ def embed_patches(vit: VisionTransformer, image: Tensor) -> tuple[Tensor, Tensor
     with explained(vit, image):
         patches = vit.patch_embed(image)
     patches = patches.flatten(1, -2)  # rows and columns, where the ViT takes images of any size
-    prefix, patches = with_positions(vit, patches, vit.pos_embed)
+    prefix, patches = with_positions(vit, patches, vit.pos_embed if positions else None)
     return vit.pos_drop(prefix), vit.pos_drop(patches)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from timm.layers import DropPath, trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +19,7 @@ from src.models.backbones.positions import accept_any_image_size, dino_positions
 from src.models.heads.dino import DINOHead
 from src.models.joint_embedding.base import JointEmbedding, forward_views_jointly
 from src.models.joint_embedding.center import Center
+from src.models.layers.initialization import start_class_token
 from src.models.losses.distillation import (
     cross_view_cross_entropy,
     divergence,
@@ -28,10 +28,8 @@ from src.models.losses.distillation import (
     sharpen,
 )
 from src.models.pretrain_module import StepOutput
-from src.models.teacher import TeacherPair, teacher_of
+from src.models.teacher import TeacherPair, disable_drop_path, teacher_of
 from src.optim import OptimizerRecipe
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class DINO(JointEmbedding):
@@ -151,23 +149,6 @@ def global_views(batch: MultiViewBatch) -> Tensor:
             f"train_view.views, but the batch has {batch['views'].shape[1]}"
         )
     return batch["views"]
-
-
-@torch.no_grad()
-def start_class_token(backbone: nn.Module, std: float = 0.02) -> None:
-    """Draws a ViT's class token from a truncated normal distribution, as the authors do. timm draws it with a standard
-    deviation of 1e-6; a larger one was loaded, and stays."""
-    token: Any = getattr(backbone, "cls_token", None)
-    if token is not None and token.abs().max() < 1e-4:
-        trunc_normal_(token, std=std)
-
-
-def disable_drop_path(module: M) -> M:
-    """Turns off stochastic depth in ``module``, also in training mode, and returns it."""
-    for child in module.modules():
-        if isinstance(child, DropPath):
-            child.drop_prob = 0.0
-    return module
 
 
 def attended_images(backbone: nn.Module, image: Tensor) -> Tensor | None:

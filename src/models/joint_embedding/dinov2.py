@@ -19,8 +19,8 @@ from src.models.backbones.positions import accept_any_image_size, dino_positions
 from src.models.backbones.weights import Weights, load_into
 from src.models.heads.dino import DINOHead
 from src.models.joint_embedding.base import JointEmbedding, forward_views_jointly
-from src.models.joint_embedding.dino import attended_images, disable_drop_path, global_views
-from src.models.joint_embedding.ibot import check_masks, masked_patches, visible_patches
+from src.models.joint_embedding.dino import attended_images, global_views
+from src.models.joint_embedding.ibot import check_masks, visible_patches
 from src.models.losses.distillation import (
     cross_view_cross_entropy,
     effective_prototypes,
@@ -30,8 +30,9 @@ from src.models.losses.distillation import (
 from src.models.losses.koleo import koleo
 from src.models.losses.swapped import sinkhorn
 from src.models.masked.block_masking import block_masks
+from src.models.masked.masking import masked_patches
 from src.models.pretrain_module import StepOutput
-from src.models.teacher import TeacherPair, teacher_of
+from src.models.teacher import TeacherPair, disable_drop_path, teacher_of
 from src.optim import OptimizerRecipe, Rule
 
 BACKBONE = "student.encoder.backbone."

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from src.models.joint_embedding.center import Center
 from src.models.joint_embedding.dino import DINO, global_views
 from src.models.losses.distillation import cross_view_cross_entropy, entropy, masked_patch_cross_entropy, sharpen
 from src.models.masked.block_masking import block_masks
+from src.models.masked.masking import masked_patches, pixel_mask
 from src.models.pretrain_module import StepOutput
 from src.optim import OptimizerRecipe
 
@@ -145,23 +145,5 @@ def visible_patches(views: Tensor, draw_masks: Callable[[Tensor], Tensor], backb
     """
     images = views.flatten(0, 1)
     grid = backbone.patch_embed.dynamic_feat_size(images.shape[-2:])  # type: ignore[operator, union-attr]
-    height, width = images.shape[-2] // grid[0], images.shape[-1] // grid[1]
-    visible = (~draw_masks(images)).view(-1, 1, *grid).repeat_interleave(height, dim=2).repeat_interleave(width, dim=3)
+    visible = pixel_mask(~draw_masks(images), grid, images.shape[-2:])
     return (images * visible).unflatten(0, views.shape[:2])
-
-
-@contextmanager
-def masked_patches(backbone: nn.Module, mask: Tensor, token: Tensor) -> Iterator[None]:
-    """While active, ``backbone`` replaces the patches where ``mask`` [B, N] is True by ``token`` [1, D], before it adds
-    positional embeddings."""
-
-    def replace(module: nn.Module, inputs: Any, patches: Tensor) -> Tensor:
-        rows = patches.flatten(1, -2)
-        return torch.where(mask.unsqueeze(-1), token.to(rows.dtype), rows).view_as(patches)
-
-    patch_embed: Any = backbone.patch_embed
-    handle = patch_embed.register_forward_hook(replace)
-    try:
-        yield
-    finally:
-        handle.remove()

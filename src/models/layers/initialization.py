@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,3 +38,12 @@ def initialize_as_big_vision(*, attention: Sequence[tuple[nn.Linear, int]], mlp:
         nn.init.xavier_uniform_(layer.weight)
         if layer.bias is not None:
             nn.init.normal_(layer.bias, std=1e-6)
+
+
+@torch.no_grad()
+def start_class_token(backbone: nn.Module, std: float = 0.02) -> None:
+    """Draws a ViT's class token from a truncated normal distribution, as DINO's code does. timm draws it with a
+    standard deviation of 1e-6; a larger one was loaded, and stays."""
+    token: Any = getattr(backbone, "cls_token", None)
+    if token is not None and token.abs().max() < 1e-4:
+        nn.init.trunc_normal_(token, std=std)

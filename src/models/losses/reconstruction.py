@@ -47,3 +47,15 @@ def masked_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """
     error = (at_least_float32(prediction) - at_least_float32(target)).pow(2).mean(dim=-1)
     return (error * mask).sum() / mask.sum()
+
+
+def masked_l1(prediction: Tensor, target: Tensor, mask: Tensor, eps: float = 1e-5) -> Tensor:
+    """Mean absolute error over the masked pixels of the whole batch, and over channels.
+
+    Args:
+        prediction, target: [B, C, H, W].
+        mask: [B, 1, H, W], 1 or True where masked.
+        eps: added to the number of masked pixels, as in the code of SimMIM; without a masked pixel the loss is 0.
+    """
+    error = (at_least_float32(prediction) - at_least_float32(target)).abs().mean(dim=1, keepdim=True)
+    return (error * mask).sum() / (mask.sum() + eps)

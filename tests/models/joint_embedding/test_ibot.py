@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from src.errors import SettingError
-from src.models.joint_embedding.ibot import iBOT, masked_patches
+from src.models.joint_embedding.ibot import iBOT
+from src.models.masked.masking import masked_patches
 from tests.models.joint_embedding import toy
 from tests.models.joint_embedding.test_dino import SMALL, build, distribution
 
