@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from src.datamodules.batches.image_text import ImageTextViewsBatch
 from src.models.backbones.image_encoder import Pool, cls_token_or_mean
+from src.models.backbones.weights import Weights
 from src.models.functional import in_full_precision
 from src.models.heads.mlp import MlpHead
 from src.models.image_text.clip_rocket import (
@@ -178,6 +179,11 @@ class BYOLIP(CLIPRocket):
 
     def teacher_pairs(self) -> list[TeacherPair]:
         return [TeacherPair(self._student(), self.teacher)]
+
+    def load_start(self, weights: Weights) -> str:
+        line = super().load_start(weights)
+        self.teacher.load_state_dict(self._student().state_dict())
+        return line
 
     def added_loss(
         self, batch: ImageTextViewsBatch, features: PairViews, embeddings: PairViews, local_scale: Tensor

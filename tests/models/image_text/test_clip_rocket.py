@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from src import configuration
+from src.models.backbones.weights import Weights
 from src.models.image_text.barlip import BarLIP
 from src.models.image_text.clip_rocket import CLIPRocket, PairViews, dropout_before_blocks
 from src.models.image_text.siamlip import BYOLIP, SiamLIP, cross_modal_regression
@@ -143,6 +144,15 @@ def test_byolip_predicts_a_momentum_encoder_that_takes_no_gradient():
     assert [n for n, _ in pair.student.named_parameters()] == [n for n, _ in pair.teacher.named_parameters()]
     assert pair.student["image_encoder"] is byolip.image_encoder
     assert [key for key in byolip.state_dict() if key.startswith("objective.projectors")]
+
+
+def test_byolips_teacher_starts_as_a_copy_of_the_towers_it_starts_from():
+    byolip, other = (method(BYOLIP, objective=partial(SiamLIP, hidden_dim=9, projection_dim=8)) for _ in range(2))
+    with torch.no_grad():
+        other.image_encoder.backbone.cls_token.add_(1)
+    byolip.load_start(Weights(other.state_dict(), "run"))
+    for name, teacher in byolip.teacher["image_encoder"].state_dict().items():
+        assert torch.equal(teacher, other.image_encoder.state_dict()[name]), name
 
 
 def test_barlip_is_the_papers_sum_over_the_correlation():
