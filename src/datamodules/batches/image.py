@@ -29,3 +29,10 @@ class MultiViewBatch(Batch):
     flipped: NotRequired[Annotated[Tensor, Field("B V", torch.bool)]]  # True if the view is mirrored left to right
     local_boxes: NotRequired[Annotated[Tensor, Field("B L 4", torch.float32, exact=True)]]
     local_flipped: NotRequired[Annotated[Tensor, Field("B L", torch.bool)]]
+
+
+class ImageViewsBatch(ImageBatch):
+    """An image, as methods of images and texts compare it with its caption, and further views of it."""
+
+    views: NotRequired[Annotated[Tensor, Field("B V C Hv Wv", torch.float32)]]  # of any one size
+    local_views: NotRequired[Annotated[Tensor, Field("B M C h w", torch.float32)]]  # small views of multi-crop

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from src.datamodules.batches.image import ImageBatch
-from src.datamodules.batches.image_text import ImageTextBatch
+from src.datamodules.batches.image import ImageBatch, ImageViewsBatch
+from src.datamodules.batches.image_text import ImageTextBatch, ImageTextViewsBatch
 from src.datamodules.decoding import BadSample
 from src.datamodules.extras.extras import Extras
 from src.datamodules.sources.source import Source
@@ -57,12 +57,7 @@ class Captions(Extras):
             )
 
     def batch_type(self, train_view: View, eval_view: View) -> type:
-        if train_view.batch_type is not ImageBatch:
-            raise SettingError(
-                f"data.train_view: captions go with a view that makes an ImageBatch, not a "
-                f"{train_view.batch_type.__name__}"
-            )
-        return ImageTextBatch
+        return ImageTextBatch if check_image_view(train_view) is ImageBatch else ImageTextViewsBatch
 
     def check(self, source: Source) -> None:
         captioned(source)
@@ -71,7 +66,11 @@ class Captions(Extras):
         with_captions = captioned(source)
         return texts_of_samples(source, lambda position: [with_captions.caption(position, 0.5)], samples)
 
-    def read(self, source: Source, position: int, choice: float, seed: int) -> str:
+    def read(self, source: Source, position: int, choice: float, seed: int) -> Any:
+        return self.draw(source, position, choice, seed)
+
+    def draw(self, source: Source, position: int, choice: float, seed: int) -> str:
+        """Returns one caption of a sample; arguments and errors as of `read`."""
         with_captions = captioned(source)
         if self.rewrites is None:
             text = with_captions.caption(position, choice)
@@ -107,6 +106,20 @@ def one_of_rewrites(source: CaptionedSource, position: int, count: int, choice: 
         if len(text.split()) > 1:
             return text
     return source.caption(position, 0.0)
+
+
+def check_image_view(view: View) -> type:
+    """Returns the batch type of a view that captions can accompany.
+
+    Raises:
+        SettingError: the view makes no field ``image``.
+    """
+    if view.batch_type not in (ImageBatch, ImageViewsBatch):
+        raise SettingError(
+            f"data.train_view: captions go with a view that makes an ImageBatch, such as RandomResizedCrop, or with "
+            f"ImageAndViews, not with one that makes a {view.batch_type.__name__}"
+        )
+    return view.batch_type
 
 
 def captioned(source: Source) -> CaptionedSource:

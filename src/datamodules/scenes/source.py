@@ -199,6 +199,11 @@ class ScenesSource(Source):
             raise SettingError("data.source.texts.variants: without it scenes have no fixed list of captions")
         return tuple(self._described(index, wording) for wording in range(self.texts.variants))
 
+    def descriptions(self, index: int, choice: float) -> Sequence[str]:
+        """Returns one long caption, with a sentence for each object; ``choice`` in [0, 1) chooses the wording."""
+        wording = fold(index, int(choice * 2**31))
+        return (captions.long(self._facts(self.scene(index)), wording).text,)
+
     def regions(self, index: int, choice: float) -> Sequence[str]:
         """Returns a caption of each object, in the order of the fields ``boxes`` and ``instance_masks``; ``choice`` in
         [0, 1) chooses the wording."""

@@ -38,6 +38,10 @@ class TextListSource(ABC):
     def captions(self, index: int) -> Sequence[str]:
         return self.all_texts(index)
 
+    def descriptions(self, index: int, choice: float) -> Sequence[str]:
+        """Returns all texts but the first, for methods that read long captions besides the caption."""
+        return self.all_texts(index)[1:]
+
 
 def usable_texts(raw_texts: Iterable[object]) -> list[str]:
     """Returns the usable texts without surrounding spaces: neither empty nor invalid Unicode, which no tokenizer takes.

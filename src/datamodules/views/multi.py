@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from src.datamodules.batches.image import ImageBatch, MultiViewBatch
+from src.datamodules.batches.image import ImageBatch, ImageViewsBatch, MultiViewBatch
 from src.datamodules.decoding import EncodedImage
 from src.datamodules.views.color import Color
 from src.datamodules.views.image import RandomResizedCrop
@@ -136,6 +136,44 @@ class MultiView(ImageView):
         """Returns the views by field of the batch, in order, each kind as often as its count."""
         groups = {"views": self.views} | ({} if self.local_views is None else {"local_views": self.local_views})
         return {name: [kind for kind in group.values() for _ in range(kind.count)] for name, group in groups.items()}
+
+
+@dataclass(frozen=True)
+class ImageAndViews(MultiView):
+    """The image that a method of images and texts compares with the caption, and further views of it.
+
+    Args:
+        image: kind of the image itself, one view.
+        views: see `MultiView`; may be empty if there are ``local_views``.
+        local_views: see `MultiView`.
+
+    Raises:
+        SettingError: there is neither a view nor a local view, views of a group differ in size, or ``record_crops`` is
+            set, which is `MultiView`'s alone.
+    """
+
+    image: Augmented = field(kw_only=True)
+
+    batch_type: ClassVar[type] = ImageViewsBatch
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.record_crops:
+            raise SettingError("ImageAndViews: record_crops=true is for a MultiView; no method of texts compares crops")
+
+    def from_encoded(self, image: EncodedImage, uniform: np.ndarray) -> dict[str, Tensor]:
+        row = super().from_encoded(image, uniform)
+        return {**row, "image": row["image"][0]}
+
+    def from_decoded(self, images: Tensor, uniform: np.ndarray) -> dict[str, Tensor]:
+        batch = super().from_decoded(images, uniform)
+        return {**batch, "image": batch["image"][:, 0]}
+
+    def _groups(self) -> dict[str, list[Augmented]]:
+        groups = super()._groups()
+        if not groups["views"] and groups.get("local_views"):
+            del groups["views"]
+        return {"image": [self.image], **groups}
 
 
 def _crops(
