@@ -19,6 +19,15 @@ from src.models.losses.image_text import clip_loss, sigmoid_loss
 from src.models.losses.late_interaction import late_interaction_loss
 
 SIDE = 64
+SIZES = (  # of both towers
+    f"image_size={SIDE}",
+    "backbone.patch_size=8",
+    "backbone.embed_dim=128",
+    "backbone.depth=4",
+    "backbone.num_heads=4",
+    "model.text.width=128",
+    "model.text.depth=4",
+)
 STEPS, ROUNDS = 25, 4
 BATCHES = (1024, 2048, 4096, 8192, 16384, 32768)
 PROCESSES = 8  # one of them is measured
@@ -43,7 +52,7 @@ def measure(quick: bool = False) -> dict[str, Any]:
     small = ["data.batch_size=16"] if quick else []
     loops = {
         title: loop.measure_loops(
-            [f"experiment={name}", "scale=tiny", "callbacks.image_text=null", *small],
+            [f"experiment={name}", "scale=tiny", *SIZES, "callbacks.image_text=null", *small],
             view,
             size=SIDE,
             steps=steps,

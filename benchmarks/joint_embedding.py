@@ -21,7 +21,16 @@ from src.models.losses.contrastive import nt_xent
 from src.train import compose
 
 SIDE = 64
-COMMON = ("scale=tiny", "backbone=vit")
+COMMON = (
+    "scale=tiny",
+    f"image_size={SIDE}",
+    "local_image_size=32",
+    "backbone=vit",
+    "backbone.patch_size=8",
+    "backbone.embed_dim=128",
+    "backbone.depth=4",
+    "backbone.num_heads=4",
+)
 STEPS, ROUNDS = 25, 4
 BATCHES = (512, 1024, 2048, 4096, 8192)
 DIM = 128

@@ -45,7 +45,7 @@ class LoopSetting:
 
 
 _SETTINGS = {
-    "mae_tiny": LoopSetting(("experiment=mae_tiny",), size=64, steps=50, rounds=10),
+    "mae_tiny": LoopSetting(("experiment=mae_tiny",), size=32, steps=50, rounds=10),
     "mae_vitb": LoopSetting(("experiment=mae_vitb", "scale=smoke"), size=224, steps=10, rounds=10, small=tuple(SMALL)),
 }
 

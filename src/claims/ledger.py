@@ -177,10 +177,11 @@ def _words(job: Job, result: Mapping[str, Any]) -> str:
 
 
 def outdated(claim: Claim, entry: Mapping[str, Any]) -> set[str]:
-    """Returns the data sets of which stored runs were made by another recipe than today's, or evaluated otherwise. The
-    first seed stands for all: they differ in nothing else."""
+    """Returns the data sets of which stored runs were made by another recipe than today's, were evaluated otherwise, or
+    are of data that the claim no longer has. The first seed stands for all: they differ in nothing else."""
     seed = claim.seeds[0]
-    return {
+    gone = {key.split("/")[0] for key in entry.get("runs", {})} - set(claim.data)
+    return gone | {
         source
         for source in claim.data
         for arm in claim.arms

@@ -331,6 +331,7 @@ class TestMeasure:
         }
         on_one = self.of(data={"scenes": [], "emoji": ["data.batch_size=32"]})
         assert ledger.outdated(on_one, stored) == {"emoji"}
+        assert ledger.outdated(self.of(data={"scenes": []}), stored) == {"emoji"}  # no longer part of the claim
         assert ledger.outdated(both, {}) == set()
 
     def test_runs_of_two_recipes_never_stand_side_by_side(self) -> None:

@@ -27,7 +27,7 @@ def small_image_resnet(model_name: str, *, stem_stride: int = 1, **settings: Any
     if not isinstance(model, ResNet) or not isinstance(model.conv1, nn.Conv2d):
         raise SettingError(f"backbone.model_name: {model_name} is no ResNet with a stem of one convolution")
     old = model.conv1
-    model.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=stem_stride, padding=1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.maxpool = nn.Identity()
+    conv = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=stem_stride, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1, model.maxpool = conv, nn.Identity()  # type: ignore[assignment]  # it may be any module
     return model
