@@ -7,6 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+# Tolerance of steps whose optimizer or batch norm enlarges rounding errors: with other kernels of matrix products
+# (MKL_CBWR=AVX2 or COMPATIBLE, ATEN_CPU_CAPABILITY=avx2 or default) ours differ from themselves by up to 8e-12.
+ENLARGED = 1e-11
+
 
 def by_rule(shape: Iterable[int], number: int, scale: float = 0.3) -> Tensor:
     """Returns a float64 tensor whose element i, counted through, is scale * sin(1.7 * number + 0.7 * i)."""
