@@ -23,6 +23,7 @@ SECONDS = [
     "data.eval_samples=16",
     "data.batch_size=4",
     "data.num_workers=0",
+    "backbone.patch_size=8",
     "backbone.embed_dim=32",
     "backbone.depth=2",
     "backbone.num_heads=2",

@@ -117,7 +117,7 @@ def test_results_are_added_to_stored_ones(run):
 
 def test_the_same_data_named_anew_gives_the_same_numbers(run):
     own = scores(run, "eval=knn")["encoder"]["knn_top1"]
-    assert scores(run, "eval=knn", "data=scenes", *DATA, "data.num_workers=0")["encoder"]["knn_top1"] == own
+    assert scores(run, "eval=knn", "data=scenes_single", *DATA, "data.num_workers=0")["encoder"]["knn_top1"] == own
 
 
 def test_other_data_comes_with_its_own_source_and_keeps_the_runs_batch(run):

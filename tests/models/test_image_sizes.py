@@ -16,6 +16,8 @@ HEIGHT, WIDTH = 32, 64
 
 def built(experiment: str, channels: int = 3, *overrides: str) -> PretrainModule:
     values = [f"image_size=[{HEIGHT},{WIDTH}]", "local_image_size=[16,32]", f"data.channels={channels}", *overrides]
+    if "_vit" in experiment and not experiment.startswith("videomae"):
+        values.append("backbone.patch_size=8")
     values += [f"data.mean={[0.5] * channels}", f"data.std={[0.25] * channels}"]
     config = configuration.compose("train", [f"experiment={experiment}", "scale=tiny", "run.dir=/none", *values])
     torch.manual_seed(0)
@@ -57,7 +59,7 @@ def batch_for(method: PretrainModule, channels: int) -> dict[str, Any]:
         ("gmml_vits", 3, (4, 8)),
         ("sit_vits", 3, (4, 8)),
         ("mixedae_vitb", 4, (4, 8)),
-        ("simclr_r50", 1, (1, 2)),
+        ("simclr_r50", 1, (2, 4)),
         ("dino_vits", 3, (4, 8)),
         ("ibot_vits", 3, (4, 8)),
         ("moco_v3_vits", 4, (4, 8)),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.layers import trunc_normal_
 from torch import nn
 
 
@@ -46,4 +47,4 @@ def start_class_token(backbone: nn.Module, std: float = 0.02) -> None:
     standard deviation of 1e-6; a larger one was loaded, and stays."""
     token: Any = getattr(backbone, "cls_token", None)
     if token is not None and token.abs().max() < 1e-4:
-        nn.init.trunc_normal_(token, std=std)
+        trunc_normal_(token, std=std)

@@ -121,7 +121,7 @@ def test_everything_but_the_model_equals_clips_recipe(scale):
 
 def test_the_arms_of_siglips_claim_have_the_same_initial_towers():
     claim = load("siglip_small_batch")
-    (data,) = claim.data
+    data = next(iter(claim.data))
     softmax, sigmoid = (
         configuration.instantiate(compose([*claim.run_overrides(arm, data, 0), "run.dir=/tmp/run"]).model)
         for arm in claim.arms

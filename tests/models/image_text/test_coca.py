@@ -239,4 +239,4 @@ def test_the_recipe_composes_with_any_captioned_data(scale):
     if scale == "tiny":
         method = configuration.instantiate(config.model)
         assert isinstance(method, CoCa)
-        assert method.encode_image(torch.randn(2, 3, 64, 64)).shape == (2, 128)
+        assert method.encode_image(torch.randn(2, 3, 32, 32)).shape == (2, 128)

@@ -69,7 +69,7 @@ def test_one_key_sets_the_activation_of_both_towers():
 
 def test_image_towers_start_as_the_authors_do():
     """CLIP's positions have the standard deviation width^-0.5, LaCLIP's and timm's 0.02."""
-    for experiment, expected in (("clip_vitb32", 128**-0.5), ("siglip_vitb16", 128**-0.5), ("laclip_vitb16", 0.02)):
+    for experiment, expected in (("clip_vitb32", 64**-0.5), ("siglip_vitb16", 64**-0.5), ("laclip_vitb16", 0.02)):
         torch.manual_seed(0)
         config = compose([f"experiment={experiment}", "scale=tiny", "run.dir=/tmp/run"])
         model = OmegaConf.to_container(config.model.backbone, resolve=True)

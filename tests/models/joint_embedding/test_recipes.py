@@ -82,10 +82,10 @@ def test_at_the_tiny_scale_every_method_takes_either_backbone(experiment, backbo
     config = composed(f"experiment={experiment}", "scale=tiny", f"backbone={backbone}")
     module = configuration.instantiate(config.model)
     encoder = next(iter(module.encoders().values()))
-    assert encoder.dim == {"vit": 128, "resnet": 256}[backbone]
-    assert encoder(torch.zeros(1, 3, 64, 64)).embedding.shape == (1, encoder.dim)
+    assert encoder.dim == {"vit": 64, "resnet": 128}[backbone]
+    assert encoder(torch.zeros(1, 3, 32, 32)).embedding.shape == (1, encoder.dim)
     if config.data.train_view.get("local_views"):
-        assert encoder(torch.zeros(2, 3, 32, 32)).embedding.shape == (2, encoder.dim)
+        assert encoder(torch.zeros(2, 3, 16, 16)).embedding.shape == (2, encoder.dim)
     assert config.data.train_view._target_.startswith("src.datamodules.views.multi.")
     kind = configuration.instantiate(config.data.train_view).batch_type
     assert kind is (ImageBatch if experiment.startswith("supervised") else MultiViewBatch)
@@ -275,7 +275,7 @@ def test_views_that_do_not_suit_the_method_end_the_command_with_their_key(tmp_pa
     small = ["data.source.count={train: 8, val: 4, test: 4}", "data.source.cache_dir=null", "data.batch_size=4"]
     quiet = ["callbacks.visualizations=null", "data.train_view.local_views.small.crop.size=32", "data.num_workers=0"]
     with pytest.raises(
-        UserError, match=r"data\.train_view: .* 2 in train_view\.views and 6 in train_view\.local_views"
+        UserError, match=r"data\.train_view: .* 2 in train_view\.views and 4 in train_view\.local_views"
     ):
         train.main([*words, *small, *quiet, "data.train_samples=null", "data.eval_samples=null"])
 
@@ -296,8 +296,8 @@ def test_ibot_is_dino_with_its_own_views_and_masks():
 def test_dino_takes_local_views_with_either_backbone(backbone):
     config = composed("experiment=dino_r50", "scale=tiny", f"backbone={backbone}")
     module = configuration.instantiate(config.model)
-    batch = {"views": torch.zeros(2, 2, 3, 64, 64), "local_views": torch.zeros(2, 4, 3, 32, 32)}
-    assert module.training_step(batch, 0)["embedding"].shape == (2, {"vit": 128, "resnet": 256}[backbone])
+    batch = {"views": torch.zeros(2, 2, 3, 32, 32), "local_views": torch.zeros(2, 4, 3, 16, 16)}
+    assert module.training_step(batch, 0)["embedding"].shape == (2, {"vit": 64, "resnet": 128}[backbone])
     assert config.optimizer.algorithm == {"_target_": "src.optim.adamw", "_partial_": True}
     paper = composed("experiment=dino_r50", "scale=paper")
     optimizer = configuration.instantiate(paper.optimizer).build(torch.nn.Linear(2, 2))
