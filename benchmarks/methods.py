@@ -22,7 +22,7 @@ SEEDS = (0, 1, 2)
 POINTS = 0.10  # that a method must gain over its random start, with every seed
 CORE_SECONDS = 360.0  # three minutes of two cores
 LEFT_OUT = ("mae_tiny",)  # mae_vitb at this scale under another name
-TEACHERS = ("DINO", "iBOT")  # methods whose paper evaluates the teacher
+TEACHERS = ("DINO", "DINOv2", "IJEPA", "iBOT")  # methods whose paper evaluates the teacher
 LOWER = ("eval/abs_rel", "eval/normals_mean")  # errors, which have no points
 TITLES = {
     "knn_top1": "kNN, top-1",
@@ -153,11 +153,11 @@ def report(result: Mapping[str, Any]) -> Section:
     abouts = [run["about"] for runs in by_name.values() for run in runs.values()]
     body = [
         "`make train EXP=<experiment> SCALE=tiny` on its own data, with every default callback, and the same network "
-        "before its first step. kNN and zero-shot accuracy are of the whole validation split (2,500 scenes, 1,000 "
-        "films) with the whole training split as bank; other numbers are those of the method's own validation. Of DINO "
-        "and iBOT the teacher is evaluated, as in their papers. Mean and standard deviation over seeds; the least gain "
-        "is that of the seed with the smallest one. Core-seconds are the CPU time of the whole command, all threads "
-        "added up, imports and evaluation during training included; images/s are per core-second.",
+        "before its first step. kNN and zero-shot accuracy are of the whole validation split (2,500 scenes or films) "
+        "with the whole training split as bank; other numbers are those of the method's own validation. Of DINO, "
+        "DINOv2, I-JEPA and iBOT the teacher is evaluated, as in their papers. Mean and standard deviation over seeds; "
+        "the least gain is that of the seed with the smallest one. Core-seconds are the CPU time of the whole command, "
+        "all threads added up, imports and evaluation during training included; images/s are per core-second.",
         table(head, rows),
         *([f"Tried where the gain is smaller:\n\n{tried}"] if tried else []),
         f"Seeds {', '.join(map(str, sorted({seed for runs in by_name.values() for seed in runs})))}.",
