@@ -36,7 +36,11 @@ TITLES = {
 _QUICK = ("data.source.count={train: 256, val: 64, test: 64}", "trainer.max_epochs=1")
 
 # experiment -> what was tried where it gains less
-TRIED: dict[str, str] = {}
+TRIED: dict[str, str] = {
+    "dino_vits": "rates, momenta, prototypes and a faster center, see [tiny.md](tiny.md#what-does-not-learn-enough-yet)",
+    "swav_r50": "rates, optimizers, a smaller smoothness and prototypes that are frozen for 1 % of the run, see "
+    "[tiny.md](tiny.md#what-does-not-learn-enough-yet)",
+}
 
 
 def metric_of(config: DictConfig) -> str:
