@@ -37,7 +37,9 @@ _QUICK = ("data.source.count={train: 256, val: 64, test: 64}", "trainer.max_epoc
 
 # experiment -> what was tried where it gains less
 TRIED: dict[str, str] = {
-    "dino_vits": "rates, momenta, prototypes and a faster center, see [tiny.md](tiny.md#what-does-not-learn-enough-yet)",
+    "dino_vits": "rates, momenta, prototypes and a faster center, see "
+    "[tiny.md](tiny.md#what-does-not-learn-enough-yet)",
+    "simsiam_r50": "a rate of 0.1 for SGD instead of 0.025; no other",
     "swav_r50": "rates, optimizers, a smaller smoothness and prototypes that are frozen for 1 % of the run, see "
     "[tiny.md](tiny.md#what-does-not-learn-enough-yet)",
 }
