@@ -36,12 +36,12 @@ SQUARES += [14.013494122272999, 12.70946774927842, 6.446530727067463, 12.4240674
 SQUARES += [11.842554610185951, 6.400913658760568, 13.37234813986893, 26.08728591629759, 1.8130234597269936]
 
 
-class Corrupted(GMML):
+class ByRule:
     """Corrupts views by the rule."""
 
     step = 0
 
-    def corrupt(self, views: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, views: Tensor) -> tuple[Tensor, Tensor]:
         masks = torch.stack([by_rule((4, 1, 16, 16), number + self.step, 1.0) > 0.1 for number in (30, 40)], dim=1)
         noise = torch.stack([by_rule((4, 3, 16, 16), number + self.step, 1.0) for number in (50, 60)], dim=1)
         self.step += 1
@@ -50,7 +50,8 @@ class Corrupted(GMML):
 
 def test_six_steps_are_the_authors() -> None:
     vit: Any = small_vit(patch_size=4, embed_dim=12, depth=3)
-    method = Corrupted(vit, OptimizerRecipe(adamw, lr=0.01, weight_decay=0.04), blocks=(1, 3)).double()
+    method = GMML(vit, OptimizerRecipe(adamw, lr=0.01, weight_decay=0.04), blocks=(1, 3)).double()
+    method.corruption = ByRule()  # type: ignore[assignment]
     fill(method.parameters())
     schedules = {
         "optimizer.lr": WarmupCosine(peak=0.01, warmup="1 epoch", end=1e-4, inclusive=True),

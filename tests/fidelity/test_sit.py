@@ -47,12 +47,12 @@ SQUARES += [15.497051091211237, 10.158268004550624, 11.071615941318623, 12.96067
 SQUARES += [11.094134163866205, 8.916353795960203]
 
 
-class Corrupted(SiT):
+class ByRule:
     """Drops pixels by the rule."""
 
     step = 0
 
-    def corrupt(self, views: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, views: Tensor) -> tuple[Tensor, Tensor]:
         masks = torch.stack([by_rule((4, 1, 16, 16), number + self.step, 1.0) > 0.1 for number in (30, 40)], dim=1)
         self.step += 1
         return torch.where(masks, 0.0, views), masks
@@ -71,7 +71,8 @@ def with_gradient(network: nn.Module) -> Iterator[Tensor]:
 def test_six_steps_are_the_authors() -> None:
     vit: Any = small_vit(patch_size=4, embed_dim=12, depth=2)
     recipe = OptimizerRecipe(adamw, lr=0.001, weight_decay=0.04)
-    method = Corrupted(vit, recipe, hidden_dim=10, projection_dim=6, reconstruction_weight=5.0).double()
+    method = SiT(vit, recipe, hidden_dim=10, projection_dim=6, reconstruction_weight=5.0).double()
+    method.corruption = ByRule()  # type: ignore[assignment]
     learned = [*method.student.parameters(), *method.pixels.parameters()]
     fill(learned)
     for parameter in learned:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -153,16 +153,9 @@ class CLIPRocket(ImageTextModule):
         return {"loss": loss, "logs": logs, "embedding": features.image.detach().float()}
 
     def tower_features(self, batch: ImageTextViewsBatch) -> PairViews:
-        """Computes the towers' features, each view of the image in a forward pass of its own, so that batch norm takes
-        its statistics over one view."""
-        texts, mask = text_views_of(batch)
-        views = views_of(batch, texts.shape[1])
-        image = self.image_features(batch["image"])
-        text = self.text_features(batch["text"], batch["text_mask"])
-        images = forward_views_separately(self.image_features, views)
-        with dropout_before_blocks(self.text_encoder, self.text_dropout, self.training):
-            flat = self.text_features(texts.flatten(0, 1), mask.flatten(0, 1))
-        return PairViews(image, text, images, flat.unflatten(0, texts.shape[:2]))
+        """Computes the towers' features."""
+        dropout = dropout_before_blocks(self.text_encoder, self.text_dropout, self.training)
+        return encode_views(batch, self.image_features, self.text_features, dropout)
 
     def embeddings(self, features: PairViews) -> PairViews:
         """Projects the features: the weak pair by the linear heads, strong views by their own; all of unit length."""
@@ -251,6 +244,30 @@ class CLIPRocket(ImageTextModule):
 
     def visualize(self, batch: ImageTextViewsBatch) -> dict[str, Tensor]:
         return image_and_views(batch)
+
+
+def encode_views(
+    batch: ImageTextViewsBatch,
+    encode_image: Callable[[Tensor], Tensor],
+    encode_text: Callable[[Tensor, Tensor], Tensor],
+    dropout: AbstractContextManager[None],
+) -> PairViews:
+    """Encodes the weak pair and the strong views, each view of the image in a forward pass of its own, so that batch
+    norm takes its statistics over one view.
+
+    Args:
+        encode_image: [B, C, H, W] -> [B, D].
+        encode_text: token ids and padding mask [B, L] -> [B, D].
+        dropout: active while the strong texts are encoded.
+    """
+    texts, mask = text_views_of(batch)
+    views = views_of(batch, texts.shape[1])
+    image = encode_image(batch["image"])
+    text = encode_text(batch["text"], batch["text_mask"])
+    images = forward_views_separately(encode_image, views)
+    with dropout:
+        flat = encode_text(texts.flatten(0, 1), mask.flatten(0, 1))
+    return PairViews(image, text, images, flat.unflatten(0, texts.shape[:2]))
 
 
 def text_views_of(batch: ImageTextViewsBatch) -> tuple[Tensor, Tensor]:

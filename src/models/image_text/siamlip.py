@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from src.datamodules.batches.image_text import ImageTextViewsBatch
-from src.models.backbones.image_encoder import Pool, cls_token_or_mean
 from src.models.backbones.weights import Weights
 from src.models.functional import in_full_precision
 from src.models.heads.mlp import MlpHead
@@ -18,9 +18,8 @@ from src.models.image_text.clip_rocket import (
     CLIPRocket,
     PairViews,
     dropout_before_blocks,
-    text_views_of,
+    encode_views,
 )
-from src.models.image_text.slip import views_of
 from src.models.joint_embedding.base import forward_views_separately
 from src.models.joint_embedding.byol import regression
 from src.models.teacher import TeacherPair, teacher_of
@@ -114,11 +113,12 @@ class SiamLIP(AddedObjective):
 class BYOLIP(CLIPRocket):
     """BYOLIP (Fini et al., 2023): `SiamLIP` whose targets are the projections of a momentum encoder of both towers.
 
-    The teacher moves after every update; its batch norms use the statistics of its own batches. Arguments, deviations
-    and errors as of `CLIPRocket`.
+    The teacher moves after every update; its batch norms use the statistics of its own batches. Deviations and errors
+    as of `CLIPRocket`.
 
     Args:
-        siamlip: builds the objective from the widths of the image's and the text's features.
+        backbone, text, optimizer, others: arguments of `CLIPRocket`.
+        objective: builds the objective from the widths of the image's and the text's features.
         teacher_momentum: momentum of the moving average, constant in the authors' code.
     """
 
@@ -128,41 +128,11 @@ class BYOLIP(CLIPRocket):
         text: TextTower,
         optimizer: OptimizerRecipe,
         *,
-        embed_dim: int = 256,
-        hidden_dim: int = 4096,
-        separate_heads: bool = True,
-        temperature: float = 0.07,
-        local_temperature: float = 0.1,
-        max_logit_scale: float = 100.0,
-        label_smoothing: float = 0.1,
-        loss_scale: float = 2.0,
-        text_dropout: float = 0.0,
-        mask_equal_texts: bool = True,
         objective: Callable[[int, int], SiamLIP] = SiamLIP,
-        evaluation_share: float = 0.0,
-        pool: Pool = cls_token_or_mean,
-        micro_batch: int | None = None,
         teacher_momentum: float = 0.99,
+        **others: Any,
     ) -> None:
-        super().__init__(
-            backbone,
-            text,
-            optimizer,
-            embed_dim=embed_dim,
-            hidden_dim=hidden_dim,
-            separate_heads=separate_heads,
-            temperature=temperature,
-            local_temperature=local_temperature,
-            max_logit_scale=max_logit_scale,
-            label_smoothing=label_smoothing,
-            loss_scale=loss_scale,
-            text_dropout=text_dropout,
-            mask_equal_texts=mask_equal_texts,
-            objective=objective,
-            evaluation_share=evaluation_share,
-            pool=pool,
-            micro_batch=micro_batch,
-        )
+        super().__init__(backbone, text, optimizer, objective=objective, **others)
         self.teacher_momentum = teacher_momentum
         self.teacher = teacher_of(self._student())
 
@@ -195,15 +165,11 @@ class BYOLIP(CLIPRocket):
     def teacher_projections(self, batch: ImageTextViewsBatch) -> PairViews:
         """Returns the teacher's projections of the same views."""
         image_tower, text_tower = self.teacher["image_encoder"], self.teacher["text_encoder"]
-        texts, mask = text_views_of(batch)
-        views = views_of(batch, texts.shape[1])
-        with dropout_before_blocks(text_tower, self.text_dropout, self.training):  # type: ignore[arg-type]
-            flat = text_tower(texts.flatten(0, 1), mask.flatten(0, 1)).embedding
-        features = PairViews(
-            image_tower(batch["image"]).embedding,
-            text_tower(batch["text"], batch["text_mask"]).embedding,
-            forward_views_separately(lambda view: image_tower(view).embedding, views),
-            flat.unflatten(0, texts.shape[:2]),
+        features = encode_views(
+            batch,
+            lambda image: image_tower(image).embedding,
+            lambda text, mask: text_tower(text, mask).embedding,
+            dropout_before_blocks(text_tower, self.text_dropout, self.training),  # type: ignore[arg-type]
         )
         return self.teacher["projectors"](features)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from src.collectives import gather
 from src.datamodules.batches.image_text import ImageTextViewsBatch
 from src.errors import SettingError
-from src.models.backbones.image_encoder import Pool, cls_token_or_mean
 from src.models.functional import l2_normalize
 from src.models.heads.mlp import MlpHead
 from src.models.image_text.clip import CLIP
@@ -24,8 +25,7 @@ class SLIP(CLIP):
     The image tower encodes three views of an image: one is compared with the caption, the two others with each other.
 
     Args:
-        backbone, text, optimizer, embed_dim, temperature, max_logit_scale, mask_equal_texts, pool, micro_batch: see
-            `CLIP`.
+        backbone, text, optimizer, others: arguments of `CLIP`.
         hidden_dim: width of the two hidden layers of SimCLR's projector.
         projection_dim: width of its projections.
         ssl_temperature: of SimCLR's loss.
@@ -41,28 +41,13 @@ class SLIP(CLIP):
         text: TextTower,
         optimizer: OptimizerRecipe,
         *,
-        embed_dim: int | None = 512,
-        temperature: float = 0.07,
-        max_logit_scale: float | None = 100.0,
-        mask_equal_texts: bool = True,
-        pool: Pool = cls_token_or_mean,
-        micro_batch: int | None = None,
         hidden_dim: int = 4096,
         projection_dim: int = 256,
         ssl_temperature: float = 0.1,
         ssl_scale: float = 1.0,
+        **others: Any,
     ) -> None:
-        super().__init__(
-            backbone,
-            text,
-            optimizer,
-            embed_dim=embed_dim,
-            temperature=temperature,
-            max_logit_scale=max_logit_scale,
-            mask_equal_texts=mask_equal_texts,
-            pool=pool,
-            micro_batch=micro_batch,
-        )
+        super().__init__(backbone, text, optimizer, **others)
         if ssl_temperature <= 0 or ssl_scale < 0:
             raise SettingError(
                 f"model.ssl_temperature={ssl_temperature} must be above 0, model.ssl_scale={ssl_scale} at least 0"

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from src.datamodules.batches.base import optional_labels
 from src.datamodules.batches.image import MultiViewBatch
 from src.errors import SettingError
-from src.models.backbones.image_encoder import Pool, mean_patch
 from src.models.functional import full_precision, l2_normalize
 from src.models.heads.mlp import MlpHead
 from src.models.joint_embedding.base import two_views
 from src.models.joint_embedding.moco_v2 import MoCoV2
 from src.models.joint_embedding.queue import FeatureQueue
 from src.models.losses.contrastive import contrastive_accuracy, queue_info_nce
+from src.models.masked.masking import gather_tokens
 from src.models.pretrain_module import StepOutput
 from src.models.teacher import teacher_of
 from src.optim import OptimizerRecipe
@@ -37,7 +37,7 @@ class DenseCL(MoCoV2):
         dense_weight: share of the dense loss in the total, lambda in the paper; the global loss has the rest.
         queue_size: length of either queue; a multiple of the batch size.
         hidden_dim, projection_dim: widths of either projector, as in `MoCoV2`.
-        temperature, teacher_momentum, pool: as in `MoCoV2`.
+        others: temperature, teacher_momentum and pool, as in `MoCoV2`.
 
     Raises:
         SettingError: ``dense_weight`` is outside of [0, 1]; and as `MoCoV2`.
@@ -50,21 +50,12 @@ class DenseCL(MoCoV2):
         *,
         dense_weight: float = 0.5,
         queue_size: int = 65536,
-        temperature: float = 0.2,
         hidden_dim: int | None = None,
         projection_dim: int = 128,
-        teacher_momentum: float = 0.999,
-        pool: Pool = mean_patch,
+        **others: Any,
     ) -> None:
         super().__init__(
-            backbone,
-            optimizer,
-            queue_size=queue_size,
-            temperature=temperature,
-            hidden_dim=hidden_dim,
-            projection_dim=projection_dim,
-            teacher_momentum=teacher_momentum,
-            pool=pool,
+            backbone, optimizer, queue_size=queue_size, hidden_dim=hidden_dim, projection_dim=projection_dim, **others
         )
         if not 0 <= dense_weight <= 1:
             raise SettingError(f"model.dense_weight={dense_weight} must lie in [0, 1]")
@@ -85,7 +76,7 @@ class DenseCL(MoCoV2):
             key = l2_normalize(self.teacher["projector"](others.embedding))
             dense_projection = self.teacher["dense_projector"](others.patches)
             match = most_similar_position(features.patches, others.patches)
-            dense_key = l2_normalize(take_positions(dense_projection, match))
+            dense_key = l2_normalize(gather_tokens(dense_projection, match))
         global_loss = queue_info_nce(query, key, self.queue.features, temperature=self.temperature)
         dense_loss = queue_info_nce(
             dense_query.flatten(0, 1),
@@ -120,15 +111,15 @@ class DenseCL(MoCoV2):
         height, width = (side // cells * cells for side, cells in zip(first.shape[-2:], (rows, columns), strict=True))
         cells = rearrange(second[..., :height, :width], "b c (r h) (s w) -> b (r s) (c h w)", r=rows, s=columns)
         matched = rearrange(
-            take_positions(cells, match),
+            gather_tokens(cells, match),
             "b (r s) (c h w) -> b c (r h) (s w)",
             r=rows,
             c=first.shape[1],
             h=height // rows,
         )
-        shown = second.clone()
-        shown[..., :height, :width] = matched
-        return {"matched": torch.stack([first, second, shown], dim=1)}
+        assembled = second.clone()
+        assembled[..., :height, :width] = matched
+        return {"matched": torch.stack([first, second, assembled], dim=1)}
 
 
 @torch.no_grad()
@@ -144,14 +135,9 @@ def start_like_the_authors(projector: nn.Module) -> None:
 @torch.no_grad()
 @full_precision
 def most_similar_position(query: Tensor, key: Tensor) -> Tensor:
-    """The position of the key map whose vector has the highest cosine similarity with each of the query map: [B, N, D],
-    [B, M, D] -> int64 [B, N]."""
+    """Returns, for each position of the query map, the position of the key map with the highest cosine similarity:
+    [B, N, D], [B, M, D] -> int64 [B, N]."""
     return (l2_normalize(query) @ l2_normalize(key).mT).argmax(dim=2)
-
-
-def take_positions(x: Tensor, position: Tensor) -> Tensor:
-    """Takes vectors of a map by their positions: [B, M, D], int64 [B, N] -> [B, N, D]."""
-    return x.gather(1, position[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def matched_share(match: Tensor) -> Tensor:

@@ -153,8 +153,8 @@ class PixPro(JointEmbedding):
         match = matching_positions(crop_corners(batch), grid, self.max_distance)
         matched = torch.stack([match.any(dim=2), match.any(dim=1)], dim=1).unflatten(2, grid)
         bright = nn.functional.interpolate(matched.to(views.dtype), size=views.shape[-2:], mode="nearest")
-        shown = views * (0.25 + 0.75 * bright[:, :, None])
-        return {"matched": torch.cat([views, shown], dim=1)}
+        darkened = views * (0.25 + 0.75 * bright[:, :, None])
+        return {"matched": torch.cat([views, darkened], dim=1)}
 
 
 def value_transform(dim: int, layers: int) -> nn.Module:
@@ -187,7 +187,7 @@ def crop_corners(batch: MultiViewBatch) -> Tensor:
 @torch.no_grad()
 @full_precision
 def matching_positions(corners: Tensor, grid: tuple[int, ...], max_distance: float) -> Tensor:
-    """Which positions of the first view lie near which of the second: [B, 2, 4] -> bool [B, N, N].
+    """Returns True where a position of the first view lies near one of the second: [B, 2, 4] -> bool [B, N, N].
 
     Args:
         corners: edges of the views in the source image (`crop_corners`).

@@ -18,7 +18,7 @@ from src.models.backbones.plain_vit import check_plain_vit
 from src.models.heads.pixels import PixelHead
 from src.models.layers.initialization import start_class_token
 from src.models.losses.reconstruction import masked_l1
-from src.models.masked.group_masking import Fill, corrupt
+from src.models.masked.group_masking import Corruption
 from src.models.pretrain_module import PretrainModule, StepOutput
 from src.optim import OptimizerRecipe
 
@@ -35,8 +35,7 @@ class GMML(PretrainModule):
         backbone: a timm ViT without a head, see `check_plain_vit`.
         optimizer: AdamW in the paper.
         blocks: numbers, from 1, of the blocks whose outputs are averaged.
-        fill: "noise" or "zeros" in the place of dropped groups.
-        drop_share, alien_share, align, max_block: see `corrupt`.
+        fill, drop_share, alien_share, align, max_block: see `Corruption`.
         corrupted_only: the loss compares corrupted pixels alone, or else all pixels.
 
     Raises:
@@ -62,14 +61,8 @@ class GMML(PretrainModule):
         depth = len(backbone.blocks)
         if not blocks or not all(1 <= number <= depth for number in blocks):
             raise SettingError(f"model.blocks={list(blocks)} must be numbers from 1 to {depth}, the depth of the ViT")
-        if fill not in list(Fill):
-            raise SettingError(f"model.fill must be {' or '.join(Fill)}, got '{fill}'")
         self.blocks = sorted(set(blocks))
-        self.fill = Fill(fill)
-        self.drop_share = drop_share
-        self.alien_share = alien_share
-        self.align = align
-        self.max_block = max_block
+        self.corruption = Corruption(fill, drop_share, alien_share, align, max_block)
         self.corrupted_only = corrupted_only
         self.backbone = backbone
         self.grid: tuple[int, int] = backbone.patch_embed.grid_size
@@ -78,24 +71,13 @@ class GMML(PretrainModule):
 
     def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:
         views = batch["views"]
-        corrupted, masks = self.corrupt(views)
+        corrupted, masks = self.corruption(views)
         features = self.encode(corrupted.flatten(0, 1))
         prediction = self.head(features, self.grid)
         counted = masks if self.corrupted_only else torch.ones_like(masks)
         loss = masked_l1(prediction, views.flatten(0, 1), counted.flatten(0, 1), eps=0.0)
         embedding = features.detach().float().mean(dim=1).unflatten(0, views.shape[:2])[:, 0]
         return {"loss": loss, "logs": {"corrupted": masks.float().mean()}, "embedding": embedding}
-
-    def corrupt(self, views: Tensor) -> tuple[Tensor, Tensor]:
-        """Corrupts the views of a step, see `corrupt`."""
-        return corrupt(
-            views,
-            fill=self.fill,
-            drop_share=self.drop_share,
-            alien_share=self.alien_share,
-            align=self.align,
-            max_block=self.max_block,
-        )
 
     def encode(self, images: Tensor) -> Tensor:
         """Encodes images: [B, C, H, W] -> the patches' mean over `blocks` after the last norm, [B, N, D]."""
@@ -111,7 +93,7 @@ class GMML(PretrainModule):
     def visualize(self, batch: MultiViewBatch) -> Mapping[str, Tensor]:
         """The first view, corrupted and reconstructed."""
         views = batch["views"]
-        corrupted, _ = self.corrupt(views)
+        corrupted, _ = self.corruption(views)
         first = corrupted[:, 0]
         prediction = self.head(self.encode(first), self.grid).to(views.dtype)
         return {"reconstruction": torch.stack([views[:, 0], first, prediction], dim=1)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
@@ -65,40 +66,48 @@ def _span(draw: random.Random, side: int, align: int, max_block: float) -> tuple
     return begin, begin + round(min(length, side - begin) / align) * align
 
 
-def corrupt(
-    views: Tensor,
-    *,
-    fill: Fill,
-    drop_share: float,
-    alien_share: float,
-    align: int = 1,
-    max_block: float = 0.3,
-) -> tuple[Tensor, Tensor]:
-    """Corrupts views of images for GMML and SiT: corrupted [B, V, C, H, W], and where, bool [B, V, 1, H, W].
+@dataclass(frozen=True)
+class Corruption:
+    """Corrupts views of images for GMML and SiT: [B, V, C, H, W] -> corrupted [B, V, C, H, W], and where, bool
+    [B, V, 1, H, W].
 
     One half of the views, at random, has groups of at least half of its pixels (or ``drop_share``, if that is less)
     and at most ``drop_share`` replaced by noise or zeros. The other half has groups of ``alien_share`` replaced by the
     pixels at the same place in the same view of another image of this process's batch, which may be the image itself.
 
     Args:
-        views: [B, V, C, H, W].
-        fill: noise from N(0, 1), or zeros.
+        fill: "noise" from N(0, 1), or "zeros".
         drop_share: largest share of the pixels that noise or zeros replace.
         alien_share: likewise for pixels of another image; 0 for none of them.
         align, max_block: see `group_masks`.
+
+    Raises:
+        SettingError: an unknown fill; when called, those of `group_masks`.
     """
-    count, size = views.shape[:2], (views.shape[-2], views.shape[-1])
-    seeds = torch.rand(count)
-    is_alien = (torch.rand(count) < 0.5) if alien_share > 0 else torch.zeros(count, dtype=torch.bool)
-    other = torch.randint(count[0], count)
-    masks = torch.zeros(*count, 1, *size, dtype=torch.bool)
-    for chosen, largest in ((is_alien, alien_share), (~is_alien, drop_share)):
-        if chosen.any():
-            share = (min(0.5, largest), largest)
-            masks[chosen] = group_masks(seeds[chosen], size, share, align=align, max_block=max_block)
-    device = views.device
-    masks, is_alien, other = masks.to(device), is_alien.to(device), other.to(device)
-    aliens = views[other, torch.arange(count[1], device=device)]
-    replacement = torch.randn_like(views) if fill is Fill.noise else torch.zeros_like(views)
-    replacement = torch.where(is_alien[..., None, None, None], aliens, replacement)
-    return torch.where(masks, replacement, views), masks
+
+    fill: str
+    drop_share: float
+    alien_share: float
+    align: int = 1
+    max_block: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.fill not in list(Fill):
+            raise SettingError(f"model.fill must be {' or '.join(Fill)}, got '{self.fill}'")
+
+    def __call__(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        count, size = views.shape[:2], (views.shape[-2], views.shape[-1])
+        seeds = torch.rand(count)
+        is_alien = (torch.rand(count) < 0.5) if self.alien_share > 0 else torch.zeros(count, dtype=torch.bool)
+        other = torch.randint(count[0], count)
+        masks = torch.zeros(*count, 1, *size, dtype=torch.bool)
+        for chosen, largest in ((is_alien, self.alien_share), (~is_alien, self.drop_share)):
+            if chosen.any():
+                share = (min(0.5, largest), largest)
+                masks[chosen] = group_masks(seeds[chosen], size, share, align=self.align, max_block=self.max_block)
+        device = views.device
+        masks, is_alien, other = masks.to(device), is_alien.to(device), other.to(device)
+        aliens = views[other, torch.arange(count[1], device=device)]
+        replacement = torch.randn_like(views) if self.fill == Fill.noise else torch.zeros_like(views)
+        replacement = torch.where(is_alien[..., None, None, None], aliens, replacement)
+        return torch.where(masks, replacement, views), masks

@@ -21,7 +21,7 @@ from src.models.joint_embedding.base import two_views
 from src.models.layers.initialization import initialize_linear_layers, start_class_token
 from src.models.losses.contrastive import moco_v3_loss
 from src.models.losses.reconstruction import masked_l1
-from src.models.masked.group_masking import Fill, corrupt
+from src.models.masked.group_masking import Corruption
 from src.models.pretrain_module import PretrainModule, StepOutput
 from src.models.teacher import TeacherPair, disable_drop_path, teacher_of
 from src.optim import OptimizerRecipe
@@ -40,8 +40,7 @@ class SiT(PretrainModule):
     Args:
         backbone: a timm ViT with a class token and without a head, see `check_plain_vit`.
         optimizer: AdamW in the paper.
-        fill: "noise" or "zeros" in the place of dropped groups.
-        drop_share, alien_share, align, max_block: see `corrupt`.
+        fill, drop_share, alien_share, align, max_block: see `Corruption`.
         reconstruction_weight: weight of the reconstruction; the authors advise 5 for small data sets.
         temperature: similarities are divided by it.
         hidden_dim, projection_dim: widths of the projector.
@@ -73,15 +72,9 @@ class SiT(PretrainModule):
         check_plain_vit(backbone, "SiT")
         if backbone.cls_token is None:
             raise SettingError("backbone.class_token: SiT contrasts class tokens; set class_token=true")
-        if fill not in list(Fill):
-            raise SettingError(f"model.fill must be {' or '.join(Fill)}, got '{fill}'")
         if temperature <= 0:
             raise SettingError(f"model.temperature={temperature} must be above 0")
-        self.fill = Fill(fill)
-        self.drop_share = drop_share
-        self.alien_share = alien_share
-        self.align = align
-        self.max_block = max_block
+        self.corruption = Corruption(fill, drop_share, alien_share, align, max_block)
         self.reconstruction_weight = reconstruction_weight
         self.temperature = temperature
         self.teacher_momentum = teacher_momentum
@@ -95,7 +88,7 @@ class SiT(PretrainModule):
     def training_step(self, batch: MultiViewBatch, batch_idx: int) -> StepOutput:
         views = two_views(batch)
         shape = views.shape[:2]
-        corrupted, masks = self.corrupt(views)
+        corrupted, masks = self.corruption(views)
         features: Features = self.student["encoder"](corrupted.flatten(0, 1))
         query = l2_normalize(self.student["projector"](features.embedding)).unflatten(0, shape)
         with torch.no_grad():
@@ -116,17 +109,6 @@ class SiT(PretrainModule):
             "embedding": clean.embedding.unflatten(0, shape)[:, 0].float(),
         }
 
-    def corrupt(self, views: Tensor) -> tuple[Tensor, Tensor]:
-        """Corrupts the views of a step, see `corrupt`."""
-        return corrupt(
-            views,
-            fill=self.fill,
-            drop_share=self.drop_share,
-            alien_share=self.alien_share,
-            align=self.align,
-            max_block=self.max_block,
-        )
-
     def teacher_pairs(self) -> list[TeacherPair]:
         return [TeacherPair(self.student, self.teacher)]
 
@@ -136,7 +118,7 @@ class SiT(PretrainModule):
     def visualize(self, batch: MultiViewBatch) -> Mapping[str, Tensor]:
         """The first view, corrupted and reconstructed."""
         views = batch["views"]
-        first = self.corrupt(views)[0][:, 0]
+        first = self.corruption(views)[0][:, 0]
         features: Features = self.student["encoder"](first)
         prediction = self.pixels(features.patches, features.grid).to(views.dtype)
         return {"reconstruction": torch.stack([views[:, 0], first, prediction], dim=1)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,6 @@ from src.collectives import gather, gather_rows
 from src.datamodules.batches.base import labels_of
 from src.datamodules.batches.image import MultiViewBatch
 from src.errors import SettingError
-from src.models.backbones.image_encoder import Pool, mean_patch
 from src.models.joint_embedding.moco_v2 import MoCoV2
 from src.models.losses.contrastive import leave_one_out
 from src.optim import OptimizerRecipe
@@ -29,8 +30,9 @@ class LOOK(MoCoV2):
     are those of a micro-batch.
 
     Args:
-        neighbors: k. With that of all candidates every image of a class attracts, as in `SupCon`.
-        queue_size, temperature, hidden_dim, projection_dim, teacher_momentum, pool: as in `MoCoV2`.
+        neighbors: k. If it is the number of all candidates, every image of the class attracts, as in `SupCon`.
+        temperature: similarities are divided by it.
+        others: arguments of `MoCoV2`.
 
     Raises:
         SettingError: ``neighbors`` is below 1; and as `MoCoV2`.
@@ -43,23 +45,10 @@ class LOOK(MoCoV2):
         optimizer: OptimizerRecipe,
         *,
         neighbors: int = 400,
-        queue_size: int = 65536,
         temperature: float = 0.1,
-        hidden_dim: int | None = None,
-        projection_dim: int = 128,
-        teacher_momentum: float = 0.999,
-        pool: Pool = mean_patch,
+        **others: Any,
     ) -> None:
-        super().__init__(
-            backbone,
-            optimizer,
-            queue_size=queue_size,
-            temperature=temperature,
-            hidden_dim=hidden_dim,
-            projection_dim=projection_dim,
-            teacher_momentum=teacher_momentum,
-            pool=pool,
-        )
+        super().__init__(backbone, optimizer, temperature=temperature, **others)
         if neighbors < 1:
             raise SettingError(f"model.neighbors={neighbors} must be at least 1")
         self.neighbors = neighbors

@@ -11,7 +11,7 @@ from src.models.backbones.small_images import small_image_resnet
 
 
 def test_the_stem_keeps_the_resolution_or_halves_it() -> None:
-    """Of 32 pixels the four stages leave 4 x 4 positions, 2 x 2 with a stride; ImageNet's stem leaves one."""
+    """The four stages reduce 32 pixels to 4 x 4 positions, and to 2 x 2 if the stem has a stride of 2."""
     for stride, side in ((1, 4), (2, 2)):
         net = small_image_resnet(
             "resnet18", stem_stride=stride, channels=[4, 8, 8, 8], layers=[1, 1, 1, 1], num_classes=0

@@ -166,7 +166,7 @@ def test_the_next_phase_takes_heads_and_teacher_and_interpolates_positions():
 
 
 class Trainer:
-    """Of `ClipEachPart` nothing is asked of it."""
+    """Stands for the trainer, which `ClipEachPart` does not use."""
 
 
 def test_each_part_is_clipped_on_its_own():

@@ -41,7 +41,7 @@ def dot(x: list[float], y: list[float]) -> float:
 
 
 def centers(box: list[float], flipped: bool) -> list[tuple[float, float]]:
-    """Of 2 x 2 positions, in source pixels; a mirrored view begins at its right edge."""
+    """Distances of 2 x 2 positions in source pixels; a mirrored view begins at its right edge."""
     left, top, right, bottom = box
     columns = [left + (right - left) * share for share in ((0.75, 0.25) if flipped else (0.25, 0.75))]
     return [(x, top + (bottom - top) * share) for share in (0.25, 0.75) for x in columns]

@@ -47,7 +47,7 @@ def test_the_head_reconstructs_each_patch_from_its_token():
 def test_the_loss_of_a_step_is_the_mean_over_the_counted_pixels(corrupted_only):
     method, data = build(corrupted_only=corrupted_only), batch()
     torch.manual_seed(3)
-    corrupted, masks = method.corrupt(data["views"])
+    corrupted, masks = method.corruption(data["views"])
     errors = []
     for b in range(3):
         for v in range(2):
@@ -71,7 +71,7 @@ def test_visualizations_show_the_view_corrupted_and_reconstructed():
     torch.manual_seed(4)
     original, corrupted, filled = method.visualize(data)["reconstruction"].unbind(dim=1)
     torch.manual_seed(4)
-    expected = method.corrupt(data["views"])[0][:, 0]
+    expected = method.corruption(data["views"])[0][:, 0]
     assert torch.equal(original, data["views"][:, 0])
     assert torch.equal(corrupted, expected)
     assert torch.equal(filled, method.head(method.encode(expected), (4, 4)))

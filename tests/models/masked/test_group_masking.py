@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from src.errors import SettingError
-from src.models.masked.group_masking import Fill, corrupt, group_masks
+from src.models.masked.group_masking import Corruption, group_masks
 
-OPTIONS: dict[str, Any] = {"fill": Fill.noise, "drop_share": 0.75, "alien_share": 0.3}
+OPTIONS: dict[str, Any] = {"fill": "noise", "drop_share": 0.75, "alien_share": 0.3}
 
 
 def seeds(count: int) -> torch.Tensor:
@@ -49,7 +49,7 @@ def test_half_of_the_views_have_parts_of_the_same_view_of_another_image_and_the_
     torch.manual_seed(0)
     views = torch.arange(40.0).view(40, 1, 1, 1, 1) + torch.tensor([0.0, 100.0]).view(1, 2, 1, 1, 1)
     views = views.expand(-1, -1, 3, 32, 32)
-    corrupted, masks = corrupt(views, **OPTIONS)
+    corrupted, masks = Corruption(**OPTIONS)(views)
     assert torch.equal(corrupted[~masks.expand_as(views)], views[~masks.expand_as(views)])
     aliens = 0
     for b in range(40):
@@ -69,7 +69,7 @@ def test_half_of_the_views_have_parts_of_the_same_view_of_another_image_and_the_
 
 def test_without_aliens_every_view_has_the_fill():
     views = torch.full((4, 2, 3, 16, 16), 5.0)
-    corrupted, masks = corrupt(views, fill=Fill.zeros, drop_share=0.4, alien_share=0.0)
+    corrupted, masks = Corruption("zeros", drop_share=0.4, alien_share=0.0)(views)
     assert torch.equal(corrupted == 0, masks.expand_as(views))
     assert masks.float().mean(dim=(2, 3, 4)).min() >= 0.4
 
