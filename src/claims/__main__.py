@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"make claim has no option '{rest[0]}'{nearest(rest[0].partition('=')[0], OPTIONS)}")
     folder = Path(options.get("out") or PROJECT / "docs")
     if "--write" in argv:
-        _write(folder, _read(folder))
+        results = _read(folder)
+        _write(folder, results, _outdated(results))
         return 0
     measure_all = options.get("all", "false") == "true"
     if not options.get("claim") and not measure_all:
@@ -69,36 +70,54 @@ def measure(
         again: a key of ``REPEATED``; None measures only what is missing.
         data: the only data set to measure on now; None for all of the claims'.
         workers: see `ledger.measure`.
+
+    Raises:
+        UserError: a training was stopped; and after all others were measured, claims that cannot be.
     """
-    repeated = REPEATED[again] if again else ()
-    stored = {
-        name: entry
-        | {
-            kind: {key: run for key, run in entry.get(kind, {}).items() if not any(word in run for word in repeated)}
-            for kind in ("runs", "floors")
-        }
-        for name, entry in _read(folder).items()
-    }
+    results = _read(folder)
+    outdated = _outdated(results)
+    plans: dict[str, ledger.Plan] = {}
+    problems = []
+    for claim in claims:  # all are checked before anything is trained
+        print(f"claim: {claim.name}: {claim.title}", flush=True)
+        try:
+            plan = ledger.plan(claim, _without_repeated(results.get(claim.name, {}), again), data)
+        except UserError as problem:
+            problems.append(str(problem))
+            continue
+        for source, differences in plan.entry["difference"].items():
+            for key, (baseline, claimed) in differences.items():
+                values = f"{baseline} in '{claim.arms[0].name}', {claimed} in '{claim.arms[1].name}'"
+                print(f"  {source}: {key}: {values}", flush=True)
+        plans[claim.name] = plan
+        outdated[claim.name] = set()  # a plan has results of today's recipe alone
 
     def save(name: str, entry: dict[str, Any]) -> None:
         # read again: another claim may be measured at the same time
-        _write(folder, _read(folder) | {name: entry})
+        _write(folder, _read(folder) | {name: entry}, outdated)
 
-    for claim in claims:
-        print(f"claim: {claim.name}: {claim.title}", flush=True)
-        for source in claim.data:
-            for key, (baseline, claimed) in claim.difference(source).items():
-                values = f"{baseline} in '{claim.arms[0].name}', {claimed} in '{claim.arms[1].name}'"
-                print(f"  {source}: {key}: {values}", flush=True)
     run_folder = None if again == "all" else RUN_FOLDER  # failed trainings are never kept there
-    entries = ledger.measure(claims, stored=stored, save=save, data=data, run_folder=run_folder, workers=workers)
+    entries = ledger.measure(plans, save=save, run_folder=run_folder, workers=workers)
+    results = _read(folder) | entries
+    _write(folder, results, _outdated(results))
     for claim in claims:
-        for source in claim.data:
+        for source in claim.data if claim.name in entries else ():
             for metric in claim.metrics_on(source):
                 result = ledger.outcome(claim, entries[claim.name], source, metric)
                 note = f" ({result.note})" if result.note else ""
                 print(f"  {claim.name} on {source}, {metric.name}: {result.verdict}{note}", flush=True)
     print(f"claim: wrote {folder / 'claims.md'}")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _without_repeated(entry: dict[str, Any], again: str | None) -> dict[str, Any]:
+    """Returns a claim's entry without the results that ``again`` asks to measure again."""
+    repeated = REPEATED[again] if again else ()
+    return entry | {
+        kind: {key: run for key, run in entry.get(kind, {}).items() if not any(word in run for word in repeated)}
+        for kind in ("runs", "floors")
+    }
 
 
 def show() -> None:
@@ -109,7 +128,7 @@ def show() -> None:
         rows.add_column(column, no_wrap=column == "claim")
     for name in configuration.names("claim"):
         claim = load(name)
-        rows.add_row(name, claim.title, ledger.standing(claim, results.get(name, {})))
+        rows.add_row(name, claim.title, ledger.overall_verdict(claim, results.get(name, {})))
     console = Console()
     console.print(rows)
     console.print("\nmeasure one with: make claim CLAIM=<claim>, all missing ones with: make claims")
@@ -120,10 +139,14 @@ def _read(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def _write(folder: Path, results: dict[str, Any]) -> None:
+def _outdated(results: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Returns claim -> data sets measured with an earlier recipe. It composes every claim, which takes seconds."""
+    return {name: ledger.outdated(load(name), results.get(name, {})) for name in configuration.names("claim")}
+
+
+def _write(folder: Path, results: dict[str, Any], outdated: Mapping[str, set[str]]) -> None:
     claims = [load(name) for name in configuration.names("claim")]
     write_atomically(folder / "claims.json", json.dumps(results, indent=2, sort_keys=True) + "\n")
-    outdated = {claim.name: ledger.outdated(claim, results.get(claim.name, {})) for claim in claims}
     write_atomically(folder / "claims.md", page.render(results, claims, outdated))
 
 

@@ -50,60 +50,73 @@ class Job:
     start: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is stored of a claim, and what is missing.
+
+    Args:
+        entry: ``claim``, the arms' ``difference`` by data set, ``runs``: for "<data>/<seed>/<arm>" the ``values`` by
+            metric and what was ``spent``, or why it ``failed``, and ``floors``: for "<data>/<seed>" likewise. Each says
+            where it was measured.
+        missing: the runs and floors that the entry lacks.
+    """
+
+    entry: dict[str, Any]
+    missing: Sequence[Job]
+
+
 def measure(
-    claims: Sequence[Claim],
+    plans: Mapping[str, Plan],
     *,
-    stored: Mapping[str, Any],
     save: Callable[[str, dict[str, Any]], None],
-    data: str | None = None,
     run_folder: Path | None = None,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Trains and evaluates both arms with every seed on every data set, pair by pair, and measures the floors.
-
-    A floor is the score of the second arm's network before its first step. No floor is measured for arms started from a
-    checkpoint, for claims that something gets lower, or for metrics that are only logged in training.
+    """Trains and evaluates what the plans of claims lack, claim by claim and pair by pair.
 
     Args:
-        stored: the ledger; runs of the same recipe and metrics are not repeated.
+        plans: of each claim, by its name.
         save: receives a claim's name and its entry after each of its runs.
-        data: the only data set to measure on now; None for all of the claims'.
         run_folder: where trained runs are kept for other claims and metrics, see `RunCache`; None deletes them.
         workers: runs that are trained side by side, each on one thread; 1 trains in this process, on all of them.
 
     Returns:
-        Claim -> its entry: ``claim``, the arms' ``difference`` by data set, ``runs``: for "<data>/<seed>/<arm>" the
-        ``values`` by metric and what was ``spent``, or why it ``failed``, and ``floors``: for "<data>/<seed>" likewise.
-        Each says where it was measured.
+        Claim -> its entry.
 
     Raises:
-        UserError: the arms differ in more than the claim lists, a claim has no such ``data``, or a training was
-            stopped.
+        UserError: a training was stopped.
     """
-    entries: dict[str, Any] = {}
-    missing: list[Job] = []
-    for claim in claims:  # all are checked before anything is trained
-        entries[claim.name], jobs = plan(claim, stored.get(claim.name, {}), data)
-        missing += jobs
+    entries = {
+        name: {**plan.entry, "runs": {**plan.entry["runs"]}, "floors": {**plan.entry["floors"]}}
+        for name, plan in plans.items()
+    }
+    missing = [job for plan in plans.values() for job in plan.missing]
     with tempfile.TemporaryDirectory() as temporary:
         progress = Progress(len(missing))
         measure_one = partial(measure_job, run_folder=run_folder or Path(temporary))
         for job, result in side_by_side.results(missing, measure_one, workers):
             entries[job.claim][job.kind][job.key] = result
             save(job.claim, entries[job.claim])
-            progress.report(_words(job, result))
+            progress.report(_described(job, result))
     return entries
 
 
-def plan(claim: Claim, stored: Mapping[str, Any], data: str | None = None) -> tuple[dict[str, Any], list[Job]]:
-    """Returns a claim's entry with the stored runs that today's recipe still has, and the jobs that are missing in it.
+def plan(claim: Claim, stored: Mapping[str, Any], data: str | None = None) -> Plan:
+    """Returns what has to be measured of a claim: both arms with every seed on every data set, and the floors.
+
+    A floor is the score of the second arm's network before its first step. No floor is measured for arms started from a
+    checkpoint, for claims that something gets lower, or for metrics that are only logged in training.
+
+    Args:
+        stored: the claim's earlier entry. Runs of another recipe, or with other metrics, are dropped.
+        data: the only data set to measure on now; None for all of the claim's.
 
     Raises:
-        UserError: see `measure`.
+        UserError: the arms differ in more than the claim lists, a metric cannot be computed on its split, or the claim
+            has no such ``data``.
     """
     if data not in (None, *claim.data):
         raise UserError(f"data={data}: claim '{claim.name}' is measured on {', '.join(claim.data)}")
-    # both checks come before any training
     differences = {source: claim.difference(source) for source in claim.data}
     _check_splits(claim)
     jobs = [
@@ -134,8 +147,7 @@ def plan(claim: Claim, stored: Mapping[str, Any], data: str | None = None) -> tu
         },
         **kept,
     }
-    missing = [job for job in jobs if job.key not in kept[job.kind] and data in (None, job.key.split("/")[0])]
-    return entry, missing
+    return Plan(entry, [job for job in jobs if job.key not in kept[job.kind] and data in (None, job.key.split("/")[0])])
 
 
 def _check_splits(claim: Claim) -> None:
@@ -146,7 +158,7 @@ def _check_splits(claim: Claim) -> None:
     for source in claim.data:
         for arm in claim.arms:
             for name, spec in claim.metrics_of(arm, source).items():
-                splits = Metric.parse(spec).splits
+                splits = Metric(**spec).splits
                 if claim.split not in splits:
                     raise UserError(
                         f"claim '{claim.name}': split={claim.split}, but {name} is measured on {' or '.join(splits)}"
@@ -169,7 +181,7 @@ def measure_job(job: Job, run_folder: Path) -> dict[str, Any]:
     return head | _measure_run(job.training, config, trained_run)
 
 
-def _words(job: Job, result: Mapping[str, Any]) -> str:
+def _described(job: Job, result: Mapping[str, Any]) -> str:
     """Returns a result in words."""
     values = ", ".join(f"{value:.4g}" for value in result.get("values", {}).values())
     floor = ", random start" if job.kind == "floors" else ""
@@ -214,7 +226,7 @@ def _floor_metrics(claim: Claim, data: str) -> dict[str, Any]:
     metrics = {
         metric.name: specs[metric.name]
         for metric in claim.metrics_on(data)
-        if metric.direction == "higher" and Metric.parse(specs[metric.name]).untrained
+        if metric.direction == "higher" and Metric(**specs[metric.name]).untrained
     }
     return {"metrics": metrics, "split": claim.split} if metrics and claim.start is None else {}
 
@@ -304,7 +316,7 @@ def outcome(claim: Claim, entry: Mapping[str, Any], data: str, metric: ClaimMetr
     failed: dict[str, str] = {}
     missing = 0
     for seed in claim.seeds:
-        pair = [runs.get(key_of(data, seed, name)) for name in names]
+        pair = [_of_metric(runs.get(key_of(data, seed, name)), metric) for name in names]
         missing += sum(run is None for run in pair)
         failed |= {
             f"{seed}/{name}": run["failed"] for name, run in zip(names, pair, strict=True) if run and "failed" in run
@@ -330,7 +342,12 @@ def outcome(claim: Claim, entry: Mapping[str, Any], data: str, metric: ClaimMetr
     return Outcome(result, pairs, failed, difference, note)
 
 
-def standing(claim: Claim, entry: Mapping[str, Any]) -> str:
+def _of_metric(run: Mapping[str, Any] | None, metric: ClaimMetric) -> Mapping[str, Any] | None:
+    """Returns a run, None if it was measured without the metric."""
+    return None if run is None or metric.name not in run.get("values", {metric.name: None}) else run
+
+
+def overall_verdict(claim: Claim, entry: Mapping[str, Any]) -> str:
     """Returns the verdict on a claim as a whole: the one that all of its metrics give on all of its data sets, or
     "in part" where only some of them reproduce it."""
     verdicts = {outcome(claim, entry, data, metric).verdict for data in claim.data for metric in claim.metrics_on(data)}

@@ -41,11 +41,6 @@ class Metric:
     value: str
     encoder: str | None = None
 
-    @classmethod
-    def parse(cls, spec: Mapping[str, Any]) -> Metric:
-        """Returns the metric that an entry of `Claim.metrics_of` describes."""
-        return cls(**spec)
-
     @property
     def untrained(self) -> bool:
         """True if an untrained network has this number too."""
@@ -72,7 +67,7 @@ def values_of(specs: Mapping[str, Mapping[str, Any]], subject: RunSubject) -> di
     Raises:
         UserError: an evaluation is not applicable or does not report the number, or it is not finite.
     """
-    metrics = {name: Metric.parse(spec) for name, spec in specs.items()}
+    metrics = {name: Metric(**spec) for name, spec in specs.items()}
     evaluations = {name: evaluation_of(subject.config, metric.evaluation) for name, metric in metrics.items()}
     values = {}
     for encoder in {metric.encoder: None for metric in metrics.values()}:

@@ -8,7 +8,17 @@ from dataclasses import replace
 from typing import Any
 
 from src.claims.claim import BUDGETS, Claim, ClaimMetric, parse
-from src.claims.ledger import FAILED, IN_PART, NOT_MEASURED, UNFINISHED, Outcome, floors_of, key_of, outcome, standing
+from src.claims.ledger import (
+    FAILED,
+    IN_PART,
+    NOT_MEASURED,
+    UNFINISHED,
+    Outcome,
+    floors_of,
+    key_of,
+    outcome,
+    overall_verdict,
+)
 from src.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, PairedDifference
 from src.measure import machine
 from src.measure.report import table
@@ -69,18 +79,18 @@ def render(
 
 def _count(entries: Sequence[tuple[Claim, Mapping[str, Any]]], outdated: Collection[str]) -> str:
     """Returns the sentence with the number of claims in each state."""
-    states = ["*earlier*" if claim.name in outdated else standing(claim, entry) for claim, entry in entries]
-    words = {
+    states = [_EARLIER if claim.name in outdated else overall_verdict(claim, entry) for claim, entry in entries]
+    texts = {
         REPRODUCED: "reproduced",
         IN_PART: "reproduced in part",
         NOT_REPRODUCED: "not reproduced",
         INCONCLUSIVE: "inconclusive",
-        "*earlier*": "measured with an earlier recipe alone",
+        _EARLIER: "measured with an earlier recipe alone",
         UNFINISHED: "unfinished",
         NOT_MEASURED: "not measured yet",
     }
-    others = sum(state not in words for state in states)
-    parts = [f"{states.count(state)} {text}" for state, text in words.items() if state in states]
+    others = sum(state not in texts for state in states)
+    parts = [f"{states.count(state)} {text}" for state, text in texts.items() if state in states]
     parts += [f"{others} without a verdict"] if others else []
     return f"**Of {len(states)} claims: {', '.join(parts)}.**" if states else ""
 

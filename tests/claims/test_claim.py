@@ -53,7 +53,7 @@ def test_every_claim_of_the_project_can_be_measured(name: str) -> None:
     for data in found.data:
         for arm in found.arms:
             specs = found.metrics_of(arm, data).values()
-            assert all(found.split in Metric.parse(spec).splits for spec in specs)
+            assert all(found.split in Metric(**spec).splits for spec in specs)
         assert found.difference(data)
     assert as_dict(parse(name, as_dict(found))) == as_dict(found)
     assert len(found.seeds) > 1

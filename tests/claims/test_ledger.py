@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,16 @@ def outcome(of: Claim, stored: dict[str, Any], data: str = "scenes") -> ledger.O
     return ledger.outcome(of, stored, data, of.metrics[0])
 
 
-def measure(of: Claim, stored: dict[str, Any] | None = None, save: Any = None, **options: Any) -> dict[str, Any]:
+def measure(
+    of: Claim, stored: dict[str, Any] | None = None, save: Any = None, data: str | None = None, **options: Any
+) -> dict[str, Any]:
     """Measures one claim."""
-    entries = ledger.measure(
-        [of],
-        stored={of.name: stored} if stored else {},
-        save=lambda name, entry: save and save(json.loads(json.dumps(entry))),
-        **options,
-    )
-    return entries[of.name]
+
+    def save_copy(name: str, entry: dict[str, Any]) -> None:
+        if save:
+            save(json.loads(json.dumps(entry)))
+
+    return ledger.measure({of.name: ledger.plan(of, stored or {}, data)}, save=save_copy, **options)[of.name]
 
 
 def rank(**changes: Any) -> list[dict[str, Any]]:
@@ -137,7 +139,7 @@ class TestOutcome:
         assert note(9.0, 9.0) == ""
 
 
-class TestStanding:
+class TestOverallVerdict:
     """A claim with two metrics on two data sets: retrieval judges on emoji, the rank on both."""
 
     of = claim(
@@ -156,12 +158,12 @@ class TestStanding:
 
     def test_all_metrics_on_all_data_sets_or_in_part(self) -> None:
         more, same, fewer = [2.0, 3.1, 3.9], [1.0, 2.1, 2.9], [0.0, 1.1, 2.1]
-        assert ledger.standing(self.of, self.entry(more, more, fewer)) == "reproduced"
-        assert ledger.standing(self.of, self.entry(more, more, more)) == "in part"
-        assert ledger.standing(self.of, self.entry(more, same, more)) == "in part"
-        assert ledger.standing(self.of, self.entry(same, same, same)) == "not reproduced"
-        assert ledger.standing(self.of, self.entry(more, more[:2], fewer[:2])) == "unfinished"
-        assert ledger.standing(self.of, {}) == "not measured yet"
+        assert ledger.overall_verdict(self.of, self.entry(more, more, fewer)) == "reproduced"
+        assert ledger.overall_verdict(self.of, self.entry(more, more, more)) == "in part"
+        assert ledger.overall_verdict(self.of, self.entry(more, same, more)) == "in part"
+        assert ledger.overall_verdict(self.of, self.entry(same, same, same)) == "not reproduced"
+        assert ledger.overall_verdict(self.of, self.entry(more, more[:2], fewer[:2])) == "unfinished"
+        assert ledger.overall_verdict(self.of, {}) == "not measured yet"
 
     def test_the_page_opens_with_the_count_and_has_a_row_for_each_metric(self) -> None:
         more, fewer = [2.0, 3.1, 3.9], [0.0, 1.1, 2.1]
@@ -522,20 +524,51 @@ def test_without_a_name_they_are_listed(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_forgetting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[set[str]] = []
+    planned: list[set[str]] = []
     elsewhere: list[bool] = []
 
-    def measure(
-        claims: list[Claim], *, stored: dict[str, Any], save: Any, data: None, run_folder: Path | None, workers: int
-    ) -> dict[str, Any]:
-        seen.append(set(stored["more"]["runs"]))
-        elsewhere.append(run_folder is None)
-        return {"more": entry(claims[0], stored["more"]["runs"])}
+    def plan(of: Claim, stored: dict[str, Any], data: None) -> ledger.Plan:
+        planned.append(set(stored["runs"]))
+        return ledger.Plan(entry(of, stored["runs"]) | {"floors": {}}, [])
 
+    def measure(plans: dict[str, ledger.Plan], *, save: Any, run_folder: Path | None, workers: int) -> dict[str, Any]:
+        elsewhere.append(run_folder is None)
+        return {name: of.entry for name, of in plans.items()}
+
+    monkeypatch.setattr(ledger, "plan", plan)
     monkeypatch.setattr(ledger, "measure", measure)
     found = runs([1.0, 2.0, 3.0], [2.0, broken("nan"), 4.0])
-    (tmp_path / "claims.json").write_text(json.dumps({"more": entry(claim(), found)}))
     for again in (None, "failed", "all"):
+        (tmp_path / "claims.json").write_text(json.dumps({"more": entry(claim(), found)}))
         command.measure([claim()], tmp_path, again)
-    assert seen == [set(found), set(found) - {"scenes/1/more"}, set()]
+    assert planned == [set(found), set(found) - {"scenes/1/more"}, set()]
     assert elsewhere == [False, False, True]  # of a training that failed nothing is kept
+
+
+def test_a_claim_that_cannot_be_measured_does_not_keep_others_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    """Its problem is told at the end; a title that was changed is stored although nothing is missing."""
+    measured: list[str] = []
+
+    def one_run(job: result_cache.TrainingJob, *_: Any) -> dict[str, Any]:
+        measured.append(job.overrides[-2])
+        return {"values": {"effective rank": 1.0}, "spent": {"steps": 1}}
+
+    monkeypatch.setattr(ledger, "_measure_run", one_run)
+    bad = replace(claim(differs=["optimizer"]), name="bad")
+    with pytest.raises(UserError, match="claim 'bad' on scenes: the arms differ in keys"):
+        command.measure([bad, claim(seeds=[0])], tmp_path)
+    assert len(measured) == 2
+    command.measure([claim(seeds=[0], title="Less is less")], tmp_path)
+    assert len(measured) == 2
+    stored = json.loads((tmp_path / "claims.json").read_text())
+    assert stored.keys() == {"more"}
+    assert stored["more"]["claim"]["title"] == "Less is less"
+
+
+def test_a_metric_that_a_stored_run_lacks_is_not_measured_yet() -> None:
+    of = claim(metrics=[RANK, RANK | {"name": "std", "value": "health/feature_std"}])
+    stored = {"runs": runs([1.0, 2.0, 3.0], [2.0, 3.1, 3.9])}
+    assert ledger.outcome(of, stored, "scenes", of.metrics[1]).verdict == "unfinished"
+    assert ledger.overall_verdict(of, stored) == "unfinished"

@@ -59,9 +59,9 @@ def test_not_applicable_evaluations_are_refused(tmp_path):
 
 def test_logged_values_have_a_split_and_no_random_baseline():
     logged = {"evaluation": {"_target_": "src.claims.metrics.Logged"}}
-    health, online = (Metric.parse(logged | {"value": value}) for value in ("health/feature_std", "eval/knn_top1"))
+    health, online = (Metric(**logged | {"value": value}) for value in ("health/feature_std", "eval/knn_top1"))
     assert (health.splits, online.splits, health.untrained) == (("train",), ("val",), False)
-    other = Metric.parse({"evaluation": "knn", "value": "knn_top1"})
+    other = Metric("knn", "knn_top1")
     assert (other.splits, other.untrained) == (("test", "val"), True)
     assert Logged()(subject({}, bands(), logged={"a": 1.0})) == {"a": 1.0}
 
