@@ -27,7 +27,8 @@ from src.measure.side_by_side import default_workers, workers_of
 from src.trained import split_arguments
 
 OPTIONS = ("only", "quick", "again", "out", "data", "workers")
-LONG = {"learning": learning, "methods": methods, "gauntlet": gauntlet}
+# these measure for hours: finished runs are stored and not repeated. Their options, besides those of all parts
+LONG = {"learning": (learning, ("data",)), "methods": (methods, ("workers",)), "gauntlet": (gauntlet, ("data",))}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,13 +39,18 @@ def main(argv: Sequence[str]) -> int:
     data = (options["data"],) if "data" in options else DATA
     if not set(data) <= set(DATA):
         raise UserError(f"data must be {' or '.join(DATA)}, not '{data[0]}'{nearest(data[0], DATA)}")
-    workers = workers_of(options.get("workers"), default_workers())
+    own: dict[str, Any] = {"data": data, "workers": workers_of(options.get("workers"), default_workers())}
+    chosen = _chosen(options.get("only") or ",".join(PARTS))
+    for key in own.keys() & options.keys():
+        if not any(key in LONG[name][1] for name in chosen if name in LONG):
+            takes = [name for name, (_, keys) in LONG.items() if key in keys]
+            raise UserError(f"{key}={options[key]}: none of {', '.join(chosen)} takes it, only {' and '.join(takes)}")
     folder = Path(options.get("out") or PROJECT / ("cache/bench" if quick else "docs"))
     results = _read(folder)
     if "--write" in argv:
         _write(folder, results)
         return 0
-    for name in _chosen(options.get("only") or ",".join(PARTS)):
+    for name in chosen:
         print(f"bench: {name} …", flush=True)
         about = machine.about()
 
@@ -53,10 +59,9 @@ def main(argv: Sequence[str]) -> int:
             _write(folder, results)
 
         if name in LONG:
-            # these measure for hours: finished runs are stored and not repeated
+            part, keys = LONG[name]
             stored = {} if again else results.get(name, {}).get("result", {})
-            own: dict[str, Any] = {"workers": workers} if name == "methods" else {"data": data}
-            save(LONG[name].measure(quick, stored=stored, save=save, **own))
+            save(part.measure(quick, stored=stored, save=save, **{key: own[key] for key in keys}))
         else:
             save(PARTS[name].measure(quick))
     print(f"bench: wrote {folder / 'benchmarks.md'}")

@@ -24,6 +24,7 @@ CORE_SECONDS = 360.0  # three minutes of two cores
 LEFT_OUT = ("mae_tiny",)  # mae_vitb at this scale under another name
 TEACHERS = ("DINO", "DINOv2", "IJEPA", "iBOT")  # methods whose paper evaluates the teacher
 LOWER = ("eval/abs_rel", "eval/normals_mean")  # errors, which have no points
+EVALUATIONS = {"knn_top1": "knn", "zeroshot_top1": "zeroshot"}  # of trained encoders and towers; others log their own
 TITLES = {
     "knn_top1": "kNN, top-1",
     "zeroshot_top1": "zero-shot, top-1",
@@ -87,19 +88,19 @@ def measure(
         for name in names
     }
     recipes = {key: result_cache.fingerprint(job.config()) for key, job in jobs.items()}
-    found = {
+    runs = {
         key: run
         for key, run in (stored or {}).get("runs", {}).items()
         if key in recipes and run["recipe"] == recipes[key]
     }
-    missing = [key for key in jobs if key not in found]
+    missing = [key for key in jobs if key not in runs]
     progress = side_by_side.Progress(len(missing))
     measure_one = partial(_measure_run, jobs={key: jobs[key] for key in missing})
     for key, run in side_by_side.results(missing, measure_one, workers or side_by_side.default_workers()):
-        found[key] = run | {"recipe": recipes[key]}
-        save({"runs": dict(found)})
+        runs[key] = run | {"recipe": recipes[key]}
+        save({"runs": dict(runs)})
         progress.report(f"{key}: {run['metric']} {run['start']:.3f} to {run['end']:.3f}, {run['core_seconds']:.0f} s")
-    return {"runs": found}
+    return {"runs": runs}
 
 
 def _measure_run(key: str, jobs: Mapping[str, TrainingJob]) -> dict[str, Any]:
@@ -127,15 +128,14 @@ def _measure_run(key: str, jobs: Mapping[str, TrainingJob]) -> dict[str, Any]:
 
 def score(config: DictConfig, trained: result_cache.TrainedRun | None, metric: str) -> float:
     """Returns the number of a trained run, or of its random start for None."""
-    if metric.startswith("eval/"):  # of the method's own validation
+    if metric not in EVALUATIONS:  # of the method's own validation
         if trained is not None:
             return float(trained.run.metrics()["train"][metric])
         trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
         (values,) = trainer.validate(fresh(config), configuration.instantiate(config.data), verbose=False)
         return float(values[metric])
-    evaluation = metric.split("_")[0]
     teacher = str(config.model._target_).rsplit(".", 1)[-1] in TEACHERS
-    spec = {"evaluation": evaluation, "value": metric, "encoder": "teacher" if teacher else None}
+    spec = {"evaluation": EVALUATIONS[metric], "value": metric, "encoder": "teacher" if teacher else None}
     subject = RunSubject(
         config if trained is None else trained.run.config(), None if trained is None else trained.run.last
     )

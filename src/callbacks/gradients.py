@@ -57,9 +57,11 @@ class ClipEachPart(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for name, parameter in pl_module.named_parameters():
-            found = [part for part in self.parts if re.search(part, name)]
-            if parameter.requires_grad and len(found) != 1:
-                raise SettingError(f"callbacks.gradient_clip.parts: '{name}' must match one of the parts, not {found}")
+            matching = [part for part in self.parts if re.search(part, name)]
+            if parameter.requires_grad and len(matching) != 1:
+                raise SettingError(
+                    f"callbacks.gradient_clip.parts: '{name}' must match one of the parts, not {matching}"
+                )
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer

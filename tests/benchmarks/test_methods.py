@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks import __main__ as command
 from benchmarks import methods
 from src import configuration, train
+from src.errors import UserError
 from tests.commands import SECONDS
 
 ABOUT = {"date": "2030-01-01", "commit": "abc", "cpu": "a CPU", "cores": 2, "torch": "2", "threads": 1, "others": 0.0}
@@ -56,8 +58,8 @@ def test_the_least_gain_is_that_of_the_worst_seed() -> None:
 
 
 def test_too_little_and_too_slow_are_named() -> None:
-    found = runs("byol_r50", (0.2, 0.4), (0.2, 0.29), seconds=400.0) | runs("dino_vits", (0.2, 0.1))
-    section = methods.report({"runs": found})
+    measured = runs("byol_r50", (0.2, 0.4), (0.2, 0.29), seconds=400.0) | runs("dino_vits", (0.2, 0.1))
+    section = methods.report({"runs": measured})
     assert "+9.0 **too little**" in section.body
     assert "-10.0 **too little**" in section.body
     gain, time = section.checks
@@ -102,6 +104,18 @@ def test_a_small_run_from_the_command_to_its_scores() -> None:
             experiments=["supervised_vits"], overrides=overrides, seeds=[3], stored=result, workers=1
         )
     assert again == result
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["only=methods", "data=emoji"], "data=emoji: none of methods takes it, only learning and gauntlet"),
+        (["only=loop,gauntlet", "workers=2"], "workers=2: none of loop, gauntlet takes it, only methods"),
+    ],
+)
+def test_an_option_that_no_chosen_part_takes_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        command.main(words)
 
 
 def test_a_method_that_evaluates_itself_starts_from_its_own_validation() -> None:

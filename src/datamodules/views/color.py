@@ -110,17 +110,17 @@ class Color:
 
     def _jitters(self, uniform: np.ndarray) -> list[tuple[int, Callable[[Tensor, Tensor], Tensor], np.ndarray]]:
         """Returns the changes of the jitter that have a strength: their number in the order, and their factors [B]."""
-        found: list[tuple[int, Callable[[Tensor, Tensor], Tensor], np.ndarray]] = []
+        changes: list[tuple[int, Callable[[Tensor, Tensor], Tensor], np.ndarray]] = []
         spans = (self.brightness, self.contrast, self.saturation)
         for i, (change, span) in enumerate(
             zip((adjust_brightness, adjust_contrast, adjust_saturation), spans, strict=True)
         ):
             if span:
                 low = max(0.0, 1 - span)
-                found.append((i, change, low + uniform[:, i] * (1 + span - low)))
+                changes.append((i, change, low + uniform[:, i] * (1 + span - low)))
         if self.hue:
-            found.append((3, adjust_hue, (2 * uniform[:, 3] - 1) * self.hue))
-        return found
+            changes.append((3, adjust_hue, (2 * uniform[:, 3] - 1) * self.hue))
+        return changes
 
 
 def _apply(x: Tensor, chosen: np.ndarray, change: Callable[[Tensor, Tensor], Tensor], amount: np.ndarray) -> None:
