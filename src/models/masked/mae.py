@@ -65,15 +65,7 @@ class MAE(PretrainModule):
         self.patch_size = backbone.patch_embed.patch_size[0]
         self.grid: tuple[int, int] = backbone.patch_embed.grid_size
         backbone.pos_embed = fixed_positions(backbone.embed_dim, self.grid, prefix_tokens=position_count(backbone))
-        self.decoder = MAEDecoder(
-            encoder_dim=backbone.embed_dim,
-            dim=decoder_dim,
-            depth=decoder_depth,
-            heads=decoder_heads,
-            prefix_tokens=backbone.num_prefix_tokens,
-            grid=self.grid,
-            out_dim=self.patch_size**2 * channels_of(backbone),
-        )
+        self.decoder = decoder_of(backbone, dim=decoder_dim, depth=decoder_depth, heads=decoder_heads)
         initialize(self)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> StepOutput:
@@ -104,14 +96,45 @@ class MAE(PretrainModule):
         image = batch["image"]
         masking = random_masking(len(image), self.grid[0] * self.grid[1], self.mask_ratio, image.device)
         prediction = self.decoder(self.encode(image, masking), masking.restore).float()
-        patches = patchify(image, self.patch_size)
-        if self.norm_pix:
-            _, mean, std = normalize_patches(patches)
-            prediction = prediction * std + mean
-        mask = masking.mask.unsqueeze(-1)
-        visible = unpatchify(patches * (1 - mask), self.patch_size, self.grid)
-        reconstruction = unpatchify(patches * (1 - mask) + prediction * mask, self.patch_size, self.grid)
-        return {"reconstruction": torch.stack([image, visible, reconstruction], dim=1)}
+        columns = visible_and_reconstructed(image, prediction, masking.mask, self.grid, norm_pix=self.norm_pix)
+        return {"reconstruction": torch.stack([image, *columns], dim=1)}
+
+
+def visible_and_reconstructed(
+    image: Tensor, prediction: Tensor, mask: Tensor, grid: tuple[int, int], *, norm_pix: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the visible patches of images, and these with the predicted ones between them: [B, C, H, W] each.
+
+    Args:
+        image: [B, C, H, W].
+        prediction: of every patch, [B, N, size * size * C]; of its normalized pixels with ``norm_pix``.
+        mask: [B, N], 1 where masked.
+        grid: rows and columns of patches.
+    """
+    size = image.shape[-1] // grid[1]
+    patches, mask = patchify(image, size), mask.unsqueeze(-1)
+    if norm_pix:
+        _, mean, std = normalize_patches(patches)
+        prediction = prediction * std + mean
+    visible = patches * (1 - mask)
+    visible, reconstruction = (
+        unpatchify(x, size, grid).to(image.dtype) for x in (visible, visible + prediction * mask)
+    )
+    return visible, reconstruction
+
+
+def decoder_of(backbone: VisionTransformer, *, dim: int, depth: int, heads: int) -> MAEDecoder:
+    """Returns a decoder of the tokens of a ViT into the pixels of its patches."""
+    embed = backbone.patch_embed
+    return MAEDecoder(
+        encoder_dim=backbone.embed_dim,
+        dim=dim,
+        depth=depth,
+        heads=heads,
+        prefix_tokens=backbone.num_prefix_tokens,
+        grid=embed.grid_size,
+        out_dim=embed.patch_size[0] ** 2 * channels_of(backbone),
+    )
 
 
 class MAEDecoder(nn.Module):

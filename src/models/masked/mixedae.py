@@ -15,13 +15,12 @@ from src.datamodules.batches.image import ImageBatch
 from src.errors import SettingError
 from src.models.backbones.encoder import Encoder
 from src.models.backbones.image_encoder import ImageEncoder, mean_patch
-from src.models.backbones.layout import channels_of
 from src.models.backbones.plain_vit import check_plain_vit, embed_patches, encode_tokens
 from src.models.backbones.positions import fixed_positions, position_count
 from src.models.functional import full_precision, l2_normalize
 from src.models.losses.contrastive import contrastive_loss
 from src.models.losses.reconstruction import masked_mse, normalize_patches, patchify, unpatchify
-from src.models.masked.mae import MAEDecoder, initialize
+from src.models.masked.mae import decoder_of, initialize, visible_and_reconstructed
 from src.models.masked.masking import Masking, gather_tokens
 from src.models.pretrain_module import PretrainModule, StepOutput
 from src.optim import OptimizerRecipe
@@ -99,15 +98,7 @@ class MixedAE(PretrainModule):
         self.patch_size = backbone.patch_embed.patch_size[0]
         self.backbone = backbone
         backbone.pos_embed = fixed_positions(backbone.embed_dim, self.grid, prefix_tokens=position_count(backbone))
-        self.decoder = MAEDecoder(
-            encoder_dim=backbone.embed_dim,
-            dim=decoder_dim,
-            depth=decoder_depth,
-            heads=decoder_heads,
-            prefix_tokens=backbone.num_prefix_tokens,
-            grid=self.grid,
-            out_dim=self.patch_size**2 * channels_of(backbone),
-        )
+        self.decoder = decoder_of(backbone, dim=decoder_dim, depth=decoder_depth, heads=decoder_heads)
         initialize(self)
         self.segments = nn.Parameter(torch.zeros(sources, backbone.embed_dim)) if segments else None
         if self.segments is not None:
@@ -186,15 +177,8 @@ class MixedAE(PretrainModule):
         mixed = self.mix(image, mixing)
         masking = masking_of(mixing, self.sources)
         prediction = self.decoder(self.unmix(self.encode(mixed, mixing), masking), masking.restore).float()
-        patches = patchify(image, self.patch_size)
-        if self.norm_pix:
-            _, mean, std = normalize_patches(patches)
-            prediction = prediction * std + mean
-        mask = masking.mask.unsqueeze(-1)
-        columns = [image, mixed.repeat_interleave(self.sources, dim=0)]
-        for shown in (patches * (1 - mask), patches * (1 - mask) + prediction * mask):
-            columns.append(unpatchify(shown, self.patch_size, self.grid).to(image.dtype))
-        return {"reconstruction": torch.stack(columns, dim=1)}
+        columns = visible_and_reconstructed(image, prediction, masking.mask, self.grid, norm_pix=self.norm_pix)
+        return {"reconstruction": torch.stack([image, mixed.repeat_interleave(self.sources, dim=0), *columns], dim=1)}
 
 
 def masking_of(mixing: Tensor, sources: int) -> Masking:
