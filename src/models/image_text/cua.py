@@ -103,11 +103,13 @@ class CUA(CLIP):
         and int64 [N] of all."""
         (images, offset), (texts, _) = gather(image), gather(text)
         logit_scale = self.logit_scale.exp().squeeze()
+        within_images = uniformity(image, images, text_hash, offset)
+        within_texts = uniformity(text, texts, text_hash, offset)
         terms = {
             "contrast": clip_loss(image, text, images, texts, offset, logit_scale=logit_scale, text_hash=text_hash),
             "alignment": alignment(image, text),
-            "uniformity": (uniformity(images, images, text_hash) + uniformity(texts, texts, text_hash)) / 2,
-            "cross_uniformity": uniformity(images, texts, text_hash),
+            "uniformity": (within_images + within_texts) / 2,
+            "cross_uniformity": uniformity(image, texts, text_hash, offset),
         }
         loss = (
             terms["contrast"]
